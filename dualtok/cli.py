@@ -1,0 +1,150 @@
+"""The command line: one verb per arrow of the way of the data.
+
+A :class:`~dualtok.errors.DualtokError` is printed as one line and ends the process with status 2; anything else is a bug
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualtok.errors import DualtokError
+
+app = typer.Typer(
+    help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+RunFile = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that replace the file's, e.g. train.steps=100.", show_default=False)
+]
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+@app.command()
+def prepare(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Deduplicate, split, tokenise and pack documents into shards."""
+    from dualtok.data.prepare import prepare as prepare_data
+    from dualtok.run import load_run
+
+    run = load_run(run_file, overrides or [])
+    prepare_data(run.data)
+
+
+@app.command()
+def score(run_file: RunFile, overrides: Overrides = None, local_rank: LocalRank = None) -> None:
+    """Compute the reference model's loss on every token, once; stored beside the shards."""
+    from dualtok.jobs.score import score as run_score
+    from dualtok.run import load_run
+
+    _quiet_libraries()
+    summary = run_score(load_run(run_file, overrides or []))
+    _say(
+        f"{summary.shards} shards scored ({summary.scored} now, {summary.tokens_per_second:,.0f} tokens/s) "
+        f"in {summary.folder}"
+    )
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest complete checkpoint.")] = False,
+    local_rank: LocalRank = None,
+) -> None:
+    """Train a model with the dual, selective, Goldfish or plain objective through DeepSpeed."""
+    from dualtok.engine.train import train as run_train
+    from dualtok.run import load_run
+
+    _quiet_libraries()
+    run = load_run(run_file, overrides or [])
+    state = run_train(run, resume=resume)
+    _say(f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
+         f"checkpoints in {Path(run.output_dir) / 'checkpoints'}")  # fmt: skip
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A training run's output_dir.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
+    checkpoint: Annotated[str, typer.Option(help="best, latest, or a checkpoint's name.")] = "best",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
+    from dualtok.errors import ConfigError
+    from dualtok.jobs.export import export as run_export
+
+    _quiet_libraries()
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision {precision!r}: must be fp32 or bf16")
+    _say(f"wrote {run_export(run_dir, target, which=checkpoint, precision=precision)}")
+
+
+@app.command()
+def audit(run_file: RunFile, overrides: Overrides = None, local_rank: LocalRank = None) -> None:
+    """Attack models with membership inference and measure their perplexity."""
+    from dualtok.jobs.audit import audit as run_audit
+    from dualtok.run import load_run
+
+    _quiet_libraries()
+    run_audit(load_run(run_file, overrides or []))
+
+
+@app.command()
+def report(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Write the audit's figures as one HTML page, JSON and CSV."""
+    from dualtok.jobs.report import write_run_report
+    from dualtok.run import load_run
+
+    _say(f"wrote {write_run_report(load_run(run_file, overrides or []))}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    processes: Annotated[int, typer.Option(min=1, help="Ranks that share each training run.")] = 2,
+) -> None:
+    """Do the whole job on public text: prepare, pretrain, reference, score, plain and dual training, audit, report."""
+    from dualtok.jobs.demo import run_demo
+
+    run_demo(folder, processes)
+
+
+def _say(text: str) -> None:
+    """Print a result on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and notices out of the terminal."""
+    import logging
+
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Entry point of the console script ``dualtok``."""
+    try:
+        app()
+    except DualtokError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # An error that every rank sees is printed by the first alone: the launcher stops the others meanwhile.
+            time.sleep(3)
+        where = f"rank {rank}: " if rank != "0" else ""
+        print(f"dualtok: error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # Not sys.exit: a rank inside a collective, or a data worker, must not be able to hold the process up.
+        os._exit(2)

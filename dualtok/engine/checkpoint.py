@@ -1,0 +1,173 @@
+"""Checkpoints that are either complete or not there, and the pointers ``latest`` and ``best``.
+
+DeepSpeed writes the tensors; a checkpoint counts only once ``manifest.json`` lists every file with its size and CRC-32
+and the empty file ``COMPLETE`` is there. The pointers are replaced atomically, after that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualtok.errors import CheckpointError
+from dualtok.files import sync_folder, write_text
+
+if TYPE_CHECKING:
+    from dualtok.engine.distributed import Ranks
+
+COMPLETE = "COMPLETE"
+MANIFEST = "manifest.json"
+STATE_KEY = "dualtok"
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    tag: str
+    step: int
+    world_size: int
+    zero_stage: int
+
+
+def tag_of(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], ranks: Ranks) -> str:
+    """Write a checkpoint of a DeepSpeed engine and mark it complete; every rank takes part.
+
+    Args:
+        engine: the DeepSpeed engine.
+        root: folder of all checkpoints, shared by all ranks.
+        step: optimiser steps done.
+        state: what the loop needs to go on, independent of rank and world size.
+        ranks: the job's ranks.
+
+    Returns:
+        The checkpoint's tag.
+    """
+    tag = tag_of(step)
+    folder = root / tag
+    ranks.first_does(lambda: _clear(folder))
+    # One key of our own: DeepSpeed merges client_state into its top level, where 'module' would overwrite the weights.
+    engine.save_checkpoint(str(root), tag=tag, client_state={STATE_KEY: state}, save_latest=False)
+    ranks.barrier()
+    names = ranks.first_does(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+    mine = {name: _describe(folder / name) for name in names[ranks.rank :: ranks.world_size]}
+    files = {name: entry for part in ranks.gather_objects(mine) for name, entry in part.items()}
+    manifest = {
+        "step": step,
+        "world_size": ranks.world_size,
+        "zero_stage": engine.zero_optimization_stage(),
+        "files": dict(sorted(files.items())),
+    }
+    ranks.first_does(lambda: _seal(folder, manifest))
+    return tag
+
+
+def point(root: Path, name: str, tag: str) -> None:
+    """Let the pointer ``latest`` or ``best`` name a complete checkpoint."""
+    write_text(root / name, tag)
+
+
+def prune(root: Path) -> None:
+    """Remove checkpoints that neither ``latest`` nor ``best`` names."""
+    kept = {_pointed(root, "latest"), _pointed(root, "best")}
+    for folder in root.glob("step-*"):
+        if folder.name not in kept:
+            (folder / COMPLETE).unlink(missing_ok=True)  # first, so that a half-removed one never counts
+            shutil.rmtree(folder)
+
+
+def find_checkpoint(root: Path, which: str = "latest") -> SavedCheckpoint:
+    """Return the complete checkpoint that a pointer names; ``latest`` falls back to the newest complete one.
+
+    Args:
+        root: folder of all checkpoints.
+        which: ``latest``, ``best`` or a tag.
+
+    Raises:
+        CheckpointError: there is none, or it is incomplete or altered.
+    """
+    tag = _pointed(root, which) if which in ("latest", "best") else which
+    candidates = [tag] if tag else []
+    if which == "latest":
+        candidates += sorted((folder.name for folder in root.glob("step-*")), reverse=True)
+    problem = f"{root}: no checkpoint {which!r}"
+    for candidate in candidates:
+        try:
+            return _verified(root / candidate)
+        except CheckpointError as error:
+            problem = str(error)
+    raise CheckpointError(problem)
+
+
+def load_checkpoint(engine: Any, saved: SavedCheckpoint, ranks: Ranks) -> dict[str, Any]:
+    """Load a complete checkpoint into a fresh engine and return the loop's state.
+
+    Raises:
+        CheckpointError: it was written by another number of ranks or ZeRO stage, or DeepSpeed cannot read it.
+    """
+    if (saved.world_size, saved.zero_stage) != (ranks.world_size, engine.zero_optimization_stage()):
+        raise CheckpointError(
+            f"{saved.folder}: written by {saved.world_size} ranks with ZeRO stage {saved.zero_stage}, but this job has "
+            f"{ranks.world_size} with stage {engine.zero_optimization_stage()}; resume with the same, or start from "
+            "`dualtok export`ed weights"
+        )
+    path, client_state = engine.load_checkpoint(str(saved.folder.parent), tag=saved.tag)
+    if path is None or STATE_KEY not in (client_state or {}):
+        raise CheckpointError(f"{saved.folder}: DeepSpeed could not load it; choose another checkpoint")
+    return dict(client_state[STATE_KEY])
+
+
+def _clear(folder: Path) -> None:
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _describe(path: Path) -> dict[str, int]:
+    """Return size and CRC-32 of a file after forcing it to disk."""
+    checksum = 0
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        while block := stream.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return {"bytes": path.stat().st_size, "crc32": checksum}
+
+
+def _seal(folder: Path, manifest: dict[str, Any]) -> None:
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_text(folder / COMPLETE, "")
+    sync_folder(folder.parent)
+
+
+def _pointed(root: Path, name: str) -> str | None:
+    try:
+        return (root / name).read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _verified(folder: Path) -> SavedCheckpoint:
+    if not (folder / COMPLETE).is_file():
+        raise CheckpointError(f"{folder}: not a complete checkpoint (no {COMPLETE}); it was interrupted while written")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        saved = SavedCheckpoint(folder, folder.name, manifest["step"], manifest["world_size"], manifest["zero_stage"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: unreadable ({error}); choose another checkpoint") from None
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or _describe(path) != entry:
+            raise CheckpointError(f"{path}: missing or altered since it was written; choose another checkpoint")
+    return saved

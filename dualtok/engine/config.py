@@ -1,0 +1,89 @@
+"""Settings of the training loop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from dualtok.data.config import SplitName
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class TrainConfig:
+    """Optimisation, batch, precision, evaluation and checkpoints. All sizes are global: none depends on the ranks."""
+
+    learning_rate: Positive
+    """Peak learning rate of AdamW."""
+
+    batch_size: Count
+    """Blocks per optimiser step over all ranks and accumulation steps."""
+
+    steps: Count | None = None
+    """Optimiser steps; give either this or ``epochs``."""
+
+    epochs: Positive | None = None
+    """Passes over the split; give either this or ``steps``."""
+
+    split: SplitName = "train"
+    """Split to learn: ``reference`` and ``attack_reference`` for the models of those names."""
+
+    gradient_accumulation: Count = 1
+    """Micro-batches per optimiser step. Tokens are selected per micro-batch, over all ranks."""
+
+    deepspeed: str | None = None
+    """DeepSpeed JSON file such as ``ds_configs/zero3.json``; without it ZeRO stage 0."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of weights and activations. Under bf16 master weights and accumulated gradients stay in fp32."""
+
+    gradient_clipping: NotNegative = 1.0
+    """Largest norm of the global gradient; 0 turns clipping off."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Decay of the learning rate after the warm-up, to 0 at the last step."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps of linear warm-up."""
+
+    weight_decay: NotNegative = 0.1
+    """Decoupled weight decay of the matrices; biases and norms have none."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's coefficients of the running means of the gradient and of its square."""
+
+    epsilon: Positive = 1e-8
+    """AdamW's term in the denominator."""
+
+    loss_chunk_tokens: Count | None = 8192
+    """Tokens per rank whose logits are held at once; more are computed chunk by chunk and recomputed in the backward
+    pass. ``null`` never cuts."""
+
+    data_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes per rank that read blocks ahead; 0 reads in the training process."""
+
+    evaluate_every: Count | None = None
+    """Optimiser steps between evaluations on ``validation``; without it only at the end."""
+
+    evaluation_blocks: Count = 256
+    """Most blocks of ``validation``, and of the training split, that an evaluation reads."""
+
+    checkpoint_every: Count | None = None
+    """Optimiser steps between checkpoints; without it one per evaluation."""
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions inside the section."""
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("train: give exactly one of 'steps' and 'epochs'")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"train.batch_size: {self.batch_size} blocks cannot be cut into {self.gradient_accumulation} "
+                "micro-batches (train.gradient_accumulation)"
+            )
+        if self.split in ("validation", "held_out"):
+            raise ValueError(f"train.split: {self.split!r} is kept for evaluation and must not be trained on")

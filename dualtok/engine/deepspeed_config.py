@@ -1,0 +1,154 @@
+"""The DeepSpeed configuration of a run: a plain JSON file that users may bring, completed from the run's YAML.
+
+What both define must agree; a contradiction is an error that names both places.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualtok.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dualtok.engine.config import TrainConfig
+
+Json = dict[str, Any]
+
+# Sections that say how something is done which dualtok does itself; silently ignoring them would mislead.
+OWNED_SECTIONS = {
+    "scheduler": "train.schedule and train.warmup_steps",
+    "tensorboard": "monitor.tensorboard",
+    "fp16": "train.precision (fp32 or bf16: gradient ascent on memorised tokens drives fp16's loss scale down)",
+}
+
+
+def read_deepspeed_json(path: str | Path | None) -> Json:
+    """Read a DeepSpeed JSON file; None gives ZeRO stage 0.
+
+    Raises:
+        ConfigError: the file is missing, not JSON or not an object.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 0}}
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such DeepSpeed configuration (train.deepspeed)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object")
+    return values
+
+
+def zero_stage(config: Json) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(config: Json) -> bool:
+    """Return whether optimiser states live in host memory, which needs DeepSpeed's own CPU Adam."""
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return device not in ("none", None)
+
+
+def training_config(train: TrainConfig, world_size: int) -> Json:
+    """Merge the run's ``train`` section into its DeepSpeed JSON.
+
+    Args:
+        train: the section; its sizes are global.
+        world_size: data-parallel ranks.
+
+    Raises:
+        ConfigError: the batch cannot be shared by the ranks, or JSON and YAML contradict each other.
+    """
+    merged = read_deepspeed_json(train.deepspeed)
+    micro_batch = train.batch_size // train.gradient_accumulation
+    if micro_batch % world_size:
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} blocks / {train.gradient_accumulation} accumulation steps = "
+            f"{micro_batch} per micro-batch, which {world_size} ranks cannot share evenly; change train.batch_size, "
+            "train.gradient_accumulation or the number of ranks"
+        )
+    decided: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (train.batch_size, "train.batch_size"),
+        "train_micro_batch_size_per_gpu": (
+            micro_batch // world_size,
+            f"train.batch_size / train.gradient_accumulation / {world_size} ranks",
+        ),
+        "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
+        "gradient_clipping": (train.gradient_clipping, "train.gradient_clipping"),
+        "bf16.enabled": (train.precision == "bf16", "train.precision"),
+        "data_types.grad_accum_dtype": ("fp32", "dualtok accumulates gradients in fp32: a small ascent term drowns in bf16"),
+    }
+    for key, (value, origin) in decided.items():
+        _agree(merged, key, value, origin, str(train.deepspeed))
+    _check_optimizer(merged, train)
+    for section, instead in OWNED_SECTIONS.items():
+        value = merged.get(section)
+        if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
+            raise ConfigError(f"{train.deepspeed}: {section!r} is set, but the run decides it: use {instead}")
+    merged.setdefault("steps_per_print", 10**9)
+    merged.setdefault("zero_allow_untested_optimizer", True)
+    return merged
+
+
+def inference_config(path: str | Path, precision: str, batch_size: int) -> Json:
+    """Return the configuration of a forward-only ZeRO-3 engine made from a DeepSpeed JSON file.
+
+    Optimiser, scheduler and monitor settings are left out: they would start a second writer or need gradients.
+
+    Raises:
+        ConfigError: the file's ZeRO stage is not 3, the only one that works without an optimiser.
+    """
+    given = read_deepspeed_json(path)
+    if zero_stage(given) != 3:
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(given)}; a forward-only engine needs stage 3")
+    zero = {key: value for key, value in given["zero_optimization"].items() if key != "offload_optimizer"}
+    return {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+
+
+def _check_optimizer(merged: Json, train: TrainConfig) -> None:
+    """Compare an ``optimizer`` section with the run's, then drop it: dualtok builds AdamW from the YAML."""
+    section = merged.pop("optimizer", None)
+    if section is None:
+        return
+    if str(section.get("type", "")).lower() not in ("adamw", "adam"):
+        raise ConfigError(f"{train.deepspeed}: optimizer.type is {section.get('type')!r}; dualtok trains with AdamW")
+    wanted = {"lr": ("learning_rate", train.learning_rate), "weight_decay": ("weight_decay", train.weight_decay),
+              "eps": ("epsilon", train.epsilon), "betas": ("betas", list(train.betas))}  # fmt: skip
+    params = section.get("params", {})
+    for key, (name, value) in wanted.items():
+        if key in params:
+            _require_equal(params[key], value, f"optimizer.params.{key}", f"train.{name}", str(train.deepspeed))
+
+
+def _agree(merged: Json, dotted: str, value: Any, origin: str, file: str) -> None:
+    *parents, last = dotted.split(".")
+    node = merged
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    if last in node:
+        _require_equal(node[last], value, dotted, origin, file)
+    node[last] = value
+
+
+def _require_equal(given: Any, decided: Any, key: str, origin: str, file: str) -> None:
+    if given == "auto" or given == decided:
+        return
+    numbers = isinstance(given, int | float) and isinstance(decided, int | float)
+    if numbers and math.isclose(given, decided, rel_tol=1e-9):
+        return
+    raise ConfigError(
+        f"{file}: {key} is {given!r}, but the run says {decided!r} ({origin}); make them agree, or write \"auto\" in the JSON"
+    )

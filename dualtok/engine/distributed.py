@@ -1,0 +1,144 @@
+"""The ranks of a job: joined once, then only ever used through a few named collectives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from dualtok.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the data-parallel ranks of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and talks to the terminal."""
+        return self.rank == 0
+
+    def gather(self, values: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Concatenate 1-D tensors of different lengths in rank order.
+
+        Args:
+            values: this rank's values [n_local], any n_local including 0.
+
+        Returns:
+            The values of all ranks [n], and this rank's offset in them: what ``dual_loss(gather=...)`` takes.
+        """
+        if self.world_size == 1:
+            return values, 0
+        length = torch.tensor([len(values)], device=values.device)
+        lengths = [torch.empty_like(length) for _ in range(self.world_size)]
+        dist.all_gather(lengths, length)
+        counts = [int(count) for count in torch.cat(lengths)]
+        longest = max(counts)
+        padded = values.new_zeros(longest)
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), sum(counts[: self.rank])
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over ranks of a small tensor (a copy; the argument is left alone)."""
+        total = values.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's small picklable value, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def from_first(self, value: Any) -> Any:
+        """Return rank 0's value of a small picklable object on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def first_does(self, action: Any) -> Any:
+        """Run ``action()`` on rank 0 and return its result everywhere; an error on rank 0 is raised on every rank."""
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (action(), None)
+            except Exception as error:
+                if self.world_size == 1:
+                    raise
+                outcome = (None, error)
+        result, error = self.from_first(outcome)
+        if error is not None:
+            raise error
+        return result
+
+
+def complete_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a plain start, without a launcher, lacks: a job of one process on this host.
+
+    Raises:
+        ConfigError: a launcher set only some of its variables.
+    """
+    present = [name for name in LAUNCHER_VARIABLES if name in environment]
+    if len(present) == len(LAUNCHER_VARIABLES):
+        return {}
+    if any(int(environment.get(name, "1")) > 1 for name in MPI_VARIABLES):
+        return {}  # deepspeed.init_distributed asks MPI for the rest
+    if "WORLD_SIZE" in environment and int(environment["WORLD_SIZE"]) > 1:
+        missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
+        raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
+    """Join the process group that the launcher describes (torchrun, ``deepspeed``, MPI), or start a job of one rank."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ.update(complete_environment(os.environ))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            get_accelerator().communication_backend_name(), verbose=False, timeout=timedelta(minutes=timeout_minutes)
+        )
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+    if device.type != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        device = torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave_ranks() -> None:
+    """Leave the process group, so that no rank is torn down while another still talks to it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""``dualtok train``: from a run's settings to a training loop, with everything checked before the first weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualtok.data.manifest import load_manifest
+from dualtok.data.stream import BlockStream
+from dualtok.data.tokenizer import load_tokenizer
+from dualtok.engine.checkpoint import find_checkpoint
+from dualtok.engine.deepspeed_config import training_config
+from dualtok.engine.distributed import join_ranks
+from dualtok.engine.loop import LoopState, TrainingLoop
+from dualtok.engine.zero import build_zero_engine
+from dualtok.errors import CheckpointError, ConfigError
+from dualtok.files import write_text
+from dualtok.model.load import check_fits, materialise, read_model_config, unknown_config_keys
+from dualtok.objective.loss import build_objective
+from dualtok.reference.fingerprint import fingerprint
+from dualtok.reference.stored import StoredScores
+
+if TYPE_CHECKING:
+    from dualtok.data.manifest import Manifest
+    from dualtok.engine.checkpoint import SavedCheckpoint
+    from dualtok.engine.config import TrainConfig
+    from dualtok.engine.distributed import Ranks
+    from dualtok.model.config import ModelConfig
+    from dualtok.run import RunConfig
+
+CHECKPOINTS = "checkpoints"
+START_FOLDER = "start"
+"""Folder of a run that holds the model's config and tokenizer (and, for a model from a config, its first weights)."""
+
+
+def train(run: RunConfig, *, resume: bool = False) -> LoopState:
+    """Train the run's model to its last step.
+
+    Args:
+        run: settings with the sections ``model`` and ``train``.
+        resume: continue from the latest complete checkpoint in ``output_dir``.
+
+    Raises:
+        ConfigError: settings contradict each other, the data or the number of ranks.
+        DataError: a shard or its reference losses are missing, altered, or belong to other weights.
+        CheckpointError: there is a run in ``output_dir`` already, or none to resume.
+    """
+    model: ModelConfig = run.need("model", "train")
+    settings: TrainConfig = run.need("train", "train")
+    manifest = load_manifest(run.data.dir)
+    ranks = join_ranks()
+    deepspeed_config = training_config(settings, ranks.world_size)
+    saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, resume=resume)
+    _require_reference(run)
+    folder = _start_folder(run, model, manifest, ranks)
+    stream = open_stream(run, manifest, settings.split, ranks)
+    validation = open_stream(run, manifest, "validation", ranks)
+    total_steps = count_steps(settings, len(stream))
+    engine = build_zero_engine(
+        folder, model, settings, deepspeed_config, build_objective(run.objective, run.selection, run.goldfish),
+        total_steps, ranks,
+    )  # fmt: skip
+    loop = TrainingLoop(run, engine, stream, validation, total_steps)
+    if saved is not None:
+        loop.resume(saved)
+    else:
+        engine.check_head(next(loop.batches()), settings.precision)
+    return loop.fit()
+
+
+def count_steps(settings: TrainConfig, blocks: int) -> int:
+    """Return the optimiser steps of a run over a split of ``blocks`` blocks."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    return max(1, round(settings.epochs * blocks / settings.batch_size))
+
+
+def open_stream(run: RunConfig, manifest: Manifest, split: str, ranks: Ranks) -> BlockStream:
+    """Open a split's stream, with the run's reference losses if it has a reference."""
+    scores = None
+    reference = run.reference
+    if reference is not None:
+        expected = ranks.first_does(lambda: fingerprint(reference.model, manifest, reference.precision))
+        scores = StoredScores(run.data.dir, manifest, split, expected, ranks.rank, ranks.world_size)
+    return BlockStream(
+        run.data.dir, split, seed=run.seed, scores=scores, verify_rank=ranks.rank, verify_world_size=ranks.world_size
+    )
+
+
+def _require_reference(run: RunConfig) -> None:
+    if run.objective in ("dual", "selective") and run.reference is None:
+        raise ConfigError(f"objective {run.objective!r} needs the section 'reference' with the model that was scored")
+
+
+def _checkpoint_to_resume(root: Path, *, resume: bool) -> SavedCheckpoint | None:
+    """Return the checkpoint to continue from, or None for a fresh start; never mix two runs in one folder."""
+    if resume:
+        return find_checkpoint(root, "latest")
+    if root.is_dir() and any(root.glob("step-*")):
+        raise CheckpointError(f"{root}: holds checkpoints of an earlier run; pass --resume, or change output_dir")
+    return None
+
+
+def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks: Ranks) -> Path:
+    """Check the model against the blocks and lay down what ``dualtok export`` needs later; done by rank 0."""
+
+    def prepare() -> Path:
+        output = Path(run.output_dir)
+        start = output / START_FOLDER
+        tokenizer = load_tokenizer(Path(run.data.dir) / "tokenizer")
+        if model.config is not None and (unknown := unknown_config_keys(model)):
+            raise ConfigError(f"model.config: {model.config['model_type']} has no setting {unknown[0]!r}")
+        fresh = model.config is not None and not (start / "config.json").is_file()
+        weights = materialise(model, vocabulary=len(tokenizer), seed=run.seed, folder=start) if fresh or model.path else start
+        config = read_model_config(weights)
+        check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length, origin=str(model.path or "model.config"))
+        config.save_pretrained(start)
+        tokenizer.save_pretrained(start)
+        write_text(output / "run.yaml", run.to_yaml())
+        return weights
+
+    return Path(ranks.first_does(prepare))

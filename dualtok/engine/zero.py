@@ -1,0 +1,234 @@
+"""DeepSpeed's data-parallel engine (ZeRO 0-3, offload) around a model whose forward is the training loss.
+
+The loss is computed inside ``engine.forward``: under ZeRO-3 the weights exist only there.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dualtok.engine.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
+from dualtok.model.load import load_causal_lm
+from dualtok.model.losses import SignalModel, TokenLossModel, head_difference, require_same_head
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from dualtok.engine.config import TrainConfig
+    from dualtok.engine.distributed import Ranks
+    from dualtok.model.config import ModelConfig
+    from dualtok.model.losses import Batch
+    from dualtok.objective.loss import DualLoss, Objective
+
+    Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
+
+
+class ObjectiveModel(TokenLossModel):
+    """A model whose forward gives the training objective's scalar loss in training mode, token losses otherwise."""
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, objective: Objective, gather: Gather | None, chunk_tokens: int | None
+    ) -> None:
+        super().__init__(causal_lm, chunk_tokens)
+        self._objective = objective
+        self._gather = gather
+        self.outcome: DualLoss | None = None
+        self.token_loss: torch.Tensor | None = None
+
+    def forward(self, batch: Batch, check_head: bool = False) -> torch.Tensor:
+        """Return the scalar loss (training), token losses [b, t] (evaluation) or the head's error (``check_head``).
+
+        The selection is left in ``outcome`` and not returned: ZeRO-3's hooks only understand tensors.
+        """
+        if check_head:
+            return head_difference(self, batch)
+        token_loss = super().forward(batch)
+        if not self.training:
+            return token_loss
+        self.outcome = self._objective(token_loss, batch, gather=self._gather)
+        self.token_loss = token_loss.detach()
+        return self.outcome.loss
+
+
+@dataclass
+class ZeroEngine:
+    """One model in training on this rank: micro-batches in, optimiser steps out."""
+
+    engine: Any
+    model: ObjectiveModel
+    ranks: Ranks
+    keep_alive: object
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Move a batch to this rank's device."""
+        return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def check_head(self, batch: Batch, precision: str) -> None:
+        """Compare dualtok's head with the model's own forward pass, once, before training."""
+        with torch.no_grad():
+            difference = float(self.engine(self.to_device(batch), check_head=True))
+        require_same_head(difference, precision, type(self.model.causal_lm).__name__)
+
+    def micro_step(self, batch: Batch) -> tuple[DualLoss, torch.Tensor]:
+        """Run forward and backward of one micro-batch; step the optimiser when the accumulation is complete.
+
+        Returns:
+            The objective's outcome and the token losses [b, t] of this rank's share.
+        """
+        self.engine.train()
+        loss = self.engine(self.to_device(batch))
+        self.engine.backward(loss)
+        self.engine.step()
+        outcome, token_loss = self.model.outcome, self.model.token_loss
+        self.model.outcome = self.model.token_loss = None
+        assert outcome is not None
+        assert token_loss is not None
+        return outcome, token_loss
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        """Return the token losses [b, t] of a batch without gradients; every rank must call it equally often."""
+        self.engine.eval()
+        losses: torch.Tensor = self.engine(self.to_device(batch))
+        return losses
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the global gradient of the last optimiser step, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next optimiser step."""
+        return float(self.engine.get_lr()[0])
+
+
+def build_zero_engine(
+    folder: Path | str,
+    model: ModelConfig,
+    train: TrainConfig,
+    config: Json,
+    objective: Objective,
+    total_steps: int,
+    ranks: Ranks,
+) -> ZeroEngine:
+    """Load a model and wrap it, its AdamW and its schedule in a DeepSpeed engine.
+
+    Args:
+        folder: Hugging Face folder or hub name of the starting weights.
+        model: attention and activation checkpointing.
+        train: optimiser, schedule, precision.
+        config: complete DeepSpeed configuration (:func:`dualtok.engine.deepspeed_config.training_config`).
+        objective: the loss; called inside the engine's forward with this rank's token losses.
+        total_steps: optimiser steps at which the schedule ends.
+        ranks: the job's ranks.
+    """
+    import deepspeed
+
+    quiet_deepspeed()
+    keep_alive = _partition_while_loading(config)
+    causal_lm = load_causal_lm(
+        folder, attention=model.attention, activation_checkpointing=model.activation_checkpointing
+    )
+    wrapped = ObjectiveModel(
+        causal_lm, objective, ranks.gather if ranks.world_size > 1 else None, train.loss_chunk_tokens
+    )
+    optimizer = _adamw(wrapped, train, on_host=offloads_optimizer(config))
+    engine, _, _, _ = deepspeed.initialize(
+        model=wrapped, optimizer=optimizer, lr_scheduler=_schedule(train, total_steps), config=config
+    )
+    return ZeroEngine(engine, wrapped, ranks, keep_alive)
+
+
+def build_forward_only(
+    folder: Path | str,
+    *,
+    precision: str,
+    batch_size: int,
+    deepspeed_json: str | None,
+    ranks: Ranks,
+    signals: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] | None = None,
+) -> Callable[[Batch], Any]:
+    """Return a function from a batch to token losses [b, t], or to the audit's signals when ``signals`` is given.
+
+    Args:
+        folder: Hugging Face folder or hub name.
+        precision: ``fp32`` or ``bf16``.
+        batch_size: blocks per call and rank.
+        deepspeed_json: configuration of a ZeRO-3 engine that shards the weights over the ranks; None keeps a whole copy
+            on every rank. With it every rank must make the same number of calls.
+        ranks: the job's ranks.
+        signals: function of (logits [b, t, v], labels [b, t]) that is kept per token instead of the loss.
+    """
+    config = None if deepspeed_json is None else inference_config(deepspeed_json, precision, batch_size)
+    keep_alive = None if config is None else _partition_while_loading(config)
+    causal_lm = load_causal_lm(folder, precision=precision)
+    wrapped = TokenLossModel(causal_lm) if signals is None else SignalModel(causal_lm, signals)
+    if config is None:
+        runner: Any = wrapped.to(ranks.device)
+    else:
+        import deepspeed
+
+        quiet_deepspeed()
+        runner = deepspeed.initialize(model=wrapped, config=config)[0]
+    runner.eval()
+
+    def forward(batch: Batch, _keep_alive: object = keep_alive) -> Any:
+        with torch.no_grad():
+            return runner({name: tensor.to(ranks.device) for name, tensor in batch.items()})
+
+    return forward
+
+
+def quiet_deepspeed() -> None:
+    """Leave the terminal to the progress bar: DeepSpeed's own INFO lines are dropped, warnings stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _partition_while_loading(config: Json) -> object:
+    """Let transformers read weights straight into ZeRO-3 partitions; the result must outlive the loading."""
+    if zero_stage(config) != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+def _adamw(model: torch.nn.Module, train: TrainConfig, *, on_host: bool) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU Adam where the states live in host memory."""
+
+    def dimensions(parameter: torch.nn.Parameter) -> int:
+        return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty 1-D tensor behind
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
+    if on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        host_optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return host_optimizer
+    return torch.optim.AdamW(groups, **settings)
+
+
+def _schedule(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+
+    def build(optimizer: torch.optim.Optimizer) -> Any:
+        return get_scheduler(name, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=total_steps)
+
+    return build
+
+

@@ -1,0 +1,35 @@
+"""Errors meant for the person at the terminal: what was wrong, where, and what to do next.
+
+The command line prints a :class:`DualtokError` as one line without a traceback and exits with status 2.
+Anything else is a bug of dualtok's own and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class DualtokError(Exception):
+    """Base of every error that a user can mend. ``str(error)`` is one line naming the place and the next step."""
+
+
+class ConfigError(DualtokError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+
+class DataError(DualtokError):
+    """A corpus, shard, tokenizer or score file is missing, malformed, altered, or does not fit the rest."""
+
+
+class CheckpointError(DualtokError):
+    """A checkpoint or model directory is missing, incomplete or does not fit the run."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the nearest known name, or ``""`` if nothing is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""

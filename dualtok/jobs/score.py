@@ -1,0 +1,130 @@
+"""``dualtok score``: the frozen reference's loss on every token, once, beside the shards.
+
+Each rank takes whole shards and writes each as soon as it is scored, so that an interrupted job continues with the next
+shard, on any number of ranks. Under a ZeRO-3 engine all ranks make the same number of forward passes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dualtok.data.manifest import load_manifest
+from dualtok.data.stream import BlockStream
+from dualtok.data.tokenizer import load_tokenizer
+from dualtok.engine.distributed import join_ranks
+from dualtok.engine.zero import build_forward_only
+from dualtok.files import file_sha256
+from dualtok.model.load import check_fits, read_model_config
+from dualtok.monitor.progress import RunProgress
+from dualtok.reference.fingerprint import fingerprint, model_folder
+from dualtok.reference.stored import is_scored, score_path, scores_folder, write_index, write_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dualtok.data.manifest import Manifest, ShardEntry
+    from dualtok.engine.distributed import Ranks
+    from dualtok.model.losses import Batch
+    from dualtok.reference.config import ReferenceConfig
+    from dualtok.run import RunConfig
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What a scoring job did on all ranks."""
+
+    folder: Path
+    shards: int
+    """Shards that belong to the fingerprint."""
+    scored: int
+    """Shards scored by this job; the others were there already."""
+    tokens_per_second: float
+    """Block positions per second over all ranks while scoring; 0 when there was nothing to do."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    split: str
+    shard: ShardEntry
+    path: Path
+
+
+def score(run: RunConfig) -> ScoreSummary:
+    """Score the splits of ``reference.splits`` that are not scored yet.
+
+    Raises:
+        ConfigError: there is no section ``reference``, or its model does not fit the blocks.
+        DataError: a shard is missing or altered, or the reference gives a loss that is not finite.
+    """
+    reference: ReferenceConfig = run.need("reference", "score")
+    manifest = load_manifest(run.data.dir)
+    ranks = join_ranks()
+    tokenizer = load_tokenizer(Path(run.data.dir) / "tokenizer")
+    folder = model_folder(reference.model)
+    check_fits(read_model_config(folder), vocabulary=len(tokenizer), block_length=manifest.block_length,
+               origin=reference.model)  # fmt: skip
+    expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
+    target = scores_folder(run.data.dir, expected)
+    tasks = _tasks(manifest, reference, target)
+    missing = ranks.first_does(lambda: [i for i, task in enumerate(tasks) if not is_scored(task.path, task.shard)])
+    rate = 0.0
+    if missing:
+        forward = build_forward_only(
+            folder, precision=reference.precision, batch_size=reference.batch_size,
+            deepspeed_json=reference.deepspeed, ranks=ranks,
+        )  # fmt: skip
+        rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
+    mine = {f"{task.split}/{task.path.name}": file_sha256(task.path) for task in tasks[ranks.rank :: ranks.world_size]}
+    files = {name: digest for part in ranks.gather_objects(mine) for name, digest in part.items()}
+    ranks.first_does(lambda: write_index(target, expected, reference.model, files))
+    return ScoreSummary(target, len(tasks), len(missing), rate)
+
+
+def _tasks(manifest: Manifest, reference: ReferenceConfig, folder: Path) -> list[_Task]:
+    return [
+        _Task(split, shard, score_path(folder, split, shard.file))
+        for split in reference.splits
+        for shard in manifest.splits[split].shards
+    ]
+
+
+def _score_shards(
+    run: RunConfig, tasks: list[_Task], forward: Callable[[Batch], torch.Tensor], batch_size: int, ranks: Ranks
+) -> float:
+    """Score shards, rank r every world_size-th of them; returns positions per second over all ranks."""
+    mine = tasks[ranks.rank :: ranks.world_size]
+    calls = [-(-task.shard.rows // batch_size) for task in mine]
+    most_calls = max(ranks.gather_objects(sum(calls)))
+    streams = {
+        split: BlockStream(run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size)
+        for split in {task.split for task in tasks}
+    }
+    started = time.perf_counter()
+    positions = 0
+    last: Batch | None = None
+    with RunProgress("score", most_calls, active=ranks.is_first, plain_every=max(1, most_calls // 20)) as progress:
+        for task in mine:
+            losses = []
+            for first in range(0, task.shard.rows, batch_size):
+                rows = np.arange(first, min(first + batch_size, task.shard.rows))
+                last = streams[task.split].read_rows(task.shard.file, rows)
+                losses.append(forward(last).float().cpu().numpy())
+                positions += last["input_ids"].numel()
+                progress.advance(1, f"{positions / (time.perf_counter() - started):,.0f} tokens/s on this rank")
+            write_scores(task.path, np.concatenate(losses), task.shard.sha256)
+        last = last if last is not None else _any_batch(streams, tasks[0])
+        for _ in range(most_calls - sum(calls)):
+            forward(last)  # under ZeRO-3 a rank that stopped early would leave the others waiting for its weights
+    seconds = time.perf_counter() - started
+    total = float(ranks.sum(torch.tensor(float(positions), dtype=torch.float64, device=ranks.device)))
+    return total / max(ranks.gather_objects(seconds))
+
+
+def _any_batch(streams: dict[str, BlockStream], task: _Task) -> Batch:
+    return streams[task.split].read_rows(task.shard.file, np.arange(1))

@@ -1,0 +1,147 @@
+"""Hugging Face causal language models in: checked against tokenizer and blocks before any weight is read."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dualtok.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from dualtok.model.config import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def read_model_config(path: str | Path) -> PretrainedConfig:
+    """Read the ``config.json`` of a Hugging Face folder or hub name.
+
+    Raises:
+        ConfigError: there is no such folder or hub model, or its config is not one that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"{path}: not a Hugging Face model folder (no config.json); write one with `dualtok export`")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: neither a model folder nor a hub model that can be read: {reason}") from None
+
+
+def check_fits(config: PretrainedConfig, *, vocabulary: int, block_length: int, origin: str) -> None:
+    """Refuse a model that cannot take the prepared blocks.
+
+    Args:
+        config: the model's configuration.
+        vocabulary: number of ids of the tokenizer that made the blocks.
+        block_length: tokens per block.
+        origin: names the model in errors.
+
+    Raises:
+        ConfigError: the vocabulary is smaller than the tokenizer's, or the blocks are longer than the positions.
+    """
+    text = config.get_text_config()
+    if text.vocab_size < vocabulary:
+        raise ConfigError(
+            f"{origin}: vocab_size is {text.vocab_size}, but the tokenizer of the blocks has {vocabulary} ids; "
+            "raise vocab_size or prepare the data with the model's own tokenizer (data.tokenizer)"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions < block_length:
+        raise ConfigError(
+            f"{origin}: max_position_embeddings is {positions}, but data.block_length is {block_length}; "
+            "raise the former or prepare shorter blocks"
+        )
+
+
+def materialise(model: ModelConfig, *, vocabulary: int, seed: int, folder: Path) -> Path:
+    """Return a folder with the starting weights; a model from a config is drawn from ``seed`` and written first.
+
+    Writing the fresh weights once gives every ZeRO stage and any number of ranks the same starting point.
+    """
+    if model.path is not None:
+        return Path(model.path)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert model.config is not None
+    settings: dict[str, Any] = {"vocab_size": vocabulary, **model.config}
+    model_type = settings.pop("model_type")
+    try:
+        config = AutoConfig.for_model(model_type, **settings)
+    except (ValueError, KeyError, TypeError) as error:
+        hint = did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)
+        raise ConfigError(f"model.config: {' '.join(str(error).split())[:160]}{hint}") from None
+    config.architectures = None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.save_pretrained(folder)
+    return folder
+
+
+def unknown_config_keys(model: ModelConfig) -> list[str]:
+    """Return keys of ``model.config`` that the architecture's configuration class does not know."""
+    from transformers import AutoConfig
+
+    assert model.config is not None
+    settings = {key: value for key, value in model.config.items() if key != "model_type"}
+    try:
+        known = set(AutoConfig.for_model(model.config["model_type"]).to_dict())
+    except (ValueError, KeyError):
+        return []
+    return sorted(set(settings) - known)
+
+
+def load_causal_lm(
+    path: Path | str, *, precision: str = "fp32", attention: str = "sdpa", activation_checkpointing: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model that honours the position-based document boundaries of packed blocks.
+
+    Under an active ``HfDeepSpeedConfig`` of ZeRO stage 3 the weights are partitioned while they are read.
+
+    Raises:
+        ConfigError: the model cannot be read, or its architecture takes no ``position_ids``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[precision], attn_implementation=attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:240]}") from None
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise ConfigError(
+            f"{path}: {type(model).__name__} takes no position_ids, so attention cannot stop at document boundaries; "
+            "choose an architecture with explicit positions (Llama, GPT-NeoX, GPT-2, Qwen, ...)"
+        )
+    model.config.use_cache = False
+    if activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def logit_transform(config: PretrainedConfig) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return what the architecture does to its logits after ``lm_head`` (soft-cap or scale), or None.
+
+    :func:`dualtok.model.losses.head_difference` compares the result with the model's own forward pass.
+    """
+    text = config.get_text_config()
+    cap = getattr(text, "final_logit_softcapping", None)
+    multiply = getattr(text, "logit_scale", None)
+    divide = getattr(text, "logits_scaling", None)
+    if cap:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    if multiply is not None:
+        return lambda logits: logits * multiply
+    if divide is not None:
+        return lambda logits: logits / divide
+    return None

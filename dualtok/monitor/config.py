@@ -1,0 +1,22 @@
+"""Settings of events and terminal output."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class MonitorConfig:
+    """What is written while training, by rank 0 alone."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to ``<output_dir>/events``."""
+
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Optimiser steps between two sets of events and, when the output is not a terminal, between two plain lines."""
+
+    histogram_every: Annotated[int, Field(ge=0)] = 100
+    """Optimiser steps between two histograms of s(t); 0 writes none."""

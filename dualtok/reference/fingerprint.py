@@ -1,0 +1,87 @@
+"""Which scores belong to which weights, tokenizer, blocks and precision.
+
+Reference losses are data only as long as all four are the ones they were computed from; the fingerprint names that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualtok.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dualtok.data.manifest import Manifest
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What reference losses depend on, each part as a SHA-256 hex digest (precision in words)."""
+
+    weights: str
+    tokenizer: str
+    blocks: str
+    precision: str
+
+    @property
+    def digest(self) -> str:
+        """Short name of the whole, used as a folder name."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Return the names of the parts in which two fingerprints differ."""
+        theirs = asdict(other)
+        return [name for name, value in asdict(self).items() if theirs[name] != value]
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return the local folder of a model given as a folder or a hub name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", *WEIGHT_PATTERNS, "*.model"]))
+    except Exception as error:  # the hub client raises a dozen unrelated classes for "cannot be had"
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"{path}: neither a model folder nor a hub model that can be read: {reason}") from None
+
+
+def weights_digest(path: str | Path) -> str:
+    """Return the SHA-256 over a model's weight files and ``config.json``, in the order of their names.
+
+    Raises:
+        ConfigError: the folder holds no weights.
+    """
+    folder = model_folder(path)
+    files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
+    if not files:
+        raise ConfigError(f"{folder}: no weights ({' or '.join(WEIGHT_PATTERNS)}); write a model with `dualtok export`")
+    whole = hashlib.sha256()
+    for file in [folder / "config.json", *files]:
+        with file.open("rb") as stream:
+            whole.update(file.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()
+
+
+def blocks_digest(manifest: Manifest) -> str:
+    """Return the SHA-256 over the checksums of all shards of all splits, in the order of their names."""
+    names = sorted(
+        f"{split}/{shard.file}:{shard.sha256}" for split, entry in manifest.splits.items() for shard in entry.shards
+    )
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def fingerprint(model: str | Path, manifest: Manifest, precision: str) -> Fingerprint:
+    """Fingerprint the losses that ``model`` gives to the blocks of ``manifest`` in ``precision``."""
+    return Fingerprint(weights_digest(model), manifest.tokenizer_fingerprint, blocks_digest(manifest), precision)

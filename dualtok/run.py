@@ -1,0 +1,205 @@
+"""One run, one YAML file: the tree of every component's settings, read strictly.
+
+An unknown key, a value of the wrong type, and a setting without effect in the chosen mode are errors that name the file,
+the dotted key and, for a typo, the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dualtok.audit.config import AuditConfig
+from dualtok.data.config import DataConfig
+from dualtok.engine.config import TrainConfig
+from dualtok.errors import ConfigError, did_you_mean
+from dualtok.model.config import ModelConfig
+from dualtok.monitor.config import MonitorConfig
+from dualtok.objective.loss import GoldfishConfig
+from dualtok.objective.selection import SelectionConfig
+from dualtok.reference.config import ReferenceConfig
+
+ObjectiveName = Literal["dual", "causal_lm", "selective", "goldfish"]
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class RunConfig:
+    """Everything that a run needs; each verb reads the sections that concern it."""
+
+    data: DataConfig
+    """Where the prepared shards are, and how ``dualtok prepare`` makes them."""
+
+    output_dir: str = "runs/default"
+    """Folder of this run: checkpoints, events, metrics, audit and report."""
+
+    seed: int = 0
+    """Seed of the initial weights, of the order of blocks and of dropout."""
+
+    objective: ObjectiveName = "dual"
+    """``dual`` (DuoLearn), ``selective`` (its learning half alone), ``goldfish``, or ``causal_lm`` (plain)."""
+
+    model: ModelConfig | None = None
+    """The model to train."""
+
+    train: TrainConfig | None = None
+    """Steps, batch, optimiser, DeepSpeed configuration, evaluation and checkpoints."""
+
+    selection: SelectionConfig | None = None
+    """Shares, threshold and weight of the dual loss; only for the objectives ``dual`` and ``selective``."""
+
+    goldfish: GoldfishConfig | None = None
+    """Drop rate and context of the Goldfish mask; only for the objective ``goldfish``."""
+
+    reference: ReferenceConfig | None = None
+    """The frozen reference model. With the objectives that need none it serves monitoring alone."""
+
+    audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
+    """Attacks, intervals and false-positive rates of ``dualtok audit``."""
+
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    """TensorBoard events and terminal output."""
+
+    def __post_init__(self) -> None:
+        """Refuse sections that would have no effect under the chosen objective."""
+        selects = self.objective in ("dual", "selective")
+        if self.selection is not None and not selects:
+            raise ValueError(f"selection: has no effect with objective {self.objective!r}; remove it (selection=null)")
+        if self.goldfish is not None and self.objective != "goldfish":
+            raise ValueError(f"goldfish: has no effect with objective {self.objective!r}; remove it (goldfish=null)")
+        if self.objective == "selective" and self.selection is not None and self.selection.alpha not in (0.0, 0.8):
+            raise ValueError("selection.alpha: has no effect with objective 'selective', which never unlearns; remove it")
+
+    def need(self, section: str, verb: str) -> Any:
+        """Return a section that ``verb`` cannot do without.
+
+        Raises:
+            ConfigError: the run has no such section.
+        """
+        value = getattr(self, section)
+        if value is None:
+            raise ConfigError(f"`dualtok {verb}` needs the section {section!r}, which the run does not have")
+        return value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the complete run, defaults included, as plain YAML-able values."""
+        values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(self, mode="json")
+        return values
+
+    def to_yaml(self) -> str:
+        """Return the complete run as YAML, in the order of the fields."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+class _RunLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice instead of keeping the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML file and apply dotted overrides such as ``train.steps=100``.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value``; the value is read as YAML, ``null`` removes a section.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a setting is unknown, of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a run's YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_RunLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a run is a mapping of sections such as 'data:' and 'train:'")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_run(tree, source=str(path))
+
+
+def parse_run(tree: dict[str, Any], source: str = "run") -> RunConfig:
+    """Validate a run given as nested dictionaries; ``source`` names it in errors."""
+    try:
+        return TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's report into one line: the first problem in full, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    location = [str(part) for part in first["loc"] if not str(part).endswith("]")]
+    key = ".".join(location)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        text = f"unknown key {key!r}{did_you_mean(location[-1], _known_keys(location[:-1]))}"
+    elif first["type"] in ("missing", "missing_argument"):
+        text = f"{key}: missing; add it to the run"
+    elif first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        text = message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
+    else:
+        text = f"{key}: {first['msg']}, got {first['input']!r}"
+    more = len(problems) - 1
+    return " ".join(text.split()) + (f" (and {more} more problem{'s' * (more > 1)})" if more else "")
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """Return the field names of the config class at a dotted location."""
+    here: Any = RunConfig
+    for part in location:
+        annotations = {field.name: field.type for field in dataclasses.fields(here)}
+        if part not in annotations:
+            return []
+        resolved = _resolve(annotations[part])
+        if resolved is None:
+            return []
+        here = resolved
+    return [field.name for field in dataclasses.fields(here)]
+
+
+def _resolve(annotation: Any) -> Any | None:
+    if isinstance(annotation, str):
+        annotation = eval(annotation, globals())  # noqa: S307 - our own annotations, postponed by __future__
+    for candidate in (annotation, *get_args(annotation)):
+        if dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
