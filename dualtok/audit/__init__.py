@@ -1,0 +1,1 @@
+"""The audit: signals (one pass per model) -> attacks -> metrics -> report. Arrays and tensors in, figures out."""

@@ -70,6 +70,14 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         return everyone
 
+    def gather_objects_to_first(self, value: Any) -> list[Any] | None:
+        """Return every rank's picklable value, in rank order, on rank 0 and None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        everyone: list[Any] | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, everyone, dst=0)
+        return everyone
+
     def from_first(self, value: Any) -> Any:
         """Return rank 0's value of a small picklable object on every rank."""
         if self.world_size == 1:

@@ -1,0 +1,161 @@
+"""Membership-inference attacks that need one forward pass per model: pure functions of the signals.
+
+Every attack gives one float64 score per document, and a higher score says "member".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualtok.audit.ragged import lowest_mean
+from dualtok.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from dualtok.audit.signals import Signals
+
+Scores = NDArray[np.float64]
+
+# A model can be so sure that float32 leaves no variance; below this standard deviation (in nats) it is rounding noise.
+SIGMA_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class AttackContext:
+    """What an attacker has beside the target model's signals."""
+
+    reference: Signals | None = None
+    """Signals of the attacker's reference model over (at least) the same documents."""
+
+    zlib_bytes: Mapping[int, int] | None = None
+    """Document id -> bytes of its UTF-8 text compressed by zlib."""
+
+    min_k_share: float = 0.2
+    """Share of a document's least likely tokens that Min-K% and Min-K%++ average."""
+
+    @property
+    def has(self) -> frozenset[str]:
+        """The needs of attacks that this context meets: a subset of {"reference", "zlib"}."""
+        given = {"reference": self.reference, "zlib": self.zlib_bytes}
+        return frozenset(name for name, value in given.items() if value is not None)
+
+    def reference_for(self, target: Signals) -> Signals:
+        """Return the reference's signals over the target's documents, token by token aligned with them.
+
+        Raises:
+            DataError: there is none, a document is missing, or one has another number of tokens (another tokenizer).
+        """
+        if self.reference is None:
+            raise DataError("audit: this attack needs the signals of a reference model")
+        reference = self.reference.select(target.document)
+        differ = np.flatnonzero(reference.lengths != target.lengths)
+        if len(differ):
+            raise DataError(
+                f"audit: document {target.document[differ[0]]} has {target.lengths[differ[0]]} predicted tokens under "
+                f"the target and {reference.lengths[differ[0]]} under the reference; both must use one tokenizer"
+            )
+        return reference
+
+    def zlib_for(self, target: Signals) -> Scores:
+        """Return the compressed size of each of the target's documents, in bytes.
+
+        Raises:
+            DataError: a document has no size, or one below 1.
+        """
+        if self.zlib_bytes is None:
+            raise DataError("audit: this attack needs zlib_bytes, the compressed size of each document")
+        sizes = np.array([self.zlib_bytes.get(int(document), 0) for document in target.document], dtype=np.float64)
+        if (sizes < 1).any():
+            raise DataError(
+                f"audit: document {target.document[sizes < 1][0]} has no zlib_bytes; run `dualtok prepare` again"
+            )
+        return sizes
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack: call it with the target's signals and the attacker's context; returns float64 scores [n]."""
+
+    name: str
+    label: str
+    """Name in tables."""
+    needs: frozenset[str]
+    """What the context must have, of "reference" and "zlib"."""
+    source: str
+    """One line: the score, and where it was published."""
+    score: Callable[[Signals, AttackContext], Scores]
+
+    def __call__(self, target: Signals, context: AttackContext) -> Scores:
+        """Return one score per document, higher = member.
+
+        Raises:
+            DataError: a document has no predicted token, or the context does not cover the documents.
+        """
+        target.require_tokens()
+        return self.score(target, context)
+
+
+def loss_score(target: Signals, context: AttackContext) -> Scores:
+    """Minus the mean cross-entropy of the document."""
+    return -target.mean_loss
+
+
+def ref_score(target: Signals, context: AttackContext) -> Scores:
+    """Mean cross-entropy under the reference minus that under the target: minus the document's mean s(t)."""
+    return context.reference_for(target).mean_loss - target.mean_loss
+
+
+def zlib_score(target: Signals, context: AttackContext) -> Scores:
+    """Minus the mean cross-entropy (nats per token, not the sum) divided by the document's compressed bytes."""
+    return -target.mean_loss / context.zlib_for(target)
+
+
+def min_k_score(target: Signals, context: AttackContext) -> Scores:
+    """Mean log p of the document's least likely tokens."""
+    return lowest_mean(target.log_prob, target.offsets, context.min_k_share)
+
+
+def min_k_plus_plus_score(target: Signals, context: AttackContext) -> Scores:
+    """Mean of the document's lowest (log p - mu) / sigma, mu and sigma over the vocabulary under p itself."""
+    sigma = np.maximum(np.sqrt(target.var_log_prob.astype(np.float64)), SIGMA_FLOOR)
+    normalised = (target.log_prob.astype(np.float64) - target.mean_log_prob) / sigma
+    return lowest_mean(normalised, target.offsets, context.min_k_share)
+
+
+_ALL = (
+    Attack("loss", "Loss", frozenset(), "minus the mean loss (Yeom et al. 2018)", loss_score),
+    Attack(
+        "ref",
+        "Ref",
+        frozenset({"reference"}),
+        "mean loss under a reference model minus mean loss (Carlini et al. 2021; Mireshghallah et al. 2022)",
+        ref_score,
+    ),
+    Attack(
+        "zlib",
+        "Zlib",
+        frozenset({"zlib"}),
+        "minus the mean loss per token divided by the zlib-compressed bytes of the text (Carlini et al. 2021)",
+        zlib_score,
+    ),
+    Attack(
+        "min_k",
+        "Min-K%",
+        frozenset(),
+        "mean log-probability of the least likely tokens (Shi et al. 2024)",
+        min_k_score,
+    ),
+    Attack(
+        "min_k_plus_plus",
+        "Min-K%++",
+        frozenset(),
+        "the same after standardising each log-probability over the vocabulary (Zhang et al. 2024)",
+        min_k_plus_plus_score,
+    ),
+)
+ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}

@@ -1,0 +1,137 @@
+"""Writes an audit as a page to read (HTML), as data (JSON) and as a table (CSV)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+from dualtok.audit import figures, table
+from dualtok.audit.attacks import ATTACKS
+from dualtok.audit.report_data import AuditReport, Estimate
+from dualtok.errors import DataError
+from dualtok.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CSV_COLUMNS = ("model", "step", "attack", "metric", "value", "low", "high", "target_fpr", "attained_fpr", "note")
+
+
+def write_report(report: AuditReport, folder: str | Path) -> Path:
+    """Write ``report.json``, ``report.csv`` and ``report.html`` into ``folder`` and return the path of the last.
+
+    The page is one file: no script, nothing is fetched when it is opened. Each file is written whole or not at all.
+    """
+    folder = Path(folder)
+    page = render_html(report)
+    write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_text(folder / "report.csv", render_csv(report))
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def load_report(path: str | Path) -> AuditReport:
+    """Read a ``report.json``.
+
+    Raises:
+        DataError: the file is missing, or not a report of this version.
+    """
+    try:
+        return AuditReport.model_validate_json(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = str(error).replace("\n", " ")
+        raise DataError(f"{path}: not a readable audit report ({reason}); run `dualtok audit` again") from error
+
+
+def render_csv(report: AuditReport) -> str:
+    """Return one line per model, attack and metric; numbers have all their digits, cells without a value are empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(csv_rows(report))
+    return buffer.getvalue()
+
+
+def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the CSV as dictionaries with some of the keys :data:`CSV_COLUMNS`."""
+    for row in report.rows:
+        model = {"model": row.name, "step": "" if row.step is None else row.step}
+        for metric in ("n_members", "n_non_members", "perplexity_members", "perplexity_non_members", "loss_gap"):
+            yield model | {"metric": metric, "value": getattr(row, metric)}
+        for result in row.attacks:
+            attack = model | {"attack": result.name}
+            yield attack | {"metric": "auc"} | _cells(result.auc)
+            yield attack | {"metric": "auc_two_sided"} | _cells(result.auc_two_sided)
+            for rate in result.tpr:
+                line = attack | {"metric": "tpr", "target_fpr": rate.target_fpr, "note": rate.note}
+                if rate.tpr is not None:
+                    line |= _cells(rate.tpr) | {"attained_fpr": rate.attained_fpr}
+                yield line
+        yield (
+            model
+            | {"metric": "strongest_auc_two_sided", "note": row.strongest.label}
+            | _cells(row.strongest.auc_two_sided)
+        )
+
+
+def _cells(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def render_html(report: AuditReport) -> str:
+    """Return the page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dualtok.audit"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "share": table.share,
+        "interval": table.interval,
+        "perplexity": table.perplexity,
+        "heat": _heat,
+    }
+    measured = {
+        rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
+    }
+    return environment.get_template("report.html.j2").render(
+        report=report, measured=measured, attacks=table.attack_columns(report.rows), sources=ATTACKS, **_figures(report)
+    )
+
+
+def _figures(report: AuditReport) -> dict[str, Any]:
+    attacks = table.attack_columns(report.rows)
+    with_s = [row for row in report.rows if row.calibrated is not None]
+    drawn = [series for series in report.training if series.steps]
+    return {
+        "swatches": [Markup(figures.swatch(index)) for index in range(len(report.rows))],
+        "roc_figures": [Markup(figures.roc_figure(report.rows, name, f"roc-{name}")) for name in attacks],
+        "histogram_rows": with_s,
+        "histogram_figures": [
+            Markup(figures.histogram_figure(row.name, row.calibrated, f"s-{index}"))
+            for index, row in enumerate(with_s)
+            if row.calibrated is not None
+        ],
+        "selection_figures": [
+            Markup(figures.selection_figure(series, f"selection-{index}"))
+            for index, series in enumerate(report.selection)
+            if series.steps
+        ],
+        "training_figures": [
+            Markup(figures.training_figure(of_kind, f"training-{kind}"))
+            for kind in figures.METRIC_LABELS
+            if (of_kind := [series for series in drawn if series.figure == kind])
+        ],
+    }
+
+
+def _heat(two_sided_auc: float) -> str:
+    """Return a share of colour for a cell: none at .5 (no better than chance), full at 1."""
+    return f"{max(0.0, two_sided_auc - 0.5) * 2:.2f}"

@@ -1,0 +1,361 @@
+"""What one forward pass of a model leaves for all single-pass attacks: a few numbers per token, by document.
+
+Legend: b batch, t position, m predicted tokens of a chunk, v vocabulary, n documents, k predicted tokens of all.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dualtok.audit.ragged import segment_sum
+from dualtok.errors import DataError
+from dualtok.files import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+IGNORED_LABEL = -100
+TOKEN_DTYPES: dict[str, type[np.generic]] = {
+    "log_prob": np.float32,
+    "top1": np.bool_,
+    "mean_log_prob": np.float32,
+    "var_log_prob": np.float32,
+}
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """Per-token signals of one model over n documents; document i owns tokens ``offsets[i]:offsets[i + 1]``.
+
+    Raises DataError if lengths or dtypes do not fit, a document occurs twice, or a value is not finite.
+    """
+
+    document: NDArray[np.int64]
+    """Document ids [n], each once."""
+
+    offsets: NDArray[np.int64]
+    """Where each document's tokens start [n + 1], from 0 to k. A document may be empty: nothing of it was predicted."""
+
+    log_prob: NDArray[np.float32]
+    """log p of the true token [k], in nats."""
+
+    top1: NDArray[np.bool_]
+    """Whether no token was likelier than the true one [k]."""
+
+    mean_log_prob: NDArray[np.float32]
+    """Mean of log p over the vocabulary under p itself [k] (Zhang et al. 2024, mu)."""
+
+    var_log_prob: NDArray[np.float32]
+    """Variance of log p over the vocabulary under p itself [k] (Zhang et al. 2024, sigma squared)."""
+
+    def __post_init__(self) -> None:
+        """Check the arrays against each other."""
+        problem = _shape_problem(self) or _value_problem(self)
+        if problem:
+            raise DataError(f"signals: {problem}")
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents n."""
+        return len(self.document)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of predicted tokens k."""
+        return len(self.log_prob)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Predicted tokens of each document [n]."""
+        return np.diff(self.offsets)
+
+    @property
+    def mean_loss(self) -> NDArray[np.float64]:
+        """Mean cross-entropy of each document [n], in nats per token.
+
+        Raises:
+            DataError: a document has no predicted token.
+        """
+        self.require_tokens()
+        return -segment_sum(self.log_prob, self.offsets) / self.lengths
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean cross-entropy over all tokens of all documents (not a mean over documents).
+
+        Raises:
+            DataError: there is no token at all.
+        """
+        if self.n_tokens == 0:
+            raise DataError("signals: no document has a predicted token, so no perplexity; give longer ones")
+        with np.errstate(over="ignore"):
+            return float(np.exp(-np.mean(self.log_prob, dtype=np.float64)))
+
+    def require_tokens(self) -> None:
+        """Raise DataError naming documents without a predicted token, if there are any."""
+        empty = self.document[self.lengths == 0]
+        if len(empty):
+            raise DataError(
+                f"signals: {len(empty)} documents have no predicted token (e.g. document {empty[0]}) and cannot be "
+                "scored; leave them out with Signals.with_tokens()"
+            )
+
+    def with_tokens(self) -> Signals:
+        """Return the documents that have at least one predicted token."""
+        return self.take(np.flatnonzero(self.lengths > 0))
+
+    def select(self, documents: Sequence[int] | NDArray[np.int64]) -> Signals:
+        """Return the given documents, in the given order.
+
+        Raises:
+            DataError: a document is not among these, or is asked for twice.
+        """
+        wanted = np.asarray(documents, dtype=np.int64)
+        if np.array_equal(wanted, self.document):
+            return self
+        by_id = np.argsort(self.document)
+        place = np.searchsorted(self.document, wanted, sorter=by_id)
+        found = np.zeros(len(wanted), dtype=bool)
+        inside = place < self.n_documents
+        found[inside] = self.document[by_id[place[inside]]] == wanted[inside]
+        if not found.all():
+            raise DataError(
+                f"signals: {np.count_nonzero(~found)} documents are missing (e.g. document {wanted[~found][0]}); "
+                "both models must be run over the same documents"
+            )
+        return self.take(by_id[place])
+
+    def take(self, positions: NDArray[np.int64]) -> Signals:
+        """Return the documents at the given positions (not ids)."""
+        lengths = self.lengths[positions]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        source = np.repeat(self.offsets[:-1][positions] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        arrays = {name: getattr(self, name)[source] for name in TOKEN_DTYPES}
+        return Signals(document=self.document[positions], offsets=offsets, **arrays)
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz file that is either whole or absent."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("document", "offsets", *TOKEN_DTYPES)}
+        with atomic_file(path) as stream:
+            np.savez(stream, format=np.int64(FORMAT), **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Signals:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DataError: the file is missing, torn, of another format, or its arrays do not fit each other.
+        """
+        again = "run the audit's model pass again"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such signals file; {again}") from None
+        except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not a readable signals file ({error}); {again}") from error
+        version = arrays.pop("format", None)
+        if version is None or version.shape != () or version != FORMAT:
+            raise DataError(f"{path}: signals format {version}, expected {FORMAT}; {again}")
+        expected = {"document", "offsets", *TOKEN_DTYPES}
+        if set(arrays) != expected:
+            raise DataError(f"{path}: arrays {sorted(arrays)}, expected {sorted(expected)}; {again}")
+        try:
+            return cls(**arrays)
+        except DataError as error:
+            raise DataError(f"{path}: {error}; {again}") from error
+
+
+def _shape_problem(signals: Signals) -> str | None:
+    dtypes: dict[str, type[np.generic]] = {"document": np.int64, "offsets": np.int64, **TOKEN_DTYPES}
+    for name, dtype in dtypes.items():
+        array = getattr(signals, name)
+        if array.dtype != dtype or array.ndim != 1:
+            return f"{name} is {array.dtype} with shape {array.shape}, expected one dimension of {np.dtype(dtype)}"
+    offsets = signals.offsets
+    if len(offsets) != signals.n_documents + 1:
+        return f"{len(offsets)} offsets for {signals.n_documents} documents, expected one more than documents"
+    if offsets[0] != 0 or offsets[-1] != signals.n_tokens or (np.diff(offsets) < 0).any():
+        return f"offsets do not rise from 0 to the {signals.n_tokens} tokens"
+    for name in TOKEN_DTYPES:
+        if len(getattr(signals, name)) != signals.n_tokens:
+            return f"{name} has {len(getattr(signals, name))} tokens, log_prob has {signals.n_tokens}"
+    return None
+
+
+def _value_problem(signals: Signals) -> str | None:
+    if len(np.unique(signals.document)) != signals.n_documents:
+        return "a document occurs twice"
+    for name in ("log_prob", "mean_log_prob", "var_log_prob"):
+        bad = np.flatnonzero(~np.isfinite(getattr(signals, name)))
+        if len(bad):
+            document = signals.document[np.searchsorted(signals.offsets, bad[0], side="right") - 1]
+            return (
+                f"{name} of document {document} is not finite; the model has diverged or its logits overflow (try fp32)"
+            )
+    return "var_log_prob is negative" if (signals.var_log_prob < 0).any() else None
+
+
+def token_signals(
+    logits_btv: torch.Tensor, labels_bt: torch.Tensor, *, chunk_tokens: int = 1024
+) -> dict[str, torch.Tensor]:
+    """Return the signals of every token, each [b, t] and 0 (False) where the label is -100.
+
+    Args:
+        logits_btv: logits of any float dtype; only ``chunk_tokens`` of them at a time are held in float32. The
+            result does not depend on how a batch is cut.
+        labels_bt: int64, already shifted: the token that position t predicts, or -100.
+        chunk_tokens: tokens visited at once.
+
+    Returns:
+        The fields of :class:`Signals`: ``log_prob``, ``mean_log_prob``, ``var_log_prob`` in float32, ``top1`` bool.
+    """
+    if logits_btv.shape[:-1] != labels_bt.shape:
+        raise ValueError(f"logits {tuple(logits_btv.shape)} do not fit labels {tuple(labels_bt.shape)}")
+    with torch.no_grad():
+        flat_logits = logits_btv.reshape(-1, logits_btv.shape[-1])
+        flat_labels = labels_bt.reshape(-1)
+        predicted = (flat_labels != IGNORED_LABEL).nonzero().squeeze(1)
+        signals = {
+            name: torch.zeros(
+                len(flat_labels), dtype=torch.bool if name == "top1" else torch.float32, device=logits_btv.device
+            )
+            for name in TOKEN_DTYPES
+        }
+        for chunk in torch.split(predicted, chunk_tokens):
+            for name, values in _chunk_signals(flat_logits[chunk].float(), flat_labels[chunk]).items():
+                signals[name][chunk] = values
+        return {name: values.reshape(labels_bt.shape) for name, values in signals.items()}
+
+
+def _chunk_signals(logits_mv: torch.Tensor, labels_m: torch.Tensor) -> dict[str, torch.Tensor]:
+    log_p = torch.log_softmax(logits_mv, dim=-1)
+    p = log_p.exp()
+    true_log_p = log_p.gather(1, labels_m[:, None]).squeeze(1)
+    top1 = true_log_p >= log_p.amax(dim=-1)
+    # p log p -> 0 as p -> 0, but 0 * -inf is NaN: models mask unused rows of the vocabulary with -inf.
+    log_p = torch.where(p > 0, log_p, 0.0)
+    mean = (p * log_p).sum(dim=-1)
+    # Two passes: E[x^2] - E[x]^2 loses every digit where the model is nearly sure.
+    variance = (p * (log_p - mean[:, None]).square()).sum(dim=-1)
+    return {"log_prob": true_log_p, "top1": top1, "mean_log_prob": mean, "var_log_prob": variance}
+
+
+class Piece(NamedTuple):
+    """Where a piece of a document lies in a row of packed blocks."""
+
+    document: int
+    start: int
+    """Offset of the piece's first token in its document."""
+    length: int
+    """Tokens of the piece. Its last one predicts nothing."""
+    column: int
+    """Column of the piece's first token in the row."""
+
+
+class SignalsBuilder:
+    """Puts documents together again whose pieces come from several blocks, in any order.
+
+    Picklable, so that ranks can send theirs to one of them and :meth:`merge` them there.
+
+    Args:
+        n_tokens: the documents wanted and the tokens each has. Pieces of others are passed over, and :meth:`build`
+            demands that every document is whole. None takes all documents and cannot notice a missing last piece.
+    """
+
+    def __init__(self, n_tokens: Mapping[int, int] | None = None) -> None:
+        self._n_tokens = None if n_tokens is None else dict(n_tokens)
+        self._pieces: dict[int, dict[int, tuple[int, dict[str, NDArray[np.generic]]]]] = defaultdict(dict)
+
+    def add(
+        self, signals: Mapping[str, torch.Tensor], labels_bt: torch.Tensor, segments: Sequence[Sequence[Piece]]
+    ) -> None:
+        """Take one batch: signals as from :func:`token_signals`, and for each of the b rows its pieces.
+
+        Raises:
+            ValueError: pieces do not fit the rows, or a label reaches over a piece's end.
+            DataError: a piece was added before.
+        """
+        rows, width = labels_bt.shape
+        if len(segments) != rows:
+            raise ValueError(f"{len(segments)} lists of pieces for {rows} rows")
+        keep = (labels_bt != IGNORED_LABEL).cpu().numpy()
+        arrays = {name: signals[name].cpu().numpy().astype(dtype) for name, dtype in TOKEN_DTYPES.items()}
+        for row, pieces in enumerate(segments):
+            for document, start, length, column in pieces:
+                if length < 1 or column < 0 or column + length > width:
+                    raise ValueError(f"document {document}: piece of {length} at column {column} of {width}")
+                if keep[row, column + length - 1]:
+                    raise ValueError(f"document {document}: the last token of its piece at {start} has a label")
+                if self._n_tokens is not None and document not in self._n_tokens:
+                    continue
+                here = keep[row, column : column + length]
+                values = {name: array[row, column : column + length][here] for name, array in arrays.items()}
+                self._insert(int(document), int(start), int(length), values)
+
+    def merge(self, other: SignalsBuilder) -> None:
+        """Take the pieces of another builder, e.g. another rank's.
+
+        Raises:
+            DataError: both hold the same piece.
+        """
+        for document, pieces in other._pieces.items():
+            for start, (length, values) in pieces.items():
+                self._insert(document, start, length, values)
+
+    def build(self) -> Signals:
+        """Return the documents in the order of their ids.
+
+        Raises:
+            DataError: a piece is missing or overlaps another.
+        """
+        wanted = sorted(self._pieces if self._n_tokens is None else self._n_tokens)
+        chunks: dict[str, list[NDArray[np.generic]]] = {
+            name: [np.zeros(0, dtype)] for name, dtype in TOKEN_DTYPES.items()
+        }
+        offsets = [0]
+        for document in wanted:
+            pieces = sorted(self._pieces.get(document, {}).items())
+            end = predicted = 0
+            for start, (length, values) in pieces:
+                if start != end:
+                    raise DataError(_broken(document, f"a piece starts at token {start}, expected {end}"))
+                end += length
+                predicted += len(values["log_prob"])
+                for name, array in values.items():
+                    chunks[name].append(array)
+            if self._n_tokens is not None and end != self._n_tokens[document]:
+                raise DataError(_broken(document, f"{end} tokens were read of {self._n_tokens[document]}"))
+            offsets.append(offsets[-1] + predicted)
+        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in chunks.items()}
+        return Signals(document=np.array(wanted, np.int64), offsets=np.array(offsets, np.int64), **arrays)
+
+    def _insert(self, document: int, start: int, length: int, values: dict[str, NDArray[np.generic]]) -> None:
+        if start in self._pieces[document]:
+            raise DataError(_broken(document, f"its piece at token {start} came twice"))
+        self._pieces[document][start] = (length, values)
+
+
+def _broken(document: int, what: str) -> str:
+    return f"signals: document {document}: {what}; check the shards or run `dualtok prepare` again"
+
+
+def collect(
+    batches: Iterable[tuple[Mapping[str, torch.Tensor], torch.Tensor, Sequence[Sequence[Piece]]]],
+    n_tokens: Mapping[int, int] | None = None,
+) -> Signals:
+    """Return the documents of batches ``(signals, labels_bt, segments)``; see :class:`SignalsBuilder`."""
+    builder = SignalsBuilder(n_tokens)
+    for signals, labels_bt, segments in batches:
+        builder.add(signals, labels_bt, segments)
+    return builder.build()

@@ -1,0 +1,69 @@
+"""The audit's figures as text: for the terminal's last lines and for tables in HTML."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from dualtok.audit.attacks import ATTACKS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dualtok.audit.report_data import Estimate, ModelAudit
+
+
+def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
+    """Return name -> label of every attack that any of the rows ran, in the order of :data:`ATTACKS`."""
+    ran = {attack.name: attack.label for row in rows for attack in row.attacks}
+    order = {name: place for place, name in enumerate(ATTACKS)}
+    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
+
+
+def share(value: float, digits: int = 3) -> str:
+    """Return a number of [0, 1] without its leading zero: .967, 1.000."""
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def interval(estimate: Estimate) -> str:
+    """Return the ends of an interval: [.951, .981]."""
+    return f"[{share(estimate.low)}, {share(estimate.high)}]"
+
+
+def perplexity(value: float) -> str:
+    """Return a perplexity with about five significant digits."""
+    return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
+
+
+def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
+    """Return one line per model: held-out perplexity, loss gap, AUC of each attack, strongest one two-sided.
+
+    With all five attacks it needs about 110 columns of terminal.
+    """
+    caption = (
+        "AUC one-sided, with intervals; strongest: max(AUC, 1 - AUC), its interval corrected for the number of attacks"
+    )
+    table = Table(title=title, caption=caption, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    columns = attack_columns(rows)
+    for label in ("held-out\nPPL", "loss\ngap", *columns.values(), "strongest"):
+        table.add_column(label, justify="right", no_wrap=True)
+    for row in rows:
+        cells = []
+        for name in columns:
+            result = row.attack(name)
+            cells.append("n/a" if result is None else _cell(result.auc))
+        best = row.strongest
+        cells.append(_cell(best.auc_two_sided, f" {best.label}"))
+        ppl = perplexity(row.perplexity_non_members)
+        # A model's own name may hold brackets, which rich would read as markup.
+        table.add_row(escape(row.name), ppl, f"{row.loss_gap:+.3f}", *cells)
+    return table
+
+
+def _cell(estimate: Estimate, label: str = "") -> str:
+    """Return a figure over its interval with two decimals, to spare width: .447 over .41-.52."""
+    ends = "-".join(share(end, digits=2) for end in (estimate.low, estimate.high))
+    return f"{share(estimate.value)}{label}\n{ends}"

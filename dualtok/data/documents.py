@@ -1,0 +1,146 @@
+"""Documents in: .txt, .jsonl and .parquet files, folders of them, and streamed ``datasets`` datasets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dualtok.data.config import DataConfig
+from dualtok.errors import DataError, did_you_mean
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+PARQUET_BATCH = 1024
+
+
+class Document(NamedTuple):
+    """A text and where it came from (file and line or row), for errors."""
+
+    text: str
+    origin: str
+
+
+def read_documents(config: DataConfig) -> Iterator[Document]:
+    """Yield the documents of ``config.source`` in a fixed order: files by name, then lines or rows.
+
+    Raises:
+        DataError: the source is missing, empty, not UTF-8, malformed, or lacks the field; names file and line or row.
+    """
+    if config.source is None:
+        raise DataError("data.source: missing; give a file, a folder or the name of a dataset to prepare")
+    path = Path(config.source)
+    if path.is_file():
+        yield from _read_file(path, config)
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if not files:
+            raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder (data.source)")
+        for file in files:
+            yield from _read_file(file, config)
+    elif path.suffix in SUFFIXES or path.is_absolute() or config.source.startswith("."):
+        raise DataError(f"{path}: no such file or folder (data.source)")
+    else:
+        yield from _stream_dataset(config)
+
+
+def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: cannot read {path.suffix or 'files without suffix'}; give {', '.join(SUFFIXES)}")
+    yield from readers[path.suffix](path, config)
+
+
+def _read_txt(path: Path, config: DataConfig) -> Iterator[Document]:
+    if config.txt_documents == "file":
+        yield Document(_decode(path.read_bytes(), str(path)), str(path))
+        return
+    paragraph: list[str] = []
+    first = 1
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            line = _decode(raw, f"{path}:{number}")
+            if line.strip():
+                first = first if paragraph else number
+                paragraph.append(line)
+            elif paragraph:
+                yield Document("".join(paragraph).strip(), f"{path}:{first}")
+                paragraph = []
+    if paragraph:
+        yield Document("".join(paragraph).strip(), f"{path}:{first}")
+
+
+def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            origin = f"{path}:{number}"
+            line = _decode(raw, origin)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{origin}: a line must be a JSON object with the field {config.field!r}")
+            yield Document(_text_of(row, config.field, origin), origin)
+
+
+def _read_parquet(path: Path, config: DataConfig) -> Iterator[Document]:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())[:120]}") from None
+    if config.field not in file.schema_arrow.names:
+        raise DataError(_no_field(config.field, file.schema_arrow.names, str(path)))
+    row = 0
+    for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=[config.field]):
+        for text in batch.column(0).to_pylist():
+            yield Document(_require_text(text, config.field, f"{path}: row {row}"), f"{path}: row {row}")
+            row += 1
+
+
+def _stream_dataset(config: DataConfig) -> Iterator[Document]:
+    from datasets import load_dataset
+
+    name = str(config.source)
+    try:
+        dataset = load_dataset(name, config.dataset_config, split=config.dataset_split, streaming=True)
+        columns = dataset.column_names
+    except Exception as error:  # the library raises a dozen unrelated classes for "cannot be had"
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{name}: neither a file, a folder nor a dataset that can be read: {reason}") from None
+    if columns is not None and config.field not in columns:
+        raise DataError(_no_field(config.field, columns, name))
+    for number, row in enumerate(dataset):
+        origin = f"{name}: row {number}"
+        yield Document(_text_of(row, config.field, origin), origin)
+
+
+def _decode(raw: bytes, origin: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        newlines = raw.count(b"\n", 0, error.start)
+        line = "" if re.search(r":\d+$", origin) else f" (line {newlines + 1})"
+        raise DataError(f"{origin}: not UTF-8 at byte {error.start}{line}; convert the file to UTF-8") from None
+
+
+def _text_of(row: dict[str, object], field: str, origin: str) -> str:
+    if field not in row:
+        raise DataError(_no_field(field, list(row), origin))
+    return _require_text(row[field], field, origin)
+
+
+def _require_text(value: object, field: str, origin: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: field {field!r} holds {type(value).__name__}, not text")
+    return value
+
+
+def _no_field(field: str, known: list[str], origin: str) -> str:
+    return f"{origin}: no field {field!r}{did_you_mean(field, known)}; fields are {', '.join(map(str, known))} (data.field)"

@@ -1,0 +1,125 @@
+"""``manifest.json``: what a prepared folder holds, with every shard's checksum. Written last, so it is there only when all is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dualtok.errors import DataError
+from dualtok.files import file_sha256, write_text
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(_Entry):
+    """One shard file of a split."""
+
+    file: str
+    lane: int
+    rows: int
+    """Blocks."""
+    tokens: int
+    """Tokens that are not padding."""
+    bytes: int
+    sha256: str
+
+    @property
+    def stem(self) -> str:
+        """File name without its suffix; score files carry the same."""
+        return Path(self.file).stem
+
+
+class SplitEntry(_Entry):
+    """One split."""
+
+    documents: int
+    tokens: int
+    predicted_tokens: int
+    """Tokens with a loss: all but the first of each piece."""
+    blocks: int
+    shards: list[ShardEntry]
+    documents_sha256: str
+    """Checksum of the split's table of documents."""
+
+
+class Manifest(_Entry):
+    """A prepared data folder."""
+
+    format_version: int = FORMAT_VERSION
+    config: dict[str, Any]
+    """The ``data`` section that made it."""
+    seed: int
+    tokenizer_fingerprint: str
+    vocabulary: int
+    """Ids of the tokenizer."""
+    block_length: int
+    lanes: int
+    documents_read: int
+    exact_duplicates: int
+    near_duplicates: int
+    too_short: int
+    unused: int
+    """Documents in no split."""
+    splits: dict[str, SplitEntry]
+
+
+def load_manifest(data_dir: str | Path) -> Manifest:
+    """Read a prepared folder's manifest.
+
+    Raises:
+        DataError: the folder is not prepared, or the manifest is malformed or of another version.
+    """
+    path = Path(data_dir) / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, so this data is not (completely) prepared; run `dualtok prepare`") from None
+    try:
+        values = json.loads(text)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: format version {version}, this dualtok reads {FORMAT_VERSION}; prepare the data again")
+        return Manifest.model_validate(values)
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise DataError(f"{path}: malformed: {' '.join(str(error).split())[:160]}; prepare the data again") from None
+
+
+def save_manifest(manifest: Manifest, data_dir: str | Path) -> None:
+    """Write a folder's manifest atomically."""
+    write_text(Path(data_dir) / MANIFEST, manifest.model_dump_json(indent=1))
+
+
+def split_entry(manifest: Manifest, split: str, data_dir: str | Path) -> SplitEntry:
+    """Return a split's entry.
+
+    Raises:
+        DataError: the data was prepared without it.
+    """
+    if split not in manifest.splits:
+        raise DataError(
+            f"{data_dir}: prepared without split {split!r} (it has {', '.join(manifest.splits)}); add it to data.shares"
+        )
+    return manifest.splits[split]
+
+
+def check_shard(path: Path, shard: ShardEntry, *, hashed: bool = True) -> None:
+    """Refuse a shard that is not byte for byte the one in the manifest.
+
+    Raises:
+        DataError: it is missing, truncated or altered.
+    """
+    again = "restore it, or remove the folder and run `dualtok prepare` again"
+    if not path.is_file():
+        raise DataError(f"{path}: shard is missing; {again}")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise DataError(f"{path}: shard has {size} bytes, the manifest says {shard.bytes}; {again}")
+    if hashed and file_sha256(path) != shard.sha256:
+        raise DataError(f"{path}: shard was altered, its checksum differs from the manifest's; {again}")

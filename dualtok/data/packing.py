@@ -1,0 +1,112 @@
+"""Documents to fixed-length blocks, and blocks to model inputs.
+
+A document longer than a block is cut only at multiples of the block length from its own start; whole pieces are then packed
+into blocks. A document's losses therefore do not depend on its neighbours.
+
+Legend: b batch, t position.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+IGNORED_LABEL = -100
+PADDING_ID = 0
+
+
+class Segment(NamedTuple):
+    """A piece of a document in a block; the pieces of a block lie end to end from column 0."""
+
+    doc: int
+    start: int
+    """Offset of the piece in its document, a multiple of the block length."""
+    length: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of tokens, padded at its end."""
+
+    input_ids: NDArray[np.int32]
+    segments: list[Segment]
+
+
+def cut(doc: int, length: int, block_length: int) -> list[Segment]:
+    """Cut a document of ``length`` tokens into pieces of at most ``block_length``."""
+    return [Segment(doc, start, min(block_length, length - start)) for start in range(0, length, block_length)]
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack items into bins by best-fit decreasing; equal lengths keep their order, so the result is deterministic.
+
+    Args:
+        lengths: item sizes, each between 1 and ``capacity``.
+        capacity: size of a bin.
+
+    Returns:
+        Item indices of each bin.
+    """
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []  # (room left, bin), ascending: the first that fits is the best fit
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(open_bins, (lengths[item], -1))
+        if place == len(open_bins):
+            bins.append([item])
+            room, which = capacity - lengths[item], len(bins) - 1
+        else:
+            room, which = open_bins.pop(place)
+            bins[which].append(item)
+            room -= lengths[item]
+        if room:
+            entry = (room, which)
+            open_bins.insert(bisect_left(open_bins, entry), entry)
+    return bins
+
+
+def pack_documents(documents: Sequence[tuple[int, NDArray[np.int32]]], block_length: int) -> list[Block]:
+    """Pack (document id, token ids) into blocks; every token lands in exactly one of them."""
+    tokens = dict(documents)
+    pieces = [piece for doc, ids in documents for piece in cut(doc, len(ids), block_length)]
+    blocks = []
+    for members in pack([piece.length for piece in pieces], block_length):
+        input_ids = np.full(block_length, PADDING_ID, dtype=np.int32)
+        column = 0
+        for piece in (pieces[index] for index in members):
+            input_ids[column : column + piece.length] = tokens[piece.doc][piece.start : piece.start + piece.length]
+            column += piece.length
+        blocks.append(Block(input_ids, [pieces[index] for index in members]))
+    return blocks
+
+
+def model_inputs(input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int32]]) -> dict[str, torch.Tensor]:
+    """Return what a model takes: ids, positions and shifted labels.
+
+    Args:
+        input_ids: [b, t].
+        lengths: for each row the lengths of its pieces, which lie end to end from column 0; the rest is padding.
+
+    Returns:
+        ``input_ids``, ``position_ids`` (from 0 at each piece, and at the padding) and ``labels`` (the next token of the same
+        piece, else -100), all int64 [b, t].
+    """
+    rows, width = input_ids.shape
+    ids = torch.from_numpy(input_ids.astype(np.int64))
+    positions = np.empty((rows, width), dtype=np.int64)
+    labels = np.full((rows, width), IGNORED_LABEL, dtype=np.int64)
+    labels[:, :-1] = input_ids[:, 1:]
+    columns = np.arange(width)
+    for row, row_lengths in enumerate(lengths):
+        ends = np.cumsum(row_lengths)
+        filled = int(ends[-1]) if len(ends) else 0
+        starts = np.concatenate([[0], ends])
+        positions[row] = columns - starts[np.searchsorted(ends, columns, side="right")]
+        labels[row, ends - 1] = IGNORED_LABEL
+        labels[row, filled:] = IGNORED_LABEL
+    return {"input_ids": ids, "position_ids": torch.from_numpy(positions), "labels": torch.from_numpy(labels)}

@@ -1,0 +1,121 @@
+"""Tokenizers: any Hugging Face one, a SentencePiece model, or a byte-level BPE trained on the reference split.
+
+Documents are encoded without special tokens, a beginning-of-sequence token is put in front if the tokenizer puts one there by
+itself, and the end token closes every document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualtok.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder, a hub name or a SentencePiece ``.model`` file.
+
+    Raises:
+        DataError: it cannot be read, or has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    if path.suffix == ".model":
+        return _from_sentencepiece(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the library raises a dozen unrelated classes for "cannot be had"
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{source}: not a tokenizer that can be read: {reason} (data.tokenizer)") from None
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{source}: the tokenizer has no end-of-sequence token, which must close every document")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer of at most ``vocab_size`` ids on texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the token ids of documents, end token included."""
+    # An empty text shows which special tokens the tokenizer adds by itself; only a leading BOS is wanted.
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    head = [tokenizer.bos_token_id] if adds_bos else []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [[*head, *ids, tokenizer.eos_token_id] for ids in encoded]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of what decides the ids: vocabulary, merges, normalisation, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    special = repr((tokenizer.bos_token_id, tokenizer.eos_token_id))
+    return hashlib.sha256(f"{content}\n{special}".encode()).hexdigest()
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer as a Hugging Face folder that is whole or absent."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    """Return a SentencePiece model as a fast tokenizer that gives the same ids (tested on real text)."""
+    from tokenizers import decoders
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such SentencePiece model (data.tokenizer)")
+    try:
+        extractor = SentencePieceExtractor(str(path))
+        parts = extractor.extract(None)
+        backend = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, parts["vocab"], parts.get("merges"))
+    except Exception as error:  # protobuf and the converter raise unrelated classes for a malformed file
+        raise DataError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())[:120]}") from None
+    settings, trainer = extractor.proto.normalizer_spec, extractor.proto.trainer_spec
+    backend.normalizer = _sentencepiece_normalizer(settings)
+    if settings.add_dummy_prefix:
+        backend.decoder = decoders.Sequence([backend.decoder, decoders.Fuse(), decoders.Strip(content=" ", left=1)])
+    special = {"unk_token": trainer.unk_piece, "eos_token": trainer.eos_piece if trainer.eos_id >= 0 else END_OF_TEXT}
+    if trainer.bos_id >= 0:
+        special["bos_token"] = trainer.bos_piece
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def _sentencepiece_normalizer(settings) -> object:  # noqa: ANN001 - a protobuf message without types
+    from tokenizers import Regex, normalizers
+
+    steps: list[normalizers.Normalizer] = []
+    if settings.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(settings.precompiled_charsmap))
+    if settings.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
+    if settings.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    steps.append(normalizers.Replace(" ", "▁"))
+    return normalizers.Sequence(steps)

@@ -1,0 +1,154 @@
+"""``dualtok audit``: run every model once over members and non-members, attack what it gives away, keep the figures.
+
+The model pass is shared by all ranks and its signals are kept, so that an interrupted audit continues with the next model
+and attacks can be run again without a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dualtok.audit.attacks import AttackContext
+from dualtok.audit.evaluate import audit_model, choose_documents
+from dualtok.audit.report_data import ModelAudit
+from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
+from dualtok.data.manifest import load_manifest
+from dualtok.data.stream import BlockStream
+from dualtok.data.tokenizer import load_tokenizer
+from dualtok.engine.distributed import Ranks, join_ranks
+from dualtok.engine.zero import build_forward_only
+from dualtok.errors import ConfigError
+from dualtok.files import write_text
+from dualtok.model.load import check_fits, read_model_config
+from dualtok.monitor.progress import RunProgress
+from dualtok.reference.fingerprint import blocks_digest, model_folder, weights_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from dualtok.data.manifest import Manifest
+    from dualtok.run import RunConfig
+
+ATTACKER = "attack_reference"
+AUDIT_FILE = "audit.json"
+
+
+def audit(run: RunConfig) -> list[ModelAudit]:
+    """Audit every model of ``audit.models`` and write ``<output_dir>/audit/audit.json``.
+
+    Raises:
+        ConfigError: no models are named, or one does not fit the blocks.
+        DataError: a shard is missing or altered, or a class has no documents.
+    """
+    settings = run.audit
+    if not settings.models:
+        raise ConfigError("audit.models: name at least one model folder to audit, e.g. {dual: models/dual}")
+    manifest = load_manifest(run.data.dir)
+    ranks = join_ranks()
+    folders = {name: model_folder(path) for name, path in settings.models.items()}
+    if settings.attack_reference is not None:
+        folders[ATTACKER] = model_folder(settings.attack_reference)
+    vocabulary = len(load_tokenizer(Path(run.data.dir) / "tokenizer"))
+    for name, folder in folders.items():
+        check_fits(read_model_config(folder), vocabulary=vocabulary, block_length=manifest.block_length,
+                   origin=f"audit: {name}")  # fmt: skip
+    signals = {name: _signals_of(run, manifest, name, folder, ranks) for name, folder in folders.items()}
+    audits = ranks.first_does(lambda: _attack_all(run, signals))
+    ranks.barrier()
+    return list(audits)
+
+
+def audit_folder(run: RunConfig) -> Path:
+    """Return where a run's audit is kept."""
+    return Path(run.output_dir) / "audit"
+
+
+def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> list[ModelAudit]:
+    """Attack every model (on rank 0) and write the figures."""
+    settings = run.audit
+    contexts = {}
+    for split in (settings.members, settings.non_members):
+        table = BlockStream(run.data.dir, split, seed=run.seed, verify=False).document_table()
+        sizes = dict(zip(table["doc"].to_pylist(), table["zlib_bytes"].to_pylist(), strict=True))
+        reference = signals[ATTACKER][split] if ATTACKER in signals else None
+        contexts[split] = AttackContext(reference=reference, zlib_bytes=sizes)
+    audits = [
+        audit_model(
+            name,
+            signals[name][settings.members],
+            signals[name][settings.non_members],
+            member_context=contexts[settings.members],
+            non_member_context=contexts[settings.non_members],
+            config=settings,
+        )
+        for name in settings.models
+    ]
+    content = json.dumps([json.loads(audit.model_dump_json()) for audit in audits], indent=1)
+    write_text(audit_folder(run) / AUDIT_FILE, content)
+    return audits
+
+
+def _signals_of(run: RunConfig, manifest: Manifest, name: str, folder: Path, ranks: Ranks) -> dict[str, Signals]:
+    """Return a model's signals over members and non-members; only rank 0 gets them, the others an empty dictionary."""
+    settings = run.audit
+    splits = (settings.members, settings.non_members)
+    key = ranks.first_does(lambda: _signals_key(run, manifest, folder))
+    files = {split: audit_folder(run) / "signals" / f"{key}-{split}.npz" for split in splits}
+    if not ranks.from_first(all(file.is_file() for file in files.values())):
+        forward = build_forward_only(
+            folder, precision=settings.precision, batch_size=settings.batch_size, deepspeed_json=settings.deepspeed,
+            ranks=ranks, signals=token_signals,
+        )  # fmt: skip
+        for split, file in files.items():
+            builder = _model_pass(run, split, forward, f"audit {name}, {split}", ranks)
+            if builder is not None:
+                builder.build().save(file)
+        ranks.barrier()
+    return {split: Signals.load(file) for split, file in files.items()} if ranks.is_first else {}
+
+
+def _model_pass(
+    run: RunConfig, split: str, forward: Callable[[Any], Any], title: str, ranks: Ranks
+) -> SignalsBuilder | None:
+    """Run a model over the chosen documents of a split; returns all ranks' signals on rank 0, None elsewhere."""
+    settings = run.audit
+    stream = BlockStream(run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size)
+    table = stream.document_table()
+    lengths = dict(zip(table["doc"].to_pylist(), table["n_tokens"].to_pylist(), strict=True))
+    chosen = choose_documents(np.array(list(lengths)), settings.max_documents, settings.seed)
+    builder = SignalsBuilder({int(document): lengths[int(document)] for document in chosen})
+    documents = None if settings.max_documents is None else chosen
+    calls = stream.sequential_batches(settings.batch_size, ranks.world_size, documents=documents)
+    with RunProgress(title, calls, active=ranks.is_first, plain_every=max(1, calls // 4)) as progress:
+        for batch, segments in stream.sequential(settings.batch_size, ranks.rank, ranks.world_size, documents=documents):
+            builder.add(forward(batch), batch["labels"], [_with_columns(row) for row in segments])
+            progress.advance(1)
+    parts = ranks.gather_objects_to_first(builder)
+    if parts is None:
+        return None
+    for other in parts[1:]:
+        parts[0].merge(other)
+    return parts[0]
+
+
+def _with_columns(row: list) -> list[Piece]:
+    """Add to each (document, start, length) of a block the column where it lies: pieces are laid end to end."""
+    pieces, column = [], 0
+    for document, start, length in row:
+        pieces.append(Piece(document, start, length, column))
+        column += length
+    return pieces
+
+
+def _signals_key(run: RunConfig, manifest: Manifest, folder: Path) -> str:
+    """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents."""
+    settings = run.audit
+    parts = [weights_digest(folder), blocks_digest(manifest), manifest.tokenizer_fingerprint, settings.precision,
+             str(settings.max_documents), str(settings.seed)]  # fmt: skip
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# One host, RANKS processes, started by torchrun:   RANKS=2 launch/torchrun.sh train run.yaml train.steps=100
+set -euo pipefail
+RANKS="${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks that share cores must not each use all of them
+export LOCAL_SIZE="$RANKS"                     # how many devices DeepSpeed sees on a host without accelerators
+exec python -m torch.distributed.run --standalone --nproc-per-node="$RANKS" -m dualtok "$@"

@@ -1,0 +1,81 @@
+"""Made-up signals and reports. Legend as in the audit: n documents, k predicted tokens of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from dualtok.audit.attacks import AttackContext
+from dualtok.audit.config import AuditConfig
+from dualtok.audit.evaluate import audit_model
+from dualtok.audit.report_data import AuditReport, ModelAudit, SelectionSeries, TrainingSeries
+from dualtok.audit.signals import Signals
+
+MakeSignals = Callable[..., Signals]
+
+
+@pytest.fixture(scope="session")
+def make_signals() -> MakeSignals:
+    """Signals of random documents; ``loss`` is the mean loss of their tokens, in nats."""
+
+    def make(seed: int = 0, *, lengths: Sequence[int] = (7, 3, 1, 12), first_id: int = 0, loss: float = 3.0) -> Signals:
+        rng = np.random.default_rng(seed)
+        k = sum(lengths)
+        return Signals(
+            document=first_id + np.arange(len(lengths), dtype=np.int64),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            log_prob=-rng.gamma(4.0, loss / 4, k).astype(np.float32),
+            top1=rng.random(k) < 0.3,
+            mean_log_prob=-rng.uniform(1, 6, k).astype(np.float32),
+            var_log_prob=rng.uniform(0.5, 4, k).astype(np.float32),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_rows(make_signals: MakeSignals) -> list[ModelAudit]:
+    """Audits of three made-up models: one that knows its members, one that hides them, one without a reference."""
+    lengths = np.random.default_rng(1).integers(20, 60, 60).tolist()
+    sizes = {document: 90 + document for document in range(160)}
+    classes = {}
+    for first, kind in ((0, "members"), (100, "non_members")):
+        reference = make_signals(first + 7, lengths=lengths, first_id=first)
+        classes[kind] = AttackContext(reference=reference, zlib_bytes=sizes)
+
+    def row(name: str, member_loss: float, *, contexts: bool = True) -> ModelAudit:
+        return audit_model(
+            name,
+            make_signals(11, lengths=lengths, loss=member_loss),
+            make_signals(12, lengths=lengths, first_id=100),
+            member_context=classes["members"] if contexts else None,
+            non_member_context=classes["non_members"] if contexts else None,
+            config=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001]),
+            step=300,
+        )
+
+    return [row("plain, last", 2.2), row("dual <best> & final", 2.95), row("base", 3.0, contexts=False)]
+
+
+@pytest.fixture(scope="session")
+def report(model_rows: list[ModelAudit]) -> AuditReport:
+    steps = list(range(0, 301, 25))
+    hard = [0.6] * len(steps)
+    memorised = [min(0.2, step / 1000) for step in steps]
+    return AuditReport(
+        title="Audit of sotu-small",
+        created="2025-01-02T03:04:05+00:00",
+        identity={"data": "sotu, 60 members and 60 non-members", "seed": "0"},
+        settings=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001]),
+        rows=model_rows,
+        selection=[SelectionSeries(run="dual", steps=steps, hard=hard, memorised=memorised)],
+        training=[
+            TrainingSeries(run="plain", figure="loss_gap", steps=steps, values=[step / 500 for step in steps]),
+            TrainingSeries(run="dual", figure="loss_gap", steps=steps, values=[step / 5000 for step in steps]),
+            TrainingSeries(run="dual", figure="ref_auc", steps=steps, values=[0.5 - step / 6000 for step in steps]),
+        ],
+        configs={"dual": "objective: dual\nselection:\n  alpha: 0.8  # <script>alert(1)</script>\n"},
+        versions={"dualtok": "0.1.0", "torch": "2.13.0"},
+    )

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from dualtok.audit.attacks import ATTACKS
+from dualtok.audit.config import AuditConfig
+
+
+def test_defaults_run_every_attack() -> None:
+    config = AuditConfig()
+    assert list(config.attacks) == list(ATTACKS)
+    assert (config.bootstrap_resamples, config.confidence, config.min_k_share) == (1000, 0.95, 0.2)
+    assert config.fpr_targets == [0.1, 0.01, 0.001]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bootstrap_resamples": 99},
+        {"confidence": 1.0},
+        {"confidence": 0.5},
+        {"fpr_targets": []},
+        {"fpr_targets": [0.0]},
+        {"fpr_targets": [1.0]},
+        {"fpr_targets": [0.1, 0.1]},
+        {"min_k_share": 0.0},
+        {"min_k_share": 1.1},
+        {"attacks": []},
+        {"attacks": ["loss", "loss"]},
+        {"attacks": ["los"]},
+        {"batch_size": 0},
+        {"max_documents": 1},
+        {"seed": -1},
+        {"resamples": 1000},
+    ],
+)
+def test_settings_out_of_range_and_unknown_keys_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(AuditConfig).validate_python(wrong)
+
+
+def test_two_runs_do_not_share_their_targets() -> None:
+    first = AuditConfig()
+    first.fpr_targets.append(0.5)
+    assert AuditConfig().fpr_targets == [0.1, 0.01, 0.001]

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from dualtok.audit.report_data import Estimate, ModelAudit
+from dualtok.audit.table import attack_columns, comparison_table, interval, perplexity, share
+
+
+def rendered(rows: list[ModelAudit]) -> str:
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console.print(comparison_table(rows))
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def test_numbers() -> None:
+    assert [share(x) for x in (0.0, 0.4996, 0.9666, 1.0)] == [".000", ".500", ".967", "1.000"]
+    assert interval(Estimate(value=0.5, low=0.0, high=1.0)) == "[.000, 1.000]"
+    assert [perplexity(x) for x in (12.7291, 999.9, 34429.4, float("inf"))] == ["12.729", "999.900", "3.443e+04", "inf"]
+
+
+def test_every_model_and_attack_is_in_the_table(model_rows: list[ModelAudit]) -> None:
+    text = rendered(model_rows)
+    for row in model_rows:
+        assert row.name in text
+        assert perplexity(row.perplexity_non_members) in text
+        for attack in row.attacks:
+            assert share(attack.auc.value) in text
+            assert f"{share(attack.auc.low, 2)}-{share(attack.auc.high, 2)}" in text
+    assert text.count("n/a") == 2
+    # The order is that of the attacks, not of the first row, which may lack a reference.
+    assert list(attack_columns(model_rows[::-1]).values()) == ["Loss", "Ref", "Zlib", "Min-K%", "Min-K%++"]
+
+
+def test_a_name_in_brackets_is_printed_as_it_stands(model_rows: list[ModelAudit]) -> None:
+    row = model_rows[0].model_copy(update={"name": "dual [bold]x[/bold]"})
+    assert "dual [bold]x[/bold]" in rendered([row])

@@ -1,0 +1,109 @@
+"""Shared by tests that run dualtok as its users do: real launchers, real engines, a small real corpus."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+BLOCK_LENGTH = 64
+VOCABULARY = 512
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_llama_config(**changes: Any) -> dict[str, Any]:
+    """Return the configuration of a two-layer Llama that takes the small corpus' blocks."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2 * BLOCK_LENGTH,
+        "tie_word_embeddings": True,
+        **changes,
+    }
+
+
+def save_model(folder: Path, seed: int, **changes: Any) -> Path:
+    """Save a freshly drawn tiny Llama, e.g. as a reference model, and return its folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"vocab_size": VOCABULARY, **tiny_llama_config(**changes)}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def write_run(path: Path, data: dict[str, Any], **sections: Any) -> Path:
+    """Write a run's YAML file next to its outputs and return its path."""
+    run = {"data": data, "output_dir": str(path.with_suffix("")), **sections}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def deepspeed_json(name: str) -> str:
+    """Return the path of one of the repository's DeepSpeed configurations."""
+    return str(ROOT / "ds_configs" / f"{name}.json")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment of a child process: one thread per rank, DeepSpeed on the CPU."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **changes}
+
+
+def dualtok(*arguments: Any, ranks: int = 0, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line; with ``ranks`` under torchrun on so many processes, else as a plain process.
+
+    The deadline turns a hang into a failure.
+    """
+    launcher = [sys.executable, "-m"]
+    if ranks:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        variables = {"LOCAL_SIZE": str(ranks), **variables}
+    return subprocess.run(
+        [*launcher, "dualtok", *map(str, arguments)],
+        env=environment(**variables), capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False,
+    )  # fmt: skip
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    """Return a finished command's output, or fail with all that it printed."""
+    assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the one error line of a command that must have failed cleanly with status 2."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("dualtok: error:")]
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.returncode == 2, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all weights of a Hugging Face folder."""
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(load_file(file))
+    assert weights, f"no weights in {folder}"
+    return weights
+
+
+def relative_distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Return ||a - b|| / ||a|| over all parameters, in float64."""
+    assert a.keys() == b.keys()
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return (difference / sum(float(a[name].double().square().sum()) for name in a)) ** 0.5

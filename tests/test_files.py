@@ -1,0 +1,29 @@
+"""Files are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from dualtok.files import atomic_file, file_sha256, write_text
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_file(path) as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_appears_only_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.bin"
+    with atomic_file(path) as stream:
+        stream.write(b"content")
+        assert not path.exists()
+    assert path.read_bytes() == b"content"
+    assert file_sha256(path) == hashlib.sha256(b"content").hexdigest()
