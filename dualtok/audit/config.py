@@ -8,12 +8,37 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from dualtok.data.config import SplitName
+
 AttackName = Literal["loss", "ref", "zlib", "min_k", "min_k_plus_plus"]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class AuditConfig:
     """Which attacks are run on which documents, and how their figures are stated."""
+
+    models: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Row of the report -> folder or hub name of a Hugging Face model, e.g. ``{dual: models/dual, base: models/base}``."""
+
+    attack_reference: str | None = None
+    """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the defender
+    used. Without it the attack ``ref`` is not run."""
+
+    runs: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name -> ``output_dir`` of training runs whose selection and evaluations over time the report shows."""
+
+    members: SplitName = "train"
+    """Split that the audited models were trained on."""
+
+    non_members: SplitName = "held_out"
+    """Split that no model has seen and no choice was made on."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward pass."""
+
+    deepspeed: str | None = None
+    """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank holds
+    the whole model."""
 
     attacks: tuple[AttackName, ...] = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
     """Attacks to run, in the order of the report's columns. ``ref`` needs the attacker's reference model."""
@@ -43,7 +68,9 @@ class AuditConfig:
     """At most this many members and this many non-members, drawn at random with ``seed``; null takes all."""
 
     def __post_init__(self) -> None:
-        """Refuse empty and repeated lists."""
+        """Refuse empty and repeated lists, and a class compared with itself."""
+        if self.members == self.non_members:
+            raise ValueError(f"audit.members: {self.members!r} is also audit.non_members; choose two splits")
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):
             raise ValueError("audit.attacks: name at least one attack, and each only once")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):

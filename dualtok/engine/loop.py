@@ -138,9 +138,10 @@ class TrainingLoop:
         total = totals.reduce(self.ranks)
         if len(bins):
             events.histogram("calibrated/s", self.ranks.sum(bins.to(self.ranks.device)).cpu().numpy(), step)
-        if not math.isfinite(total["loss"]):
+        # A NaN token is left out of the selection, so the plain loss must be looked at too.
+        if not math.isfinite(total["loss"] + total["plain_sum"]):
             raise DualtokError(
-                f"step {step}: the loss is {total['loss']}, training diverged; lower train.learning_rate or "
+                f"step {step}: the loss is {total['loss']} (plain {total['plain_sum']}), training diverged; lower train.learning_rate or "
                 f"selection.alpha and resume from the last checkpoint in {self.checkpoints}"
             )
         self.state.step = step

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
-from dualtok.audit.evaluate import comparison_text
+from dualtok.audit.table import comparison_table
 from dualtok.data.corpora import sotu_passages, wikipedia_leads, write_jsonl
 from dualtok.data.prepare import prepare
 from dualtok.errors import ConfigError
@@ -24,6 +25,7 @@ from dualtok.jobs.launch import launch
 from dualtok.jobs.report import read_audits, write_run_report
 from dualtok.run import parse_run
 
+TABLE_WIDTH = 120
 SETTINGS = Path(__file__).with_name("demo.yaml")
 
 
@@ -70,7 +72,7 @@ def run_demo(folder: Path, processes: int) -> Path:
     _say(stages, stages, "write the report", started)
     run = parse_run(yaml.safe_load((folder / "audit.yaml").read_text(encoding="utf-8")), source="audit.yaml")
     report = write_run_report(run)
-    print(comparison_text(read_audits(run)))
+    Console(width=TABLE_WIDTH).print(comparison_table(read_audits(run)))
     print(f"finished after {(time.monotonic() - started) / 60:.1f} minutes\nreport: {report}", flush=True)
     return report
 

@@ -1,6 +1,6 @@
 """Which tokens are learned (hard) and which are unlearned (memorised).
 
-Legend: n = predicted tokens in the scope, over all ranks when a ``gather`` is given.
+Legend: n = tokens that are ranked, over all ranks when a ``gather`` is given; m = those of this rank.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
 Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
-"""This rank's 1-D float32 values -> (all ranks' values concatenated in rank order, this rank's offset in them). It may carry
-an attribute ``world_size``, which saves the collective that would otherwise count the ranks."""
+"""This rank's 1-D float32 values -> (all ranks' values concatenated in rank order, this rank's offset in them).
+Ranks may hold different numbers of values, some none."""
+
+Normalize = Literal["per_set", "per_share"]
+Scope = Literal["micro_batch", "local"]
 
 ROUNDING = 1e-9
-"""Added before the floor of share * n, so that 0.6 * 5 = 2.9999999999999996 selects 3 tokens."""
+"""Added before the floor of share * n: in floating point 0.29 * 100 is 28.999999999999996, and 29 tokens are meant."""
 
 
 @dataclass(frozen=True)
@@ -33,41 +36,136 @@ class SelectionConfig:
     """K_m, largest share of all predicted tokens that are unlearned: those with the lowest s(t). Default: paper."""
 
     tau: float = 0.0
-    """Only tokens with s(t) below this, in nats, are unlearned. Default: paper."""
+    """Only tokens with s(t) strictly below this, in nats, are unlearned. Default: paper."""
 
     alpha: float = 0.8
-    """Weight of the unlearning term. Default: paper, which reports divergence at 1.5-2."""
+    """Weight of the unlearning term, no unit. Default: paper, which reports divergence at 1.5-2."""
 
-    normalize: Literal["per_set", "per_share"] = "per_set"
-    """``per_set``: the mean over T_m. ``per_share``: its sum over K_m * n, so that a nearly empty T_m stays harmless. The paper
-    does not say; ``per_set`` is the reading used here."""
+    normalize: Normalize = "per_set"
+    """What the sum over T_m is divided by: its size (``per_set``), or memorised_share * n (``per_share``), so that a
+    nearly empty T_m cannot give a few tokens a huge weight. The paper does not say; ``per_set`` is dualtok's reading of
+    it."""
 
-    scope: Literal["micro_batch", "local"] = "micro_batch"
-    """Tokens that are ranked together: one micro-batch over all data-parallel ranks, or this rank's part of it alone."""
+    scope: Scope = "micro_batch"
+    """Tokens that are ranked together: one micro-batch over all data-parallel ranks (``micro_batch``), or this rank's
+    part of it alone (``local``: no communication, but results depend on the number of ranks). The paper has one GPU,
+    hence one micro-batch."""
 
     def __post_init__(self) -> None:
-        """Refuse shares and weights that mean nothing."""
+        """Refuse shares, thresholds and weights that mean nothing."""
         check_shares(self.hard_share, self.memorised_share)
+        check_alpha(self.alpha)
+        check_choice("normalize", self.normalize, get_args(Normalize))
+        check_choice("scope", self.scope, get_args(Scope))
         if not math.isfinite(self.tau):
             raise ValueError(f"selection.tau: must be finite, got {self.tau}")
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"selection.alpha: must be finite and not negative, got {self.alpha}")
 
 
 class SelectionCounts(NamedTuple):
-    """Sizes of the sets over the whole scope, all ranks included."""
+    """Sizes over the whole scope, all ranks included."""
 
     tokens: int
+    """n, all tokens that were ranked."""
     hard: int
     memorised: int
 
 
 class Selection(NamedTuple):
-    """The two disjoint sets, as masks of this rank's scores."""
+    """The two disjoint sets, as masks of this rank's scores, and their global sizes."""
 
     hard: torch.Tensor
     memorised: torch.Tensor
     counts: SelectionCounts
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    hard_share: float = 0.6,
+    memorised_share: float = 0.2,
+    tau: float = 0.0,
+    gather: Gather | None = None,
+) -> Selection:
+    """Choose T_h, the highest scores, and T_m, the lowest scores below ``tau`` (DuoLearn, arXiv 2502.19726).
+
+    * |T_h| = floor(hard_share * n), at least 1 when n and ``hard_share`` are positive.
+    * |T_m| <= floor(memorised_share * n); only scores strictly below ``tau``. A share of 0 is an empty set.
+    * The sets never overlap: T_m is drawn from what T_h leaves (a lone token is learned, not unlearned).
+    * Equal scores are taken in the order of their global position, the lower one first, in both sets.
+    * Infinities rank as what they are. A NaN cannot be ranked: it is left out as if it were masked, so it is neither
+      learned nor unlearned nor counted in n. Where the reference is broken a token must not be trained on without its
+      defence.
+
+    Sorting makes it O(n log n). The host waits for the device where the number of ranked tokens must be known, and once
+    for the size of T_m.
+
+    Args:
+        scores: s(t), any shape, any float dtype; ranked in float32.
+        mask: bool, same shape, True for real, predicted tokens; None takes all. What stands in masked positions is
+            ignored.
+        hard_share: K_h, in [0, 1].
+        memorised_share: K_m, in [0, 1 - hard_share].
+        tau: upper bound (excluded) of the scores in T_m, nats.
+        gather: collects the scores of all ranks; None ranks these alone. Every rank must call this function equally
+            often.
+
+    Returns:
+        Bool masks of the shape of ``scores``, and the global counts.
+
+    Raises:
+        ValueError: the shapes differ, a share lies outside [0, 1], the shares sum above 1, or ``tau`` is NaN.
+    """
+    check_shares(hard_share, memorised_share)
+    if math.isnan(tau):
+        raise ValueError("tau must be a number, got NaN")
+    mask = full_mask(scores, mask)
+    values = scores.detach().float()
+    ranked = mask & ~values.isnan()
+    own_m = values[ranked]
+    scores_n, offset = (own_m, 0) if gather is None else gather(own_m)
+
+    n = len(scores_n)
+    n_hard = set_size(hard_share, n)
+    if n and hard_share > 0:
+        n_hard = max(n_hard, 1)
+    n_memorised = min(set_size(memorised_share, n), n - n_hard)
+
+    order = torch.sort(scores_n, descending=True, stable=True).indices
+    # Back in the order of positions, so that the second stable sort, too, takes the lower one of two equals.
+    rest = torch.sort(order[n_hard:]).values
+    lowest = rest[torch.sort(scores_n[rest], stable=True).indices[:n_memorised]]
+
+    hard_n = torch.zeros(n, dtype=torch.bool, device=scores_n.device)
+    hard_n[order[:n_hard]] = True
+    memorised_n = torch.zeros_like(hard_n)
+    memorised_n[lowest] = scores_n[lowest] < tau
+
+    here = slice(offset, offset + len(own_m))
+    nowhere = torch.zeros_like(ranked)
+    return Selection(
+        nowhere.masked_scatter(ranked, hard_n[here]),
+        nowhere.masked_scatter(ranked, memorised_n[here]),
+        SelectionCounts(n, n_hard, int(memorised_n.sum())),
+    )
+
+
+def set_size(share: float, n: int) -> int:
+    """Return floor(share * n), forgiving the rounding of the product (:data:`ROUNDING`)."""
+    return math.floor(share * n + ROUNDING)
+
+
+def full_mask(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return ``mask`` as bool, or a mask that takes all of ``values``.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if mask is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    if mask.shape != values.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, the values {tuple(values.shape)}; they must agree")
+    return mask.bool()
 
 
 def check_shares(hard_share: float, memorised_share: float) -> None:
@@ -82,76 +180,13 @@ def check_shares(hard_share: float, memorised_share: float) -> None:
         )
 
 
-def select_tokens(
-    scores: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    *,
-    hard_share: float = 0.6,
-    memorised_share: float = 0.2,
-    tau: float = 0.0,
-    gather: Gather | None = None,
-) -> Selection:
-    """Choose T_h, the highest scores, and T_m, the lowest below ``tau`` among the rest.
-
-    |T_h| = floor(hard_share * n), at least 1 when n and hard_share are positive. |T_m| <= floor(memorised_share * n). Equal
-    scores are taken in the order of their (global) position. A NaN counts as the highest score: it is learned, so that it shows
-    in the loss, and never unlearned.
-
-    Args:
-        scores: s(t), any shape.
-        mask: same shape, True for real, predicted tokens; None takes all.
-        hard_share: K_h.
-        memorised_share: K_m.
-        tau: upper bound (excluded) of the scores in T_m, nats.
-        gather: collects the scores of all ranks; None ranks these alone.
-
-    Returns:
-        Masks of the shape of ``scores`` and the global counts.
-
-    Raises:
-        ValueError: the shapes differ, or the shares sum above 1.
-    """
-    check_shares(hard_share, memorised_share)
-    mask = _full_mask(scores, mask)
-    own = torch.nan_to_num(scores.detach()[mask].float(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    everyone, offset = (own, 0) if gather is None else gather(own)
-    n = len(everyone)
-    n_hard = set_size(hard_share, n)
-    if n and hard_share > 0:
-        n_hard = max(n_hard, 1)
-    n_memorised = min(set_size(memorised_share, n), n - n_hard)
-
-    order = torch.sort(everyone, descending=True, stable=True).indices
-    hard = torch.zeros(n, dtype=torch.bool, device=everyone.device)
-    hard[order[:n_hard]] = True
-    memorised = torch.zeros_like(hard)
-    # T_h is out of the running before T_m is drawn: with ties at the border the two could overlap otherwise.
-    rest = (~hard).nonzero().squeeze(1)
-    lowest = rest[torch.sort(everyone[rest], stable=True).indices[:n_memorised]]
-    memorised[lowest] = everyone[lowest] < tau
-
-    here = slice(offset, offset + len(own))
-    return Selection(
-        _scatter(hard[here], mask),
-        _scatter(memorised[here], mask),
-        SelectionCounts(n, n_hard, int(memorised.sum())),
-    )
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError for a weight of the unlearning term that is negative or not finite."""
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"selection.alpha: must be finite and not negative, got {alpha}")
 
 
-def set_size(share: float, n: int) -> int:
-    """Return floor(share * n) in exact terms (:data:`ROUNDING`)."""
-    return math.floor(share * n + ROUNDING)
-
-
-def _full_mask(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    if mask is None:
-        return torch.ones_like(values, dtype=torch.bool)
-    if mask.shape != values.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, the losses {tuple(values.shape)}; they must agree")
-    return mask.bool()
-
-
-def _scatter(selected: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    result = torch.zeros_like(mask)
-    result[mask] = selected
-    return result
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError for a value that is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"selection.{name}: must be one of {', '.join(map(repr, known))}, got {value!r}")
