@@ -62,7 +62,7 @@ class DualLoss:
     """Tokens that are unlearned: bool, same shape."""
 
     calibrated: torch.Tensor
-    """s(t): float32, same shape, 0 where masked; all 0 where no reference losses were given."""
+    """s(t): float32, same shape, 0 where masked, NaN where a loss is; all 0 when no reference losses were given."""
 
     counts: SelectionCounts
     """Sizes of the sets over the whole scope, all ranks included."""
@@ -103,9 +103,9 @@ def dual_loss(
 
     T_h and T_m as :func:`~dualtok.objective.selection.select_tokens` says. An empty set contributes 0; without any
     token the loss is 0 with a zero gradient. What stands in masked positions, NaN and infinity included, touches
-    neither the value nor the gradient. A NaN in the ``token_loss`` of a predicted token makes the loss NaN: training
-    has broken down, and whoever steps the optimiser must see it. A NaN in its ``reference_loss`` alone leaves the token
-    out.
+    neither the value nor the gradient. A NaN in the ``token_loss`` of a predicted token, selected or not, makes the
+    loss NaN: training has broken down, and whoever steps the optimiser must see it. A NaN in its ``reference_loss``
+    alone leaves the token out.
 
     Args:
         token_loss: CE(theta; t) with gradient, nats, any shape, any float dtype; summed in float32.
@@ -222,8 +222,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Dual:
-    """:func:`dual_loss` with its settings. With ``scope: local`` each rank ranks, counts and averages its own tokens
-    alone."""
+    """:func:`dual_loss` with its settings; with ``scope: local`` each rank ranks and averages its own tokens alone."""
 
     config: SelectionConfig = field(default_factory=SelectionConfig)
     needs_reference: ClassVar[bool] = True
@@ -376,7 +375,6 @@ def _weighted_sum(token_loss: torch.Tensor, mask: torch.Tensor, weights: torch.T
 
 
 def _totals(token_loss: torch.Tensor, *sets: torch.Tensor) -> torch.Tensor:
-    """Return [len(sets), 2] float64: sum of the token losses and number of tokens of each set, without waiting for a
-    device."""
+    """Return [len(sets), 2] float64: each set's sum of token losses and its size; never waits for the device."""
     losses = token_loss.detach().double()
     return torch.stack([torch.stack([torch.where(s, losses, 0.0).sum(), s.sum().double()]) for s in sets])

@@ -1,0 +1,103 @@
+"""A run that is interrupted and resumed is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import (
+    ROOT,
+    deepspeed_json,
+    dualtok,
+    environment,
+    read_weights,
+    save_model,
+    succeed,
+    tiny_llama_config,
+    write_run,
+)
+
+STEPS = 12
+
+
+def run_file(small_corpus: dict[str, Any], path: Path, reference: Path, stage: int) -> Path:
+    return write_run(
+        path, small_corpus, seed=5, objective="dual",
+        # GPT-2 has dropout, whose random numbers must continue too.
+        model={"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}},
+        reference={"model": str(reference)}, monitor={"log_every": 1, "histogram_every": 4},
+        train={"learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS, "precision": "fp32",
+               "warmup_steps": 2, "evaluate_every": 6, "checkpoint_every": 4, "deepspeed": deepspeed_json(f"zero{stage}")},
+    )  # fmt: skip
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """Return all that each step measured, but for the clock and the memory."""
+    lines = (run.with_suffix("") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        del row["tokens_per_second"], row["peak_memory_gib"]
+    return rows
+
+
+def kill_after_step(run: Path, step: int, ranks: int) -> None:
+    """Start training and kill every process of the job as soon as a checkpoint of ``step`` is complete."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+               "-m", "dualtok", "train", str(run)]  # fmt: skip
+    process = subprocess.Popen(command, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    latest = run.with_suffix("") / "checkpoints" / "latest"
+    deadline = time.monotonic() + 240
+    while not (latest.is_file() and latest.read_text() == f"step-{step:08d}"):
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (1, 1)])
+def test_an_interrupted_run_continues_exactly(
+    small_corpus: dict[str, Any], tmp_path: Path, stage: int, ranks: int
+) -> None:
+    reference = save_model(tmp_path / "reference", seed=7)
+    whole = run_file(small_corpus, tmp_path / "whole.yaml", reference, stage)
+    broken = run_file(small_corpus, tmp_path / "broken.yaml", reference, stage)
+    succeed(dualtok("score", whole))
+    succeed(dualtok("train", whole, ranks=ranks))
+    kill_after_step(broken, 4, ranks)
+    assert len(history(broken)) < STEPS, "the run was not interrupted"
+    succeed(dualtok("train", broken, "--resume", ranks=ranks))
+
+    assert history(broken) == history(whole)
+    assert history(whole)[-1]["step"] == STEPS
+    evaluations = [run.with_suffix("") / "evaluations.jsonl" for run in (whole, broken)]
+    assert evaluations[0].read_text() == evaluations[1].read_text()
+    for run in (whole, broken):
+        succeed(dualtok("export", run.with_suffix(""), run.with_suffix(".hf"), "--checkpoint", "latest"))
+    weights = [read_weights(run.with_suffix(".hf")) for run in (whole, broken)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+@pytest.mark.slow
+def test_a_run_is_not_mixed_with_an_earlier_one(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run.yaml", small_corpus, objective="causal_lm",
+                    model={"config": tiny_llama_config()},
+                    train={"learning_rate": 1e-3, "batch_size": 4, "steps": 2, "precision": "fp32"})  # fmt: skip
+    assert "no checkpoint" in dualtok("train", run, "--resume").stderr
+    succeed(dualtok("train", run))
+    again = dualtok("train", run)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr

@@ -1,0 +1,119 @@
+"""The mean over ranks of losses and gradients is that of one process with the whole batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualtok.objective import DualLoss, SelectionConfig, build_objective, dual_loss
+from tests.objective.support import backward, on_ranks, random_losses, random_mask
+
+if TYPE_CHECKING:
+    from dualtok.objective.selection import Gather
+
+
+def check_parity(
+    whole: DualLoss, token_loss: torch.Tensor, outcomes: list[DualLoss], leaves: list[torch.Tensor]
+) -> None:
+    """Compare the ranks' outcomes with that of the whole batch, whose rows they hold in order."""
+    world_size = len(outcomes)
+    mean = torch.stack([outcome.loss.detach() for outcome in outcomes]).double().mean()
+    torch.testing.assert_close(mean, whole.loss.detach().double(), rtol=2e-6, atol=2e-6)
+    # Each token lives on one rank, so the mean of the gradients is the ranks' own over the world size.
+    gradients = [backward(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
+    torch.testing.assert_close(torch.cat(gradients) / world_size, backward(whole, token_loss), rtol=1e-6, atol=1e-9)
+    for name in ("hard", "memorised", "calibrated"):
+        torch.testing.assert_close(torch.cat([getattr(o, name) for o in outcomes]), getattr(whole, name))
+    assert all(outcome.counts == whole.counts for outcome in outcomes)
+    torch.testing.assert_close(sum(o.totals for o in outcomes), whole.totals)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 2**32), st.booleans(),
+    st.sampled_from(["per_set", "per_share"]), st.sampled_from([(0.6, 0.2), (0.0, 0.5), (0.3, 0.7), (1.0, 0.0)]),
+)  # fmt: skip
+def test_any_split_gives_the_result_of_one_process(
+    rows: list[int], seed: int, ties: bool, normalize: Any, shares: tuple[float, float]
+) -> None:
+    token_loss, reference_loss = random_losses(seed, (sum(rows), 5), ties=ties)
+    mask = random_mask(seed, token_loss.shape)
+    options: dict[str, Any] = {"normalize": normalize, "hard_share": shares[0], "memorised_share": shares[1]}
+    leaves = [part.detach().clone().requires_grad_() for part in token_loss.split(rows)]
+    references, masks = reference_loss.split(rows), mask.split(rows)
+
+    def compute(rank: int, gather: Gather) -> DualLoss:
+        return dual_loss(leaves[rank], references[rank], masks[rank], gather=gather, **options)
+
+    check_parity(
+        dual_loss(token_loss, reference_loss, mask, **options), token_loss, on_ranks(len(rows), compute), leaves
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["dual", "selective", "causal_lm", "goldfish"])
+def test_every_objective_with_padding_spread_unevenly(name: str, world_size: int) -> None:
+    rows, length = 12, 20
+    token_loss, reference_loss = random_losses(world_size, (rows, length))
+    generator = torch.Generator().manual_seed(world_size)
+    batch = {
+        "input_ids": torch.randint(0, 9, (rows, length), generator=generator),
+        "position_ids": torch.arange(length).repeat(rows, 1),
+        # Row i has i labels less than the row above: the first rank has most tokens, the last fewest.
+        "labels": torch.where(torch.arange(length) < torch.arange(length, length - rows, -1)[:, None], 1, -100),
+        "reference_loss": reference_loss,
+    }
+    objective = build_objective(name)
+    leaves = [part.detach().clone().requires_grad_() for part in token_loss.chunk(world_size)]
+    parts = [{k: v.chunk(world_size)[rank] for k, v in batch.items()} for rank in range(world_size)]
+    outcomes = on_ranks(world_size, lambda rank, gather: objective(leaves[rank], parts[rank], gather=gather))
+    check_parity(objective(token_loss, batch), token_loss, outcomes, leaves)
+
+
+@pytest.mark.parametrize("name", ["dual", "selective", "causal_lm", "goldfish"])
+def test_a_rank_without_tokens_still_has_a_backward_pass(name: str) -> None:
+    token_loss, reference_loss = random_losses(3, (2, 20))
+    batch = {"input_ids": torch.ones(2, 20, dtype=torch.int64), "position_ids": torch.arange(20).repeat(2, 1),
+             "labels": torch.tensor([[1] * 19 + [-100], [-100] * 20]), "reference_loss": reference_loss}  # fmt: skip
+    leaves = [row.detach().clone().requires_grad_() for row in token_loss.split(1)]
+    leaves[1] = torch.full((1, 20), float("nan"), requires_grad=True)
+    parts = [{k: v[rank : rank + 1] for k, v in batch.items()} for rank in range(2)]
+    objective = build_objective(name)
+    first, second = on_ranks(2, lambda rank, gather: objective(leaves[rank], parts[rank], gather=gather))
+    assert first.loss.item() != 0
+    assert second.loss.item() == 0
+    assert backward(second, leaves[1]).tolist() == [[0.0] * 20]
+    assert first.counts == second.counts
+
+
+def test_a_rank_without_a_selected_token_still_has_a_backward_pass() -> None:
+    leaves = [torch.tensor([9.0, 8.0], requires_grad=True), torch.tensor([1.0, 1.0], requires_grad=True)]
+    outcomes = on_ranks(2, lambda rank, gather: dual_loss(leaves[rank], torch.zeros(2), hard_share=0.5, gather=gather))
+    assert not (outcomes[1].hard | outcomes[1].memorised).any()
+    assert backward(outcomes[0], leaves[0]).tolist() == [1.0, 1.0]
+    assert backward(outcomes[1], leaves[1]).tolist() == [0.0, 0.0]
+
+
+def test_no_tokens_on_any_rank() -> None:
+    leaves = [torch.full((3,), float("inf"), requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(3, dtype=torch.bool)
+    outcomes = on_ranks(3, lambda rank, gather: dual_loss(leaves[rank], torch.zeros(3), mask, gather=gather))
+    assert [outcome.loss.item() for outcome in outcomes] == [0.0] * 3
+    assert not torch.stack([backward(o, leaf) for o, leaf in zip(outcomes, leaves, strict=True)]).any()
+
+
+def test_scope_local_ranks_each_part_alone() -> None:
+    token_loss, reference_loss = random_losses(5, (4, 10))
+    objective = build_objective("dual", SelectionConfig(scope="local"))
+    parts = [
+        {"labels": torch.ones(2, 10, dtype=torch.int64), "reference_loss": part} for part in reference_loss.split(2)
+    ]
+    losses = token_loss.detach().split(2)
+    outcomes = on_ranks(2, lambda rank, gather: objective(losses[rank], parts[rank], gather=gather))
+    for outcome, part, reference in zip(outcomes, losses, reference_loss.split(2), strict=True):
+        torch.testing.assert_close(outcome.loss, dual_loss(part, reference).loss, rtol=0, atol=0)
+        assert outcome.counts.tokens == 20
