@@ -1,7 +1,7 @@
 """The command line: one verb per arrow of the way of the data.
 
-A :class:`~dualtok.errors.DualtokError` is printed as one line and ends the process with status 2; anything else is a bug
-and keeps its traceback.
+A :class:`~dualtok.errors.DualtokError` is printed as one line and ends the process with status 2; anything else is a
+bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One run, one YAML file: the tree of every component's settings, read strictly.
 
-An unknown key, a value of the wrong type, and a setting without effect in the chosen mode are errors that name the file,
-the dotted key and, for a typo, the nearest known key.
+An unknown key, a value of the wrong type, and a setting without effect in the chosen mode are errors that name the
+file, the dotted key and, for a typo, the nearest known key.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class RunConfig:
         if self.goldfish is not None and self.objective != "goldfish":
             raise ValueError(f"goldfish: has no effect with objective {self.objective!r}; remove it (goldfish=null)")
         if self.objective == "selective" and self.selection is not None and self.selection.alpha not in (0.0, 0.8):
-            raise ValueError("selection.alpha: has no effect with objective 'selective', which never unlearns; remove it")
+            raise ValueError(
+                "selection.alpha: has no effect with objective 'selective', which never unlearns; remove it"
+            )
 
     def need(self, section: str, verb: str) -> Any:
         """Return a section that ``verb`` cannot do without.
@@ -101,7 +103,7 @@ class _RunLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
@@ -126,7 +128,7 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        tree = yaml.load(text, Loader=_RunLoader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, Loader=_RunLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -198,7 +200,7 @@ def _known_keys(location: list[str]) -> list[str]:
 
 def _resolve(annotation: Any) -> Any | None:
     if isinstance(annotation, str):
-        annotation = eval(annotation, globals())  # noqa: S307 - our own annotations, postponed by __future__
+        annotation = eval(annotation, globals())
     for candidate in (annotation, *get_args(annotation)):
         if dataclasses.is_dataclass(candidate):
             return candidate

@@ -63,7 +63,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **changes}
 
 
-def dualtok(*arguments: Any, ranks: int = 0, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+def dualtok(
+    *arguments: Any, ranks: int = 0, timeout: float = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line; with ``ranks`` under torchrun on so many processes, else as a plain process.
 
     The deadline turns a hang into a failure.

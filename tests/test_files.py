@@ -13,9 +13,14 @@ from dualtok.files import atomic_file, file_sha256, write_text
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), atomic_file(path) as stream:
-        stream.write(b"half")
-        raise RuntimeError
+
+    def fail_halfway() -> None:
+        with atomic_file(path) as stream:
+            stream.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

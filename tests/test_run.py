@@ -91,7 +91,11 @@ def test_a_setting_without_effect_is_refused(run_file: Path, objective: str, sec
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_run(tmp_path / "absent.yaml")
-    for content, expected in [("train: [", "not valid YAML"), ("- a", "mapping"), ("seed: 1\nseed: 2", "appears twice")]:
+    for content, expected in [
+        ("train: [", "not valid YAML"),
+        ("- a", "mapping"),
+        ("seed: 1\nseed: 2", "appears twice"),
+    ]:
         path = tmp_path / "bad.yaml"
         path.write_text(content)
         with pytest.raises(ConfigError, match=expected):

@@ -1,7 +1,7 @@
 """How much of a bare forward pass's speed `dualtok score` keeps: tokens/s of both, in turns, in one process.
 
-The bare pass is the same Hugging Face model's forward on the same blocks, already in memory, its logits dropped. Scoring
-also reads the blocks, computes the losses and writes them, checksums and all.
+The bare pass is the same Hugging Face model's forward on the same blocks, already in memory, its logits dropped.
+Scoring also reads the blocks, computes the losses and writes them, checksums and all.
 
     python tools/bench_score.py [--hidden 256] [--layers 4] [--block-length 256] [--batch-size 8] [--pairs 5]
 """

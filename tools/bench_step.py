@@ -1,7 +1,7 @@
 """What the dual loss costs: a training step with stored reference scores over a plain causal-LM step.
 
-Both engines live in one process and step in turns on the same blocks, so that the ratio does not depend on the machine's
-mood. The reference losses are read from the shards in the timed step, as in training.
+Both engines live in one process and step in turns on the same blocks, so that the ratio does not depend on the
+machine's mood. The reference losses are read from the shards in the timed step, as in training.
 
     python tools/bench_step.py [--hidden 256] [--layers 4] [--block-length 256] [--batch-size 8] [--pairs 15]
 """
@@ -49,10 +49,13 @@ def main() -> None:
                                deepspeed=options.deepspeed, precision=options.precision)  # fmt: skip
         runs = {
             name: RunConfig(
-                data=data, objective=name, output_dir=str(Path(folder) / name), train=settings,
+                data=data,
+                objective=name,
+                output_dir=str(Path(folder) / name),
+                train=settings,
                 model=ModelConfig(path=str(start)),
                 reference=ReferenceConfig(model=str(reference)) if name == "dual" else None,
-            )  # fmt: skip
+            )
             for name in ("dual", "causal_lm")
         }
         score(runs["dual"])
@@ -69,9 +72,14 @@ def timed_step(run: RunConfig) -> Callable[[], float]:
     manifest = load_manifest(run.data.dir)
     stream = open_stream(run, manifest, "train", ranks)
     engine = build_zero_engine(
-        str(run.model.path), run.model, run.train, training_config(run.train, ranks.world_size),
-        build_objective(run.objective, run.selection, run.goldfish), 10**6, ranks,
-    )  # fmt: skip
+        str(run.model.path),
+        run.model,
+        run.train,
+        config=training_config(run.train, ranks.world_size),
+        objective=build_objective(run.objective, run.selection, run.goldfish),
+        total_steps=10**6,
+        ranks=ranks,
+    )
     loop = TrainingLoop(run, engine, stream, open_stream(run, manifest, "validation", ranks), 10**6)
     batches: Iterator = loop.batches()
     events = EventWriter(None)

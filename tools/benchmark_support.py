@@ -33,7 +33,9 @@ def prepared_corpus(folder: Path, block_length: int) -> DataConfig:
     source = folder / "sotu.jsonl"
     if not source.is_file():
         write_jsonl(sotu_passages(), source)
-    config = DataConfig(dir=str(folder / f"blocks-{block_length}"), source=str(source), block_length=block_length, lanes=16)
+    config = DataConfig(
+        dir=str(folder / f"blocks-{block_length}"), source=str(source), block_length=block_length, lanes=16
+    )
     prepare(config, progress=False)
     return config
 
@@ -44,7 +46,9 @@ def save_llama(folder: Path, vocabulary: int, seed: int, config: dict[str, Any])
 
     settings = {"vocab_size": vocabulary, **config}
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).save_pretrained(
+        folder
+    )
     return folder
 
 

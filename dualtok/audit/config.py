@@ -18,11 +18,12 @@ class AuditConfig:
     """Which attacks are run on which documents, and how their figures are stated."""
 
     models: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Row of the report -> folder or hub name of a Hugging Face model, e.g. ``{dual: models/dual, base: models/base}``."""
+    """Row of the report -> folder or hub name of a Hugging Face model, e.g. ``{dual: models/dual, base:
+    models/base}``."""
 
     attack_reference: str | None = None
-    """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the defender
-    used. Without it the attack ``ref`` is not run."""
+    """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the
+    defender used. Without it the attack ``ref`` is not run."""
 
     runs: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name -> ``output_dir`` of training runs whose selection and evaluations over time the report shows."""
@@ -37,8 +38,8 @@ class AuditConfig:
     """Precision of the forward pass."""
 
     deepspeed: str | None = None
-    """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank holds
-    the whole model."""
+    """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank
+    holds the whole model."""
 
     attacks: tuple[AttackName, ...] = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
     """Attacks to run, in the order of the report's columns. ``ref`` needs the attacker's reference model."""

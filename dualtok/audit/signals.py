@@ -16,6 +16,7 @@ import torch
 from dualtok.audit.ragged import segment_sum
 from dualtok.errors import DataError
 from dualtok.files import atomic_file
+from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-IGNORED_LABEL = -100
 TOKEN_DTYPES: dict[str, type[np.generic]] = {
     "log_prob": np.float32,
     "top1": np.bool_,

@@ -18,7 +18,14 @@ ROUNDING = 1e-9
 
 def default_shares() -> dict[str, float]:
     """Return the default share of each split."""
-    return {"train": 0.6, "reference": 0.12, "attack_reference": 0.12, "probe": 0.02, "validation": 0.04, "held_out": 0.1}
+    return {
+        "train": 0.6,
+        "reference": 0.12,
+        "attack_reference": 0.12,
+        "probe": 0.02,
+        "validation": 0.04,
+        "held_out": 0.1,
+    }
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -29,7 +36,8 @@ class DataConfig:
     """Folder of the prepared data: ``prepare`` writes it, every other verb reads it."""
 
     source: str | None = None
-    """What ``prepare`` reads: a .txt, .jsonl or .parquet file, a folder of them, or the name of a ``datasets`` dataset."""
+    """What ``prepare`` reads: a .txt, .jsonl or .parquet file, a folder of them, or the name of a ``datasets``
+    dataset."""
 
     field: str = "text"
     """Key or column that holds the text; .txt files have none."""
@@ -50,14 +58,15 @@ class DataConfig:
     """Read at most so many documents of the source."""
 
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = dataclasses.field(default_factory=default_shares)
-    """Share of the documents in each split; together at most 1, the rest is left out. A document's split depends on its own
-    text and ``seed`` alone."""
+    """Share of the documents in each split; together at most 1, the rest is left out. A document's split depends on its
+    own text and ``seed`` alone."""
 
     seed: int = 0
     """Seed of the split."""
 
     near_duplicate_threshold: Annotated[float, Field(gt=0, lt=1)] | None = 0.8
-    """Documents whose sets of word n-grams have at least this (estimated) Jaccard similarity count as one; null keeps them."""
+    """Documents whose sets of word n-grams have at least this (estimated) Jaccard similarity count as one; null keeps
+    them."""
 
     shingle_words: Count = 5
     """Words per n-gram."""
@@ -66,8 +75,8 @@ class DataConfig:
     """Hash functions of a MinHash signature."""
 
     tokenizer: str | None = None
-    """Folder or hub name of a Hugging Face tokenizer, or a SentencePiece ``.model`` file. Without it a byte-level BPE is
-    trained on the split ``reference``, so that it has seen no private document."""
+    """Folder or hub name of a Hugging Face tokenizer, or a SentencePiece ``.model`` file. Without it a byte-level BPE
+    is trained on the split ``reference``, so that it has seen no private document."""
 
     vocab_size: Annotated[int, Field(ge=260)] | None = None
     """Ids of the tokenizer that is trained: 4096 unless given; an error together with ``tokenizer``."""
@@ -76,8 +85,8 @@ class DataConfig:
     """Tokens per block."""
 
     lanes: Count = 64
-    """Lanes L of each split: sample i comes from lane i mod L, and each shard belongs to one lane. A global micro-batch that
-    divides L lets every lane be read by one rank."""
+    """Lanes L of each split: sample i comes from lane i mod L, and each shard belongs to one lane. A global micro-batch
+    that divides L lets every lane be read by one rank."""
 
     rows_per_shard: Count = 1024
     """Most blocks per shard."""
@@ -89,11 +98,15 @@ class DataConfig:
         """Refuse unknown splits and shares above 1."""
         for name in self.shares:
             if name not in SPLITS:
-                raise ValueError(f"data.shares: no split {name!r}{did_you_mean(name, SPLITS)}; splits are {', '.join(SPLITS)}")
+                raise ValueError(
+                    f"data.shares: no split {name!r}{did_you_mean(name, SPLITS)}; splits are {', '.join(SPLITS)}"
+                )
         total = sum(self.shares.values())
         if total > 1 + ROUNDING:
             raise ValueError(f"data.shares: sum to {total:g}, above 1")
         if self.tokenizer is not None and self.vocab_size is not None:
-            raise ValueError("data.vocab_size: has no effect with data.tokenizer, which has its own vocabulary; remove it")
+            raise ValueError(
+                "data.vocab_size: has no effect with data.tokenizer, which has its own vocabulary; remove it"
+            )
         if "train" not in self.shares:
             raise ValueError("data.shares: need at least a share of 'train'")

@@ -1,8 +1,9 @@
-"""Exact and near-duplicate documents, found before the split: a duplicate across splits would be a member and a non-member.
+"""Exact and near-duplicate documents, found before the split: a duplicate across splits would be a member and a
+non-member.
 
-The index lives in SQLite, not in memory: 16 bytes per document for exact duplicates, and for near ones its MinHash signature
-(4 bytes per permutation) and one key per band. At the defaults (128 permutations, threshold .8: 9 bands of 13) that came to about
-1.1 kB of disk per document (``docs/log.md``).
+The index lives in SQLite, not in memory: 16 bytes per document for exact duplicates, and for near ones its MinHash
+signature (4 bytes per permutation) and one key per band. At the defaults (128 permutations, threshold .8: 9 bands of
+13) that came to about 1.1 kB of disk per document (``docs/log.md``).
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import hashlib
 import sqlite3
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
-from numpy.typing import NDArray
 
-from dualtok.data.config import DataConfig
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dualtok.data.config import DataConfig
 
 MINHASH_SEED = 1
 
@@ -93,7 +96,7 @@ class DuplicateIndex:
 
     def _has_near(self, bands: list[bytes], signature: NDArray[np.uint32]) -> bool:
         marks = ",".join("?" * len(bands))
-        query = f"SELECT DISTINCT s.signature FROM bands b JOIN signatures s ON s.doc = b.doc WHERE b.band IN ({marks})"  # noqa: S608
+        query = f"SELECT DISTINCT s.signature FROM bands b JOIN signatures s ON s.doc = b.doc WHERE b.band IN ({marks})"
         for (other,) in self._db.execute(query, bands):
             similarity = np.mean(np.frombuffer(other, dtype=np.uint32) == signature)
             if self._threshold is not None and similarity >= self._threshold:

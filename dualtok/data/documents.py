@@ -6,13 +6,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualtok.data.config import DataConfig
 from dualtok.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from dualtok.data.config import DataConfig
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 1024
@@ -143,4 +145,5 @@ def _require_text(value: object, field: str, origin: str) -> str:
 
 
 def _no_field(field: str, known: list[str], origin: str) -> str:
-    return f"{origin}: no field {field!r}{did_you_mean(field, known)}; fields are {', '.join(map(str, known))} (data.field)"
+    fields = ", ".join(map(str, known))
+    return f"{origin}: no field {field!r}{did_you_mean(field, known)}; fields are {fields} (data.field)"

@@ -1,7 +1,7 @@
 """First half of ``dualtok prepare``: read, deduplicate and split documents, staged on disk chunk by chunk.
 
-The position in the source, the counts and the deduplication index are committed to one SQLite database together with each
-chunk, so that an interrupted run goes on after the last finished chunk.
+The position in the source, the counts and the deduplication index are committed to one SQLite database together with
+each chunk, so that an interrupted run goes on after the last finished chunk.
 """
 
 from __future__ import annotations
@@ -12,22 +12,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from dualtok.data.config import DataConfig
 from dualtok.data.deduplicate import DuplicateIndex, Sketch, sketch
 from dualtok.data.documents import Document, read_documents
-from dualtok.data.parallel import Workers
 from dualtok.data.splits import assign_split, content_digest
 from dualtok.errors import DataError
 from dualtok.files import atomic_file
-from dualtok.monitor.progress import RunProgress
+
+if TYPE_CHECKING:
+    from dualtok.data.config import DataConfig
+    from dualtok.data.parallel import Workers
+    from dualtok.monitor.progress import RunProgress
 
 CHUNK_DOCUMENTS = 4096
 CHUNK_CHARACTERS = 1 << 25
-STAGED = pa.schema([("doc", pa.int64()), ("split", pa.string()), ("sha256", pa.binary(32)), ("text", pa.large_string())])
+STAGED = pa.schema(
+    [("doc", pa.int64()), ("split", pa.string()), ("sha256", pa.binary(32)), ("text", pa.large_string())]
+)
 
 
 @dataclass
@@ -129,14 +133,15 @@ class Ingest:
         counts = self.counts
         if sum(counts.splits.values()) + counts.unused == 0:
             raise DataError(
-                f"{self._config.source}: empty corpus: {counts.read} documents read, {counts.too_short} too short, none left"
+                f"{self._config.source}: empty corpus: {counts.read} documents read, "
+                f"{counts.too_short} too short, none left"
             )
         for split, share in self._config.shares.items():
             if not counts.splits.get(split):
                 kept = sum(counts.splits.values()) + counts.unused
                 raise DataError(
-                    f"data.shares.{split}: a share of {share:g} of {kept} documents leaves the split empty; raise the share, "
-                    "leave the split out, or give more documents"
+                    f"data.shares.{split}: a share of {share:g} of {kept} documents leaves the split empty; "
+                    "raise the share, leave the split out, or give more documents"
                 )
 
 

@@ -1,4 +1,5 @@
-"""``manifest.json``: what a prepared folder holds, with every shard's checksum. Written last, so it is there only when all is."""
+"""``manifest.json``: what a prepared folder holds, with every shard's checksum. Written last, so it is there only when
+all is."""
 
 from __future__ import annotations
 
@@ -86,7 +87,9 @@ def load_manifest(data_dir: str | Path) -> Manifest:
         values = json.loads(text)
         version = values.get("format_version")
         if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format version {version}, this dualtok reads {FORMAT_VERSION}; prepare the data again")
+            raise DataError(
+                f"{path}: format version {version}, this dualtok reads {FORMAT_VERSION}; prepare the data again"
+            )
         return Manifest.model_validate(values)
     except (ValueError, AttributeError, ValidationError) as error:
         raise DataError(f"{path}: malformed: {' '.join(str(error).split())[:160]}; prepare the data again") from None

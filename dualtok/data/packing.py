@@ -1,7 +1,7 @@
 """Documents to fixed-length blocks, and blocks to model inputs.
 
-A document longer than a block is cut only at multiples of the block length from its own start; whole pieces are then packed
-into blocks. A document's losses therefore do not depend on its neighbours.
+A document longer than a block is cut only at multiples of the block length from its own start; whole pieces are then
+packed into blocks. A document's losses therefore do not depend on its neighbours.
 
 Legend: b batch, t position.
 """
@@ -11,13 +11,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-IGNORED_LABEL = -100
+from dualtok.objective.head import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 PADDING_ID = 0
 
 
@@ -93,8 +96,8 @@ def model_inputs(input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int3
         lengths: for each row the lengths of its pieces, which lie end to end from column 0; the rest is padding.
 
     Returns:
-        ``input_ids``, ``position_ids`` (from 0 at each piece, and at the padding) and ``labels`` (the next token of the same
-        piece, else -100), all int64 [b, t].
+        ``input_ids``, ``position_ids`` (from 0 at each piece, and at the padding) and ``labels`` (the next token of the
+        same piece, else -100), all int64 [b, t].
     """
     rows, width = input_ids.shape
     ids = torch.from_numpy(input_ids.astype(np.int64))

@@ -1,8 +1,8 @@
 """``dualtok prepare``: documents to deduplicated, split, tokenised, packed and checksummed shards.
 
-Four stages, each of which continues where an interruption left it: ingest (:mod:`dualtok.data.ingest`), the tokenizer, one
-packed file per chunk of documents, and the shards. A finished file is never written again. Memory holds one chunk of documents per
-process, whatever the size of the corpus. The manifest is written last.
+Four stages, each of which continues where an interruption left it: ingest (:mod:`dualtok.data.ingest`), the tokenizer,
+one packed file per chunk of documents, and the shards. A finished file is never written again. Memory holds one chunk
+of documents per process, whatever the size of the corpus. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
-from dualtok.data.config import SPLITS, DataConfig
+from dualtok.data.config import SPLITS, DataConfig, SplitName
 from dualtok.data.ingest import Ingest, IngestCounts, read_staged
 from dualtok.data.manifest import MANIFEST, Manifest, ShardEntry, SplitEntry, load_manifest, save_manifest
 from dualtok.data.packing import pack_documents
@@ -33,7 +33,7 @@ from dualtok.files import atomic_file, file_sha256, write_text
 from dualtok.monitor.progress import RunProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +52,7 @@ DOCUMENT = pa.schema([
 class _ShardTask:
     """One shard to write: rows ``first``, ``first + lanes``, ... of a split's blocks."""
 
-    split: str
+    split: SplitName
     lane: int
     number: int
     rows: range
@@ -113,7 +113,8 @@ def summary(manifest: Manifest) -> str:
     """Return what was prepared, in a few lines."""
     lines = [
         f"{manifest.documents_read:,} documents read; left out: {manifest.exact_duplicates:,} exact and "
-        f"{manifest.near_duplicates:,} near duplicates, {manifest.too_short:,} too short, {manifest.unused:,} in no split"
+        f"{manifest.near_duplicates:,} near duplicates, {manifest.too_short:,} too short, "
+        f"{manifest.unused:,} in no split"
     ]
     for name, split in manifest.splits.items():
         fill = split.tokens / max(1, split.blocks * manifest.block_length)
@@ -156,8 +157,12 @@ def _tokenizer(config: DataConfig, folder: Path, chunks: list[Path]) -> PreTrain
     if not folder.is_dir():
         if config.tokenizer is None:
             if "reference" not in config.shares:
-                raise ConfigError("data.tokenizer: missing, and there is no split 'reference' to train one on; give either")
-            save_tokenizer(train_tokenizer(_texts(chunks, "reference"), config.vocab_size or DEFAULT_VOCABULARY), folder)
+                raise ConfigError(
+                    "data.tokenizer: missing, and there is no split 'reference' to train one on; give either"
+                )
+            save_tokenizer(
+                train_tokenizer(_texts(chunks, "reference"), config.vocab_size or DEFAULT_VOCABULARY), folder
+            )
         else:
             save_tokenizer(load_tokenizer(config.tokenizer), folder)
     return load_tokenizer(folder)
@@ -212,7 +217,9 @@ def _write_splits(
         blocks = sum(read_staged(path).num_rows for path in packed[split])
         tasks += _shard_tasks(split, blocks, config.lanes, config.rows_per_shard)
     entries: dict[str, list[ShardEntry]] = {split: [] for split in packed}
-    work = partial(_write_lane_shard, folder=folder, packed=packed, lanes=config.lanes, block_length=config.block_length)
+    work = partial(
+        _write_lane_shard, folder=folder, packed=packed, lanes=config.lanes, block_length=config.block_length
+    )
     with RunProgress("prepare: shards", len(tasks), active=progress, plain_every=max(1, len(tasks) // 4)) as bar:
         for task, entry in zip(tasks, workers.map(work, tasks), strict=True):
             entries[task.split].append(entry)
@@ -220,7 +227,7 @@ def _write_splits(
     return {split: _split_entry(folder / split, chunks, split, entries[split]) for split in packed}
 
 
-def _shard_tasks(split: str, blocks: int, lanes: int, rows_per_shard: int) -> list[_ShardTask]:
+def _shard_tasks(split: SplitName, blocks: int, lanes: int, rows_per_shard: int) -> list[_ShardTask]:
     tasks = []
     for lane in range(min(lanes, blocks)):
         rows = range(lane, blocks, lanes)
@@ -230,7 +237,7 @@ def _shard_tasks(split: str, blocks: int, lanes: int, rows_per_shard: int) -> li
 
 
 def _write_lane_shard(
-    task: _ShardTask, *, folder: Path, packed: dict[str, list[Path]], lanes: int, block_length: int
+    task: _ShardTask, *, folder: Path, packed: Mapping[SplitName, list[Path]], lanes: int, block_length: int
 ) -> ShardEntry:
     """Write one shard unless it is there; runs in a worker process."""
     target = folder / task.split
@@ -264,8 +271,14 @@ def _split_entry(folder: Path, chunks: list[Path], split: str, shards: list[Shar
     pieces = sum(_pieces(folder / shard.file) for shard in shards)
     if sum(shard.tokens for shard in shards) != tokens:
         raise DataError(f"{folder}: shards hold other tokens than its documents; remove the folder and prepare again")
-    return SplitEntry(documents=documents, tokens=tokens, predicted_tokens=tokens - pieces, blocks=blocks, shards=shards,
-                      documents_sha256=file_sha256(path))  # fmt: skip
+    return SplitEntry(
+        documents=documents,
+        tokens=tokens,
+        predicted_tokens=tokens - pieces,
+        blocks=blocks,
+        shards=shards,
+        documents_sha256=file_sha256(path),
+    )
 
 
 def _pieces(shard: Path) -> int:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from dualtok.data.manifest import ShardEntry
 from dualtok.data.packing import Block, Segment
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, file_sha256
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SUFFIX = ".arrow"
 SEGMENT = pa.struct([("doc", pa.int64()), ("start", pa.int32()), ("length", pa.int32())])

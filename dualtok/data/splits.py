@@ -1,7 +1,7 @@
 """Which split a document belongs to: a function of the seed and its own text alone.
 
-It depends neither on the order of the corpus nor on what else is in it, so that adding documents never moves one from the
-held-out split into training.
+It depends neither on the order of the corpus nor on what else is in it, so that adding documents never moves one from
+the held-out split into training.
 """
 
 from __future__ import annotations

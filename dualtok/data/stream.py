@@ -1,8 +1,10 @@
-"""A split's blocks as a stream whose order depends on (seed, epoch) alone, not on ranks, workers or where it was resumed.
+"""A split's blocks as a stream whose order depends on (seed, epoch) alone, not on ranks, workers or where it was
+resumed.
 
-Sample i of an epoch comes from lane i mod L. A lane visits its shards in a random order, and the rows of each shard in a random
-order, so that a reader stays within one file for a while. Rank r takes the contiguous slice r of each global micro-batch. The
-position in the stream is one integer, the samples seen; seeking to it costs a few permutations, not a replay.
+Sample i of an epoch comes from lane i mod L. A lane visits its shards in a random order, and the rows of each shard in
+a random order, so that a reader stays within one file for a while. Rank r takes the contiguous slice r of each global
+micro-batch. The position in the stream is one integer, the samples seen; seeking to it costs a few permutations, not a
+replay.
 
 Legend: b batch, t position.
 """
@@ -12,19 +14,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dualtok.data.manifest import ShardEntry, check_shard, load_manifest, split_entry
-from dualtok.data.packing import IGNORED_LABEL, Segment, model_inputs
+from dualtok.data.packing import Segment, model_inputs
 from dualtok.data.shards import Shard
 from dualtok.errors import DataError
 from dualtok.files import file_sha256
+from dualtok.objective.head import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Batch = dict[str, torch.Tensor]
 DOCUMENTS = "documents.arrow"
@@ -128,8 +133,8 @@ class BlockStream:
     ) -> Iterator[tuple[Batch, list[list[Segment]]]]:  # fmt: skip
         """Yield (batch, pieces of each row) once over the split in file order, for evaluation.
 
-        Every rank makes the same number of batches, as ZeRO-3 demands; a rank that has run out repeats a block with all labels
-        ignored and no pieces.
+        Every rank makes the same number of batches, as ZeRO-3 demands; a rank that has run out repeats a block with all
+        labels ignored and no pieces.
 
         Args:
             batch_size: blocks per batch.

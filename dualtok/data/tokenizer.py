@@ -1,7 +1,7 @@
 """Tokenizers: any Hugging Face one, a SentencePiece model, or a byte-level BPE trained on the reference split.
 
-Documents are encoded without special tokens, a beginning-of-sequence token is put in front if the tokenizer puts one there by
-itself, and the end token closes every document.
+Documents are encoded without special tokens, a beginning-of-sequence token is put in front if the tokenizer puts one
+there by itself, and the end token closes every document.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dualtok.errors import DataError
 
@@ -93,7 +93,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{path}: no such SentencePiece model (data.tokenizer)")
     try:
         extractor = SentencePieceExtractor(str(path))
-        parts = extractor.extract(None)
+        parts: Any = extractor.extract(None)  # the library's annotation is another method's
         backend = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, parts["vocab"], parts.get("merges"))
     except Exception as error:  # protobuf and the converter raise unrelated classes for a malformed file
         raise DataError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())[:120]}") from None
@@ -107,7 +107,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
-def _sentencepiece_normalizer(settings) -> object:  # noqa: ANN001 - a protobuf message without types
+def _sentencepiece_normalizer(settings: Any) -> object:
     from tokenizers import Regex, normalizers
 
     steps: list[normalizers.Normalizer] = []

@@ -1,0 +1,1 @@
+"""DeepSpeed around a model and its objective: configuration, ranks, the training loop, checkpoints."""

@@ -84,7 +84,10 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
         "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
         "gradient_clipping": (train.gradient_clipping, "train.gradient_clipping"),
         "bf16.enabled": (train.precision == "bf16", "train.precision"),
-        "data_types.grad_accum_dtype": ("fp32", "dualtok accumulates gradients in fp32: a small ascent term drowns in bf16"),
+        "data_types.grad_accum_dtype": (
+            "fp32",
+            "dualtok accumulates gradients in fp32: a small ascent term drowns in bf16",
+        ),
     }
     for key, (value, origin) in decided.items():
         _agree(merged, key, value, origin, str(train.deepspeed))
@@ -108,7 +111,9 @@ def inference_config(path: str | Path, precision: str, batch_size: int) -> Json:
     """
     given = read_deepspeed_json(path)
     if zero_stage(given) != 3:
-        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(given)}; a forward-only engine needs stage 3")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage is {zero_stage(given)}; a forward-only engine needs stage 3"
+        )
     zero = {key: value for key, value in given["zero_optimization"].items() if key != "offload_optimizer"}
     return {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -144,11 +149,12 @@ def _agree(merged: Json, dotted: str, value: Any, origin: str, file: str) -> Non
 
 
 def _require_equal(given: Any, decided: Any, key: str, origin: str, file: str) -> None:
-    if given == "auto" or given == decided:
+    if given in ("auto", decided):
         return
     numbers = isinstance(given, int | float) and isinstance(decided, int | float)
     if numbers and math.isclose(given, decided, rel_tol=1e-9):
         return
     raise ConfigError(
-        f"{file}: {key} is {given!r}, but the run says {decided!r} ({origin}); make them agree, or write \"auto\" in the JSON"
+        f"{file}: {key} is {given!r}, but the run says {decided!r} ({origin}); make them agree, "
+        'or write "auto" in the JSON'
     )

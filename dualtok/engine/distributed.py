@@ -101,9 +101,9 @@ class Ranks:
                 if self.world_size == 1:
                     raise
                 outcome = (None, error)
-        result, error = self.from_first(outcome)
-        if error is not None:
-            raise error
+        result, failure = self.from_first(outcome)
+        if failure is not None:
+            raise failure
         return result
 
 

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dualtok.audit.metrics import roc_auc
 from dualtok.errors import DataError
+from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
+    import torch
+
+    from dualtok.data.packing import Segment
     from dualtok.data.stream import BlockStream
     from dualtok.engine.distributed import Ranks
     from dualtok.engine.zero import ZeroEngine
@@ -68,8 +71,9 @@ class Evaluation:
         return self.validation_loss - self.member_loss
 
 
-def evaluate(engine: ZeroEngine, members: BlockStream, validation: BlockStream, blocks: int, batch_size: int,
-             step: int) -> Evaluation:  # fmt: skip
+def evaluate(
+    engine: ZeroEngine, members: BlockStream, validation: BlockStream, *, blocks: int, batch_size: int, step: int
+) -> Evaluation:
     """Evaluate on at most ``blocks`` blocks of each stream; every rank takes part and gets the same result."""
     seen = document_losses(engine, members, blocks, batch_size)
     unseen = document_losses(engine, validation, blocks, batch_size)
@@ -95,11 +99,15 @@ def document_losses(engine: ZeroEngine, stream: BlockStream, blocks: int, batch_
     return DocumentLosses(documents.astype(np.int64), *sums)
 
 
-def _document_sums(losses: torch.Tensor, batch: dict[str, torch.Tensor], segments: list) -> np.ndarray:
+def _document_sums(losses: torch.Tensor, batch: dict[str, torch.Tensor], segments: list[list[Segment]]) -> np.ndarray:
     """Return one row (document, loss, reference loss, tokens) per piece of the batch's blocks."""
-    predicted = (batch["labels"] != -100).double()
+    predicted = (batch["labels"] != IGNORED_LABEL).double()
     reference = batch.get("reference_loss")
-    columns = [losses * predicted, predicted * math.nan if reference is None else reference.double() * predicted, predicted]
+    columns = [
+        losses * predicted,
+        predicted * math.nan if reference is None else reference.double() * predicted,
+        predicted,
+    ]
     # A running sum per row turns the sum over each piece into a difference of two columns.
     running = [np.concatenate([np.zeros((len(c), 1)), c.cumsum(1).numpy()], axis=1) for c in columns]
     rows = []

@@ -16,6 +16,7 @@ from dualtok.engine.metrics import History, StepMetrics, StepTotals, peak_memory
 from dualtok.errors import DualtokError
 from dualtok.monitor.events import EventWriter, fixed_bins
 from dualtok.monitor.progress import RunProgress
+from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,18 +132,19 @@ class TrainingLoop:
         bins = torch.zeros(0)
         for _ in range(self.train.gradient_accumulation):
             batch = next(batches)
-            outcome, token_loss = self.engine.micro_step(batch)
-            totals.add(outcome, token_loss, batch)
+            outcome = self.engine.micro_step(batch)
+            totals.add(outcome)
             if histogram and step % histogram == 0 and "reference_loss" in batch:
-                bins = _add(bins, _calibrated_bins(token_loss.cpu(), batch))
+                bins = _add(bins, fixed_bins(outcome.calibrated.cpu()[batch["labels"] != IGNORED_LABEL]))
         total = totals.reduce(self.ranks)
         if len(bins):
             events.histogram("calibrated/s", self.ranks.sum(bins.to(self.ranks.device)).cpu().numpy(), step)
         # A NaN token is left out of the selection, so the plain loss must be looked at too.
         if not math.isfinite(total["loss"] + total["plain_sum"]):
             raise DualtokError(
-                f"step {step}: the loss is {total['loss']} (plain {total['plain_sum']}), training diverged; lower train.learning_rate or "
-                f"selection.alpha and resume from the last checkpoint in {self.checkpoints}"
+                f"step {step}: the loss is {total['loss']} (plain {total['plain_sum']}), training "
+                f"diverged; lower train.learning_rate or selection.alpha and resume from the last checkpoint in "
+                f"{self.checkpoints}"
             )
         self.state.step = step
         self.state.samples_seen += self.train.batch_size
@@ -161,7 +163,9 @@ class TrainingLoop:
         if step != self.total_steps and not (every and step % every == 0):
             return None
         rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.ranks.world_size)
-        return evaluate(self.engine, self.stream, self.validation, self.train.evaluation_blocks, rows, step)
+        return evaluate(
+            self.engine, self.stream, self.validation, blocks=self.train.evaluation_blocks, batch_size=rows, step=step
+        )
 
     def _save_when_due(self, evaluation: Evaluation | None) -> None:
         every, step = self.train.checkpoint_every, self.state.step
@@ -213,10 +217,6 @@ def _describe(evaluation: Evaluation) -> str:
         f"step {evaluation.step}: validation perplexity {evaluation.perplexity:.2f}, "
         f"member/validation gap {evaluation.gap:.3f} nats{auc}"
     )
-
-
-def _calibrated_bins(token_loss: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return fixed_bins((token_loss - batch["reference_loss"])[batch["labels"] != -100])
 
 
 def _add(total: torch.Tensor, more: torch.Tensor) -> torch.Tensor:

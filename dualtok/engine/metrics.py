@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dualtok.engine.distributed import Ranks
-    from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss
 
 
@@ -54,25 +53,15 @@ class StepTotals:
     """Sums of one optimiser step on this rank; float64, so that the order of micro-batches does not show."""
 
     FIELDS = ("loss", "hard_sum", "hard_count", "memorised_sum", "memorised_count", "plain_sum", "plain_count")
+    """The loss, then :attr:`DualLoss.totals` row by row."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
         self._micro_batches = 0
 
-    def add(self, outcome: DualLoss, token_loss: torch.Tensor, batch: Batch) -> None:
-        """Add one micro-batch.
-
-        Args:
-            outcome: the objective's result on this rank.
-            token_loss: [b, t] token losses of this rank.
-            batch: the micro-batch, for its labels.
-        """
-        values = token_loss.double()
-        masks = (outcome.hard, outcome.memorised, (batch["labels"] != -100).to(values.device))
-        parts = [outcome.loss.detach().double()]
-        for mask in masks:
-            parts += [torch.where(mask, values, 0.0).sum(), mask.sum().double()]
-        self._sums += torch.stack(parts)
+    def add(self, outcome: DualLoss) -> None:
+        """Add the objective's result on this rank for one micro-batch."""
+        self._sums += torch.cat([outcome.loss.detach().double().view(1), outcome.totals.flatten()])
         self._micro_batches += 1
 
     def reduce(self, ranks: Ranks) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""``dualtok train``: from a run's settings to a training loop, with everything checked before the first weight is read."""
+"""``dualtok train``: from a run's settings to a training loop; all is checked before the first weight is read."""
 
 from __future__ import annotations
 
@@ -57,9 +57,14 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     validation = open_stream(run, manifest, "validation", ranks)
     total_steps = count_steps(settings, len(stream))
     engine = build_zero_engine(
-        folder, model, settings, deepspeed_config, build_objective(run.objective, run.selection, run.goldfish),
-        total_steps, ranks,
-    )  # fmt: skip
+        folder,
+        model,
+        settings,
+        config=deepspeed_config,
+        objective=build_objective(run.objective, run.selection, run.goldfish),
+        total_steps=total_steps,
+        ranks=ranks,
+    )
     loop = TrainingLoop(run, engine, stream, validation, total_steps)
     if saved is not None:
         loop.resume(saved)
@@ -82,7 +87,7 @@ def open_stream(run: RunConfig, manifest: Manifest, split: str, ranks: Ranks) ->
     reference = run.reference
     if reference is not None:
         expected = ranks.first_does(lambda: fingerprint(reference.model, manifest, reference.precision))
-        scores = StoredScores(run.data.dir, manifest, split, expected, ranks.rank, ranks.world_size)
+        scores = StoredScores(run.data.dir, manifest, split, expected, rank=ranks.rank, world_size=ranks.world_size)
     return BlockStream(
         run.data.dir, split, seed=run.seed, scores=scores, verify_rank=ranks.rank, verify_world_size=ranks.world_size
     )
@@ -112,9 +117,16 @@ def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks:
         if model.config is not None and (unknown := unknown_config_keys(model)):
             raise ConfigError(f"model.config: {model.config['model_type']} has no setting {unknown[0]!r}")
         fresh = model.config is not None and not (start / "config.json").is_file()
-        weights = materialise(model, vocabulary=len(tokenizer), seed=run.seed, folder=start) if fresh or model.path else start
+        weights = (
+            materialise(model, vocabulary=len(tokenizer), seed=run.seed, folder=start) if fresh or model.path else start
+        )
         config = read_model_config(weights)
-        check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length, origin=str(model.path or "model.config"))
+        check_fits(
+            config,
+            vocabulary=len(tokenizer),
+            block_length=manifest.block_length,
+            origin=str(model.path or "model.config"),
+        )
         config.save_pretrained(start)
         tokenizer.save_pretrained(start)
         write_text(output / "run.yaml", run.to_yaml())

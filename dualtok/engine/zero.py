@@ -40,7 +40,6 @@ class ObjectiveModel(TokenLossModel):
         self._objective = objective
         self._gather = gather
         self.outcome: DualLoss | None = None
-        self.token_loss: torch.Tensor | None = None
 
     def forward(self, batch: Batch, check_head: bool = False) -> torch.Tensor:
         """Return the scalar loss (training), token losses [b, t] (evaluation) or the head's error (``check_head``).
@@ -53,7 +52,6 @@ class ObjectiveModel(TokenLossModel):
         if not self.training:
             return token_loss
         self.outcome = self._objective(token_loss, batch, gather=self._gather)
-        self.token_loss = token_loss.detach()
         return self.outcome.loss
 
 
@@ -66,6 +64,11 @@ class ZeroEngine:
     ranks: Ranks
     keep_alive: object
 
+    def __post_init__(self) -> None:
+        """Ask how the optimiser steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
+        self._steps_with_torch = isinstance(self.engine.optimizer, torch.optim.Optimizer)
+        self._norm = float("nan")
+
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to this rank's device."""
         return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
@@ -76,21 +79,17 @@ class ZeroEngine:
             difference = float(self.engine(self.to_device(batch), check_head=True))
         require_same_head(difference, precision, type(self.model.causal_lm).__name__)
 
-    def micro_step(self, batch: Batch) -> tuple[DualLoss, torch.Tensor]:
-        """Run forward and backward of one micro-batch; step the optimiser when the accumulation is complete.
-
-        Returns:
-            The objective's outcome and the token losses [b, t] of this rank's share.
-        """
+    def micro_step(self, batch: Batch) -> DualLoss:
+        """Run forward and backward of one micro-batch; step the optimiser when the accumulation is complete."""
         self.engine.train()
         loss = self.engine(self.to_device(batch))
         self.engine.backward(loss)
+        if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
+            self._norm = _gradient_norm(self.model)
         self.engine.step()
-        outcome, token_loss = self.model.outcome, self.model.token_loss
-        self.model.outcome = self.model.token_loss = None
+        outcome, self.model.outcome = self.model.outcome, None
         assert outcome is not None
-        assert token_loss is not None
-        return outcome, token_loss
+        return outcome
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> torch.Tensor:
@@ -101,8 +100,7 @@ class ZeroEngine:
 
     def gradient_norm(self) -> float:
         """Return the norm of the global gradient of the last optimiser step, before clipping."""
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self._norm if self._steps_with_torch else self.engine.get_global_grad_norm())
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next optimiser step."""
@@ -113,6 +111,7 @@ def build_zero_engine(
     folder: Path | str,
     model: ModelConfig,
     train: TrainConfig,
+    *,
     config: Json,
     objective: Objective,
     total_steps: int,
@@ -186,6 +185,12 @@ def build_forward_only(
     return forward
 
 
+def _gradient_norm(model: torch.nn.Module) -> float:
+    """Return the norm of the gradients, which are reduced over the ranks by now; 0 when no parameter has one."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
 def quiet_deepspeed() -> None:
     """Leave the terminal to the progress bar: DeepSpeed's own INFO lines are dropped, warnings stay."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -230,5 +235,3 @@ def _schedule(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Opt
         return get_scheduler(name, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=total_steps)
 
     return build
-
-

@@ -1,7 +1,7 @@
 """``dualtok audit``: run every model once over members and non-members, attack what it gives away, keep the figures.
 
-The model pass is shared by all ranks and its signals are kept, so that an interrupted audit continues with the next model
-and attacks can be run again without a model.
+The model pass is shared by all ranks and its signals are kept, so that an interrupted audit continues with the next
+model and attacks can be run again without a model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 
 from dualtok.audit.attacks import AttackContext
 from dualtok.audit.evaluate import audit_model, choose_documents
-from dualtok.audit.report_data import ModelAudit
 from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
@@ -32,7 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from dualtok.audit.report_data import ModelAudit
     from dualtok.data.manifest import Manifest
+    from dualtok.data.packing import Segment
     from dualtok.run import RunConfig
 
 ATTACKER = "attack_reference"
@@ -126,7 +127,9 @@ def _model_pass(
     documents = None if settings.max_documents is None else chosen
     calls = stream.sequential_batches(settings.batch_size, ranks.world_size, documents=documents)
     with RunProgress(title, calls, active=ranks.is_first, plain_every=max(1, calls // 4)) as progress:
-        for batch, segments in stream.sequential(settings.batch_size, ranks.rank, ranks.world_size, documents=documents):
+        for batch, segments in stream.sequential(
+            settings.batch_size, ranks.rank, ranks.world_size, documents=documents
+        ):
             builder.add(forward(batch), batch["labels"], [_with_columns(row) for row in segments])
             progress.advance(1)
     parts = ranks.gather_objects_to_first(builder)
@@ -137,7 +140,7 @@ def _model_pass(
     return parts[0]
 
 
-def _with_columns(row: list) -> list[Piece]:
+def _with_columns(row: list[Segment]) -> list[Piece]:
     """Add to each (document, start, length) of a block the column where it lies: pieces are laid end to end."""
     pieces, column = [], 0
     for document, start, length in row:

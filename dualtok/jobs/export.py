@@ -1,4 +1,4 @@
-"""``dualtok export``: from a DeepSpeed checkpoint of any ZeRO stage to a Hugging Face folder, parameter by parameter."""
+"""``dualtok export``: from a DeepSpeed checkpoint of any ZeRO stage to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ PREFIX = "causal_lm."
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
 
 
-def export(run_dir: Path, target: Path, *, which: str = "best", precision: str = "fp32", shard_size: str = "4GB") -> Path:
+def export(
+    run_dir: Path, target: Path, *, which: str = "best", precision: str = "fp32", shard_size: str = "4GB"
+) -> Path:
     """Write a checkpoint's weights, config and tokenizer as a Hugging Face folder.
 
     Args:
@@ -43,7 +45,9 @@ def export(run_dir: Path, target: Path, *, which: str = "best", precision: str =
     saved = find_checkpoint(run_dir / CHECKPOINTS, which)
     start = run_dir / START_FOLDER
     if not (start / "config.json").is_file():
-        raise CheckpointError(f"{start}: no model configuration beside the checkpoints; is {run_dir} a run's output_dir?")
+        raise CheckpointError(
+            f"{start}: no model configuration beside the checkpoints; is {run_dir} a run's output_dir?"
+        )
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

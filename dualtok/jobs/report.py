@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -42,7 +42,9 @@ def write_run_report(run: RunConfig) -> Path:
         },
         settings=run.audit,
         rows=audits,
-        selection=[s for name, folder in run.audit.runs.items() if (s := _selection(name, Path(folder), histories[name]))],
+        selection=[
+            s for name, folder in run.audit.runs.items() if (s := _selection(name, Path(folder), histories[name]))
+        ],
         training=[s for name, folder in run.audit.runs.items() for s in _training(name, Path(folder))],
         configs={"audit": run.to_yaml(), **{n: _config(Path(f)) for n, f in run.audit.runs.items()}},
         versions={package: _version(package) for package in PACKAGES},
@@ -66,7 +68,7 @@ def read_audits(run: RunConfig) -> list[ModelAudit]:
         raise DataError(f"{path}: malformed ({reason}); run `dualtok audit` again") from None
 
 
-def _history(name: str, folder: Path) -> list[dict]:
+def _history(name: str, folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     history = read_history(path)
     if not history:
@@ -74,7 +76,7 @@ def _history(name: str, folder: Path) -> list[dict]:
     return history
 
 
-def _selection(name: str, folder: Path, history: list[dict]) -> SelectionSeries | None:
+def _selection(name: str, folder: Path, history: list[dict[str, Any]]) -> SelectionSeries | None:
     """Return a run's shares over time, thinned to what a plot can show; None for objectives that select nothing."""
     objective = _run_values(folder).get("objective")
     if objective not in SELECTIVE:
@@ -107,7 +109,7 @@ def _config(folder: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _run_values(folder: Path) -> dict:
+def _run_values(folder: Path) -> dict[str, Any]:
     import yaml
 
     values = yaml.safe_load(_config(folder))

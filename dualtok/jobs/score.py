@@ -102,7 +102,9 @@ def _score_shards(
     calls = [-(-task.shard.rows // batch_size) for task in mine]
     most_calls = max(ranks.gather_objects(sum(calls)))
     streams = {
-        split: BlockStream(run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size)
+        split: BlockStream(
+            run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
+        )
         for split in {task.split for task in tasks}
     }
     started = time.perf_counter()

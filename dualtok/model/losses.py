@@ -12,7 +12,7 @@ from torch import nn
 
 from dualtok.errors import ConfigError
 from dualtok.model.load import logit_transform
-from dualtok.objective.head import token_losses
+from dualtok.objective.head import IGNORED_LABEL, token_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +63,7 @@ class TokenLossModel(nn.Module):
 
 
 class SignalModel(TokenLossModel):
-    """Like :class:`TokenLossModel`, but returns the audit's signals; blocks are visited one at a time to bound memory."""
+    """Like :class:`TokenLossModel`, but returns the audit's signals; one block at a time, to bound memory."""
 
     def __init__(
         self,
@@ -92,10 +92,10 @@ def head_difference(model: TokenLossModel, batch: Batch) -> torch.Tensor:
     """
     small = {name: batch[name][:1, :HEAD_CHECK_TOKENS] for name in ("input_ids", "position_ids", "labels")}
     own = TokenLossModel.forward(model, small)
-    logits = model.causal_lm(
-        input_ids=small["input_ids"], position_ids=small["position_ids"], use_cache=False
-    ).logits
-    theirs = nn.functional.cross_entropy(logits[0].float(), small["labels"][0], ignore_index=-100, reduction="none")
+    logits = model.causal_lm(input_ids=small["input_ids"], position_ids=small["position_ids"], use_cache=False).logits
+    theirs = nn.functional.cross_entropy(
+        logits[0].float(), small["labels"][0], ignore_index=IGNORED_LABEL, reduction="none"
+    )
     return (own[0] - theirs).abs().max() / theirs.mean().clamp(min=1e-6)
 
 

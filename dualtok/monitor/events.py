@@ -75,10 +75,12 @@ class EventWriter:
 
 
 def fixed_bins(calibrated: torch.Tensor) -> torch.Tensor:
-    """Count values of s(t) in :data:`HISTOGRAM_BINS` equal bins over +-:data:`HISTOGRAM_RANGE`; outliers go to the ends.
+    """Count values of s(t) in :data:`HISTOGRAM_BINS` equal bins over +-:data:`HISTOGRAM_RANGE`; the ends take outliers.
 
     Fixed bins can be summed over ranks, where the values themselves would have to be gathered.
     """
-    return calibrated.float().clamp(-HISTOGRAM_RANGE, HISTOGRAM_RANGE).histc(
-        HISTOGRAM_BINS, -HISTOGRAM_RANGE, HISTOGRAM_RANGE
+    return (
+        calibrated.float()
+        .clamp(-HISTOGRAM_RANGE, HISTOGRAM_RANGE)
+        .histc(HISTOGRAM_BINS, -HISTOGRAM_RANGE, HISTOGRAM_RANGE)
     )

@@ -33,8 +33,12 @@ class RunProgress:
         console = Console(file=sys.stderr)
         if active and console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(), console=console,
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=console,
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=total, completed=start, detail="")
 

@@ -1,0 +1,1 @@
+"""The frozen reference model: its fingerprint, and its losses stored beside the shards."""

@@ -49,7 +49,9 @@ def write_scores(path: Path, losses: np.ndarray, shard_sha256: str) -> None:
     """
     if not np.isfinite(losses).all():
         row = int(np.argwhere(~np.isfinite(losses))[0][0])
-        raise DataError(f"{path.name}: the reference model gives a loss that is not finite in row {row}; check its weights")
+        raise DataError(
+            f"{path.name}: the reference model gives a loss that is not finite in row {row}; check its weights"
+        )
     values = pa.FixedSizeListArray.from_arrays(pa.array(losses.astype(np.float32).ravel()), losses.shape[1])
     table = pa.table({COLUMN: values}).replace_schema_metadata({SHARD_KEY: shard_sha256.encode()})
     with atomic_file(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
@@ -87,10 +89,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         Fingerprint(**index["fingerprint"])
     except FileNotFoundError:
-        raise DataError(f"{path}: missing, so scoring did not finish; run `dualtok score` again to continue it") from None
+        raise DataError(
+            f"{path}: missing, so scoring did not finish; run `dualtok score` again to continue it"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: malformed ({error}); delete the folder and run `dualtok score` again") from None
-    return index  # type: ignore[no-any-return]
+    return index
 
 
 class StoredScores:
@@ -114,6 +118,7 @@ class StoredScores:
         manifest: Manifest,
         split: str,
         expected: Fingerprint,
+        *,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -162,4 +167,7 @@ def _no_such_scores(data_dir: Path, split: str, expected: Fingerprint) -> str:
         parts = ", ".join(Fingerprint(**index["fingerprint"]).differences(expected))
         found.append(f"those of {index['model']} differ in: {parts}")
     others = f" ({'; '.join(found)})" if found else ""
-    return f"{data_dir}: no reference losses of this run's reference model for split {split!r}{others}; run `dualtok score`"
+    return (
+        f"{data_dir}: no reference losses of this run's reference model for split {split!r}{others}; "
+        "run `dualtok score`"
+    )

@@ -36,7 +36,8 @@ def run_file(small_corpus: dict[str, Any], path: Path, reference: Path, stage: i
         model={"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}},
         reference={"model": str(reference)}, monitor={"log_every": 1, "histogram_every": 4},
         train={"learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS, "precision": "fp32",
-               "warmup_steps": 2, "evaluate_every": 6, "checkpoint_every": 4, "deepspeed": deepspeed_json(f"zero{stage}")},
+               "warmup_steps": 2, "evaluate_every": 6, "checkpoint_every": 4,
+               "deepspeed": deepspeed_json(f"zero{stage}")},
     )  # fmt: skip
 
 

@@ -86,11 +86,8 @@ def test_a_bad_setting_is_named(
 ) -> None:
     run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
                     model={"config": tiny_llama_config()}, train=TRAIN)  # fmt: skip
-    if "selection" in override:
-        override_list = [override, "objective=dual", "reference.model=ref"]
-    else:
-        override_list = [override]
-    line = error_line(dualtok("train", run, *override_list))
+    dual = ["objective=dual", "reference.model=ref"] if "selection" in override else []
+    line = error_line(dualtok("train", run, override, *dual))
     for part in expected:
         assert part in line
     assert not (tmp_path / "run").exists(), "output was left behind"
@@ -119,7 +116,8 @@ def test_a_model_that_does_not_fit_is_refused(
 def test_a_contradicting_deepspeed_json_names_both_places(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 0.5}')
     run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
-                    model={"config": tiny_llama_config()}, train={**TRAIN, "deepspeed": str(tmp_path / "ds.json")})  # fmt: skip
+                    model={"config": tiny_llama_config()},
+                    train={**TRAIN, "deepspeed": str(tmp_path / "ds.json")})  # fmt: skip
     line = error_line(dualtok("train", run))
     assert "ds.json: gradient_clipping is 0.5" in line
     assert "train.gradient_clipping" in line
@@ -167,11 +165,15 @@ def test_more_ranks_than_blocks(tmp_path: Path) -> None:
     data = {"dir": str(tmp_path / "prepared"), "source": str(tmp_path / "a.jsonl"), "block_length": 128,
             "vocab_size": 300, "shares": {"train": 0.6, "reference": 0.2, "validation": 0.2},
             "near_duplicate_threshold": None}  # fmt: skip
-    run = write_run(tmp_path / "run.yaml", data, objective="causal_lm", model={"config": tiny_llama_config()}, train=TRAIN)
+    run = write_run(
+        tmp_path / "run.yaml", data, objective="causal_lm", model={"config": tiny_llama_config()}, train=TRAIN
+    )
     succeed(dualtok("prepare", run))
     result = dualtok("train", run, ranks=2)
     assert result.returncode != 0
-    assert str(ROOT / "dualtok") not in result.stderr, "a rank printed a traceback (the launcher's own is its way to fail)"
+    assert str(ROOT / "dualtok") not in result.stderr, (
+        "a rank printed a traceback (the launcher's own is its way to fail)"
+    )
     lines = [line for line in result.stderr.splitlines() if line.startswith("dualtok: error:")]
     assert len(lines) == 1
     assert "fewer than the job's 2 ranks" in lines[0]

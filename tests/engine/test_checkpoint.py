@@ -16,7 +16,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 class WritingEngine:
-    """Writes files as DeepSpeed would; what is under test is the protocol around it, tests/distributed has the engine."""
+    """Writes files as DeepSpeed would; under test is the protocol around it; tests/distributed has the engine."""
 
     def __init__(self, fail: bool = False) -> None:
         self.fail = fail
@@ -80,7 +80,7 @@ def test_pruning_keeps_what_the_pointers_name(tmp_path: Path) -> None:
 
 def test_another_number_of_ranks_is_refused_with_the_numbers(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    with pytest.raises(CheckpointError, match="written by 1 ranks .* this job has 2"):
+    with pytest.raises(CheckpointError, match=r"written by 1 ranks .* this job has 2"):
         load_checkpoint(WritingEngine(), find_checkpoint(tmp_path), Ranks(0, 2, torch.device("cpu")))
 
 

@@ -15,7 +15,13 @@ from tests.support import deepspeed_json
 
 
 def settings(path: Path | str | None, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 16, "steps": 1, "gradient_accumulation": 2, **changes}
+    values: dict[str, Any] = {
+        "learning_rate": 1e-3,
+        "batch_size": 16,
+        "steps": 1,
+        "gradient_accumulation": 2,
+        **changes,
+    }
     return TrainConfig(deepspeed=None if path is None else str(path), **values)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dualtok.monitor.events import HISTOGRAM_BINS, EventWriter, fixed_bins
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def read(folder: Path) -> EventAccumulator:

@@ -6,11 +6,13 @@ import os
 import pty
 import subprocess
 import sys
-
-import pytest
+from typing import TYPE_CHECKING
 
 from dualtok.monitor.progress import RunProgress
 from tests.support import ROOT
+
+if TYPE_CHECKING:
+    import pytest
 
 SCRIPT = """
 from dualtok.monitor.progress import RunProgress

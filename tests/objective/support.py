@@ -77,8 +77,8 @@ def _members(indices: list[int], shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def on_ranks(world_size: int, compute: Callable[[int, Gather], Any]) -> list[Any]:
     """Run ``compute(rank, gather)`` for every rank and return the results in rank order.
 
-    A first pass records what each rank would send, a second one answers with everyone's values. What a rank sends must not
-    depend on what it received; that, and that all ranks communicate equally often, is checked.
+    A first pass records what each rank would send, a second one answers with everyone's values. What a rank sends must
+    not depend on what it received; that, and that all ranks communicate equally often, is checked.
     """
     sent: list[list[torch.Tensor]] = []
     for rank in range(world_size):
