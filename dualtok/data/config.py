@@ -110,3 +110,5 @@ class DataConfig:
             )
         if "train" not in self.shares:
             raise ValueError("data.shares: need at least a share of 'train'")
+        if self.tokenizer is None and "reference" not in self.shares:
+            raise ValueError("data.tokenizer: missing, and data.shares has no 'reference' to train one on; give either")

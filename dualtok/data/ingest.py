@@ -77,7 +77,7 @@ class Ingest:
         """Read what is left of the source; return the counts of the whole.
 
         Raises:
-            DataError: the source cannot be read, holds no document, or leaves a split empty.
+            DataError: the source cannot be read.
         """
         if not self.counts.finished:
             limit = self._config.max_documents
@@ -88,12 +88,37 @@ class Ingest:
                 progress.advance(len(texts), f"{sum(self.counts.splits.values()):,} kept")
             self.counts.finished = True
             self._commit()
-        self._check()
         return self.counts
 
     def chunk_path(self, number: int) -> Path:
         """Return the file of a staged chunk."""
         return self._folder / f"documents-{number:06d}.arrow"
+
+    def check(self) -> None:
+        """Refuse a corpus of which nothing is left, for a split or altogether.
+
+        Raises:
+            DataError: names the source or the split.
+        """
+        counts = self.counts
+        if sum(counts.splits.values()) + counts.unused == 0:
+            raise DataError(
+                f"{self._config.source}: empty corpus: {counts.read} documents read, "
+                f"{counts.too_short} too short, none left"
+            )
+        for split, share in self._config.shares.items():
+            if not counts.splits.get(split):
+                kept = sum(counts.splits.values()) + counts.unused
+                raise DataError(
+                    f"data.shares.{split}: a share of {share:g} of {kept} documents leaves the split empty; "
+                    "raise the share, leave the split out, or give more documents"
+                )
+
+    def worth_keeping(self) -> bool:
+        """Return whether another start could go on from here: something is staged, and no split will stay empty."""
+        if self.counts.finished:
+            return all(split in self.counts.splits for split in self._config.shares)
+        return self.counts.chunks > 0
 
     def close(self) -> None:
         """Close the database."""
@@ -128,21 +153,6 @@ class Ingest:
     def _commit(self) -> None:
         self._db.execute("INSERT OR REPLACE INTO progress VALUES (0, ?)", (json.dumps(vars(self.counts)),))
         self._db.commit()
-
-    def _check(self) -> None:
-        counts = self.counts
-        if sum(counts.splits.values()) + counts.unused == 0:
-            raise DataError(
-                f"{self._config.source}: empty corpus: {counts.read} documents read, "
-                f"{counts.too_short} too short, none left"
-            )
-        for split, share in self._config.shares.items():
-            if not counts.splits.get(split):
-                kept = sum(counts.splits.values()) + counts.unused
-                raise DataError(
-                    f"data.shares.{split}: a share of {share:g} of {kept} documents leaves the split empty; "
-                    "raise the share, leave the split out, or give more documents"
-                )
 
 
 def read_staged(path: Path) -> pa.Table:

@@ -33,7 +33,7 @@ from dualtok.files import atomic_file, file_sha256, write_text
 from dualtok.monitor.progress import RunProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -50,12 +50,17 @@ DOCUMENT = pa.schema([
 
 @dataclass(frozen=True)
 class _ShardTask:
-    """One shard to write: rows ``first``, ``first + lanes``, ... of a split's blocks."""
+    """One shard to write."""
 
     split: SplitName
     lane: int
     number: int
     rows: range
+    """The split's blocks in it: ``lane``, ``lane + lanes``, ..."""
+    files: list[Path]
+    """Packed files that hold them, in order."""
+    first_block: int
+    """The first file's first block."""
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
@@ -81,11 +86,17 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
     staging = folder / STAGING
     ingest = Ingest(config, staging)
     try:
+        if config.tokenizer is not None:
+            _keep_tokenizer(folder / "tokenizer", lambda: load_tokenizer(str(config.tokenizer)))
         with Workers(config.processes) as workers:
-            with RunProgress("prepare: documents read", 0, active=progress) as bar:
+            with RunProgress("prepare: documents read", None, active=progress) as bar:
                 counts = ingest.run(workers, bar)
+            ingest.check()
             chunks = [ingest.chunk_path(number) for number in range(counts.chunks)]
-            tokenizer = _tokenizer(config, folder / "tokenizer", chunks)
+            vocabulary = config.vocab_size or DEFAULT_VOCABULARY
+            tokenizer = _keep_tokenizer(
+                folder / "tokenizer", lambda: train_tokenizer(_texts(chunks, "reference"), vocabulary)
+            )
             work = partial(_pack_chunk, tokenizer_folder=str(folder / "tokenizer"), block_length=config.block_length)
             with RunProgress("prepare: chunks packed", len(chunks), active=progress) as bar:
                 for _ in workers.map(work, chunks):
@@ -93,7 +104,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
             splits = _write_splits(config, folder, chunks, counts, workers, progress=progress)
     except BaseException:
         ingest.close()
-        if not ingest.counts.chunks:
+        if not ingest.worth_keeping():
             _forget(folder)
         raise
     ingest.close()
@@ -145,26 +156,18 @@ def _require_same_settings(folder: Path, echo: dict[str, object]) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Remove what a preparation left that failed before its first chunk, so that nothing half-written stays."""
+    """Remove what a preparation left that another start could not continue, so that nothing half-written stays."""
     shutil.rmtree(folder / STAGING, ignore_errors=True)
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     (folder / CONFIG_ECHO).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _tokenizer(config: DataConfig, folder: Path, chunks: list[Path]) -> PreTrainedTokenizerBase:
+def _keep_tokenizer(folder: Path, make: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
     """Load, convert or train the tokenizer once, and keep it beside the shards."""
     if not folder.is_dir():
-        if config.tokenizer is None:
-            if "reference" not in config.shares:
-                raise ConfigError(
-                    "data.tokenizer: missing, and there is no split 'reference' to train one on; give either"
-                )
-            save_tokenizer(
-                train_tokenizer(_texts(chunks, "reference"), config.vocab_size or DEFAULT_VOCABULARY), folder
-            )
-        else:
-            save_tokenizer(load_tokenizer(config.tokenizer), folder)
+        save_tokenizer(make(), folder)
     return load_tokenizer(folder)
 
 
@@ -209,44 +212,43 @@ def _write_splits(
     config: DataConfig, folder: Path, chunks: list[Path], counts: IngestCounts, workers: Workers, *, progress: bool
 ) -> dict[str, SplitEntry]:
     """Deal each split's blocks to its lanes (block j to lane j mod L) and write the shards that are not there yet."""
-    tasks, packed = [], {}
-    for split in SPLITS:
-        if split not in counts.splits:
-            continue
-        packed[split] = [p for chunk in chunks if (p := _packed_path(chunk, split, "blocks")).is_file()]
-        blocks = sum(read_staged(path).num_rows for path in packed[split])
-        tasks += _shard_tasks(split, blocks, config.lanes, config.rows_per_shard)
-    entries: dict[str, list[ShardEntry]] = {split: [] for split in packed}
-    work = partial(
-        _write_lane_shard, folder=folder, packed=packed, lanes=config.lanes, block_length=config.block_length
-    )
+    tasks: list[_ShardTask] = []
+    entries: dict[SplitName, list[ShardEntry]] = {split: [] for split in SPLITS if split in counts.splits}
+    for split in entries:
+        packed = [p for chunk in chunks if (p := _packed_path(chunk, split, "blocks")).is_file()]
+        tasks += _shard_tasks(split, packed, config.lanes, config.rows_per_shard)
+    work = partial(_write_lane_shard, folder=folder, block_length=config.block_length)
     with RunProgress("prepare: shards", len(tasks), active=progress, plain_every=max(1, len(tasks) // 4)) as bar:
         for task, entry in zip(tasks, workers.map(work, tasks), strict=True):
             entries[task.split].append(entry)
             bar.advance(1)
-    return {split: _split_entry(folder / split, chunks, split, entries[split]) for split in packed}
+    return {split: _split_entry(folder / split, chunks, split, shards) for split, shards in entries.items()}
 
 
-def _shard_tasks(split: SplitName, blocks: int, lanes: int, rows_per_shard: int) -> list[_ShardTask]:
+def _shard_tasks(split: SplitName, packed: list[Path], lanes: int, rows_per_shard: int) -> list[_ShardTask]:
+    """Return a split's shards, each with the packed files that its rows lie in."""
+    ends = np.cumsum([read_staged(path).num_rows for path in packed])
+    blocks = int(ends[-1])
     tasks = []
     for lane in range(min(lanes, blocks)):
-        rows = range(lane, blocks, lanes)
-        for number, first in enumerate(range(0, len(rows), rows_per_shard)):
-            tasks.append(_ShardTask(split, lane, number, rows[first : first + rows_per_shard]))
+        lane_rows = range(lane, blocks, lanes)
+        for number, first in enumerate(range(0, len(lane_rows), rows_per_shard)):
+            rows = lane_rows[first : first + rows_per_shard]
+            low, high = np.searchsorted(ends, [rows[0], rows[-1]], side="right")
+            start = int(ends[low - 1]) if low else 0
+            tasks.append(_ShardTask(split, lane, number, rows, packed[low : high + 1], start))
     return tasks
 
 
-def _write_lane_shard(
-    task: _ShardTask, *, folder: Path, packed: Mapping[SplitName, list[Path]], lanes: int, block_length: int
-) -> ShardEntry:
+def _write_lane_shard(task: _ShardTask, *, folder: Path, block_length: int) -> ShardEntry:
     """Write one shard unless it is there; runs in a worker process."""
     target = folder / task.split
     path = target / shard_name(task.lane, task.number)
     if path.is_file():
         return describe_shard(path, task.lane, read_staged(path))
     wanted = np.array(task.rows)
-    parts, first = [], 0
-    for file in packed[task.split]:
+    parts, first = [], task.first_block
+    for file in task.files:
         table = read_staged(file)
         inside = wanted[(wanted >= first) & (wanted < first + table.num_rows)] - first
         if len(inside):

@@ -14,17 +14,19 @@ if TYPE_CHECKING:
 
 
 class RunProgress:
-    """Progress of one piece of work of known length.
+    """Progress of one piece of work.
 
     Args:
         title: what is being done.
-        total: its length, in the unit that :meth:`advance` counts.
+        total: its length, in the unit that :meth:`advance` counts; None when nobody knows.
         active: False on every rank but one.
         plain_every: units between two plain lines when the output is not a terminal.
         start: units done before, when a run is resumed.
     """
 
-    def __init__(self, title: str, total: int, *, active: bool = True, plain_every: int = 1, start: int = 0) -> None:
+    def __init__(
+        self, title: str, total: int | None, *, active: bool = True, plain_every: int = 1, start: int = 0
+    ) -> None:
         self._title, self._total, self._done = title, total, start
         self._plain_every = max(1, plain_every)
         self._active = active
@@ -60,8 +62,9 @@ class RunProgress:
             return
         if self._bar is not None:
             self._bar.update(self._task, advance=units, detail=detail)
-        elif self._done // self._plain_every > before // self._plain_every or self._done >= self._total:
-            self._line(f"{self._title} {self._done}/{self._total} {detail} {self._time_left()}")
+        elif self._done // self._plain_every > before // self._plain_every or self._done == self._total:
+            of_total = "" if self._total is None else f"/{self._total}"
+            self._line(" ".join(filter(None, [f"{self._title} {self._done}{of_total}", detail, self._time_left()])))
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""
@@ -75,6 +78,8 @@ class RunProgress:
         print(text.rstrip(), file=sys.stderr, flush=True)
 
     def _time_left(self) -> str:
+        if self._total is None:
+            return ""
         spent, done = time.monotonic() - self._started, self._done - self._start
         seconds = int(spent / max(done, 1) * max(self._total - self._done, 0))
         return f"{seconds // 60}:{seconds % 60:02d} left"

@@ -46,7 +46,7 @@ def source_cases() -> list[Any]:
     def empty_split(folder: Path) -> dict[str, Any]:
         lines = [json.dumps({"text": f"document number {i} of a very small corpus"}) for i in range(8)]
         (folder / "a.jsonl").write_text("\n".join(lines))
-        return {"source": str(folder / "a.jsonl"), "shares": {"train": 0.9, "validation": 0.0001},
+        return {"source": str(folder / "a.jsonl"), "shares": {"validation": 0.0001, "train": 0.7, "reference": 0.29},
                 "near_duplicate_threshold": None}  # fmt: skip
 
     return [
