@@ -28,6 +28,11 @@ Overrides = Annotated[
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
 
+@app.callback()
+def common(local_rank: LocalRank = None) -> None:
+    """Take the argument that DeepSpeed's launcher puts in front; the rank itself comes from the environment."""
+
+
 @app.command()
 def prepare(run_file: RunFile, overrides: Overrides = None) -> None:
     """Deduplicate, split, tokenise and pack documents into shards."""
@@ -39,7 +44,7 @@ def prepare(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def score(run_file: RunFile, overrides: Overrides = None, local_rank: LocalRank = None) -> None:
+def score(run_file: RunFile, overrides: Overrides = None) -> None:
     """Compute the reference model's loss on every token, once; stored beside the shards."""
     from dualtok.jobs.score import score as run_score
     from dualtok.run import load_run
@@ -57,7 +62,6 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest complete checkpoint.")] = False,
-    local_rank: LocalRank = None,
 ) -> None:
     """Train a model with the dual, selective, Goldfish or plain objective through DeepSpeed."""
     from dualtok.engine.train import train as run_train
@@ -88,7 +92,7 @@ def export(
 
 
 @app.command()
-def audit(run_file: RunFile, overrides: Overrides = None, local_rank: LocalRank = None) -> None:
+def audit(run_file: RunFile, overrides: Overrides = None) -> None:
     """Attack models with membership inference and measure their perplexity."""
     from dualtok.jobs.audit import audit as run_audit
     from dualtok.run import load_run
@@ -135,10 +139,29 @@ def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
+def _leave_ranks() -> None:
+    """End a rank of a job together with the others, without the interpreter's own shutdown.
+
+    A worker thread of gloo may still free a tensor, for which it takes the interpreter's lock; when the interpreter is
+    already shutting down that aborts the process (seen in about 1 of 20 starts, torch 2.13.0).
+    """
+    if "torch.distributed" in sys.modules:
+        from dualtok.engine.distributed import leave_ranks
+
+        if leave_ranks():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+
 def main() -> None:
     """Entry point of the console script ``dualtok``."""
     try:
         app()
+    except SystemExit as end:  # typer's way to end, in success too
+        if not end.code:
+            _leave_ranks()
+        raise
     except DualtokError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":

@@ -21,7 +21,7 @@ from dualtok.engine.config import TrainConfig
 from dualtok.engine.deepspeed_config import training_config
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.loop import TrainingLoop
-from dualtok.engine.train import open_stream
+from dualtok.engine.train import open_streams
 from dualtok.engine.zero import build_zero_engine
 from dualtok.jobs.score import score
 from dualtok.model.config import ModelConfig
@@ -70,7 +70,7 @@ def timed_step(run: RunConfig) -> Callable[[], float]:
     assert run.model is not None
     ranks = join_ranks()
     manifest = load_manifest(run.data.dir)
-    stream = open_stream(run, manifest, "train", ranks)
+    stream, validation = open_streams(run, manifest, ("train", "validation"), ranks)
     engine = build_zero_engine(
         str(run.model.path),
         run.model,
@@ -80,7 +80,7 @@ def timed_step(run: RunConfig) -> Callable[[], float]:
         total_steps=10**6,
         ranks=ranks,
     )
-    loop = TrainingLoop(run, engine, stream, open_stream(run, manifest, "validation", ranks), 10**6)
+    loop = TrainingLoop(run, engine, stream, validation, 10**6)
     batches: Iterator = loop.batches()
     events = EventWriter(None)
 

@@ -2,8 +2,8 @@
 non-member.
 
 The index lives in SQLite, not in memory: 16 bytes per document for exact duplicates, and for near ones its MinHash
-signature (4 bytes per permutation) and one key per band. At the defaults (128 permutations, threshold .8: 9 bands of
-13) that came to about 1.1 kB of disk per document (``docs/log.md``).
+signature (4 bytes per permutation) and one key per band. At the defaults (128 permutations, threshold .8: 14 bands of
+9) 20,000 documents took 0.9 kB of disk each, and no memory (measured by ``tests/data/test_deduplicate.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import unicodedata
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from dualtok.data.config import DataConfig
 
 MINHASH_SEED = 1
+BAND_WEIGHTS = (0.1, 0.9)
+"""What false candidates and missed pairs weigh when the bands are chosen."""
 
 
 class Sketch(NamedTuple):
@@ -65,8 +66,10 @@ class DuplicateIndex:
         self._db = connection
         self._threshold = config.near_duplicate_threshold
         if self._threshold is not None:
-            # datasketch chooses the bands for this threshold; its own storages are memory or a server.
-            lsh = MinHashLSH(threshold=self._threshold, num_perm=config.permutations)
+            # datasketch chooses the bands for this threshold; its own storages are memory or a server. A candidate is
+            # compared by its whole signature, so a false one costs time only and misses weigh more: even weights would
+            # find 40 % of the pairs at a similarity of .8 and 93 % at .9, these find 87 % and 99.9 %.
+            lsh = MinHashLSH(threshold=self._threshold, num_perm=config.permutations, weights=BAND_WEIGHTS)
             self._bands, self._rows = int(lsh.b), int(lsh.r)
         self._db.execute("CREATE TABLE IF NOT EXISTS exact (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         self._db.execute("CREATE TABLE IF NOT EXISTS signatures (doc INTEGER PRIMARY KEY, signature BLOB)")
@@ -102,8 +105,3 @@ class DuplicateIndex:
             if self._threshold is not None and similarity >= self._threshold:
                 return True
         return False
-
-
-def index_bytes_per_document(database: Path, documents: int) -> float:
-    """Return the disk space of an index per document kept."""
-    return database.stat().st_size / max(documents, 1)

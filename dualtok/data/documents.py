@@ -39,7 +39,7 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     if path.is_file():
         yield from _read_file(path, config)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder (data.source)")
         for file in files:
@@ -93,17 +93,18 @@ def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, config: DataConfig) -> Iterator[Document]:
+    row = 0
     try:
         file = pq.ParquetFile(path)
+        if config.field not in file.schema_arrow.names:
+            raise DataError(_no_field(config.field, file.schema_arrow.names, str(path)))
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=[config.field]):
+            for text in batch.column(0).to_pylist():
+                yield Document(_require_text(text, config.field, f"{path}: row {row}"), f"{path}: row {row}")
+                row += 1
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())[:120]}") from None
-    if config.field not in file.schema_arrow.names:
-        raise DataError(_no_field(config.field, file.schema_arrow.names, str(path)))
-    row = 0
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=[config.field]):
-        for text in batch.column(0).to_pylist():
-            yield Document(_require_text(text, config.field, f"{path}: row {row}"), f"{path}: row {row}")
-            row += 1
+        after = f" after row {row}" if row else ""
+        raise DataError(f"{path}: not a readable Parquet file{after}: {_reason(error)}") from None
 
 
 def _stream_dataset(config: DataConfig) -> Iterator[Document]:
@@ -114,13 +115,18 @@ def _stream_dataset(config: DataConfig) -> Iterator[Document]:
         dataset = load_dataset(name, config.dataset_config, split=config.dataset_split, streaming=True)
         columns = dataset.column_names
     except Exception as error:  # the library raises a dozen unrelated classes for "cannot be had"
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{name}: neither a file, a folder nor a dataset that can be read: {reason}") from None
+        raise DataError(f"{name}: neither a file, a folder nor a dataset that can be read: {_reason(error)}") from None
     if columns is not None and config.field not in columns:
         raise DataError(_no_field(config.field, columns, name))
-    for number, row in enumerate(dataset):
-        origin = f"{name}: row {number}"
-        yield Document(_text_of(row, config.field, origin), origin)
+    number = 0
+    try:
+        for number, row in enumerate(dataset):
+            origin = f"{name}: row {number}"
+            yield Document(_text_of(row, config.field, origin), origin)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: cannot be read after row {number}: {_reason(error)}") from None
 
 
 def _decode(raw: bytes, origin: str) -> str:
@@ -141,7 +147,16 @@ def _text_of(row: dict[str, object], field: str, origin: str) -> str:
 def _require_text(value: object, field: str, origin: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{origin}: field {field!r} holds {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON's escapes can spell half a character, which no file could hold
+        place = f"character {error.start}"
+        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {place}; mend the text") from None
     return value
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _no_field(field: str, known: list[str], origin: str) -> str:

@@ -80,11 +80,11 @@ def load_manifest(data_dir: str | Path) -> Manifest:
     """
     path = Path(data_dir) / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: missing, so this data is not (completely) prepared; run `dualtok prepare`") from None
     try:
-        values = json.loads(text)
+        values = json.loads(content.decode("utf-8"))
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise DataError(

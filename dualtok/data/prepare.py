@@ -11,7 +11,7 @@ import json
 import shutil
 import zlib
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,12 +76,16 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
     """
     folder = Path(config.dir)
     echo = _result_settings(config)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: a file, not a folder to write prepared data into (data.dir)")
     _require_same_settings(folder, echo)
     if (folder / MANIFEST).is_file():
         manifest = load_manifest(folder)
+        shutil.rmtree(folder / STAGING, ignore_errors=True)  # left if an earlier run was killed in its last moment
         _say(f"{folder}: already prepared", active=progress)
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     write_text(folder / CONFIG_ECHO, json.dumps(echo, indent=1, sort_keys=True))
     staging = folder / STAGING
     ingest = Ingest(config, staging)
@@ -97,7 +101,10 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
             tokenizer = _keep_tokenizer(
                 folder / "tokenizer", lambda: train_tokenizer(_texts(chunks, "reference"), vocabulary)
             )
-            work = partial(_pack_chunk, tokenizer_folder=str(folder / "tokenizer"), block_length=config.block_length)
+            work = partial(
+                _pack_chunk, tokenizer_folder=str(folder / "tokenizer"), tokenizer_fingerprint=fingerprint(tokenizer),
+                block_length=config.block_length,
+            )  # fmt: skip
             with RunProgress("prepare: chunks packed", len(chunks), active=progress) as bar:
                 for _ in workers.map(work, chunks):
                     bar.advance(1)
@@ -155,6 +162,14 @@ def _require_same_settings(folder: Path, echo: dict[str, object]) -> None:
             )
 
 
+def _sweep(folder: Path) -> None:
+    """Remove the half-written files of a preparation that was killed."""
+    for place in (folder, folder / STAGING, *(folder / split for split in SPLITS)):
+        for path in place.glob(".*.tmp"):
+            if path.is_file():
+                path.unlink()
+
+
 def _forget(folder: Path) -> None:
     """Remove what a preparation left that another start could not continue, so that nothing half-written stays."""
     shutil.rmtree(folder / STAGING, ignore_errors=True)
@@ -177,13 +192,22 @@ def _texts(chunks: list[Path], split: str) -> Iterator[str]:
         yield from table.filter(pc.equal(table["split"], split))["text"].to_pylist()
 
 
-def _pack_chunk(path: Path, *, tokenizer_folder: str, block_length: int) -> None:
+@lru_cache(maxsize=1)
+def _tokenizer_of_process(folder: str, _fingerprint: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, loaded once per process: each load keeps some of its memory for good, megabytes and more.
+
+    The fingerprint tells two tokenizers apart that lay in the same folder one after the other.
+    """
+    return load_tokenizer(folder)
+
+
+def _pack_chunk(path: Path, *, tokenizer_folder: str, tokenizer_fingerprint: str, block_length: int) -> None:
     """Tokenise and pack one staged chunk, split by split; runs in a worker process."""
     done = path.with_suffix(".packed")
     if done.is_file():
         return
     staged = read_staged(path)
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = _tokenizer_of_process(tokenizer_folder, tokenizer_fingerprint)
     for split in pc.unique(staged["split"]).to_pylist():
         part = staged.filter(pc.equal(staged["split"], split))
         texts, docs = part["text"].to_pylist(), part["doc"].to_pylist()

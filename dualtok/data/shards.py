@@ -73,8 +73,7 @@ class Shard:
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
-            ids = table.column("input_ids").combine_chunks()
-            segments = table.column("segments").combine_chunks()
+            ids, segments = _only_chunk(table, "input_ids"), _only_chunk(table, "segments")
             self.input_ids: NDArray[np.int32] = ids.flatten().to_numpy(zero_copy_only=True).reshape(len(ids), -1)
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise DataError(f"{path}: not a readable shard: {' '.join(str(error).split())[:120]}") from None
@@ -100,3 +99,9 @@ class Shard:
         """Return the rows that hold a piece of one of these documents, ascending."""
         hits = np.flatnonzero(np.isin(self._pieces[0], documents))
         return np.unique(np.searchsorted(self._offsets, hits, side="right") - 1)
+
+
+def _only_chunk(table: pa.Table, name: str) -> pa.Array:
+    """Return a column as it lies in the file; ``combine_chunks`` would copy even a single chunk into memory."""
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

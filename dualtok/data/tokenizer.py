@@ -95,6 +95,8 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         extractor = SentencePieceExtractor(str(path))
         parts: Any = extractor.extract(None)  # the library's annotation is another method's
         backend = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, parts["vocab"], parts.get("merges"))
+        if backend is None:
+            raise ValueError("it is neither a unigram nor a BPE model, or empty")
     except Exception as error:  # protobuf and the converter raise unrelated classes for a malformed file
         raise DataError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())[:120]}") from None
     settings, trainer = extractor.proto.normalizer_spec, extractor.proto.trainer_spec

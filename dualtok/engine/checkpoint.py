@@ -12,13 +12,11 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dualtok.engine.distributed import ALONE, Ranks
 from dualtok.errors import CheckpointError
 from dualtok.files import sync_folder, write_text
-
-if TYPE_CHECKING:
-    from dualtok.engine.distributed import Ranks
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
@@ -87,24 +85,21 @@ def prune(root: Path) -> None:
             shutil.rmtree(folder)
 
 
-def find_checkpoint(root: Path, which: str = "latest") -> SavedCheckpoint:
+def find_checkpoint(root: Path, which: str = "latest", ranks: Ranks = ALONE) -> SavedCheckpoint:
     """Return the complete checkpoint that a pointer names; ``latest`` falls back to the newest complete one.
 
     Args:
         root: folder of all checkpoints.
         which: ``latest``, ``best`` or a tag.
+        ranks: share the reading of the files; all get the same answer.
 
     Raises:
         CheckpointError: there is none, or it is incomplete or altered.
     """
-    tag = _pointed(root, which) if which in ("latest", "best") else which
-    candidates = [tag] if tag else []
-    if which == "latest":
-        candidates += sorted((folder.name for folder in root.glob("step-*")), reverse=True)
     problem = f"{root}: no checkpoint {which!r}"
-    for candidate in candidates:
+    for candidate in ranks.first_does(lambda: _candidates(root, which)):
         try:
-            return _verified(root / candidate)
+            return _verified(root / candidate, ranks)
         except CheckpointError as error:
             problem = str(error)
     raise CheckpointError(problem)
@@ -157,17 +152,34 @@ def _pointed(root: Path, name: str) -> str | None:
         return None
 
 
-def _verified(folder: Path) -> SavedCheckpoint:
+def _candidates(root: Path, which: str) -> list[str]:
+    tag = _pointed(root, which) if which in ("latest", "best") else which
+    newest_first = sorted((folder.name for folder in root.glob("step-*")), reverse=True) if which == "latest" else []
+    return [*([tag] if tag else []), *newest_first]
+
+
+def _verified(folder: Path, ranks: Ranks) -> SavedCheckpoint:
+    manifest = ranks.first_does(lambda: _read_manifest(folder))
+    files: dict[str, dict[str, int]] = manifest.pop("files")
+    mine = sorted(files)[ranks.rank :: ranks.world_size]
+    altered = [name for name in mine if not _is_as_written(folder / name, files[name])]
+    everywhere = sorted(name for part in ranks.gather_objects(altered) for name in part)
+    if everywhere:
+        raise CheckpointError(
+            f"{folder / everywhere[0]}: missing or altered since it was written; choose another checkpoint"
+        )
+    return SavedCheckpoint(folder, folder.name, **manifest)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / COMPLETE).is_file():
         raise CheckpointError(f"{folder}: not a complete checkpoint (no {COMPLETE}); it was interrupted while written")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        saved = SavedCheckpoint(folder, folder.name, manifest["step"], manifest["world_size"], manifest["zero_stage"])
+        return {key: manifest[key] for key in ("step", "world_size", "zero_stage", "files")}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: unreadable ({error}); choose another checkpoint") from None
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file() or _describe(path) != entry:
-            raise CheckpointError(f"{path}: missing or altered since it was written; choose another checkpoint")
-    return saved
+
+
+def _is_as_written(path: Path, entry: dict[str, int]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and _describe(path) == entry

@@ -37,7 +37,8 @@ class TrainConfig:
     """Micro-batches per optimiser step. Tokens are selected per micro-batch, over all ranks."""
 
     deepspeed: str | None = None
-    """DeepSpeed JSON file such as ``ds_configs/zero3.json``; without it ZeRO stage 0."""
+    """DeepSpeed JSON file such as ``ds_configs/zero3.json``; without it ZeRO stage 0 in fp32 and 1 in
+    bf16 (at stage 0 DeepSpeed would accumulate bf16 gradients in bf16, which dualtok refuses)."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations. Under bf16 master weights and accumulated gradients stay in fp32."""

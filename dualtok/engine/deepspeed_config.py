@@ -25,14 +25,12 @@ OWNED_SECTIONS = {
 }
 
 
-def read_deepspeed_json(path: str | Path | None) -> Json:
-    """Read a DeepSpeed JSON file; None gives ZeRO stage 0.
+def read_deepspeed_json(path: str | Path) -> Json:
+    """Read a DeepSpeed JSON file.
 
     Raises:
         ConfigError: the file is missing, not JSON or not an object.
     """
-    if path is None:
-        return {"zero_optimization": {"stage": 0}}
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -67,7 +65,10 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
     Raises:
         ConfigError: the batch cannot be shared by the ranks, or JSON and YAML contradict each other.
     """
-    merged = read_deepspeed_json(train.deepspeed)
+    half = train.precision == "bf16"
+    merged: Json = {"zero_optimization": {"stage": 1 if half else 0}}
+    if train.deepspeed is not None:
+        merged = read_deepspeed_json(train.deepspeed)
     micro_batch = train.batch_size // train.gradient_accumulation
     if micro_batch % world_size:
         raise ConfigError(
@@ -83,7 +84,7 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
         ),
         "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
         "gradient_clipping": (train.gradient_clipping, "train.gradient_clipping"),
-        "bf16.enabled": (train.precision == "bf16", "train.precision"),
+        "bf16.enabled": (half, "train.precision"),
         "data_types.grad_accum_dtype": (
             "fp32",
             "dualtok accumulates gradients in fp32: a small ascent term drowns in bf16",
@@ -96,6 +97,11 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
         value = merged.get(section)
         if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
             raise ConfigError(f"{train.deepspeed}: {section!r} is set, but the run decides it: use {instead}")
+    if half and zero_stage(merged) == 0:
+        raise ConfigError(
+            f"{train.deepspeed}: zero_optimization.stage is 0, at which DeepSpeed cannot accumulate the gradients of a "
+            "bf16 model in fp32; use stage 1 (ds_configs/zero1.json) or train.precision=fp32"
+        )
     merged.setdefault("steps_per_print", 10**9)
     merged.setdefault("zero_allow_untested_optimizer", True)
     return merged

@@ -107,6 +107,10 @@ class Ranks:
         return result
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""A job of one process that has joined nothing."""
+
+
 def complete_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that a plain start, without a launcher, lacks: a job of one process on this host.
 
@@ -146,7 +150,13 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def leave_ranks() -> None:
-    """Leave the process group, so that no rank is torn down while another still talks to it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_ranks() -> bool:
+    """Wait for the other ranks, then leave the process group; returns whether this process was in one.
+
+    Rank 0 holds the store that the others use until the end, so that it must not go first.
+    """
+    if not dist.is_initialized():
+        return False
+    dist.barrier()
+    dist.destroy_process_group()
+    return True

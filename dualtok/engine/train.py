@@ -15,12 +15,14 @@ from dualtok.engine.loop import LoopState, TrainingLoop
 from dualtok.engine.zero import build_zero_engine
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
-from dualtok.model.load import check_fits, materialise, read_model_config, unknown_config_keys
+from dualtok.model.load import check_fits, starting_config, write_fresh_weights
 from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import fingerprint
 from dualtok.reference.stored import StoredScores
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dualtok.data.manifest import Manifest
     from dualtok.engine.checkpoint import SavedCheckpoint
     from dualtok.engine.config import TrainConfig
@@ -50,11 +52,10 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     manifest = load_manifest(run.data.dir)
     ranks = join_ranks()
     deepspeed_config = training_config(settings, ranks.world_size)
-    saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, resume=resume)
+    saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, ranks=ranks, resume=resume)
     _require_reference(run)
-    folder = _start_folder(run, model, manifest, ranks)
-    stream = open_stream(run, manifest, settings.split, ranks)
-    validation = open_stream(run, manifest, "validation", ranks)
+    folder = _start_folder(run, model, manifest, ranks, resumed=saved is not None)
+    stream, validation = open_streams(run, manifest, (settings.split, "validation"), ranks)
     total_steps = count_steps(settings, len(stream))
     engine = build_zero_engine(
         folder,
@@ -81,16 +82,20 @@ def count_steps(settings: TrainConfig, blocks: int) -> int:
     return max(1, round(settings.epochs * blocks / settings.batch_size))
 
 
-def open_stream(run: RunConfig, manifest: Manifest, split: str, ranks: Ranks) -> BlockStream:
-    """Open a split's stream, with the run's reference losses if it has a reference."""
-    scores = None
-    reference = run.reference
+def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], ranks: Ranks) -> list[BlockStream]:
+    """Open the streams of some splits, with the run's reference losses if it has a reference."""
+    reference, share = run.reference, {"rank": ranks.rank, "world_size": ranks.world_size}
+    scores: list[StoredScores | None] = [None] * len(splits)
     if reference is not None:
         expected = ranks.first_does(lambda: fingerprint(reference.model, manifest, reference.precision))
-        scores = StoredScores(run.data.dir, manifest, split, expected, rank=ranks.rank, world_size=ranks.world_size)
-    return BlockStream(
-        run.data.dir, split, seed=run.seed, scores=scores, verify_rank=ranks.rank, verify_world_size=ranks.world_size
-    )
+        scores = [StoredScores(run.data.dir, manifest, split, expected, **share) for split in splits]
+    return [
+        BlockStream(
+            run.data.dir, split, seed=run.seed, scores=losses, verify_rank=ranks.rank,
+            verify_world_size=ranks.world_size,
+        )
+        for split, losses in zip(splits, scores, strict=True)
+    ]  # fmt: skip
 
 
 def _require_reference(run: RunConfig) -> None:
@@ -98,38 +103,30 @@ def _require_reference(run: RunConfig) -> None:
         raise ConfigError(f"objective {run.objective!r} needs the section 'reference' with the model that was scored")
 
 
-def _checkpoint_to_resume(root: Path, *, resume: bool) -> SavedCheckpoint | None:
+def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: bool) -> SavedCheckpoint | None:
     """Return the checkpoint to continue from, or None for a fresh start; never mix two runs in one folder."""
     if resume:
-        return find_checkpoint(root, "latest")
+        return find_checkpoint(root, "latest", ranks)
     if root.is_dir() and any(root.glob("step-*")):
         raise CheckpointError(f"{root}: holds checkpoints of an earlier run; pass --resume, or change output_dir")
     return None
 
 
-def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks: Ranks) -> Path:
+def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks: Ranks, *, resumed: bool) -> Path:
     """Check the model against the blocks and lay down what ``dualtok export`` needs later; done by rank 0."""
 
     def prepare() -> Path:
         output = Path(run.output_dir)
         start = output / START_FOLDER
         tokenizer = load_tokenizer(Path(run.data.dir) / "tokenizer")
-        if model.config is not None and (unknown := unknown_config_keys(model)):
-            raise ConfigError(f"model.config: {model.config['model_type']} has no setting {unknown[0]!r}")
-        fresh = model.config is not None and not (start / "config.json").is_file()
-        weights = (
-            materialise(model, vocabulary=len(tokenizer), seed=run.seed, folder=start) if fresh or model.path else start
-        )
-        config = read_model_config(weights)
-        check_fits(
-            config,
-            vocabulary=len(tokenizer),
-            block_length=manifest.block_length,
-            origin=str(model.path or "model.config"),
-        )
+        config = starting_config(model, len(tokenizer))
+        origin = str(model.path or "model.config")
+        check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length, origin=origin)
+        if model.path is None and not resumed:
+            write_fresh_weights(config, run.seed, start)
         config.save_pretrained(start)
         tokenizer.save_pretrained(start)
         write_text(output / "run.yaml", run.to_yaml())
-        return weights
+        return Path(model.path or start)
 
     return Path(ranks.first_does(prepare))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from dualtok.engine.checkpoint import SavedCheckpoint
 
 PREFIX = "causal_lm."
+MODEL_STATES = "mp_rank_00_model_states.pt"
+BF16_STATES = "bf16_zero_pp_rank_*_mp_rank_00_optim_states.pt"
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
 
 
@@ -63,14 +69,57 @@ def export(
 
 def _state_dict(saved: SavedCheckpoint) -> dict[str, Any]:
     """Return the checkpoint's parameters under Hugging Face names; partitioned ones are still to be gathered."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
+    state: dict[str, Any]
     if saved.zero_stage == 0:
-        path = saved.folder / "mp_rank_00_model_states.pt"
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
+        state = _load(saved.folder / MODEL_STATES)["module"]
+    elif masters := sorted(saved.folder.glob(BF16_STATES), key=_rank):
+        state = _bf16_masters(masters, _load(saved.folder / MODEL_STATES)["param_shapes"])
     else:
-        state = get_fp32_state_dict_from_zero_checkpoint(str(saved.folder.parent), tag=saved.tag, lazy_mode=True)
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints its progress
+            state = get_fp32_state_dict_from_zero_checkpoint(str(saved.folder.parent), tag=saved.tag, lazy_mode=True)
     return {name.removeprefix(PREFIX): value for name, value in state.items()}
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """A parameter in flat pieces on disk, put together when it is written."""
+
+    parts: list[torch.Tensor]
+    shape: torch.Size
+
+    def contiguous(self) -> torch.Tensor:
+        return torch.cat(self.parts).view(self.shape)
+
+
+def _bf16_masters(files: list[Path], shapes: list[dict[str, torch.Size]]) -> dict[str, _Pieces]:
+    """Find the fp32 master weights of DeepSpeed's BF16_Optimizer, which its own converter does not read.
+
+    That is stage 1 with bf16 weights and fp32 gradient accumulation. Each rank has one flat tensor per parameter group,
+    and says where in it which parameter's piece lies; pieces follow each other in rank order.
+    """
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for file in files:
+        state = _load(file)["optimizer_state_dict"]
+        groups = zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True)
+        for flat, addresses in groups:
+            for name, address in addresses.items():
+                piece = flat.detach()[address.start : address.start + address.numel]
+                pieces.setdefault(name, []).append(piece)
+    return {name: _Pieces(pieces[name], shape) for group in shapes for name, shape in group.items()}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a file that DeepSpeed pickled; the checkpoint's checksums were compared before."""
+    content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return content
+
+
+def _rank(path: Path) -> int:
+    found = re.search(r"rank_(\d+)", path.name)
+    assert found is not None
+    return int(found[1])
 
 
 def _tied(start: Path) -> set[str]:

@@ -63,43 +63,47 @@ def check_fits(config: PretrainedConfig, *, vocabulary: int, block_length: int, 
         )
 
 
-def materialise(model: ModelConfig, *, vocabulary: int, seed: int, folder: Path) -> Path:
-    """Return a folder with the starting weights; a model from a config is drawn from ``seed`` and written first.
+def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
+    """Return the configuration of the model that training starts from.
 
-    Writing the fresh weights once gives every ZeRO stage and any number of ranks the same starting point.
+    Args:
+        model: pretrained weights or a configuration.
+        vocabulary: ids of the tokenizer, used where ``model.config`` leaves ``vocab_size`` out.
+
+    Raises:
+        ConfigError: the folder cannot be read, or ``model.config`` has an unknown architecture, key or value.
     """
     if model.path is not None:
-        return Path(model.path)
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        return read_model_config(model.path)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    assert model.config is not None
-    settings: dict[str, Any] = {"vocab_size": vocabulary, **model.config}
-    model_type = settings.pop("model_type")
+    settings: dict[str, Any] = {"vocab_size": vocabulary, **(model.config or {})}
+    model_type = str(settings.pop("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"model.config: no model_type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING)}")
+    known = AutoConfig.for_model(model_type).to_dict()
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"model.config: {model_type} has no setting {key!r}{did_you_mean(key, known)}")
     try:
         config = AutoConfig.for_model(model_type, **settings)
-    except (ValueError, KeyError, TypeError) as error:
-        hint = did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)
-        raise ConfigError(f"model.config: {' '.join(str(error).split())[:160]}{hint}") from None
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {' '.join(str(error).split())[:200]}") from None
     config.architectures = None
+    return config
+
+
+def write_fresh_weights(config: PretrainedConfig, seed: int, folder: Path) -> None:
+    """Draw a model's weights from ``seed`` and save them.
+
+    Written once, they give every ZeRO stage and any number of ranks the same starting point.
+    """
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.save_pretrained(folder)
-    return folder
-
-
-def unknown_config_keys(model: ModelConfig) -> list[str]:
-    """Return keys of ``model.config`` that the architecture's configuration class does not know."""
-    from transformers import AutoConfig
-
-    assert model.config is not None
-    settings = {key: value for key, value in model.config.items() if key != "model_type"}
-    try:
-        known = set(AutoConfig.for_model(model.config["model_type"]).to_dict())
-    except (ValueError, KeyError):
-        return []
-    return sorted(set(settings) - known)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
 def load_causal_lm(
@@ -125,7 +129,7 @@ def load_causal_lm(
         )
     model.config.use_cache = False
     if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

@@ -49,6 +49,7 @@ def test_agreeing_and_automatic_values_pass(tmp_path: Path) -> None:
     path = written(tmp_path, {
         "gradient_clipping": 1, "train_batch_size": "auto", "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+        "zero_optimization": {"stage": 1},
     })  # fmt: skip
     config = training_config(settings(path), world_size=1)
     assert config["train_batch_size"] == 16
@@ -95,6 +96,13 @@ def test_a_forward_only_engine_needs_stage_3_and_drops_the_optimiser(tmp_path: P
 
 def test_the_repositorys_configurations_are_what_their_names_say() -> None:
     for stage in range(4):
-        config = training_config(settings(deepspeed_json(f"zero{stage}")), world_size=2)
+        config = training_config(settings(deepspeed_json(f"zero{stage}"), precision="fp32"), world_size=2)
         assert config["zero_optimization"]["stage"] == stage
     assert offloads_optimizer(training_config(settings(deepspeed_json("zero3_offload")), world_size=2))
+
+
+def test_bf16_needs_a_stage_that_accumulates_in_fp32() -> None:
+    assert training_config(settings(None, precision="bf16"), 1)["zero_optimization"] == {"stage": 1}
+    assert training_config(settings(None, precision="fp32"), 1)["zero_optimization"] == {"stage": 0}
+    with pytest.raises(ConfigError, match=r"stage is 0.*fp32"):
+        training_config(settings(deepspeed_json("zero0"), precision="bf16"), 1)

@@ -1,0 +1,95 @@
+"""Scoring: the same losses on any number of ranks and under ZeRO-3, continued where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from dualtok.data.manifest import load_manifest
+from dualtok.data.stream import BlockStream
+from tests.support import deepspeed_json, dualtok, error_line, save_model, succeed, write_run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("reference") / "model", seed=1)
+
+
+def own_copy(small_corpus: dict[str, Any], folder: Path) -> dict[str, Any]:
+    shutil.copytree(small_corpus["dir"], folder, ignore=shutil.ignore_patterns("scores"))
+    return {"dir": str(folder)}
+
+
+def read_scores(data_dir: str) -> dict[str, np.ndarray]:
+    losses = {}
+    for file in sorted(Path(data_dir).glob("scores/*/*/*.arrow")):
+        with pa.memory_map(str(file)) as source:
+            column = pa.ipc.open_file(source).read_all().column("loss").combine_chunks()
+        losses[f"{file.parent.name}/{file.stem}"] = column.flatten().to_numpy().reshape(len(column), -1)
+    return losses
+
+
+@torch.no_grad()
+def expected_losses(data_dir: str, model: Path) -> dict[str, np.ndarray]:
+    """Return transformers' own losses of every shard; with a cache it would ignore document boundaries."""
+    from transformers import AutoModelForCausalLM
+
+    causal_lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    losses = {}
+    for split in ("train", "validation"):
+        stream = BlockStream(data_dir, split, seed=0)
+        for shard in load_manifest(data_dir).splits[split].shards:
+            batch = stream.read_rows(shard.file, np.arange(shard.rows))
+            logits = causal_lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+            losses[f"{split}/{shard.stem}"] = loss.numpy()
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "sharded"), [(0, False), (2, False), (3, False), (2, True)])
+def test_any_number_of_ranks_gives_transformers_losses(
+    small_corpus: dict[str, Any], tmp_path: Path, model: Path, ranks: int, sharded: bool
+) -> None:
+    data = own_copy(small_corpus, tmp_path / "data")
+    reference = {"model": str(model), "batch_size": 5, **({"deepspeed": deepspeed_json("zero3")} if sharded else {})}
+    run = write_run(tmp_path / "run.yaml", data, reference=reference)
+    succeed(dualtok("score", run, ranks=ranks))
+    found, expected = read_scores(data["dir"]), expected_losses(data["dir"], model)
+    assert found.keys() == expected.keys()
+    for name, losses in expected.items():
+        np.testing.assert_allclose(found[name], losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_scoring_goes_on_where_it_stopped(small_corpus: dict[str, Any], tmp_path: Path, model: Path) -> None:
+    data = own_copy(small_corpus, tmp_path / "data")
+    run = write_run(tmp_path / "run.yaml", data, reference={"model": str(model)})
+    succeed(dualtok("score", run))
+    whole = read_scores(data["dir"])
+    files = sorted(Path(data["dir"]).glob("scores/*/*/*.arrow"))
+    (index,) = Path(data["dir"]).glob("scores/*/scores.json")
+    index.unlink()  # as if the job had been killed before the end:
+    files[0].unlink()  # one shard not begun,
+    torn = files[1].read_bytes()
+    files[1].write_bytes(torn[: len(torn) // 2])  # one torn by another program; our own writing is atomic
+    kept = {file: file.stat().st_mtime_ns for file in files[2:]}
+    assert f"{len(files)} shards scored (2 now" in succeed(dualtok("score", run))
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "a finished shard was scored again"
+    again = read_scores(data["dir"])
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
+    assert f"{len(files)} shards scored (0 now" in succeed(dualtok("score", run))
+
+
+def test_a_reference_that_does_not_fit_is_refused(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    small = save_model(tmp_path / "small", seed=0, max_position_embeddings=32)
+    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, reference={"model": str(small)})
+    assert "max_position_embeddings is 32" in error_line(dualtok("score", run))
+    line = error_line(dualtok("score", run, "reference.model=/absent/model"))
+    assert "/absent/model: neither a model folder nor a hub model" in line

@@ -1,0 +1,81 @@
+"""What is loaded is what was asked for, and what cannot be trained on is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualtok.errors import ConfigError
+from dualtok.model.config import ModelConfig
+from dualtok.model.load import check_fits, load_causal_lm, read_model_config, starting_config, write_fresh_weights
+from tests.support import VOCABULARY, read_weights, save_model, tiny_llama_config
+
+
+def test_fresh_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    config = starting_config(ModelConfig(config=tiny_llama_config()), VOCABULARY)
+    for name, seed, before in (("a", 1, 5), ("b", 1, 6), ("c", 2, 5)):
+        torch.manual_seed(before)
+        write_fresh_weights(config, seed, tmp_path / name)
+    a, b, c = (read_weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_given() -> None:
+    assert starting_config(ModelConfig(config=tiny_llama_config()), 777).vocab_size == 777
+    assert starting_config(ModelConfig(config=tiny_llama_config(vocab_size=1000)), 777).vocab_size == 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 8}, "no setting 'hiden_size' (did you mean 'hidden_size'?)"),
+        ({"model_type": "lama"}, "no model_type 'lama' (did you mean 'llama'?)"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+    ],
+)
+def test_a_configuration_that_means_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        starting_config(ModelConfig(config=tiny_llama_config(**changes)), VOCABULARY)
+    assert message in str(caught.value)
+
+
+def test_a_model_must_take_the_blocks(tmp_path: Path) -> None:
+    config = read_model_config(save_model(tmp_path / "model", seed=0))
+    check_fits(config, vocabulary=512, block_length=128, origin="x")
+    with pytest.raises(ConfigError, match=r"x: vocab_size is 512, but the tokenizer of the blocks has 513 ids"):
+        check_fits(config, vocabulary=513, block_length=128, origin="x")
+    with pytest.raises(ConfigError, match=r"x: max_position_embeddings is 128, but data.block_length is 129"):
+        check_fits(config, vocabulary=512, block_length=129, origin="x")
+
+
+def test_folders_without_a_model_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config.json"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_causal_lm(tmp_path)
+
+
+def test_an_architecture_without_positions_is_refused(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="takes no position_ids"):
+        load_causal_lm(tmp_path, attention="eager")
+
+
+def test_activation_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", seed=3)
+    ids = torch.arange(32)[None] % VOCABULARY
+    gradients = []
+    for checkpointing in (False, True):
+        model = load_causal_lm(folder, activation_checkpointing=checkpointing).train()
+        assert model.is_activation_checkpointing == checkpointing
+        model(input_ids=ids, position_ids=torch.arange(32)[None], labels=ids).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-7)
