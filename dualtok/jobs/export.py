@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PREFIX = "causal_lm."
 MODEL_STATES = "mp_rank_00_model_states.pt"
-BF16_STATES = "bf16_zero_pp_rank_*_mp_rank_00_optim_states.pt"
+OPTIMIZER_STATES = "*zero_pp_rank_*_optim_states.pt"
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
 
 
@@ -72,13 +72,19 @@ def _state_dict(saved: SavedCheckpoint) -> dict[str, Any]:
     state: dict[str, Any]
     if saved.zero_stage == 0:
         state = _load(saved.folder / MODEL_STATES)["module"]
-    elif masters := sorted(saved.folder.glob(BF16_STATES), key=_rank):
-        state = _bf16_masters(masters, _load(saved.folder / MODEL_STATES)["param_shapes"])
+        return _named(state)
+    optimizer_states = sorted(saved.folder.glob(OPTIMIZER_STATES), key=_rank)
+    if "zero_stage" not in _load(optimizer_states[0])["optimizer_state_dict"]:
+        state = _bf16_masters(optimizer_states, _load(saved.folder / MODEL_STATES)["param_shapes"])
     else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints its progress
             state = get_fp32_state_dict_from_zero_checkpoint(str(saved.folder.parent), tag=saved.tag, lazy_mode=True)
+    return _named(state)
+
+
+def _named(state: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(PREFIX): value for name, value in state.items()}
 
 
@@ -96,7 +102,7 @@ class _Pieces:
 def _bf16_masters(files: list[Path], shapes: list[dict[str, torch.Size]]) -> dict[str, _Pieces]:
     """Find the fp32 master weights of DeepSpeed's BF16_Optimizer, which its own converter does not read.
 
-    That is stage 1 with bf16 weights and fp32 gradient accumulation. Each rank has one flat tensor per parameter group,
+    That is stage 1 with bf16 weights and fp32 gradient accumulation; its files name no ZeRO stage. Each rank has one flat tensor per parameter group,
     and says where in it which parameter's piece lies; pieces follow each other in rank order.
     """
     pieces: dict[str, list[torch.Tensor]] = {}
