@@ -95,10 +95,13 @@ def export(
 def audit(run_file: RunFile, overrides: Overrides = None) -> None:
     """Attack models with membership inference and measure their perplexity."""
     from dualtok.jobs.audit import audit as run_audit
+    from dualtok.jobs.audit import print_figures
     from dualtok.run import load_run
 
     _quiet_libraries()
-    run_audit(load_run(run_file, overrides or []))
+    models = run_audit(load_run(run_file, overrides or []))
+    if is_first_rank():
+        print_figures(models)
 
 
 @app.command()
@@ -123,8 +126,13 @@ def demo(
 
 def _say(text: str) -> None:
     """Print a result on the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(text, flush=True)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that talks to the terminal."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _quiet_libraries() -> None:

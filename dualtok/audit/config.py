@@ -42,7 +42,7 @@ class AuditConfig:
     holds the whole model."""
 
     attacks: tuple[AttackName, ...] = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
-    """Attacks to run, in the order of the report's columns. ``ref`` needs the attacker's reference model."""
+    """Attacks to run. ``ref`` needs the attacker's reference model."""
 
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples of the documents behind every interval. Below about 1000 the ends of a 95 % interval move

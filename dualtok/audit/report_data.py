@@ -110,6 +110,13 @@ class ModelAudit(Record):
         return next((attack for attack in self.attacks if attack.name == name), None)
 
 
+class AuditFigures(Record):
+    """What an audit measured, and the settings it was measured with."""
+
+    settings: AuditConfig
+    models: list[ModelAudit]
+
+
 class SelectionSeries(Record):
     """Shares of a run's tokens that were learned and unlearned, over its training steps."""
 

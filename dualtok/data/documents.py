@@ -39,7 +39,7 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     if path.is_file():
         yield from _read_file(path, config)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = _files_in(path, config)
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder (data.source)")
         for file in files:
@@ -48,6 +48,13 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
         raise DataError(f"{path}: no such file or folder (data.source)")
     else:
         yield from _stream_dataset(config)
+
+
+def _files_in(folder: Path, config: DataConfig) -> list[Path]:
+    """Return the readable files of a folder by name, without those of a ``data.dir`` inside it."""
+    prepared = Path(config.dir).resolve()
+    files = (file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    return sorted(file for file in files if prepared not in file.resolve().parents)
 
 
 def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:

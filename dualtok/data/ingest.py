@@ -6,6 +6,7 @@ each chunk, so that an interrupted run goes on after the last finished chunk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ class IngestCounts:
     chunks: int = 0
     finished: bool = False
     splits: dict[str, int] = field(default_factory=dict)
+    read_sha256: str = ""
+    """Chained over the texts read, so that a start that goes on can tell whether they are still the same."""
 
 
 class _Prepared(NamedTuple):
@@ -77,11 +80,11 @@ class Ingest:
         """Read what is left of the source; return the counts of the whole.
 
         Raises:
-            DataError: the source cannot be read.
+            DataError: the source cannot be read, or changed since an interrupted start.
         """
         if not self.counts.finished:
-            limit = self._config.max_documents
-            documents = islice(read_documents(self._config), self.counts.read, limit)
+            documents = islice(read_documents(self._config), self._config.max_documents)
+            self._skip_what_was_read(documents)
             for texts in _chunks(documents):
                 prepared = workers.map(_prepare_text, ((text, self._config) for text in texts), batch=64)
                 self._stage(list(prepared))
@@ -93,6 +96,16 @@ class Ingest:
     def chunk_path(self, number: int) -> Path:
         """Return the file of a staged chunk."""
         return self._folder / f"documents-{number:06d}.arrow"
+
+    def _skip_what_was_read(self, documents: Iterator[Document]) -> None:
+        digest = ""
+        for document in islice(documents, self.counts.read):
+            digest = _chained(digest, content_digest(document.text))
+        if digest != self.counts.read_sha256:
+            raise DataError(
+                f"{self._config.source}: the documents that an interrupted start had read have changed; remove "
+                f"{self._config.dir} and prepare from the beginning"
+            )
 
     def check(self) -> None:
         """Refuse a corpus of which nothing is left, for a split or altogether.
@@ -130,6 +143,7 @@ class Ingest:
         for document in documents:
             doc = counts.read
             counts.read += 1
+            counts.read_sha256 = _chained(counts.read_sha256, document.digest)
             if len(document.text) < max(1, self._config.min_characters) or not document.text.strip():
                 counts.too_short += 1
                 continue
@@ -153,6 +167,10 @@ class Ingest:
     def _commit(self) -> None:
         self._db.execute("INSERT OR REPLACE INTO progress VALUES (0, ?)", (json.dumps(vars(self.counts)),))
         self._db.commit()
+
+
+def _chained(digest: str, content: bytes) -> str:
+    return hashlib.sha256(digest.encode() + content).hexdigest()
 
 
 def read_staged(path: Path) -> pa.Table:

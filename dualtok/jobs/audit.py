@@ -7,15 +7,17 @@ model and attacks can be run again without a model.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.console import Console
 
 from dualtok.audit.attacks import AttackContext
 from dualtok.audit.evaluate import audit_model, choose_documents
+from dualtok.audit.report_data import AuditFigures
 from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
+from dualtok.audit.table import comparison_table
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 ATTACKER = "attack_reference"
 AUDIT_FILE = "audit.json"
+TABLE_WIDTH = 120
 
 
 def audit(run: RunConfig) -> list[ModelAudit]:
@@ -65,6 +68,12 @@ def audit(run: RunConfig) -> list[ModelAudit]:
     return list(audits)
 
 
+def print_figures(models: list[ModelAudit]) -> None:
+    """Print the comparison table; where there is no terminal, as wide as it needs to be."""
+    console = Console()
+    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(comparison_table(models))
+
+
 def audit_folder(run: RunConfig) -> Path:
     """Return where a run's audit is kept."""
     return Path(run.output_dir) / "audit"
@@ -90,8 +99,8 @@ def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> list[
         )
         for name in settings.models
     ]
-    content = json.dumps([json.loads(audit.model_dump_json()) for audit in audits], indent=1)
-    write_text(audit_folder(run) / AUDIT_FILE, content)
+    figures = AuditFigures(settings=settings, models=audits)
+    write_text(audit_folder(run) / AUDIT_FILE, figures.model_dump_json(indent=1))
     return audits
 
 

@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
-from dualtok.audit.table import comparison_table
 from dualtok.data.corpora import sotu_passages, wikipedia_leads, write_jsonl
 from dualtok.data.prepare import prepare
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
+from dualtok.jobs.audit import print_figures
 from dualtok.jobs.export import export
 from dualtok.jobs.launch import launch
-from dualtok.jobs.report import read_audits, write_run_report
+from dualtok.jobs.report import read_figures, write_run_report
 from dualtok.run import parse_run
 
-TABLE_WIDTH = 120
 SETTINGS = Path(__file__).with_name("demo.yaml")
 
 
@@ -61,7 +59,7 @@ def run_demo(folder: Path, processes: int) -> Path:
         DualtokError: a stage failed.
     """
     started = time.monotonic()
-    runs = write_runs(folder, processes)
+    runs = write_runs(folder)
     stages = len(STAGES) + 2
     _say(1, stages, "prepare both corpora", started)
     for name in ("wikipedia", "sotu"):
@@ -72,12 +70,12 @@ def run_demo(folder: Path, processes: int) -> Path:
     _say(stages, stages, "write the report", started)
     run = parse_run(yaml.safe_load((folder / "audit.yaml").read_text(encoding="utf-8")), source="audit.yaml")
     report = write_run_report(run)
-    Console(width=TABLE_WIDTH).print(comparison_table(read_audits(run)))
+    print_figures(read_figures(run).models)
     print(f"finished after {(time.monotonic() - started) / 60:.1f} minutes\nreport: {report}", flush=True)
     return report
 
 
-def write_runs(folder: Path, processes: int) -> dict[str, dict[str, Any]]:
+def write_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Write one YAML file per run into ``folder``, made from ``demo.yaml`` beside this module, and return them."""
     text = SETTINGS.read_text(encoding="utf-8").replace("${folder}", str(folder))
     settings = yaml.safe_load(text)

@@ -102,8 +102,9 @@ class _Pieces:
 def _bf16_masters(files: list[Path], shapes: list[dict[str, torch.Size]]) -> dict[str, _Pieces]:
     """Find the fp32 master weights of DeepSpeed's BF16_Optimizer, which its own converter does not read.
 
-    That is stage 1 with bf16 weights and fp32 gradient accumulation; its files name no ZeRO stage. Each rank has one flat tensor per parameter group,
-    and says where in it which parameter's piece lies; pieces follow each other in rank order.
+    That is stage 1 with bf16 weights and fp32 gradient accumulation; its files name no ZeRO stage. Each rank has
+    one flat tensor per parameter group, and says where in it which parameter's piece lies; pieces follow each other in
+    rank order.
     """
     pieces: dict[str, list[torch.Tensor]] = {}
     for file in files:

@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from dualtok.audit.report import write_report
-from dualtok.audit.report_data import AuditReport, ModelAudit, SelectionSeries, TrainingSeries
+from dualtok.audit.report_data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
 from dualtok.engine.metrics import read_history
 from dualtok.errors import DataError
 from dualtok.jobs.audit import AUDIT_FILE, audit_folder
@@ -29,19 +29,19 @@ def write_run_report(run: RunConfig) -> Path:
     Raises:
         DataError: there is no audit yet, or a run of ``audit.runs`` has no history.
     """
-    audits = read_audits(run)
+    figures = read_figures(run)
     histories = {name: _history(name, Path(folder)) for name, folder in run.audit.runs.items()}
     report = AuditReport(
         title="dualtok audit",
         created=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         identity={
             "data": run.data.dir,
-            "members": f"split {run.audit.members}",
-            "non-members": f"split {run.audit.non_members}",
-            "attacker's reference": run.audit.attack_reference or "none",
+            "members": f"split {figures.settings.members}",
+            "non-members": f"split {figures.settings.non_members}",
+            "attacker's reference": figures.settings.attack_reference or "none",
         },
-        settings=run.audit,
-        rows=audits,
+        settings=figures.settings,
+        rows=figures.models,
         selection=[
             s for name, folder in run.audit.runs.items() if (s := _selection(name, Path(folder), histories[name]))
         ],
@@ -52,15 +52,15 @@ def write_run_report(run: RunConfig) -> Path:
     return write_report(report, Path(run.output_dir) / "report")
 
 
-def read_audits(run: RunConfig) -> list[ModelAudit]:
-    """Read the figures that ``dualtok audit`` left.
+def read_figures(run: RunConfig) -> AuditFigures:
+    """Read the figures that ``dualtok audit`` left, with the settings they were measured with.
 
     Raises:
         DataError: there are none, or the file is malformed.
     """
     path = audit_folder(run) / AUDIT_FILE
     try:
-        return TypeAdapter(list[ModelAudit]).validate_json(path.read_bytes())
+        return AuditFigures.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: no audit yet; run `dualtok audit` first") from None
     except ValidationError as error:

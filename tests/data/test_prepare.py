@@ -419,6 +419,33 @@ def test_a_corpus_mended_after_an_error_goes_on_from_there(
     assert manifest.splits == load_manifest(prepared).splits
 
 
+def test_a_corpus_that_changed_since_an_interrupted_start_is_refused(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "CHUNK_DOCUMENTS", CHUNK)
+    source = write_jsonl(texts, tmp_path / "texts.jsonl")
+    lines = source.read_bytes().splitlines(keepends=True)
+    broken = [*lines[: 2 * CHUNK], b'{"text": \n', *lines[2 * CHUNK :]]
+    source.write_bytes(b"".join(broken))
+    config = settings_of(tmp_path / "prepared", source)
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepare(config, progress=False)
+    for changed in ([*lines[:3], *lines[4:]], [lines[1], lines[0], *lines[2:]], lines[:CHUNK]):
+        source.write_bytes(b"".join(changed))
+        with pytest.raises(DataError, match="had read have changed"):
+            prepare(config, progress=False)
+
+
+def test_a_prepared_folder_inside_the_source_folder_is_not_read(texts: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "corpus"
+    source.mkdir()
+    write_jsonl(texts, source / "texts.jsonl")
+    config = settings_of(source / "prepared", source)
+    (source / "prepared").mkdir()
+    (source / "prepared" / "notes.txt").write_text("not a document")
+    assert prepare(config, progress=False).documents_read == len(texts)
+
+
 def test_the_corpus_is_cut_off_at_max_documents(prepared: Path, texts: list[str], tmp_path: Path) -> None:
     source = write_jsonl(texts, tmp_path / "texts.jsonl")
     config = settings_of(
