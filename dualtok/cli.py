@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -140,6 +141,9 @@ def _quiet_libraries() -> None:
     import logging
 
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    # DeepSpeed 0.19.8 calls collectives that torch 2.13 renamed, several times per step.
+    renamed = r".*`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     from transformers.utils import logging as transformers_logging
 

@@ -140,7 +140,8 @@ class BlockStream:
             batch_size: blocks per batch.
             rank: takes every ``world_size``-th batch.
             world_size: ranks.
-            max_blocks: read only the first so many blocks.
+            max_blocks: read at most so many blocks, evenly spaced: file order is by length, so that the first ones hold
+                the longest documents.
             documents: read only blocks that hold one of these documents; others in the same block come along.
         """
         places = self._places(max_blocks, documents)
@@ -177,13 +178,14 @@ class BlockStream:
         return -(-blocks // (batch_size * world_size))
 
     def _places(self, max_blocks: int | None, documents: NDArray[np.int64] | None) -> list[tuple[str, int]]:
-        places: list[tuple[str, int]] = []
-        for file, entry in self._entries.items():
-            rows = range(entry.rows) if documents is None else self._shard(file).rows_of(documents).tolist()
-            places.extend((file, row) for row in rows)
-            if max_blocks is not None and len(places) >= max_blocks:
-                return places[:max_blocks]
-        return places
+        if documents is not None:
+            return [(file, row) for file in self._entries for row in self._shard(file).rows_of(documents).tolist()]
+        files, ends = list(self._entries), np.cumsum([entry.rows for entry in self._entries.values()])
+        wanted = self._blocks if max_blocks is None else min(max_blocks, self._blocks)
+        blocks = np.arange(wanted) * self._blocks // wanted
+        shards = np.searchsorted(ends, blocks, side="right")
+        rows = blocks - np.concatenate([[0], ends])[shards]
+        return [(files[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
     def _read_places(self, places: Sequence[tuple[str, int]]) -> tuple[Batch, list[list[Segment]]]:
         shards = [self._shard(file) for file, _ in places]

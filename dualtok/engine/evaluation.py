@@ -56,7 +56,7 @@ class Evaluation:
     validation_loss: float
     """Mean token loss on ``validation``, nats."""
     member_loss: float
-    """Mean token loss on the first blocks of the training split, nats."""
+    """Mean token loss on as many blocks of the training split, evenly spaced, nats."""
     ref_auc: float | None
     """AUC of the Ref attack between members and validation documents, with the run's own reference; None without."""
 

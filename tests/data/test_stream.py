@@ -191,7 +191,7 @@ def test_sequential_reads_each_block_once_and_all_ranks_make_equally_many_batche
     assert read == [block for lane in range(LANES) for block in range(lane, BLOCKS, LANES)]
 
 
-def test_sequential_stops_after_max_blocks(folder: Path) -> None:
+def test_sequential_spreads_max_blocks_evenly(folder: Path) -> None:
     stream = BlockStream(folder, "train", seed=3)
     whole = [block for batch, _ in stream.sequential(4) for block in numbers(batch)]
     for limit in (1, 5, BLOCKS, 1000):
@@ -199,7 +199,8 @@ def test_sequential_stops_after_max_blocks(folder: Path) -> None:
         assert len(ranks[0]) == len(ranks[1])
         read = [block for both in zip(*ranks, strict=True) for batch, pieces in both if pieces != [[]]
                 for block in numbers(batch)]  # fmt: skip
-        assert read == whole[:limit]
+        most = min(limit, BLOCKS)
+        assert read == [whole[index * BLOCKS // most] for index in range(most)]
 
 
 def test_sequential_reads_only_blocks_of_the_wanted_documents(mixed_folder: Path) -> None:

@@ -1,0 +1,49 @@
+"""The README's quickstart is run as it stands, by a new user with a folder and a corpus."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from dualtok.data.corpora import sotu_passages, write_jsonl
+from tests.support import ROOT, environment
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
+    write_jsonl(islice(sotu_passages(), 400), tmp_path / "corpus.jsonl")
+    for content, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", README, re.DOTALL):
+        (tmp_path / name).write_text(content)
+    (script,) = re.findall(r"<!-- quickstart -->\n```bash\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run(["bash", "-euxc", script], cwd=tmp_path, env=environment(LOCAL_SIZE="2"), text=True,
+                          capture_output=True, timeout=800, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "runs" / "audit" / "report" / "report.html").read_text()
+    for model in ("reference alone", "plain", "dual"):
+        assert model in page
+
+
+def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(example, {})
+    assert "SelectionCounts(tokens=512, hard=307" in capsys.readouterr().out
+
+
+def test_every_command_of_the_command_line_is_in_the_readme() -> None:
+    from dualtok.cli import app
+
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert f"`dualtok {command.callback.__name__}" in README
+
+
+def test_every_make_target_that_the_readme_names_exists() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for name in re.findall(r"`make ([a-z-]+)`", README):
+        assert name in targets

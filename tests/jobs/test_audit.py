@@ -1,0 +1,68 @@
+"""The audit as a job: the same figures on any number of ranks, its signals kept, its report beside its settings."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import deepspeed_json, dualtok, error_line, save_model, succeed, write_run
+
+
+def audit_run(small_corpus: dict[str, Any], folder: Path, name: str, **changes: Any) -> Path:
+    models = {seed: str(folder / f"model-{seed}") for seed in (1, 2)}
+    for seed, path in models.items():
+        if not Path(path).is_dir():
+            save_model(Path(path), seed)
+    audit = {"models": {"one": models[1]}, "attack_reference": models[2], "fpr_targets": [0.2],
+             "bootstrap_resamples": 100, "batch_size": 3, **changes}  # fmt: skip
+    return write_run(folder / f"{name}.yaml", {"dir": small_corpus["dir"]}, audit=audit)
+
+
+def figures(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run.with_suffix("") / "audit" / "audit.json").read_text())
+    return content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_find_what_one_finds(small_corpus: dict[str, Any], tmp_path: Path, sharded: bool) -> None:
+    alone = audit_run(small_corpus, tmp_path, "alone")
+    shared = audit_run(small_corpus, tmp_path, "shared", **({"deepspeed": deepspeed_json("zero3")} if sharded else {}))
+    shown = succeed(dualtok("audit", alone))
+    assert "held-out" in shown
+    assert "strongest" in shown
+    succeed(dualtok("audit", shared, ranks=2))
+    (one,), (two,) = figures(alone)["models"], figures(shared)["models"]
+    assert one["perplexity_non_members"] == pytest.approx(two["perplexity_non_members"], rel=1e-6)
+    assert one["loss_gap"] == pytest.approx(two["loss_gap"], rel=1e-4, abs=1e-6)
+    assert [attack["name"] for attack in one["attacks"]] == ["loss", "ref", "zlib", "min_k", "min_k_plus_plus"]
+    for first, second in zip(one["attacks"], two["attacks"], strict=True):
+        assert first["auc"]["value"] == pytest.approx(second["auc"]["value"], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_signals_are_kept_and_the_report_has_the_settings_of_its_figures(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    run = audit_run(small_corpus, tmp_path, "run", max_documents=20)
+    assert "run `dualtok audit` first" in error_line(dualtok("report", run))
+    succeed(dualtok("audit", run))
+    signals = sorted((run.with_suffix("") / "audit" / "signals").glob("*.npz"))
+    assert len(signals) == 4, "two models, members and non-members"
+    times = [file.stat().st_mtime_ns for file in signals]
+    succeed(dualtok("audit", run, "audit.fpr_targets=[0.4]"))
+    assert [file.stat().st_mtime_ns for file in signals] == times, "a model was run again"
+    assert figures(run)["models"][0]["n_members"] == 20
+    # The run's file says 0.2; the figures were last measured at 0.4.
+    succeed(dualtok("report", run))
+    report = run.with_suffix("") / "report"
+    written = json.loads((report / "report.json").read_text())
+    assert written["settings"]["fpr_targets"] == [0.4]
+    with (report / "report.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["model"] for row in rows} == {"one"}
+    assert "<html" in (report / "report.html").read_text()
