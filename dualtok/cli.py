@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dualtok.errors import DualtokError
+from dualtok.errors import ConfigError, DualtokError
 
 app = typer.Typer(
     help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
@@ -37,6 +37,7 @@ def common(local_rank: LocalRank = None) -> None:
 @app.command()
 def prepare(run_file: RunFile, overrides: Overrides = None) -> None:
     """Deduplicate, split, tokenise and pack documents into shards."""
+    _refuse_launcher("prepare")
     from dualtok.data.prepare import prepare as prepare_data
     from dualtok.run import load_run
 
@@ -83,7 +84,7 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
-    from dualtok.errors import ConfigError
+    _refuse_launcher("export")
     from dualtok.jobs.export import export as run_export
 
     _quiet_libraries()
@@ -108,6 +109,7 @@ def audit(run_file: RunFile, overrides: Overrides = None) -> None:
 @app.command()
 def report(run_file: RunFile, overrides: Overrides = None) -> None:
     """Write the audit's figures as one HTML page, JSON and CSV."""
+    _refuse_launcher("report")
     from dualtok.jobs.report import write_run_report
     from dualtok.run import load_run
 
@@ -120,9 +122,16 @@ def demo(
     processes: Annotated[int, typer.Option(min=1, help="Ranks that share each training run.")] = 2,
 ) -> None:
     """Do the whole job on public text: prepare, pretrain, reference, score, plain and dual training, audit, report."""
+    _refuse_launcher("demo")
     from dualtok.jobs.demo import run_demo
 
     run_demo(folder, processes)
+
+
+def _refuse_launcher(verb: str) -> None:
+    """Keep the ranks of a launcher from doing the work of one process at once, in one folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"`dualtok {verb}` is one process; start it without a launcher")
 
 
 def _say(text: str) -> None:
@@ -166,6 +175,12 @@ def _leave_ranks() -> None:
             os._exit(0)
 
 
+def _in_words(problem: DualtokError | OSError) -> str:
+    if isinstance(problem, OSError) and problem.filename is not None:
+        return f"{problem.filename}: {problem.strerror}"
+    return str(problem)
+
+
 def main() -> None:
     """Entry point of the console script ``dualtok``."""
     try:
@@ -174,12 +189,13 @@ def main() -> None:
         if not end.code:
             _leave_ranks()
         raise
-    except DualtokError as error:
+    except (DualtokError, OSError) as problem:
+        error = _in_words(problem)
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             # An error that every rank sees is printed by the first alone: the launcher stops the others meanwhile.
             time.sleep(3)
         where = f"rank {rank}: " if rank != "0" else ""
-        print(f"dualtok: error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"dualtok: error: {where}{' '.join(error.split())}", file=sys.stderr, flush=True)
         # Not sys.exit: a rank inside a collective, or a data worker, must not be able to hold the process up.
         os._exit(2)

@@ -57,6 +57,13 @@ def deepspeed_json(name: str) -> str:
     return str(ROOT / "ds_configs" / f"{name}.json")
 
 
+def partitioned_json(folder: Path) -> str:
+    """Write a ZeRO-3 configuration that partitions even the smallest weight, as it would be with a large model."""
+    path = folder / "partitioned.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    return str(path)
+
+
 def environment(**changes: str) -> dict[str, str]:
     """Return the environment of a child process: one thread per rank, DeepSpeed on the CPU."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

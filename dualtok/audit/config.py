@@ -70,6 +70,8 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         """Refuse empty and repeated lists, and a class compared with itself."""
+        if "attack_reference" in self.models:
+            raise ValueError("audit.models: 'attack_reference' is the name of the attacker's model; use another name")
         if self.members == self.non_members:
             raise ValueError(f"audit.members: {self.members!r} is also audit.non_members; choose two splits")
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):

@@ -61,7 +61,7 @@ class DataConfig:
     """Share of the documents in each split; together at most 1, the rest is left out. A document's split depends on its
     own text and ``seed`` alone."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split."""
 
     near_duplicate_threshold: Annotated[float, Field(gt=0, lt=1)] | None = 0.8

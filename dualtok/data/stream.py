@@ -42,6 +42,16 @@ class Scores(Protocol):
         """Return the losses [len(rows), t] of some rows of a shard."""
 
 
+def pad_rows(batch: Batch, rows: int) -> Batch:
+    """Fill a batch to ``rows`` blocks by repeating its first one, with all labels ignored."""
+    missing = rows - len(batch["input_ids"])
+    if missing <= 0:
+        return batch
+    filled = {name: torch.cat([tensor, tensor[:1].expand(missing, -1)]) for name, tensor in batch.items()}
+    filled["labels"][-missing:] = IGNORED_LABEL
+    return filled
+
+
 class BlockStream:
     """Blocks of one split, memory-mapped.
 
@@ -133,8 +143,8 @@ class BlockStream:
     ) -> Iterator[tuple[Batch, list[list[Segment]]]]:  # fmt: skip
         """Yield (batch, pieces of each row) once over the split in file order, for evaluation.
 
-        Every rank makes the same number of batches, as ZeRO-3 demands; a rank that has run out repeats a block with all
-        labels ignored and no pieces.
+        Every rank makes the same number of batches, and all have ``batch_size`` rows: under ZeRO-3 each call of a layer
+        is a collective. Rows that are missing at the end are filled by :func:`pad_rows` and have no pieces.
 
         Args:
             batch_size: blocks per batch.
@@ -148,12 +158,10 @@ class BlockStream:
         for call in range(self._calls(len(places), batch_size, world_size)):
             first = (call * world_size + rank) * batch_size
             mine = places[first : first + batch_size]
-            if mine:
-                yield self._read_places(mine)
-            else:
-                batch, _ = self._read_places(places[:1])
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
-                yield batch, [[]]
+            batch, segments = self._read_places(mine or places[:1])
+            if not mine:
+                batch["labels"], segments = torch.full_like(batch["labels"], IGNORED_LABEL), [[]]
+            yield pad_rows(batch, batch_size), segments + [[]] * (batch_size - len(segments))
 
     def sequential_batches(
         self, batch_size: int, world_size: int = 1, *, documents: NDArray[np.int64] | None = None

@@ -75,12 +75,17 @@ class TrainConfig:
     """Most blocks of ``validation``, and of the training split, that an evaluation reads."""
 
     checkpoint_every: Count | None = None
-    """Optimiser steps between checkpoints; without it one per evaluation."""
+    """Optimiser steps between checkpoints; without it one per evaluation, or every 500 steps if there is none on the
+    way."""
 
     def __post_init__(self) -> None:
         """Refuse contradictions inside the section."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("train: give exactly one of 'steps' and 'epochs'")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"train.warmup_steps: {self.warmup_steps} of {self.steps} steps: the learning rate is never reached"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"train.batch_size: {self.batch_size} blocks cannot be cut into {self.gradient_accumulation} "

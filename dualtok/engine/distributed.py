@@ -6,16 +6,17 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dualtok.errors import ConfigError
+from dualtok.errors import ConfigError, DualtokError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+Result = TypeVar("Result")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -91,6 +92,20 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run ``action()`` on every rank; a user's error on one of them is raised on all, so that none waits for it."""
+        problem: DualtokError | None = None
+        try:
+            result = action()
+        except DualtokError as error:
+            if self.world_size == 1:
+                raise
+            problem = error
+        for found in self.gather_objects(problem):
+            if found is not None:
+                raise found
+        return result
+
     def first_does(self, action: Any) -> Any:
         """Run ``action()`` on rank 0 and return its result everywhere; an error on rank 0 is raised on every rank."""
         outcome: tuple[Any, Exception | None] = (None, None)
@@ -125,6 +140,11 @@ def complete_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if "WORLD_SIZE" in environment and int(environment["WORLD_SIZE"]) > 1:
         missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
         raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or deepspeed")
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError(
+            f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks but RANK is not set, so each would train alone; "
+            "start one torchrun per host, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,7 +13,7 @@ import torch
 from dualtok.engine import checkpoint
 from dualtok.engine.evaluation import Evaluation, evaluate
 from dualtok.engine.metrics import History, StepMetrics, StepTotals, peak_memory_gib, step_metrics
-from dualtok.errors import DualtokError
+from dualtok.errors import CheckpointError, DualtokError
 from dualtok.monitor.events import EventWriter, fixed_bins
 from dualtok.monitor.progress import RunProgress
 from dualtok.objective.head import IGNORED_LABEL
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from dualtok.run import RunConfig
 
 
+CHECKPOINT_EVERY = 500
+"""Optimiser steps between checkpoints of a run that asks for neither checkpoints nor evaluations on the way."""
+
+
 @dataclass
 class LoopState:
     """Where a run stands; independent of rank and world size, so that it can be resumed."""
@@ -38,6 +42,8 @@ class LoopState:
     best_loss: float = math.inf
     """Smallest validation loss so far, nats."""
     best_step: int = 0
+    blocks: str = ""
+    """Digest of the prepared data."""
 
 
 @dataclass
@@ -69,7 +75,12 @@ class TrainingLoop:
 
     def resume(self, saved: checkpoint.SavedCheckpoint) -> None:
         """Continue from a complete checkpoint."""
-        self.state = LoopState(**checkpoint.load_checkpoint(self.engine.engine, saved, self.ranks))
+        state = LoopState(**checkpoint.load_checkpoint(self.engine.engine, saved, self.ranks))
+        if state.blocks != self.state.blocks:
+            raise CheckpointError(
+                f"{saved.folder}: trained on other blocks than {self.run.data.dir} holds now; restore them"
+            )
+        self.state = state
 
     def fit(self) -> LoopState:
         """Train until the last step.
@@ -139,39 +150,49 @@ class TrainingLoop:
         total = totals.reduce(self.ranks)
         if len(bins):
             events.histogram("calibrated/s", self.ranks.sum(bins.to(self.ranks.device)).cpu().numpy(), step)
-        # A NaN token is left out of the selection, so the plain loss must be looked at too.
-        if not math.isfinite(total["loss"] + total["plain_sum"]):
+        norm = self.engine.gradient_norm()
+        # A NaN token is left out of the selection, so the plain loss must be looked at too; and DeepSpeed skips a step
+        # with a gradient that is not finite without a word.
+        if self.engine.skipped_steps() or not math.isfinite(total["loss"] + total["plain_sum"] + norm):
             raise DualtokError(
-                f"step {step}: the loss is {total['loss']} (plain {total['plain_sum']}), training "
-                f"diverged; lower train.learning_rate or selection.alpha and resume from the last checkpoint in "
-                f"{self.checkpoints}"
+                f"step {step}: training diverged (loss {total['loss']}, sum of plain losses {total['plain_sum']}, "
+                f"gradient norm {norm}); lower train.learning_rate or selection.alpha and resume from the last "
+                f"checkpoint in {self.checkpoints}"
             )
         self.state.step = step
         self.state.samples_seen += self.train.batch_size
         seconds = time.perf_counter() - started
         return step_metrics(
-            total, step=step, gradient_norm=self.engine.gradient_norm(), learning_rate=learning_rate,
+            total, step=step, gradient_norm=norm, learning_rate=learning_rate,
             tokens_per_second=total["plain_count"] / seconds, peak_memory_gib=peak_memory_gib(self.ranks.device),
         )  # fmt: skip
 
     def _seed_dropout(self, step: int) -> None:
         """Make random numbers a function of (seed, step, rank), so that a resumed run draws the same ones."""
-        torch.manual_seed((self.run.seed * 1_000_003 + step) * 65_537 + self.ranks.rank)
+        torch.manual_seed(((self.run.seed * 1_000_003 + step) * 65_537 + self.ranks.rank) % 2**63)
 
     def _evaluate_when_due(self) -> Evaluation | None:
         every, step = self.train.evaluate_every, self.state.step
         if step != self.total_steps and not (every and step % every == 0):
             return None
         rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.ranks.world_size)
-        return evaluate(
+        evaluation = evaluate(
             self.engine, self.stream, self.validation, blocks=self.train.evaluation_blocks, batch_size=rows, step=step
         )
+        if not math.isfinite(evaluation.validation_loss):  # before a checkpoint of such weights replaces a good one
+            raise DualtokError(
+                f"step {step}: the validation loss is {evaluation.validation_loss}, training diverged; lower "
+                f"train.learning_rate or selection.alpha and resume from the last checkpoint in {self.checkpoints}"
+            )
+        return evaluation
 
     def _save_when_due(self, evaluation: Evaluation | None) -> None:
         every, step = self.train.checkpoint_every, self.state.step
         improved = evaluation is not None and evaluation.validation_loss < self.state.best_loss
         if improved and evaluation is not None:
             self.state.best_loss, self.state.best_step = evaluation.validation_loss, step
+        if every is None and self.train.evaluate_every is None:
+            every = CHECKPOINT_EVERY
         due = step % every == 0 if every else evaluation is not None
         if not (due or improved or step == self.total_steps):
             return

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dualtok.data.manifest import load_manifest
+import yaml
+
+from dualtok.data.manifest import load_manifest, split_entry
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
-from dualtok.engine.checkpoint import find_checkpoint
+from dualtok.engine.checkpoint import COMPLETE, find_checkpoint
 from dualtok.engine.deepspeed_config import training_config
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.loop import LoopState, TrainingLoop
@@ -17,7 +19,7 @@ from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
 from dualtok.model.load import check_fits, starting_config, write_fresh_weights
 from dualtok.objective.loss import build_objective
-from dualtok.reference.fingerprint import fingerprint
+from dualtok.reference.fingerprint import blocks_digest, fingerprint
 from dualtok.reference.stored import StoredScores
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from dualtok.run import RunConfig
 
 CHECKPOINTS = "checkpoints"
+RUN_FILE = "run.yaml"
+FREE_ON_RESUME = ("monitor", "audit", "output_dir", "data.processes", "data.source", "train.data_workers",
+                  "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every")  # fmt: skip
+"""Settings that change nothing about what is learned."""
 START_FOLDER = "start"
 """Folder of a run that holds the model's config and tokenizer (and, for a model from a config, its first weights)."""
 
@@ -54,9 +60,11 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     deepspeed_config = training_config(settings, ranks.world_size)
     saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, ranks=ranks, resume=resume)
     _require_reference(run)
-    folder = _start_folder(run, model, manifest, ranks, resumed=saved is not None)
-    stream, validation = open_streams(run, manifest, (settings.split, "validation"), ranks)
+    if saved is not None:
+        ranks.first_does(lambda: _require_same_settings(run))
+    stream, validation = ranks.together(lambda: open_streams(run, manifest, (settings.split, "validation"), ranks))
     total_steps = count_steps(settings, len(stream))
+    folder = _start_folder(run, model, manifest, ranks, resumed=saved is not None)
     engine = build_zero_engine(
         folder,
         model,
@@ -66,11 +74,11 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
         total_steps=total_steps,
         ranks=ranks,
     )
-    loop = TrainingLoop(run, engine, stream, validation, total_steps)
+    loop = TrainingLoop(run, engine, stream, validation, total_steps, LoopState(blocks=blocks_digest(manifest)))
     if saved is not None:
         loop.resume(saved)
     else:
-        engine.check_head(next(loop.batches()), settings.precision)
+        engine.check(next(loop.batches()), settings.precision)
     return loop.fit()
 
 
@@ -83,12 +91,21 @@ def count_steps(settings: TrainConfig, blocks: int) -> int:
 
 
 def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], ranks: Ranks) -> list[BlockStream]:
-    """Open the streams of some splits, with the run's reference losses if it has a reference."""
+    """Open the streams of some splits, the one to train on first, with the run's reference losses if it has any."""
+    for split in splits:
+        split_entry(manifest, split, run.data.dir)
     reference, share = run.reference, {"rank": ranks.rank, "world_size": ranks.world_size}
     scores: list[StoredScores | None] = [None] * len(splits)
     if reference is not None:
         expected = ranks.first_does(lambda: fingerprint(reference.model, manifest, reference.precision))
-        scores = [StoredScores(run.data.dir, manifest, split, expected, **share) for split in splits]
+        if splits[0] not in reference.splits:
+            raise ConfigError(
+                f"reference.splits: has no {splits[0]!r}, which this run trains on; add it and score again"
+            )
+        scores = [
+            StoredScores(run.data.dir, manifest, split, expected, **share) if split in reference.splits else None
+            for split in splits
+        ]
     return [
         BlockStream(
             run.data.dir, split, seed=run.seed, scores=losses, verify_rank=ranks.rank,
@@ -107,7 +124,7 @@ def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: bool) -> SavedChe
     """Return the checkpoint to continue from, or None for a fresh start; never mix two runs in one folder."""
     if resume:
         return find_checkpoint(root, "latest", ranks)
-    if root.is_dir() and any(root.glob("step-*")):
+    if root.is_dir() and any(root.glob(f"step-*/{COMPLETE}")):
         raise CheckpointError(f"{root}: holds checkpoints of an earlier run; pass --resume, or change output_dir")
     return None
 
@@ -126,7 +143,49 @@ def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks:
             write_fresh_weights(config, run.seed, start)
         config.save_pretrained(start)
         tokenizer.save_pretrained(start)
-        write_text(output / "run.yaml", run.to_yaml())
+        write_text(output / RUN_FILE, run.to_yaml())
         return Path(model.path or start)
 
-    return Path(ranks.first_does(prepare))
+    folder = Path(ranks.first_does(prepare))
+    ranks.together(lambda: _require_shared(Path(run.output_dir) / RUN_FILE))
+    return folder
+
+
+def _require_shared(file: Path) -> None:
+    """Every rank writes its own part of a checkpoint, which is complete only in a folder that all hosts share."""
+    if not file.is_file():
+        raise ConfigError(
+            f"output_dir: rank 0 wrote {file}, which another rank cannot see; use a folder that all hosts share"
+        )
+
+
+def _require_same_settings(run: RunConfig) -> None:
+    """Refuse to continue a run under settings that would make it another one.
+
+    Raises:
+        ConfigError: names the setting and both values.
+    """
+    path = Path(run.output_dir) / RUN_FILE
+    if not path.is_file():
+        return
+    earlier = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = _flat(run.as_dict())
+    for key in sorted(earlier.keys() | now.keys()):
+        if key.startswith(FREE_ON_RESUME):
+            continue
+        if earlier.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}: {now.get(key)!r}, but the run to resume in {run.output_dir} has {earlier.get(key)!r}; resume "
+                "with its settings, or start another run"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

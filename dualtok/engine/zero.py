@@ -13,7 +13,7 @@ import torch
 
 from dualtok.engine.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
 from dualtok.model.load import load_causal_lm
-from dualtok.model.losses import SignalModel, TokenLossModel, head_difference, require_same_head
+from dualtok.model.losses import SignalModel, TokenLossModel, require_faithful
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 
 
+LOSS_CHUNK_TOKENS = 8192
+"""Tokens whose logits a forward-only pass holds at once."""
+
+
 class ObjectiveModel(TokenLossModel):
     """A model whose forward gives the training objective's scalar loss in training mode, token losses otherwise."""
 
@@ -41,14 +45,12 @@ class ObjectiveModel(TokenLossModel):
         self._gather = gather
         self.outcome: DualLoss | None = None
 
-    def forward(self, batch: Batch, check_head: bool = False) -> torch.Tensor:
-        """Return the scalar loss (training), token losses [b, t] (evaluation) or the head's error (``check_head``).
+    def compute(self, batch: Batch) -> torch.Tensor:
+        """Return the scalar loss (training) or token losses [b, t] (evaluation).
 
         The selection is left in ``outcome`` and not returned: ZeRO-3's hooks only understand tensors.
         """
-        if check_head:
-            return head_difference(self, batch)
-        token_loss = super().forward(batch)
+        token_loss: torch.Tensor = super().compute(batch)
         if not self.training:
             return token_loss
         self.outcome = self._objective(token_loss, batch, gather=self._gather)
@@ -73,11 +75,11 @@ class ZeroEngine:
         """Move a batch to this rank's device."""
         return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def check_head(self, batch: Batch, precision: str) -> None:
-        """Compare dualtok's head with the model's own forward pass, once, before training."""
+    def check(self, batch: Batch, precision: str) -> None:
+        """Compare dualtok's head and document boundaries with what they should be, once, before training."""
         with torch.no_grad():
-            difference = float(self.engine(self.to_device(batch), check_head=True))
-        require_same_head(difference, precision, type(self.model.causal_lm).__name__)
+            errors = self.engine(self.to_device(batch), check=True)
+        require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
     def micro_step(self, batch: Batch) -> DualLoss:
         """Run forward and backward of one micro-batch; step the optimiser when the accumulation is complete."""
@@ -101,6 +103,10 @@ class ZeroEngine:
     def gradient_norm(self) -> float:
         """Return the norm of the global gradient of the last optimiser step, before clipping."""
         return float(self._norm if self._steps_with_torch else self.engine.get_global_grad_norm())
+
+    def skipped_steps(self) -> int:
+        """Return the optimiser steps that DeepSpeed left out because a gradient was not finite."""
+        return int(self.engine.skipped_steps)
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next optimiser step."""
@@ -168,7 +174,7 @@ def build_forward_only(
     config = None if deepspeed_json is None else inference_config(deepspeed_json, precision, batch_size)
     keep_alive = None if config is None else _partition_while_loading(config)
     causal_lm = load_causal_lm(folder, precision=precision)
-    wrapped = TokenLossModel(causal_lm) if signals is None else SignalModel(causal_lm, signals)
+    wrapped = TokenLossModel(causal_lm, LOSS_CHUNK_TOKENS) if signals is None else SignalModel(causal_lm, signals)
     if config is None:
         runner: Any = wrapped.to(ranks.device)
     else:
@@ -178,9 +184,16 @@ def build_forward_only(
         runner = deepspeed.initialize(model=wrapped, config=config)[0]
     runner.eval()
 
+    checked = False
+
     def forward(batch: Batch, _keep_alive: object = keep_alive) -> Any:
+        nonlocal checked
+        here = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
         with torch.no_grad():
-            return runner({name: tensor.to(ranks.device) for name, tensor in batch.items()})
+            if not checked:
+                require_faithful(runner(here, check=True), precision, type(causal_lm).__name__)
+                checked = True
+            return runner(here)
 
     return forward
 

@@ -128,7 +128,11 @@ def _model_pass(
 ) -> SignalsBuilder | None:
     """Run a model over the chosen documents of a split; returns all ranks' signals on rank 0, None elsewhere."""
     settings = run.audit
-    stream = BlockStream(run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size)
+    stream = ranks.together(
+        lambda: BlockStream(
+            run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
+        )
+    )
     table = stream.document_table()
     lengths = dict(zip(table["doc"].to_pylist(), table["n_tokens"].to_pylist(), strict=True))
     chosen = choose_documents(np.array(list(lengths)), settings.max_documents, settings.seed)

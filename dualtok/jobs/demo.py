@@ -16,6 +16,8 @@ import yaml
 
 from dualtok.data.corpora import sotu_passages, wikipedia_leads, write_jsonl
 from dualtok.data.prepare import prepare
+from dualtok.engine.checkpoint import COMPLETE
+from dualtok.engine.train import CHECKPOINTS
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.jobs.audit import print_figures
@@ -106,7 +108,7 @@ def _run_stage(folder: Path, stage: Stage, processes: int) -> None:
         print("  done before")
         return
     arguments = [stage.verb, str(folder / f"{stage.run}.yaml")]
-    if stage.verb == "train" and (folder / stage.run / "checkpoints" / "latest").is_file():
+    if stage.verb == "train" and any((folder / stage.run / CHECKPOINTS).glob(f"step-*/{COMPLETE}")):
         arguments.append("--resume")
     launch(arguments, processes, folder / "logs" / f"{stage.run}-{stage.verb}.log")
     for checkpoint, name in stage.exports:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dualtok.data.manifest import load_manifest
-from dualtok.data.stream import BlockStream
+from dualtok.data.manifest import load_manifest, split_entry
+from dualtok.data.stream import BlockStream, pad_rows
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.zero import build_forward_only
@@ -23,7 +23,7 @@ from dualtok.files import file_sha256
 from dualtok.model.load import check_fits, read_model_config
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import fingerprint, model_folder
-from dualtok.reference.stored import is_scored, score_path, scores_folder, write_index, write_scores
+from dualtok.reference.stored import INDEX, is_scored, read_index, score_path, scores_folder, write_index, write_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,8 +71,8 @@ def score(run: RunConfig) -> ScoreSummary:
                origin=reference.model)  # fmt: skip
     expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
     target = scores_folder(run.data.dir, expected)
-    tasks = _tasks(manifest, reference, target)
-    missing = ranks.first_does(lambda: [i for i, task in enumerate(tasks) if not is_scored(task.path, task.shard)])
+    tasks = _tasks(run.data.dir, manifest, reference, target)
+    missing = _missing(tasks, target, ranks)
     rate = 0.0
     if missing:
         forward = build_forward_only(
@@ -86,11 +86,23 @@ def score(run: RunConfig) -> ScoreSummary:
     return ScoreSummary(target, len(tasks), len(missing), rate)
 
 
-def _tasks(manifest: Manifest, reference: ReferenceConfig, folder: Path) -> list[_Task]:
+def _missing(tasks: list[_Task], folder: Path, ranks: Ranks) -> list[int]:
+    """Return the tasks that are still to do: without scores, or with scores that were altered."""
+    known = read_index(folder)["files"] if (folder / INDEX).is_file() else {}
+
+    def is_done(task: _Task) -> bool:
+        checksum = known.get(f"{task.split}/{task.path.name}")
+        return is_scored(task.path, task.shard) and checksum in (None, file_sha256(task.path))
+
+    mine = [i for i in range(ranks.rank, len(tasks), ranks.world_size) if not is_done(tasks[i])]
+    return sorted(i for part in ranks.gather_objects(mine) for i in part)
+
+
+def _tasks(data_dir: str, manifest: Manifest, reference: ReferenceConfig, folder: Path) -> list[_Task]:
     return [
         _Task(split, shard, score_path(folder, split, shard.file))
         for split in reference.splits
-        for shard in manifest.splits[split].shards
+        for shard in split_entry(manifest, split, data_dir).shards
     ]
 
 
@@ -101,12 +113,14 @@ def _score_shards(
     mine = tasks[ranks.rank :: ranks.world_size]
     calls = [-(-task.shard.rows // batch_size) for task in mine]
     most_calls = max(ranks.gather_objects(sum(calls)))
-    streams = {
-        split: BlockStream(
-            run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
-        )
-        for split in {task.split for task in tasks}
-    }
+    streams = ranks.together(
+        lambda: {
+            split: BlockStream(
+                run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
+            )
+            for split in {task.split for task in tasks}
+        }
+    )
     started = time.perf_counter()
     positions = 0
     last: Batch | None = None
@@ -116,13 +130,16 @@ def _score_shards(
             for first in range(0, task.shard.rows, batch_size):
                 rows = np.arange(first, min(first + batch_size, task.shard.rows))
                 last = streams[task.split].read_rows(task.shard.file, rows)
-                losses.append(forward(last).float().cpu().numpy())
+                # Filled up, so that every rank calls each layer equally often, chunk by chunk, under ZeRO-3.
+                losses.append(forward(pad_rows(last, batch_size))[: len(rows)].float().cpu().numpy())
                 positions += last["input_ids"].numel()
                 progress.advance(1, f"{positions / (time.perf_counter() - started):,.0f} tokens/s on this rank")
             write_scores(task.path, np.concatenate(losses), task.shard.sha256)
         last = last if last is not None else _any_batch(streams, tasks[0])
         for _ in range(most_calls - sum(calls)):
-            forward(last)  # under ZeRO-3 a rank that stopped early would leave the others waiting for its weights
+            forward(
+                pad_rows(last, batch_size)
+            )  # under ZeRO-3 a rank that stopped early would leave the others waiting for its weights
     seconds = time.perf_counter() - started
     total = float(ranks.sum(torch.tensor(float(positions), dtype=torch.float64, device=ranks.device)))
     return total / max(ranks.gather_objects(seconds))

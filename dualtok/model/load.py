@@ -98,12 +98,19 @@ def write_fresh_weights(config: PretrainedConfig, seed: int, folder: Path) -> No
     """Draw a model's weights from ``seed`` and save them.
 
     Written once, they give every ZeRO stage and any number of ranks the same starting point.
+
+    Raises:
+        ConfigError: the configuration describes no model, e.g. one of width 0.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+            raise ConfigError(f"model.config: no model can be built: {' '.join(str(error).split())[:200]}") from None
+    model.save_pretrained(folder)
 
 
 def load_causal_lm(

@@ -5,7 +5,7 @@ Legend: b batch, t position, n = b * t tokens, d hidden, v vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Batch = dict[str, torch.Tensor]
-HEAD_CHECK_TOKENS = 64
+CHECK_TOKENS = 64
 
 
 class TokenLossModel(nn.Module):
@@ -38,20 +38,30 @@ class TokenLossModel(nn.Module):
         self.causal_lm = causal_lm
         self.chunk_tokens = chunk_tokens
         self._transform = logit_transform(causal_lm.config)
+        # transformers finds the documents of a packed batch for flash attention only when it has one row.
+        self._one_row = causal_lm.config._attn_implementation == "flash_attention_2"
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return the last hidden states [b, t, d]; positions that do not grow by one start a new document."""
-        output = self.causal_lm.base_model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        )
-        return output.last_hidden_state
+        ids, positions = batch["input_ids"], batch["position_ids"]
+        if self._one_row:
+            ids, positions = ids.view(1, -1), positions.view(1, -1)
+        output = self.causal_lm.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        return output.last_hidden_state.view(*batch["input_ids"].shape, -1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., v] of hidden states [..., d] as the model itself would compute them."""
         logits = self.causal_lm.get_output_embeddings()(hidden)
         return logits if self._transform is None else self._transform(logits)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, check: bool = False) -> Any:
+        """Return :meth:`compute` of the batch, or with ``check`` :func:`model_errors`.
+
+        Both run inside ``forward``, where ZeRO-3 has the weights.
+        """
+        return model_errors(self, batch) if check else self.compute(batch)
+
+    def compute(self, batch: Batch) -> Any:
         """Return the token losses [b, t] in float32, aligned with ``labels`` and 0 where a label is -100."""
         return token_losses(
             self.hidden_states(batch),
@@ -73,7 +83,7 @@ class SignalModel(TokenLossModel):
         super().__init__(causal_lm)
         self._signals = signals
 
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def compute(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the signals of every token, each [b, t]."""
         hidden = self.hidden_states(batch)
         rows = [
@@ -83,27 +93,47 @@ class SignalModel(TokenLossModel):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def head_difference(model: TokenLossModel, batch: Batch) -> torch.Tensor:
-    """Return how far ``model``'s token losses are from those of the Hugging Face forward pass, relative to their mean.
+def model_errors(model: TokenLossModel, batch: Batch) -> torch.Tensor:
+    """Return what :func:`require_faithful` judges: the errors of head and boundaries, relative to the mean loss, [2].
 
-    Some architectures scale or cap their logits after ``lm_head``. One that does so in a way unknown to
-    :func:`dualtok.model.load.logit_transform` would train on wrong losses without a sign. Reads at most the first
-    :data:`HEAD_CHECK_TOKENS` tokens of the first block; under ZeRO-3 it must be called inside the engine's forward.
+    * Some architectures scale or cap their logits after ``lm_head``. One that does so in a way unknown to
+      :func:`dualtok.model.load.logit_transform` would train on wrong losses without a sign.
+    * Some take ``position_ids`` and yet look across document boundaries (another mask, or a recurrent state). Two rows
+      with different first documents must give the second document the same losses.
+
+    Reads at most the first :data:`CHECK_TOKENS` tokens of the first block.
     """
-    small = {name: batch[name][:1, :HEAD_CHECK_TOKENS] for name in ("input_ids", "position_ids", "labels")}
-    own = TokenLossModel.forward(model, small)
+    small = {name: batch[name][:1, :CHECK_TOKENS] for name in ("input_ids", "position_ids", "labels")}
+    own = TokenLossModel.compute(model, small)
     logits = model.causal_lm(input_ids=small["input_ids"], position_ids=small["position_ids"], use_cache=False).logits
     theirs = nn.functional.cross_entropy(
         logits[0].float(), small["labels"][0], ignore_index=IGNORED_LABEL, reduction="none"
     )
-    return (own[0] - theirs).abs().max() / theirs.mean().clamp(min=1e-6)
+    scale = theirs.mean().clamp(min=1e-6)
+
+    ids = small["input_ids"].repeat(2, 1)
+    length = ids.shape[1]
+    half = length // 2
+    ids[1, :half] = ids[1, :half].flip(0) // 2  # another first document, of ids that the model knows
+    places = torch.arange(length, device=ids.device)
+    positions = torch.where(places < half, places, places - half).repeat(2, 1)
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    labels[:, half:-1] = ids[:, half + 1 :]
+    first, second = TokenLossModel.compute(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
+    return torch.stack([(own[0] - theirs).abs().max(), (first - second).abs().max()]) / scale
 
 
-def require_same_head(difference: float, precision: str, architecture: str) -> None:
-    """Raise ConfigError when :func:`head_difference` is beyond what rounding explains."""
+def require_faithful(errors: torch.Tensor, precision: str, architecture: str) -> None:
+    """Raise ConfigError when :func:`model_errors` are beyond what rounding explains."""
     tolerance = 1e-4 if precision == "fp32" else 5e-2
-    if not difference <= tolerance:
+    head, boundary = errors.tolist()
+    if not head <= tolerance:
         raise ConfigError(
-            f"{architecture}: its logits differ from lm_head(hidden states) by {difference:.2g} (relative, allowed "
+            f"{architecture}: its logits differ from lm_head(hidden states) by {head:.2g} (relative, allowed "
             f"{tolerance}); this architecture changes its logits in a way that dualtok does not know"
+        )
+    if not boundary <= tolerance:
+        raise ConfigError(
+            f"{architecture}: a document's losses change by {boundary:.2g} (relative, allowed {tolerance}) with the "
+            "document packed before it; choose an architecture or model.attention that stops at document boundaries"
         )

@@ -19,6 +19,7 @@ from tests.support import (
     deepspeed_json,
     dualtok,
     environment,
+    error_line,
     read_weights,
     save_model,
     succeed,
@@ -102,3 +103,22 @@ def test_a_run_is_not_mixed_with_an_earlier_one(small_corpus: dict[str, Any], tm
     again = dualtok("train", run)
     assert again.returncode == 2
     assert "--resume" in again.stderr
+    line = error_line(dualtok("train", run, "--resume", "train.learning_rate=0.5"))
+    assert "train.learning_rate: 0.5, but the run to resume" in line
+    assert "0.001" in line
+    assert "learning_rate: 0.001" in (run.with_suffix("") / "run.yaml").read_text(), "the run's settings were lost"
+
+
+@pytest.mark.slow
+def test_a_kill_during_the_first_save_leaves_a_run_that_can_be_started_again(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run.yaml", small_corpus, objective="causal_lm",
+                    model={"config": tiny_llama_config()},
+                    train={"learning_rate": 1e-3, "batch_size": 4, "steps": 2, "precision": "fp32"})  # fmt: skip
+    torn = tmp_path / "run" / "checkpoints" / "step-00000002"
+    torn.mkdir(parents=True)
+    (torn / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    assert "not a complete checkpoint" in error_line(dualtok("train", run, "--resume"))
+    succeed(dualtok("train", run))
+    assert (torn / "COMPLETE").is_file()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import deepspeed_json, dualtok, error_line, save_model, succeed, write_run
+from tests.support import dualtok, error_line, partitioned_json, save_model, succeed, write_run
 
 
 def audit_run(small_corpus: dict[str, Any], folder: Path, name: str, **changes: Any) -> Path:
@@ -31,7 +31,9 @@ def figures(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_ranks_find_what_one_finds(small_corpus: dict[str, Any], tmp_path: Path, sharded: bool) -> None:
     alone = audit_run(small_corpus, tmp_path, "alone")
-    shared = audit_run(small_corpus, tmp_path, "shared", **({"deepspeed": deepspeed_json("zero3")} if sharded else {}))
+    shared = audit_run(
+        small_corpus, tmp_path, "shared", **({"deepspeed": partitioned_json(tmp_path)} if sharded else {})
+    )
     shown = succeed(dualtok("audit", alone))
     assert "held-out" in shown
     assert "strongest" in shown

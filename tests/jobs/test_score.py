@@ -13,7 +13,7 @@ import torch
 
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
-from tests.support import deepspeed_json, dualtok, error_line, save_model, succeed, write_run
+from tests.support import dualtok, error_line, partitioned_json, save_model, succeed, write_run
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,28 @@ def test_any_number_of_ranks_gives_transformers_losses(
     small_corpus: dict[str, Any], tmp_path: Path, model: Path, ranks: int, sharded: bool
 ) -> None:
     data = own_copy(small_corpus, tmp_path / "data")
-    reference = {"model": str(model), "batch_size": 5, **({"deepspeed": deepspeed_json("zero3")} if sharded else {})}
+    reference = {"model": str(model), "batch_size": 5, **({"deepspeed": partitioned_json(tmp_path)} if sharded else {})}
     run = write_run(tmp_path / "run.yaml", data, reference=reference)
     succeed(dualtok("score", run, ranks=ranks))
     found, expected = read_scores(data["dir"]), expected_losses(data["dir"], model)
     assert found.keys() == expected.keys()
     for name, losses in expected.items():
         np.testing.assert_allclose(found[name], losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_altered_scores_are_computed_again(small_corpus: dict[str, Any], tmp_path: Path, model: Path) -> None:
+    data = own_copy(small_corpus, tmp_path / "data")
+    run = write_run(tmp_path / "run.yaml", data, reference={"model": str(model), "splits": ["validation"]})
+    succeed(dualtok("score", run))
+    whole = read_scores(data["dir"])
+    file = sorted(Path(data["dir"]).glob("scores/*/*/*.arrow"))[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "(1 now" in succeed(dualtok("score", run))
+    again = read_scores(data["dir"])
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dualtok.data.packing import model_inputs, pack_documents
 from dualtok.errors import ConfigError
-from dualtok.model.losses import SignalModel, TokenLossModel, head_difference, require_same_head
+from dualtok.model.losses import SignalModel, TokenLossModel, model_errors, require_faithful
 
 VOCABULARY, BLOCK_LENGTH = 97, 48
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ def test_the_head_is_transformers_own(model_type: str, changes: dict[str, Any]) 
     batch = model_inputs(
         np.random.default_rng(3).integers(0, VOCABULARY, (2, 32)).astype(np.int32), [np.array([32])] * 2
     )
-    require_same_head(float(head_difference(model, batch)), "fp32", model_type)
+    require_faithful(model(batch, check=True), "fp32", model_type)
 
 
 @torch.no_grad()
@@ -109,9 +109,29 @@ def test_logits_changed_in_an_unknown_way_are_refused() -> None:
     model._transform = None  # as for an architecture whose scale dualtok does not know
     batch = model_inputs(np.random.default_rng(3).integers(0, VOCABULARY, (1, 32)).astype(np.int32), [np.array([32])])
     with pytest.raises(ConfigError, match="changes its logits"):
-        require_same_head(float(head_difference(model, batch)), "fp32", "cohere")
+        require_faithful(model_errors(model, batch), "fp32", "cohere")
     with pytest.raises(ConfigError):
-        require_same_head(float("nan"), "fp32", "broken")
+        require_faithful(torch.tensor([float("nan"), 0.0]), "fp32", "broken")
+
+
+@torch.no_grad()
+def test_an_architecture_that_looks_across_documents_is_refused() -> None:
+    """OPT takes position_ids, for its embeddings alone: its mask lets every document see the one before."""
+    model = TokenLossModel(build("opt", hidden_size=32, ffn_dim=48, word_embed_proj_dim=32))
+    batch = model_inputs(np.random.default_rng(3).integers(0, VOCABULARY, (1, 48)).astype(np.int32), [np.array([48])])
+    with pytest.raises(ConfigError, match="with the document packed before it"):
+        require_faithful(model_errors(model, batch), "fp32", "OPT")
+
+
+@torch.no_grad()
+def test_a_batch_laid_in_one_row_has_the_same_losses() -> None:
+    """What flash attention needs; the row layout is tried here with sdpa, for there is no GPU."""
+    model = TokenLossModel(build("llama"))
+    lengths = [np.array([20, 28]), np.array([48]), np.array([7, 9, 30])]
+    batch = model_inputs(np.random.default_rng(5).integers(0, VOCABULARY, (3, 48)).astype(np.int32), lengths)
+    expected = model(batch)
+    model._one_row = True
+    torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
