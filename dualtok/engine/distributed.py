@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 Result = TypeVar("Result")
+SHARED_MEMORY = Path("/dev/shm")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -167,7 +169,19 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         device = torch.device("cpu")
+        _unlink_shared_buffer()
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _unlink_shared_buffer() -> None:
+    """Take away the name of this rank's buffer of DeepSpeed's all-reduce on CPUs, which every rank has mapped by now.
+
+    DeepSpeed 0.19.8 never does: each job would leave 69 MB per rank in /dev/shm, that is in memory, for good. Without
+    a name the buffer goes with the last process that maps it, even if that one is killed.
+    """
+    dist.barrier()
+    job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    (SHARED_MEMORY / f"deepspeed_allreduce_buffer_{job}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
 def leave_ranks() -> bool:

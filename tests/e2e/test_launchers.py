@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.slow
 def test_every_launcher_trains_the_same_model(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     runs = {name: run_file(small_corpus, tmp_path / f"{name}.yaml") for name in ("plain", "torchrun", "deepspeed")}
+    before = shared_buffers()
     succeed(dualtok("train", runs["plain"]))
     for name in ("torchrun", "deepspeed"):
         command = [str(ROOT / "launch" / f"{name}.sh"), "train", str(runs[name])]
@@ -41,6 +43,15 @@ def test_every_launcher_trains_the_same_model(small_corpus: dict[str, Any], tmp_
     assert len(expected) == STEPS
     for name in ("torchrun", "deepspeed"):
         assert losses(runs[name]) == pytest.approx(expected, rel=1e-5)
+    deadline = time.monotonic() + 60
+    while shared_buffers() - before:  # another test's job may be between making its buffer and taking away the name
+        assert time.monotonic() < deadline, "shared memory was left behind"
+        time.sleep(0.5)
+
+
+def shared_buffers() -> set[Path]:
+    """Return the buffers of DeepSpeed's CPU all-reduce that have a name."""
+    return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
 
 
 @pytest.mark.slow
