@@ -132,7 +132,9 @@ def dual_loss(
         s, mask, hard_share=hard_share, memorised_share=memorised_share, tau=tau, gather=gather
     )
     world_size = 1 if gather is None else len(gather(torch.ones(1, device=token_loss.device))[0])
-    unlearned = counts.memorised if normalize == "per_set" else memorised_share * counts.tokens
+    # An empty T_m weighs nothing under either: one over a tiny share would be infinite, and times 0 not a number.
+    per_share = normalize == "per_share" and counts.memorised > 0
+    unlearned = memorised_share * counts.tokens if per_share else counts.memorised
     weights = world_size * (_one_over(counts.hard) * hard.float() - alpha * _one_over(unlearned) * memorised.float())
     loss = _weighted_sum(token_loss, mask, weights)
     return DualLoss(loss, hard, memorised, s, counts, _totals(token_loss, hard, memorised, mask))

@@ -39,7 +39,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             run["train"] = {**run["train"], "epochs": None, "steps": 4, "warmup_steps": 1, "evaluate_every": 2,
                             "evaluation_blocks": 32}  # fmt: skip
         if name == "base":
-            run["model"]["config"].update(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+            run["model"]["config"].update(hidden_size=48, intermediate_size=64, num_hidden_layers=1)
         run["data"] = {**run["data"], "max_documents": 1500}
         run["data"]["shares"] = {name: share * 2 for name, share in run["data"]["shares"].items()}
         if "wikipedia" in run["data"]["dir"]:

@@ -32,6 +32,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"hard_share": 0.0, "memorised_share": 0.4},
     {"hard_share": 1.0, "memorised_share": 0.0},
     {"tau": -100.0},
+    {"memorised_share": 1e-178, "normalize": "per_share"},
 ]
 
 
