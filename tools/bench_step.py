@@ -19,10 +19,11 @@ from benchmark_support import llama_config, paired, prepared_corpus, print_ratio
 from dualtok.data.manifest import load_manifest
 from dualtok.engine.config import TrainConfig
 from dualtok.engine.deepspeed_config import training_config
+from dualtok.engine.build import build_engine
 from dualtok.engine.distributed import join_ranks
+from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import TrainingLoop
 from dualtok.engine.train import open_streams
-from dualtok.engine.zero import build_zero_engine
 from dualtok.jobs.score import score
 from dualtok.model.config import ModelConfig
 from dualtok.monitor.events import EventWriter
@@ -71,14 +72,14 @@ def timed_step(run: RunConfig) -> Callable[[], float]:
     ranks = join_ranks()
     manifest = load_manifest(run.data.dir)
     stream, validation = open_streams(run, manifest, ("train", "validation"), ranks)
-    engine = build_zero_engine(
+    engine = build_engine(
         str(run.model.path),
         run.model,
         run.train,
         config=training_config(run.train, ranks.world_size),
         objective=build_objective(run.objective, run.selection, run.goldfish),
         total_steps=10**6,
-        ranks=ranks,
+        layout=build_layout(ranks),
     )
     loop = TrainingLoop(run, engine, stream, validation, 10**6)
     batches: Iterator = loop.batches()

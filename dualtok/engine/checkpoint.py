@@ -12,11 +12,15 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dualtok.engine.distributed import ALONE, Ranks
+from dualtok.engine.distributed import ALONE
 from dualtok.errors import CheckpointError
 from dualtok.files import sync_folder, write_text
+
+if TYPE_CHECKING:
+    from dualtok.engine.distributed import Ranks
+    from dualtok.engine.protocol import TrainingEngine
 
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
@@ -32,6 +36,19 @@ class SavedCheckpoint:
     step: int
     world_size: int
     zero_stage: int
+    stages: int
+    """Pipeline stages."""
+
+    @property
+    def layout(self) -> str:
+        """The layout that wrote it, in words."""
+        return describe_layout(self.world_size, self.zero_stage, self.stages)
+
+
+def describe_layout(world_size: int, zero_stage: int, stages: int) -> str:
+    """Return ranks, pipeline stages and ZeRO stage in words."""
+    pipeline = f" in {stages} pipeline stages" if stages > 1 else ""
+    return f"{world_size} rank{'s' * (world_size > 1)}{pipeline} with ZeRO stage {zero_stage}"
 
 
 def tag_of(step: int) -> str:
@@ -39,24 +56,37 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], ranks: Ranks) -> str:
-    """Write a checkpoint of a DeepSpeed engine and mark it complete; every rank takes part.
+def save_deepspeed(engine: Any, root: Path, tag: str, state: dict[str, Any]) -> None:
+    """Let a DeepSpeed engine write its tensors and the loop's state."""
+    # One key of our own: DeepSpeed merges client_state into its top level, where 'module' would overwrite the weights.
+    engine.save_checkpoint(str(root), tag=tag, client_state={STATE_KEY: state}, save_latest=False)
+
+
+def load_deepspeed(engine: Any, root: Path, tag: str) -> dict[str, Any] | None:
+    """Let a fresh DeepSpeed engine read its tensors; return the loop's state, or None when it could not."""
+    path, client_state = engine.load_checkpoint(str(root), tag=tag)
+    if path is None or STATE_KEY not in (client_state or {}):
+        return None
+    return dict(client_state[STATE_KEY])
+
+
+def save_checkpoint(engine: TrainingEngine, root: Path, step: int, state: dict[str, Any]) -> str:
+    """Write a checkpoint of an engine and mark it complete; every rank takes part.
 
     Args:
-        engine: the DeepSpeed engine.
+        engine: the model in training.
         root: folder of all checkpoints, shared by all ranks.
         step: optimiser steps done.
         state: what the loop needs to go on, independent of rank and world size.
-        ranks: the job's ranks.
 
     Returns:
         The checkpoint's tag.
     """
     tag = tag_of(step)
     folder = root / tag
+    ranks = engine.layout.ranks
     ranks.first_does(lambda: _clear(folder))
-    # One key of our own: DeepSpeed merges client_state into its top level, where 'module' would overwrite the weights.
-    engine.save_checkpoint(str(root), tag=tag, client_state={STATE_KEY: state}, save_latest=False)
+    engine.save(root, tag, state)
     ranks.barrier()
     names = ranks.first_does(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
     mine = {name: _describe(folder / name) for name in names[ranks.rank :: ranks.world_size]}
@@ -64,7 +94,8 @@ def save_checkpoint(engine: Any, root: Path, step: int, state: dict[str, Any], r
     manifest = {
         "step": step,
         "world_size": ranks.world_size,
-        "zero_stage": engine.zero_optimization_stage(),
+        "zero_stage": engine.zero_stage(),
+        "stages": engine.layout.stages,
         "files": dict(sorted(files.items())),
     }
     ranks.first_does(lambda: _seal(folder, manifest))
@@ -105,22 +136,22 @@ def find_checkpoint(root: Path, which: str = "latest", ranks: Ranks = ALONE) -> 
     raise CheckpointError(problem)
 
 
-def load_checkpoint(engine: Any, saved: SavedCheckpoint, ranks: Ranks) -> dict[str, Any]:
+def load_checkpoint(engine: TrainingEngine, saved: SavedCheckpoint) -> dict[str, Any]:
     """Load a complete checkpoint into a fresh engine and return the loop's state.
 
     Raises:
-        CheckpointError: it was written by another number of ranks or ZeRO stage, or DeepSpeed cannot read it.
+        CheckpointError: it was written by another number of ranks or stages, or DeepSpeed cannot read it.
     """
-    if (saved.world_size, saved.zero_stage) != (ranks.world_size, engine.zero_optimization_stage()):
+    here = describe_layout(engine.layout.ranks.world_size, engine.zero_stage(), engine.layout.stages)
+    if saved.layout != here:
         raise CheckpointError(
-            f"{saved.folder}: written by {saved.world_size} ranks with ZeRO stage {saved.zero_stage}, but this job has "
-            f"{ranks.world_size} with stage {engine.zero_optimization_stage()}; resume with the same, or start from "
+            f"{saved.folder}: written by {saved.layout}, but this job has {here}; resume with the same, or start from "
             "`dualtok export`ed weights"
         )
-    path, client_state = engine.load_checkpoint(str(saved.folder.parent), tag=saved.tag)
-    if path is None or STATE_KEY not in (client_state or {}):
+    state = engine.load(saved.folder.parent, saved.tag)
+    if state is None:
         raise CheckpointError(f"{saved.folder}: DeepSpeed could not load it; choose another checkpoint")
-    return dict(client_state[STATE_KEY])
+    return state
 
 
 def _clear(folder: Path) -> None:
@@ -176,7 +207,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: not a complete checkpoint (no {COMPLETE}); it was interrupted while written")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in ("step", "world_size", "zero_stage", "files")}
+        return {key: manifest[key] for key in ("step", "world_size", "zero_stage", "stages", "files")}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: unreadable ({error}); choose another checkpoint") from None
 

@@ -15,6 +15,35 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
+class PipelineConfig:
+    """How a model is cut into pipeline stages."""
+
+    stages: Count
+    """Pipeline stages; they must divide the ranks, and there cannot be more of them than decoder layers."""
+
+    balance: Literal["cost", "layers"] | tuple[Count, ...] = "cost"
+    """How decoder layers are dealt to stages: by counted cost, embeddings and head included (``cost``), as equally as
+    possible (``layers``), or as listed, e.g. ``[6, 6, 6, 4]``."""
+
+    keep_gathered: bool = False
+    """Only ``sharded_pipeline``: keep a stage's parameters gathered from one optimiser step to the next, instead of
+    gathering them for every micro-batch and direction. Saves communication, costs the memory of a whole stage's
+    parameters; gradients and optimiser states stay sharded."""
+
+    allow_untested_deepspeed: bool = False
+    """Only ``sharded_pipeline``: try a DeepSpeed version that this engine was never tested with."""
+
+    def __post_init__(self) -> None:
+        """Refuse a pipeline of one stage and a list of another length."""
+        if self.stages < 2:
+            raise ValueError("train.pipeline.stages: a pipeline has at least 2 stages; use train.engine=zero for one")
+        if isinstance(self.balance, tuple) and len(self.balance) != self.stages:
+            raise ValueError(
+                f"train.pipeline.balance: lists {len(self.balance)} stages, but train.pipeline.stages is {self.stages}"
+            )
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
 class TrainConfig:
     """Optimisation, batch, precision, evaluation and checkpoints. All sizes are global: none depends on the ranks."""
 
@@ -35,6 +64,13 @@ class TrainConfig:
 
     gradient_accumulation: Count = 1
     """Micro-batches per optimiser step. Tokens are selected per micro-batch, over all ranks."""
+
+    engine: Literal["zero", "pipeline", "sharded_pipeline"] = "zero"
+    """How the model is spread over ranks: data-parallel with ZeRO 0-3 (``zero``), in pipeline stages with ZeRO 0-1
+    (``pipeline``), or in pipeline stages that are each sharded by ZeRO-3 (``sharded_pipeline``)."""
+
+    pipeline: PipelineConfig | None = None
+    """Number and balance of the stages; for the two pipeline engines."""
 
     deepspeed: str | None = None
     """DeepSpeed JSON file such as ``ds_configs/zero3.json``; without it ZeRO stage 0 in fp32 and 1 in
@@ -86,6 +122,7 @@ class TrainConfig:
             raise ValueError(
                 f"train.warmup_steps: {self.warmup_steps} of {self.steps} steps: the learning rate is never reached"
             )
+        self._check_engine()
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"train.batch_size: {self.batch_size} blocks cannot be cut into {self.gradient_accumulation} "
@@ -93,3 +130,21 @@ class TrainConfig:
             )
         if self.split in ("validation", "held_out"):
             raise ValueError(f"train.split: {self.split!r} is kept for evaluation and must not be trained on")
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages; 1 without a pipeline."""
+        return 1 if self.pipeline is None else self.pipeline.stages
+
+    def _check_engine(self) -> None:
+        if (self.pipeline is None) != (self.engine == "zero"):
+            raise ValueError(
+                "train.pipeline: has no effect with train.engine=zero; remove it"
+                if self.pipeline is not None
+                else f"train.pipeline: missing; train.engine={self.engine} needs the number of stages, "
+                "e.g. pipeline: {stages: 2}"
+            )
+        if self.pipeline is not None and self.engine == "pipeline":
+            for name in ("keep_gathered", "allow_untested_deepspeed"):
+                if getattr(self.pipeline, name):
+                    raise ValueError(f"train.pipeline.{name}: has an effect with train.engine=sharded_pipeline alone")

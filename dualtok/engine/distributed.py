@@ -25,11 +25,15 @@ MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the data-parallel ranks of the job."""
+    """This process among the ranks of the job, or of one group of them."""
 
     rank: int
+    """Place in the group, from 0."""
     world_size: int
+    """Ranks in the group."""
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """The group that the collectives run over; None is the whole job."""
 
     @property
     def is_first(self) -> bool:
@@ -49,20 +53,20 @@ class Ranks:
             return values, 0
         length = torch.tensor([len(values)], device=values.device)
         lengths = [torch.empty_like(length) for _ in range(self.world_size)]
-        dist.all_gather(lengths, length)
+        dist.all_gather(lengths, length, group=self.group)
         counts = [int(count) for count in torch.cat(lengths)]
         longest = max(counts)
         padded = values.new_zeros(longest)
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), sum(counts[: self.rank])
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over ranks of a small tensor (a copy; the argument is left alone)."""
         total = values.detach().clone()
         if self.world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -70,7 +74,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, value)
+        dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
     def gather_objects_to_first(self, value: Any) -> list[Any] | None:
@@ -78,7 +82,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         everyone: list[Any] | None = [None] * self.world_size if self.is_first else None
-        dist.gather_object(value, everyone, dst=0)
+        dist.gather_object(value, everyone, group=self.group, group_dst=0)
         return everyone
 
     def from_first(self, value: Any) -> Any:
@@ -86,13 +90,13 @@ class Ranks:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def together(self, action: Callable[[], Result]) -> Result:
         """Run ``action()`` on every rank; a user's error on one of them is raised on all, so that none waits for it."""

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from dualtok.data.packing import Segment
     from dualtok.data.stream import BlockStream
-    from dualtok.engine.distributed import Ranks
-    from dualtok.engine.zero import ZeroEngine
+    from dualtok.engine.protocol import TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: ZeroEngine, members: BlockStream, validation: BlockStream, *, blocks: int, batch_size: int, step: int
+    engine: TrainingEngine, members: BlockStream, validation: BlockStream, *, blocks: int, batch_size: int, step: int
 ) -> Evaluation:
     """Evaluate on at most ``blocks`` blocks of each stream; every rank takes part and gets the same result."""
     seen = document_losses(engine, members, blocks, batch_size)
@@ -82,9 +81,9 @@ def evaluate(
     return Evaluation(step, unseen.mean_loss, seen.mean_loss, auc)
 
 
-def document_losses(engine: ZeroEngine, stream: BlockStream, blocks: int, batch_size: int) -> DocumentLosses:
-    """Sum token losses per document over the first ``blocks`` blocks of a stream, shared by all ranks."""
-    ranks: Ranks = engine.ranks
+def document_losses(engine: TrainingEngine, stream: BlockStream, blocks: int, batch_size: int) -> DocumentLosses:
+    """Sum token losses per document over the first ``blocks`` blocks of a stream, shared by all replicas."""
+    ranks = engine.layout.data_parallel
     pieces = []
     for batch, segments in stream.sequential(batch_size, ranks.rank, ranks.world_size, max_blocks=blocks):
         losses = engine.token_losses(batch).cpu().double()

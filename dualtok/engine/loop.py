@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dualtok.data.stream import BlockStream
     from dualtok.engine.config import TrainConfig
-    from dualtok.engine.zero import ZeroEngine
+    from dualtok.engine.protocol import TrainingEngine
     from dualtok.model.losses import Batch
     from dualtok.run import RunConfig
 
@@ -59,7 +59,7 @@ class TrainingLoop:
     """
 
     run: RunConfig
-    engine: ZeroEngine
+    engine: TrainingEngine
     stream: BlockStream
     validation: BlockStream
     total_steps: int
@@ -69,13 +69,14 @@ class TrainingLoop:
         """Name the parts that every method uses."""
         assert self.run.train is not None
         self.train: TrainConfig = self.run.train
-        self.ranks = self.engine.ranks
+        self.layout = self.engine.layout
+        self.ranks = self.layout.ranks
         self.folder = Path(self.run.output_dir)
         self.checkpoints = self.folder / "checkpoints"
 
     def resume(self, saved: checkpoint.SavedCheckpoint) -> None:
         """Continue from a complete checkpoint."""
-        state = LoopState(**checkpoint.load_checkpoint(self.engine.engine, saved, self.ranks))
+        state = LoopState(**checkpoint.load_checkpoint(self.engine, saved))
         if state.blocks != self.state.blocks:
             raise CheckpointError(
                 f"{saved.folder}: trained on other blocks than {self.run.data.dir} holds now; restore them"
@@ -117,13 +118,13 @@ class TrainingLoop:
         return self.state
 
     def batches(self) -> Iterator[Batch]:
-        """Return this rank's micro-batches from where the run stands."""
+        """Return this replica's micro-batches from where the run stands; its stages read the same ones."""
         return iter(
             self.stream.batches(
                 start_sample=self.state.samples_seen,
                 global_micro_batch=self.train.batch_size // self.train.gradient_accumulation,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
+                rank=self.layout.data_parallel.rank,
+                world_size=self.layout.data_parallel.world_size,
                 workers=self.train.data_workers,
             )
         )
@@ -140,15 +141,15 @@ class TrainingLoop:
         learning_rate = self.engine.learning_rate()
         totals = StepTotals(self.ranks.device)
         histogram = self.run.monitor.histogram_every
-        bins = torch.zeros(0)
-        for _ in range(self.train.gradient_accumulation):
-            batch = next(batches)
-            outcome = self.engine.micro_step(batch)
+        window = [next(batches) for _ in range(self.train.gradient_accumulation)]
+        outcomes = self.engine.train_step(window)
+        for outcome in outcomes:
             totals.add(outcome)
-            if histogram and step % histogram == 0 and "reference_loss" in batch:
-                bins = _add(bins, fixed_bins(outcome.calibrated.cpu()[batch["labels"] != IGNORED_LABEL]))
-        total = totals.reduce(self.ranks)
-        if len(bins):
+        total = totals.reduce(self.ranks, losses=self.layout.data_parallel.world_size * len(window))
+        if histogram and step % histogram == 0 and "reference_loss" in window[0]:
+            bins = fixed_bins(torch.zeros(0))  # what a stage without a loss adds
+            for outcome, batch in zip(outcomes, window, strict=False):
+                bins += fixed_bins(outcome.calibrated.cpu()[batch["labels"] != IGNORED_LABEL])
             events.histogram("calibrated/s", self.ranks.sum(bins.to(self.ranks.device)).cpu().numpy(), step)
         norm = self.engine.gradient_norm()
         # A NaN token is left out of the selection, so the plain loss must be looked at too; and DeepSpeed skips a step
@@ -175,7 +176,7 @@ class TrainingLoop:
         every, step = self.train.evaluate_every, self.state.step
         if step != self.total_steps and not (every and step % every == 0):
             return None
-        rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.ranks.world_size)
+        rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.layout.data_parallel.world_size)
         evaluation = evaluate(
             self.engine, self.stream, self.validation, blocks=self.train.evaluation_blocks, batch_size=rows, step=step
         )
@@ -196,7 +197,7 @@ class TrainingLoop:
         due = step % every == 0 if every else evaluation is not None
         if not (due or improved or step == self.total_steps):
             return
-        tag = checkpoint.save_checkpoint(self.engine.engine, self.checkpoints, step, asdict(self.state), self.ranks)
+        tag = checkpoint.save_checkpoint(self.engine, self.checkpoints, step, asdict(self.state))
         self.ranks.first_does(lambda: self._point(tag, improved=improved))
 
     def _point(self, tag: str, *, improved: bool) -> None:
@@ -238,7 +239,3 @@ def _describe(evaluation: Evaluation) -> str:
         f"step {evaluation.step}: validation perplexity {evaluation.perplexity:.2f}, "
         f"member/validation gap {evaluation.gap:.3f} nats{auc}"
     )
-
-
-def _add(total: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    return more if len(total) == 0 else total + more

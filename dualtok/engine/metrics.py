@@ -57,17 +57,16 @@ class StepTotals:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
-        self._micro_batches = 0
 
     def add(self, outcome: DualLoss) -> None:
         """Add the objective's result on this rank for one micro-batch."""
         self._sums += torch.cat([outcome.loss.detach().double().view(1), outcome.totals.flatten()])
-        self._micro_batches += 1
 
-    def reduce(self, ranks: Ranks) -> dict[str, float]:
-        """Return the totals over all ranks; ``loss`` is the mean over ranks and micro-batches."""
+    def reduce(self, ranks: Ranks, losses: int) -> dict[str, float]:
+        """Return the totals over all ranks; ``loss`` is the mean over ``losses``, those of all micro-batches and
+        replicas."""
         total = dict(zip(self.FIELDS, ranks.sum(self._sums).tolist(), strict=True))
-        total["loss"] /= ranks.world_size * max(self._micro_batches, 1)
+        total["loss"] /= losses
         return total
 
 

@@ -12,9 +12,10 @@ from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.checkpoint import COMPLETE, find_checkpoint
 from dualtok.engine.deepspeed_config import training_config
+from dualtok.engine.build import build_engine
 from dualtok.engine.distributed import join_ranks
+from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
-from dualtok.engine.zero import build_zero_engine
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
 from dualtok.model.load import check_fits, starting_config, write_fresh_weights
@@ -57,7 +58,8 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     settings: TrainConfig = run.need("train", "train")
     manifest = load_manifest(run.data.dir)
     ranks = join_ranks()
-    deepspeed_config = training_config(settings, ranks.world_size)
+    layout = build_layout(ranks, settings.stages)
+    deepspeed_config = training_config(settings, layout.data_parallel.world_size)
     saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, ranks=ranks, resume=resume)
     _require_reference(run)
     if saved is not None:
@@ -65,14 +67,14 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     stream, validation = ranks.together(lambda: open_streams(run, manifest, (settings.split, "validation"), ranks))
     total_steps = count_steps(settings, len(stream))
     folder = _start_folder(run, model, manifest, ranks, resumed=saved is not None)
-    engine = build_zero_engine(
+    engine = build_engine(
         folder,
         model,
         settings,
         config=deepspeed_config,
         objective=build_objective(run.objective, run.selection, run.goldfish),
         total_steps=total_steps,
-        ranks=ranks,
+        layout=layout,
     )
     loop = TrainingLoop(run, engine, stream, validation, total_steps, LoopState(blocks=blocks_digest(manifest)))
     if saved is not None:

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualtok.engine.checkpoint import load_deepspeed, save_deepspeed
 from dualtok.engine.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
+from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import SignalModel, TokenLossModel, require_faithful
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.distributed import Ranks
+    from dualtok.engine.layout import Layout
     from dualtok.model.config import ModelConfig
     from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss, Objective
@@ -59,11 +62,11 @@ class ObjectiveModel(TokenLossModel):
 
 @dataclass
 class ZeroEngine:
-    """One model in training on this rank: micro-batches in, optimiser steps out."""
+    """Data-parallel training: every rank runs the whole model on its own blocks, and holds its share of the states."""
 
     engine: Any
     model: ObjectiveModel
-    ranks: Ranks
+    layout: Layout
     keep_alive: object
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class ZeroEngine:
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to this rank's device."""
-        return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: tensor.to(self.layout.ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
     def check(self, batch: Batch, precision: str) -> None:
         """Compare dualtok's head and document boundaries with what they should be, once, before training."""
@@ -81,9 +84,12 @@ class ZeroEngine:
             errors = self.engine(self.to_device(batch), check=True)
         require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
-    def micro_step(self, batch: Batch) -> DualLoss:
-        """Run forward and backward of one micro-batch; step the optimiser when the accumulation is complete."""
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+        """Run forward and backward of each micro-batch, and the optimiser after the last."""
         self.engine.train()
+        return [self._micro_step(batch) for batch in micro_batches]
+
+    def _micro_step(self, batch: Batch) -> DualLoss:
         loss = self.engine(self.to_device(batch))
         self.engine.backward(loss)
         if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
@@ -95,7 +101,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> torch.Tensor:
-        """Return the token losses [b, t] of a batch without gradients; every rank must call it equally often."""
+        """Return the token losses [b, t] of this rank's batch without gradients."""
         self.engine.eval()
         losses: torch.Tensor = self.engine(self.to_device(batch))
         return losses
@@ -112,6 +118,18 @@ class ZeroEngine:
         """Return the learning rate of the next optimiser step."""
         return float(self.engine.get_lr()[0])
 
+    def zero_stage(self) -> int:
+        """Return the engine's ZeRO stage."""
+        return int(self.engine.zero_optimization_stage())
+
+    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write this rank's part of a checkpoint."""
+        save_deepspeed(self.engine, root, tag, state)
+
+    def load(self, root: Path, tag: str) -> dict[str, Any] | None:
+        """Read a checkpoint back."""
+        return load_deepspeed(self.engine, root, tag)
+
 
 def build_zero_engine(
     folder: Path | str,
@@ -121,7 +139,7 @@ def build_zero_engine(
     config: Json,
     objective: Objective,
     total_steps: int,
-    ranks: Ranks,
+    layout: Layout,
 ) -> ZeroEngine:
     """Load a model and wrap it, its AdamW and its schedule in a DeepSpeed engine.
 
@@ -132,11 +150,12 @@ def build_zero_engine(
         config: complete DeepSpeed configuration (:func:`dualtok.engine.deepspeed_config.training_config`).
         objective: the loss; called inside the engine's forward with this rank's token losses.
         total_steps: optimiser steps at which the schedule ends.
-        ranks: the job's ranks.
+        layout: the job's ranks, in one stage.
     """
     import deepspeed
 
     quiet_deepspeed()
+    ranks = layout.data_parallel
     keep_alive = _partition_while_loading(config)
     causal_lm = load_causal_lm(
         folder, attention=model.attention, activation_checkpointing=model.activation_checkpointing
@@ -144,11 +163,11 @@ def build_zero_engine(
     wrapped = ObjectiveModel(
         causal_lm, objective, ranks.gather if ranks.world_size > 1 else None, train.loss_chunk_tokens
     )
-    optimizer = _adamw(wrapped, train, on_host=offloads_optimizer(config))
+    optimizer = build_adamw(wrapped, train, on_host=offloads_optimizer(config))
     engine, _, _, _ = deepspeed.initialize(
-        model=wrapped, optimizer=optimizer, lr_scheduler=_schedule(train, total_steps), config=config
+        model=wrapped, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps), config=config
     )
-    return ZeroEngine(engine, wrapped, ranks, keep_alive)
+    return ZeroEngine(engine, wrapped, layout, keep_alive)
 
 
 def build_forward_only(
@@ -216,35 +235,3 @@ def _partition_while_loading(config: Json) -> object:
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(config)
-
-
-def _adamw(model: torch.nn.Module, train: TrainConfig, *, on_host: bool) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only; DeepSpeed's CPU Adam where the states live in host memory."""
-
-    def dimensions(parameter: torch.nn.Parameter) -> int:
-        return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty 1-D tensor behind
-
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    settings: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
-    if on_host:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        host_optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        return host_optimizer
-    return torch.optim.AdamW(groups, **settings)
-
-
-def _schedule(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-    from transformers import get_scheduler
-
-    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-
-    def build(optimizer: torch.optim.Optimizer) -> Any:
-        return get_scheduler(name, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=total_steps)
-
-    return build

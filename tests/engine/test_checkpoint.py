@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,34 @@ import pytest
 import torch
 
 from dualtok.engine.checkpoint import find_checkpoint, load_checkpoint, point, prune, save_checkpoint, tag_of
-from dualtok.engine.distributed import Ranks
+from dualtok.engine.distributed import ALONE, Ranks
+from dualtok.engine.layout import Layout, build_layout
 from dualtok.errors import CheckpointError
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 class WritingEngine:
     """Writes files as DeepSpeed would; under test is the protocol around it; tests/distributed has the engine."""
 
-    def __init__(self, fail: bool = False) -> None:
+    def __init__(self, fail: bool = False, layout: Layout | None = None) -> None:
         self.fail = fail
+        self.layout = layout or build_layout(ALONE)
 
-    def zero_optimization_stage(self) -> int:
+    def zero_stage(self) -> int:
         return 3
 
-    def save_checkpoint(self, root: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
-        assert not save_latest
-        (Path(root) / tag / "weights.pt").write_bytes(b"w" * 1000)
+    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
+        (root / tag / "weights.pt").write_bytes(b"w" * 1000)
         if self.fail:
             raise OSError("disk full")
-        torch.save(client_state, Path(root) / tag / "state.pt")
+        torch.save(state, root / tag / "state.pt")
 
-    def load_checkpoint(self, root: str, tag: str) -> tuple[str, dict[str, Any]]:
-        return root, torch.load(Path(root) / tag / "state.pt")
+    def load(self, root: Path, tag: str) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(root / tag / "state.pt")
+        return state
 
 
 def save(root: Path, step: int) -> str:
-    tag = save_checkpoint(WritingEngine(), root, step, {"step": step}, ALONE)
+    tag = save_checkpoint(WritingEngine(), root, step, {"step": step})
     point(root, "latest", tag)
     return tag
 
@@ -45,13 +46,13 @@ def test_a_saved_checkpoint_is_found_and_loaded(tmp_path: Path) -> None:
     save(tmp_path, 5)
     saved = find_checkpoint(tmp_path)
     assert (saved.step, saved.tag, saved.world_size, saved.zero_stage) == (5, tag_of(5), 1, 3)
-    assert load_checkpoint(WritingEngine(), saved, ALONE) == {"step": 5}
+    assert load_checkpoint(WritingEngine(), saved) == {"step": 5}
 
 
 def test_an_interrupted_save_leaves_the_earlier_one_in_force(tmp_path: Path) -> None:
     save(tmp_path, 5)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(WritingEngine(fail=True), tmp_path, 10, {"step": 10}, ALONE)
+        save_checkpoint(WritingEngine(fail=True), tmp_path, 10, {"step": 10})
     assert find_checkpoint(tmp_path).step == 5
     point(tmp_path, "latest", tag_of(10))  # as if a torn one had been pointed at
     assert find_checkpoint(tmp_path).step == 5
@@ -80,8 +81,16 @@ def test_pruning_keeps_what_the_pointers_name(tmp_path: Path) -> None:
 
 def test_another_number_of_ranks_is_refused_with_the_numbers(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    with pytest.raises(CheckpointError, match=r"written by 1 ranks .* this job has 2"):
-        load_checkpoint(WritingEngine(), find_checkpoint(tmp_path), Ranks(0, 2, torch.device("cpu")))
+    two = build_layout(Ranks(0, 2, torch.device("cpu")))
+    with pytest.raises(CheckpointError, match=r"written by 1 rank .* this job has 2"):
+        load_checkpoint(WritingEngine(layout=two), find_checkpoint(tmp_path))
+
+
+def test_another_number_of_stages_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    layout = replace(build_layout(ALONE), stages=2)
+    with pytest.raises(CheckpointError, match=r"this job has 1 rank in 2 pipeline stages"):
+        load_checkpoint(WritingEngine(layout=layout), find_checkpoint(tmp_path))
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:

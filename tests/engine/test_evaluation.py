@@ -14,6 +14,7 @@ from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
 from dualtok.engine.distributed import ALONE
 from dualtok.engine.evaluation import evaluate
+from dualtok.engine.layout import build_layout
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import TokenLossModel
 from tests.support import save_model
@@ -34,7 +35,7 @@ class RandomScores:
 class Engine:
     """A model outside DeepSpeed."""
 
-    ranks = ALONE
+    layout = build_layout(ALONE)
 
     def __init__(self, model: TokenLossModel) -> None:
         self.model = model

@@ -1,0 +1,51 @@
+"""AdamW and its learning-rate schedule, the same for every engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dualtok.engine.config import TrainConfig
+
+
+def build_adamw(model: torch.nn.Module, train: TrainConfig, *, on_host: bool) -> torch.optim.Optimizer:
+    """Return AdamW with weight decay on matrices only.
+
+    Args:
+        model: its parameters may be partitioned by ZeRO-3.
+        train: learning rate, betas, epsilon and decay.
+        on_host: take DeepSpeed's CPU Adam, for states that live in host memory.
+    """
+
+    def dimensions(parameter: torch.nn.Parameter) -> int:
+        return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty 1-D tensor behind
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
+    if on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        host_optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return host_optimizer
+    return torch.optim.AdamW(groups, **settings)
+
+
+def build_schedule(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """Return a function from the optimiser to its learning-rate schedule, as ``deepspeed.initialize`` takes it."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+
+    def build(optimizer: torch.optim.Optimizer) -> Any:
+        return get_scheduler(name, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=total_steps)
+
+    return build

@@ -1,0 +1,59 @@
+"""What the training loop asks of an engine; the same for every way to spread a model over ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from dualtok.engine.layout import Layout
+    from dualtok.model.losses import Batch
+    from dualtok.objective.loss import DualLoss
+
+
+class TrainingEngine(Protocol):
+    """One model in training. Every rank calls every method, equally often and in the same order."""
+
+    layout: Layout
+
+    def check(self, batch: Batch, precision: str) -> None:
+        """Compare dualtok's head and document boundaries with what they should be, once, before training.
+
+        Raises:
+            ConfigError: the architecture computes something else than dualtok would train on.
+        """
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+        """Run one optimiser step over a whole accumulation window.
+
+        Args:
+            micro_batches: this replica's share of each micro-batch; the stages of one replica get the same ones.
+
+        Returns:
+            The objective's result for each micro-batch; empty on the stages that compute no loss.
+        """
+
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        """Return the token losses [b, t] (float32) of this replica's batch without gradients, on each of its stages."""
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the whole model's gradient of the last optimiser step, before clipping."""
+
+    def skipped_steps(self) -> int:
+        """Return the optimiser steps that were left out because a gradient was not finite."""
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next optimiser step."""
+
+    def zero_stage(self) -> int:
+        """Return the ZeRO stage that the parameters are trained with."""
+
+    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write this rank's part of a checkpoint and the loop's state into ``root / tag``."""
+
+    def load(self, root: Path, tag: str) -> dict[str, Any] | None:
+        """Read a checkpoint back and return the loop's state, or None when DeepSpeed could not."""
