@@ -13,15 +13,14 @@ import torch
 
 from dualtok.engine.checkpoint import load_deepspeed, save_deepspeed
 from dualtok.engine.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
+from dualtok.engine.objective_model import ObjectiveModel
 from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.model.load import load_causal_lm
-from dualtok.model.losses import SignalModel, TokenLossModel, require_faithful
+from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
-
-    from transformers import PreTrainedModel
 
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.distributed import Ranks
@@ -30,34 +29,9 @@ if TYPE_CHECKING:
     from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss, Objective
 
-    Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
-
 
 LOSS_CHUNK_TOKENS = 8192
 """Tokens whose logits a forward-only pass holds at once."""
-
-
-class ObjectiveModel(TokenLossModel):
-    """A model whose forward gives the training objective's scalar loss in training mode, token losses otherwise."""
-
-    def __init__(
-        self, causal_lm: PreTrainedModel, objective: Objective, gather: Gather | None, chunk_tokens: int | None
-    ) -> None:
-        super().__init__(causal_lm, chunk_tokens)
-        self._objective = objective
-        self._gather = gather
-        self.outcome: DualLoss | None = None
-
-    def compute(self, batch: Batch) -> torch.Tensor:
-        """Return the scalar loss (training) or token losses [b, t] (evaluation).
-
-        The selection is left in ``outcome`` and not returned: ZeRO-3's hooks only understand tensors.
-        """
-        token_loss: torch.Tensor = super().compute(batch)
-        if not self.training:
-            return token_loss
-        self.outcome = self._objective(token_loss, batch, gather=self._gather)
-        return self.outcome.loss
 
 
 @dataclass
@@ -81,7 +55,7 @@ class ZeroEngine:
     def check(self, batch: Batch, precision: str) -> None:
         """Compare dualtok's head and document boundaries with what they should be, once, before training."""
         with torch.no_grad():
-            errors = self.engine(self.to_device(batch), check=True)
+            errors = self.engine(self.to_device(probe_batch(batch)), check=True)
         require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
@@ -210,7 +184,7 @@ def build_forward_only(
         here = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
         with torch.no_grad():
             if not checked:
-                require_faithful(runner(here, check=True), precision, type(causal_lm).__name__)
+                require_faithful(runner(probe_batch(here), check=True), precision, type(causal_lm).__name__)
                 checked = True
             return runner(here)
 

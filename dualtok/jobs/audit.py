@@ -26,8 +26,9 @@ from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.model.load import check_fits, read_model_config
+from dualtok.model.weights import model_folder
 from dualtok.monitor.progress import RunProgress
-from dualtok.reference.fingerprint import blocks_digest, model_folder, weights_digest
+from dualtok.reference.fingerprint import blocks_digest, weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,8 +21,9 @@ from dualtok.engine.distributed import join_ranks
 from dualtok.engine.zero import build_forward_only
 from dualtok.files import file_sha256
 from dualtok.model.load import check_fits, read_model_config
+from dualtok.model.weights import model_folder
 from dualtok.monitor.progress import RunProgress
-from dualtok.reference.fingerprint import fingerprint, model_folder
+from dualtok.reference.fingerprint import fingerprint
 from dualtok.reference.stored import INDEX, is_scored, read_index, score_path, scores_folder, write_index, write_scores
 
 if TYPE_CHECKING:

@@ -43,11 +43,15 @@ class TokenLossModel(nn.Module):
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return the last hidden states [b, t, d]; positions that do not grow by one start a new document."""
-        ids, positions = batch["input_ids"], batch["position_ids"]
+        inputs = self.base_inputs(batch)
         if self._one_row:
-            ids, positions = ids.view(1, -1), positions.view(1, -1)
-        output = self.causal_lm.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        return output.last_hidden_state.view(*batch["input_ids"].shape, -1)
+            inputs = {name: tensor.flatten(0, 1)[None] for name, tensor in inputs.items()}
+        output = self.causal_lm.base_model(**inputs, use_cache=False)
+        return output.last_hidden_state.view(*batch["position_ids"].shape, -1)
+
+    def base_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return what the base model takes."""
+        return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., v] of hidden states [..., d] as the model itself would compute them."""
@@ -55,11 +59,17 @@ class TokenLossModel(nn.Module):
         return logits if self._transform is None else self._transform(logits)
 
     def forward(self, batch: Batch, check: bool = False) -> Any:
-        """Return :meth:`compute` of the batch, or with ``check`` :func:`model_errors`.
+        """Return :meth:`compute` of the batch, or with ``check`` the :func:`probe_errors` of a :func:`probe_batch`.
 
         Both run inside ``forward``, where ZeRO-3 has the weights.
         """
-        return model_errors(self, batch) if check else self.compute(batch)
+        return self.errors(batch) if check else self.compute(batch)
+
+    def errors(self, probe: Batch) -> torch.Tensor:
+        """Return the :func:`probe_errors` of a :func:`probe_batch`."""
+        own = TokenLossModel.compute(self, probe)
+        logits = self.causal_lm(**self.base_inputs(probe), use_cache=False).logits
+        return probe_errors(own, logits, probe["labels"])
 
     def compute(self, batch: Batch) -> Any:
         """Return the token losses [b, t] in float32, aligned with ``labels`` and 0 where a label is -100."""
@@ -93,38 +103,46 @@ class SignalModel(TokenLossModel):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def model_errors(model: TokenLossModel, batch: Batch) -> torch.Tensor:
-    """Return what :func:`require_faithful` judges: the errors of head and boundaries, relative to the mean loss, [2].
+def probe_batch(batch: Batch) -> Batch:
+    """Return two short rows that tell whether a model is what dualtok takes it for; :func:`probe_errors` judges them.
 
-    * Some architectures scale or cap their logits after ``lm_head``. One that does so in a way unknown to
-      :func:`dualtok.model.load.logit_transform` would train on wrong losses without a sign.
-    * Some take ``position_ids`` and yet look across document boundaries (another mask, or a recurrent state). Two rows
-      with different first documents must give the second document the same losses.
-
-    Reads at most the first :data:`CHECK_TOKENS` tokens of the first block.
+    Both hold two documents, made of the first tokens of the batch's first block. The second ones are equal, the first
+    ones are not: a model that looks across document boundaries gives the second ones different losses.
     """
-    small = {name: batch[name][:1, :CHECK_TOKENS] for name in ("input_ids", "position_ids", "labels")}
-    own = TokenLossModel.compute(model, small)
-    logits = model.causal_lm(input_ids=small["input_ids"], position_ids=small["position_ids"], use_cache=False).logits
-    theirs = nn.functional.cross_entropy(
-        logits[0].float(), small["labels"][0], ignore_index=IGNORED_LABEL, reduction="none"
-    )
-    scale = theirs.mean().clamp(min=1e-6)
-
-    ids = small["input_ids"].repeat(2, 1)
+    ids = batch["input_ids"][:1, :CHECK_TOKENS].repeat(2, 1)
     length = ids.shape[1]
     half = length // 2
     ids[1, :half] = ids[1, :half].flip(0) // 2  # another first document, of ids that the model knows
     places = torch.arange(length, device=ids.device)
     positions = torch.where(places < half, places, places - half).repeat(2, 1)
     labels = torch.full_like(ids, IGNORED_LABEL)
-    labels[:, half:-1] = ids[:, half + 1 :]
-    first, second = TokenLossModel.compute(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
-    return torch.stack([(own[0] - theirs).abs().max(), (first - second).abs().max()]) / scale
+    labels[:, :-1] = ids[:, 1:]
+    labels[:, half - 1] = IGNORED_LABEL
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def probe_errors(own: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return what :func:`require_faithful` judges: the errors of head and boundaries, relative to the mean loss, [2].
+
+    * Some architectures scale or cap their logits after ``lm_head``. One that does so in a way unknown to
+      :func:`dualtok.model.load.logit_transform` would train on wrong losses without a sign.
+    * Some take ``position_ids`` and yet look across document boundaries (another mask, or a recurrent state).
+
+    Args:
+        own: dualtok's token losses of a :func:`probe_batch` [2, t].
+        logits: the model's own logits [2, t, v].
+        labels: the probe's labels [2, t].
+    """
+    theirs = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    ).view_as(own)
+    half = own.shape[1] // 2
+    between_rows = (own[0, half:] - own[1, half:]).abs().max()
+    return torch.stack([(own - theirs).abs().max(), between_rows]) / theirs.mean().clamp(min=1e-6)
 
 
 def require_faithful(errors: torch.Tensor, precision: str, architecture: str) -> None:
-    """Raise ConfigError when :func:`model_errors` are beyond what rounding explains."""
+    """Raise ConfigError when :func:`probe_errors` are beyond what rounding explains."""
     tolerance = 1e-4 if precision == "fp32" else 5e-2
     head, boundary = errors.tolist()
     if not head <= tolerance:

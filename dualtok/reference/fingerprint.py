@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualtok.errors import ConfigError
+from dualtok.model.weights import WEIGHT_PATTERNS, model_folder
 
 if TYPE_CHECKING:
-    from dualtok.data.manifest import Manifest
+    from pathlib import Path
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+    from dualtok.data.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,6 @@ class Fingerprint:
         """Return the names of the parts in which two fingerprints differ."""
         theirs = asdict(other)
         return [name for name, value in asdict(self).items() if theirs[name] != value]
-
-
-def model_folder(path: str | Path) -> Path:
-    """Return the local folder of a model given as a folder or a hub name.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", *WEIGHT_PATTERNS, "*.model"]))
-    except Exception as error:  # the hub client raises a dozen unrelated classes for "cannot be had"
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path}: neither a model folder nor a hub model that can be read: {reason}") from None
 
 
 def weights_digest(path: str | Path) -> str:

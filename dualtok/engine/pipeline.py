@@ -1,0 +1,275 @@
+"""DeepSpeed's PipelineEngine around the stages of a Hugging Face model, with ZeRO 0-1.
+
+Each rank builds its own stage and reads its own weights. All stages of a replica hold the same micro-batches, so that
+positions, labels and reference losses need not travel; only hidden states and their gradients do.
+"""
+
+from __future__ import annotations
+
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import nn
+
+from dualtok.engine.checkpoint import load_deepspeed, save_deepspeed
+from dualtok.engine.deepspeed_config import offloads_optimizer
+from dualtok.engine.objective_model import ObjectiveModel
+from dualtok.engine.optimizer import build_adamw, build_schedule
+from dualtok.engine.zero import quiet_deepspeed
+from dualtok.model.load import DTYPES, read_model_config
+from dualtok.model.losses import probe_batch, require_faithful
+from dualtok.model.stages import build_stage, tied_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from dualtok.engine.config import TrainConfig
+    from dualtok.engine.deepspeed_config import Json
+    from dualtok.engine.layout import Layout
+    from dualtok.model.config import ModelConfig
+    from dualtok.model.losses import Batch
+    from dualtok.model.stages import StageBounds
+    from dualtok.objective.loss import DualLoss, Objective
+    from dualtok.objective.selection import Gather
+
+
+class StageModel(ObjectiveModel):
+    """One stage: token ids in on the first, hidden states in between, the objective's loss out on the last.
+
+    ``batch`` is the micro-batch whose ids or hidden states come in; the engine sets it before each forward pass.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        bounds: StageBounds,
+        objective: Objective,
+        gather: Gather | None,
+        chunk_tokens: int | None,
+    ) -> None:
+        super().__init__(causal_lm, objective, gather, chunk_tokens)
+        self.bounds = bounds
+        self.batch: Batch = {}
+        self.checking = False
+        self._inputs = torch.zeros(0)
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        """Return hidden states [b, t, d], or on the last stage what :class:`ObjectiveModel` does."""
+        self._inputs = inputs
+        if self.bounds.is_last:
+            return super().forward(self.batch, check=self.checking)
+        return self.hidden_states(self.batch)
+
+    def base_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return what the base model of this stage takes."""
+        ids_or_hidden = {"input_ids" if self.bounds.is_first else "inputs_embeds": self._inputs}
+        return {**ids_or_hidden, "position_ids": batch["position_ids"]}
+
+
+class StagesModule(PipelineModule):
+    """The PipelineModule of DeepSpeed that holds one :class:`StageModel` per rank."""
+
+    def __init__(self, stage: StageModel, layout: Layout) -> None:
+        others = [nn.Identity() for _ in range(layout.stages)]
+        layers = [*others[: layout.stage], stage, *others[layout.stage + 1 :]]
+        with redirect_stdout(StringIO()):  # it prints its partitioning
+            super().__init__(layers, num_stages=layout.stages, partition_method="uniform")
+        self.stage = stage
+        self._tied_weight: nn.Parameter | None = None
+        self._tied_group: dist.ProcessGroup | None = None
+        # What DeepSpeed's norms go by: a weight is counted on its own rank, unless another one counts its copy.
+        for parameter in self.parameters():
+            parameter.model_parallel = True
+
+    def tie(self, weight: nn.Parameter | None, layout: Layout) -> None:
+        """Keep the embeddings of the first stage and the head of the last one the same weight.
+
+        Both start equal and get the sum of both gradients, hence equal updates.
+
+        Args:
+            weight: this stage's copy, None on inner stages.
+            layout: its first and last stages share.
+        """
+        last = (layout.stages - 1) * layout.data_parallel.world_size
+        for replica in range(layout.data_parallel.world_size):
+            group = dist.new_group([replica, last + replica])
+            if replica == layout.data_parallel.rank:
+                self._tied_group = group
+        self._tied_weight = weight
+        if weight is not None and layout.is_last_stage:
+            weight.model_parallel = False
+            weight.ds_pipe_replicated = True
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """Return the shared weight and the ranks that share it, as the engine sums their gradients."""
+        return [] if self._tied_weight is None else [(self._tied_weight, self._tied_group)]
+
+
+class StageEngine(PipelineEngine):
+    """PipelineEngine that hands each stage its whole micro-batch and clips by the norm of the whole model."""
+
+    window: Sequence[Batch] = ()
+    """The micro-batches of the running schedule."""
+
+    def begin(self, window: Sequence[Batch]) -> Any:
+        """Take up a window of micro-batches; returns the iterator that DeepSpeed draws from."""
+        shape = tuple(window[0]["input_ids"].shape)
+        if shape != getattr(self, "_shape", shape):
+            self.reset_activation_shape()  # the sizes of hidden states are sent once, and then relied on
+        self._shape = shape
+        self.window, self._forwarded, self._backwarded = window, 0, 0
+        self.outcomes: list[DualLoss] = []
+        self.total_loss = None  # DeepSpeed adds up evaluation results of any shape here
+        # Labels are read from the window; DeepSpeed only wants to see something it can move.
+        return iter([(batch["input_ids"], batch["labels"]) for batch in window])
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        stage: StageModel = self.module.stage
+        stage.batch = self.window[self._forwarded]
+        self._forwarded += 1
+        super()._exec_forward_pass(buffer_id)
+        if stage.outcome is not None:
+            self.outcomes.append(stage.outcome)
+            stage.outcome = None
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the norm over all stages, a shared weight counted once.
+
+        DeepSpeed's own function would leave out the ranks that it takes for copies, and forget the norm.
+        """
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        own = nn.utils.get_total_norm([p.grad for p in parameters if p.model_parallel])
+        square = own.square()
+        dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
+        self._global_grad_norm = square.sqrt()
+        nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._global_grad_norm)
+
+    _INSTRUCTION_MAP: ClassVar = {**PipelineEngine._INSTRUCTION_MAP, schedule.ForwardPass: _exec_forward_pass}
+
+
+@dataclass
+class PipelineTrainer:
+    """The training loop's view of a pipeline."""
+
+    engine: StageEngine
+    layout: Layout
+
+    def check(self, batch: Batch, precision: str) -> None:
+        """Compare head and document boundaries with what they should be, once, before training."""
+        stage: StageModel = self.engine.module.stage
+        stage.checking = True
+        errors = self._evaluate(probe_batch(batch), torch.Size([2]))
+        stage.checking = False
+        require_faithful(errors, precision, type(stage.causal_lm).__name__)
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+        """Run one 1F1B schedule and the optimiser."""
+        self.engine.train_batch(self.engine.begin([self._to_device(batch) for batch in micro_batches]))
+        return self.engine.outcomes
+
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        """Return the token losses [b, t] of this replica's batch on each of its stages."""
+        return self._evaluate(batch, batch["labels"].shape)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch, shape: torch.Size) -> torch.Tensor:
+        """Run one micro-batch forward; return the last stage's result, of ``shape``, on every stage."""
+        found = self.engine.eval_batch(
+            self.engine.begin([self._to_device(batch)]), compute_loss=False, reduce_output=None, bcast_loss=False,
+            num_micro_batches=1,
+        )  # fmt: skip
+        result = found[0] if self.layout.is_last_stage else torch.empty(shape, device=self.layout.ranks.device)
+        dist.broadcast(result, group=self.layout.replica.group, group_src=self.layout.stages - 1)
+        return result
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the whole model's gradient, before clipping."""
+        return float(self.engine.get_global_grad_norm())
+
+    def skipped_steps(self) -> int:
+        """Return the optimiser steps that DeepSpeed left out because a gradient was not finite."""
+        return int(self.engine.skipped_steps)
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next optimiser step."""
+        return float(self.engine.get_lr()[0])
+
+    def zero_stage(self) -> int:
+        """Return the ZeRO stage of each pipeline stage."""
+        return int(self.engine.zero_optimization_stage())
+
+    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write this rank's part of a checkpoint."""
+        save_deepspeed(self.engine, root, tag, state)
+
+    def load(self, root: Path, tag: str) -> dict[str, Any] | None:
+        """Read a checkpoint back."""
+        return load_deepspeed(self.engine, root, tag)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.layout.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def build_pipeline_engine(
+    folder: Path | str,
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    config: Json,
+    objective: Objective,
+    total_steps: int,
+    layout: Layout,
+) -> PipelineTrainer:
+    """Build this rank's stage of a model and wrap it, its AdamW and its schedule in a pipeline engine.
+
+    Args:
+        folder: Hugging Face folder or hub name of the starting weights.
+        model: attention and activation checkpointing.
+        train: optimiser, schedule, precision, stages.
+        config: complete DeepSpeed configuration (:func:`dualtok.engine.deepspeed_config.training_config`).
+        objective: the loss; called on the last stage with this replica's token losses.
+        total_steps: optimiser steps at which the schedule ends.
+        layout: the job's ranks, in ``train.pipeline.stages`` stages.
+
+    Raises:
+        ConfigError: the model cannot be cut into these stages.
+    """
+    quiet_deepspeed()
+    pipeline = train.pipeline
+    assert pipeline is not None
+    causal_lm, bounds = layout.ranks.together(
+        lambda: build_stage(
+            folder, read_model_config(folder), model, pipeline.balance, stage=layout.stage, stages=layout.stages,
+            dtype=DTYPES[train.precision], device=layout.ranks.device,
+        )
+    )  # fmt: skip
+    gather = layout.data_parallel.gather if layout.data_parallel.world_size > 1 else None
+    stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, train.loss_chunk_tokens)
+    module = StagesModule(stage, layout)
+    if tied_weights(causal_lm):
+        module.tie(_shared_weight(causal_lm, layout), layout)
+    optimizer = build_adamw(module, train, on_host=offloads_optimizer(config))
+    with redirect_stdout(StringIO()):
+        engine = StageEngine(
+            args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),
+            mpu=module.mpu(), config=config, config_class=DeepSpeedConfig(config, module.mpu()),
+        )  # fmt: skip
+    return PipelineTrainer(engine, layout)
+
+
+def _shared_weight(causal_lm: PreTrainedModel, layout: Layout) -> nn.Parameter | None:
+    """Return this stage's copy of the weight that embeddings and head share; None on inner stages."""
+    if layout.is_first_stage:
+        return causal_lm.get_input_embeddings().weight
+    return causal_lm.get_output_embeddings().weight if layout.is_last_stage else None

@@ -1,0 +1,271 @@
+"""Cutting a Hugging Face causal language model into pipeline stages, so that no process ever holds all of it.
+
+A stage is the model itself with only its own pieces: on the first stage the embeddings, on the last the final norm and
+the head, everywhere a run of decoder layers. transformers' own forward pass of the base model then does the rest
+(masks, rotary embeddings, document boundaries), which is the same code that an uncut model runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dualtok.errors import ConfigError
+from dualtok.model.weights import WeightFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from dualtok.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """The children of a base model in the order in which they run."""
+
+    embeddings: tuple[str, ...]
+    """What runs before the decoder layers, on the first stage."""
+    layers: str
+    """The list of decoder layers."""
+    final: tuple[str, ...]
+    """What runs after them, on the last stage."""
+
+
+OWN_PLANS = {"gpt2": CutPlan(("wte", "wpe", "drop"), "h", ("ln_f",))}
+"""Architectures that transformers gives no pipeline plan."""
+
+
+@dataclass(frozen=True)
+class StageBounds:
+    """The decoder layers of one stage: ``first`` <= layer < ``stop``."""
+
+    stage: int
+    stages: int
+    first: int
+    stop: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the stage holds the embeddings."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage holds the final norm and the head."""
+        return self.stage == self.stages - 1
+
+
+def cut_plan(config: PretrainedConfig) -> CutPlan:
+    """Return how an architecture is cut: transformers' ``base_model_pp_plan``, or our own table.
+
+    Raises:
+        ConfigError: neither knows the architecture.
+    """
+    text = config.get_text_config()
+    if text.model_type in OWN_PLANS:
+        return OWN_PLANS[text.model_type]
+    names = list(getattr(text, "base_model_pp_plan", None) or ())
+    if "layers" not in names:
+        raise ConfigError(
+            f"train.engine: transformers has no pipeline plan for {text.model_type!r}, so that it cannot be cut into "
+            "stages; use train.engine=zero"
+        )
+    place = names.index("layers")
+    return CutPlan(tuple(names[:place]), "layers", tuple(names[place + 1 :]))
+
+
+def empty_causal_lm(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """Return a model whose parameters have shapes but no memory; buffers (rotary frequencies) are real.
+
+    Raises:
+        ConfigError: the architecture does not support the attention implementation.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"model.attention: {' '.join(str(error).split())[:240]}") from None
+    model.config.use_cache = False
+    return model
+
+
+def layer_costs(model: PreTrainedModel, plan: CutPlan) -> tuple[list[int], int]:
+    """Return the cost of each decoder layer, and that of the head: parameters that are multiplied with each token.
+
+    An embedding is looked up and costs nothing; a tied head is multiplied all the same.
+    """
+    layers = getattr(model.base_model, plan.layers)
+    head = model.get_output_embeddings()
+    return [sum(p.numel() for p in layer.parameters()) for layer in layers], head.weight.numel()
+
+
+def cut(costs: Sequence[int], head: int, stages: int, balance: str | Sequence[int]) -> list[StageBounds]:
+    """Deal decoder layers to stages.
+
+    Args:
+        costs: cost of each layer.
+        head: cost of the head, borne by the last stage.
+        stages: number of stages.
+        balance: ``cost`` makes the dearest stage as cheap as possible, ``layers`` deals equal numbers (earlier stages
+            take the surplus), a sequence is taken as it is.
+
+    Raises:
+        ConfigError: there are more stages than layers, or the sequence does not add up.
+    """
+    n = len(costs)
+    if stages > n:
+        raise ConfigError(
+            f"train.pipeline.stages: {stages} stages for a model of {n} decoder layers; a stage holds at least one"
+        )
+    if isinstance(balance, str):
+        sizes = _equal_sizes(n, stages) if balance == "layers" else _cheapest_sizes(costs, head, stages)
+    else:
+        sizes = list(balance)
+        if sum(sizes) != n:
+            raise ConfigError(f"train.pipeline.balance: {sizes} sums to {sum(sizes)}, but the model has {n} layers")
+    stops = [sum(sizes[: stage + 1]) for stage in range(stages)]
+    return [StageBounds(stage, stages, stops[stage] - sizes[stage], stops[stage]) for stage in range(stages)]
+
+
+def _equal_sizes(n: int, stages: int) -> list[int]:
+    return [n // stages + (stage < n % stages) for stage in range(stages)]
+
+
+def _cheapest_sizes(costs: Sequence[int], head: int, stages: int) -> list[int]:
+    """Minimise the cost of the dearest stage; among equals the earlier stages are the smaller ones."""
+    running = [0]
+    for cost in costs:
+        running.append(running[-1] + cost)
+    n = len(costs)
+    # best[k][i]: cost of the dearest of k stages that hold the first i layers, and where the last of them starts
+    best = [{i: (running[i], 0) for i in range(1, n + 1)}]
+    for _ in range(1, stages):
+        earlier = best[-1]
+        best.append(
+            {
+                i: min((max(earlier[j][0], running[i] - running[j]), j) for j in earlier if j < i)
+                for i in range(len(best) + 1, n + 1)
+            }
+        )
+    # The head weighs on the last stage alone, so its start is chosen with the head's cost included.
+    start = min((max(best[-2][j][0], running[n] - running[j] + head), j) for j in best[-2] if j < n)[1]
+    starts = [n, start]
+    for k in range(stages - 2, 0, -1):
+        starts.append(best[k][starts[-1]][1])
+    starts = [*starts, 0][::-1]
+    return [stop - first for first, stop in pairwise(starts)]
+
+
+class _NoEmbedding(nn.Module):
+    """Takes the place of an embedding on later stages: adds nothing where its result is added."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=ids.device)
+
+
+def keep_stage(model: PreTrainedModel, plan: CutPlan, bounds: StageBounds) -> None:
+    """Take away all pieces of a model that another stage holds; what is left runs as before."""
+    base = model.base_model
+    layers = getattr(base, plan.layers)
+    setattr(base, plan.layers, nn.ModuleList(layers[bounds.first : bounds.stop]))
+    if not bounds.is_first:
+        for name in plan.embeddings:
+            child = getattr(base, name)
+            setattr(base, name, _NoEmbedding() if isinstance(child, nn.Embedding) else nn.Identity())
+    if not bounds.is_last:
+        for name in plan.final:
+            setattr(base, name, nn.Identity())
+        model.set_output_embeddings(nn.Identity())
+    base.config = _stage_config(base.config, len(layers), bounds)
+
+
+def _stage_config(config: PretrainedConfig, layers: int, bounds: StageBounds) -> PretrainedConfig:
+    """Return the base model's config for these layers: its forward looks settings up by the place of a layer."""
+    own = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == layers:
+            setattr(own, name, value[bounds.first : bounds.stop])
+    own.num_hidden_layers = bounds.stop - bounds.first
+    return own
+
+
+def global_name(name: str, plan: CutPlan, base_prefix: str, first: int) -> str:
+    """Return a stage parameter's name in the uncut model: its layers are counted from ``first``."""
+    prefix = f"{base_prefix}.{plan.layers}."
+    if not name.startswith(prefix):
+        return name
+    place, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{int(place) + first}.{rest}"
+
+
+def build_stage(
+    folder: Path | str,
+    config: PretrainedConfig,
+    model: ModelConfig,
+    balance: str | Sequence[int],
+    *,
+    stage: int,
+    stages: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    settle: Callable[[list[nn.Parameter]], None] = lambda parameters: None,
+) -> tuple[PreTrainedModel, list[StageBounds]]:
+    """Build one stage of a model and read its weights, one module at a time.
+
+    Args:
+        folder: Hugging Face folder or hub name with safetensors.
+        config: its configuration.
+        model: attention and activation checkpointing.
+        balance: as for :func:`cut`.
+        stage: the stage to build.
+        stages: number of stages.
+        dtype: dtype of the weights.
+        device: where the weights are put.
+        settle: called with the parameters of each module as soon as they are read, before the next ones are; ZeRO-3
+            partitions them there.
+
+    Returns:
+        The stage, and the bounds of all stages.
+
+    Raises:
+        ConfigError: the architecture cannot be cut, there are too many stages, or a weight is missing.
+    """
+    causal_lm = empty_causal_lm(config, model.attention)
+    plan = cut_plan(causal_lm.config)
+    costs, head = layer_costs(causal_lm, plan)
+    bounds = cut(costs, head, stages, balance)
+    mine = bounds[stage]
+    tied = tied_weights(causal_lm)
+    prefix = causal_lm.base_model_prefix
+    keep_stage(causal_lm, plan, mine)
+    if model.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    files = WeightFiles(folder)
+    for name, module in causal_lm.named_modules():
+        own = list(module.named_parameters(recurse=False))
+        for leaf, parameter in own:
+            whole = global_name(f"{name}.{leaf}", plan, prefix, mine.first)
+            value = files.read(tied.get(whole, whole), tuple(parameter.shape), prefix)
+            module.register_parameter(leaf, nn.Parameter(value.to(device, dtype), parameter.requires_grad))
+        if own:
+            settle([getattr(module, leaf) for leaf, _ in own])
+    causal_lm.to(device)  # buffers
+    return causal_lm, bounds
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Return the parameters that are another one's: name -> the name under which a folder holds it."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return {}
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
