@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from dualtok.engine.deepspeed_config import offloads_optimizer
+from dualtok.engine.optimizer import build_adamw, build_schedule
+from dualtok.engine.zero import build_zero_engine, quiet_deepspeed
+from dualtok.model.load import DTYPES, read_model_config
+from dualtok.model.stages import build_stage, tied_weights
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from torch import nn
+    from transformers import PreTrainedModel
 
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.deepspeed_config import Json
@@ -39,11 +51,59 @@ def build_engine(
     Raises:
         ConfigError: the model cannot be loaded, or not be cut into these stages.
     """
-    settings: dict[str, Any] = {"config": config, "objective": objective, "total_steps": total_steps, "layout": layout}
-    if train.engine == "zero":
-        from dualtok.engine.zero import build_zero_engine
+    build: Callable[..., TrainingEngine] = build_zero_engine if train.engine == "zero" else build_pipeline
+    return build(folder, model, train, config=config, objective=objective, total_steps=total_steps, layout=layout)
 
-        return build_zero_engine(folder, model, train, **settings)
-    from dualtok.engine.pipeline import build_pipeline_engine
 
-    return build_pipeline_engine(folder, model, train, **settings)
+def build_pipeline(
+    folder: Path | str,
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    config: Json,
+    objective: Objective,
+    total_steps: int,
+    layout: Layout,
+) -> TrainingEngine:
+    """Build this rank's stage of a model and wrap it, its AdamW and its schedule in a pipeline engine.
+
+    Arguments as for :func:`build_engine`; the objective is called on the last stage with this replica's token losses.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from dualtok.engine.pipeline import PipelineTrainer, StageEngine, StageModel, StagesModule
+
+    quiet_deepspeed()
+    assert train.pipeline is not None
+    engine_class, settle = StageEngine, None
+    if train.engine == "sharded_pipeline":
+        from dualtok.engine.sharded_pipeline import ShardedStageEngine, partitioner
+
+        engine_class, settle = ShardedStageEngine, partitioner(config, layout)
+    causal_lm, bounds = layout.ranks.together(
+        lambda: build_stage(
+            folder, read_model_config(folder), model, train.pipeline.balance, stage=layout.stage, stages=layout.stages,
+            dtype=DTYPES[train.precision], device=layout.ranks.device, settle=settle,
+        )
+    )  # fmt: skip
+    gather = layout.data_parallel.gather if layout.data_parallel.world_size > 1 else None
+    stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, train.loss_chunk_tokens)
+    module = StagesModule(stage, layout)
+    if tied_weights(causal_lm):
+        module.tie(_shared_weight(causal_lm, layout), layout)
+    optimizer = build_adamw(module, train, on_host=offloads_optimizer(config))
+    with redirect_stdout(StringIO()):  # it prints the sizes of the stages
+        engine = engine_class(
+            args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),
+            mpu=module.mpu(), config=config, config_class=DeepSpeedConfig(config, module.mpu()),
+        )  # fmt: skip
+    return PipelineTrainer(engine, layout)
+
+
+def _shared_weight(causal_lm: PreTrainedModel, layout: Layout) -> nn.Parameter | None:
+    """Return this stage's copy of the weight that embeddings and head share; None on inner stages."""
+    if layout.is_first_stage or layout.is_last_stage:
+        holder: Any = causal_lm.get_input_embeddings() if layout.is_first_stage else causal_lm.get_output_embeddings()
+        weight: nn.Parameter = holder.weight
+        return weight
+    return None

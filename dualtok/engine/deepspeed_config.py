@@ -69,6 +69,10 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
     merged: Json = {"zero_optimization": {"stage": 1 if half else 0}}
     if train.deepspeed is not None:
         merged = read_deepspeed_json(train.deepspeed)
+    elif train.engine == "sharded_pipeline":
+        merged = {"zero_optimization": {"stage": 3}}
+    if train.pipeline is not None:
+        _fit_pipeline(merged, train)
     micro_batch = train.batch_size // train.gradient_accumulation
     if micro_batch % world_size:
         raise ConfigError(
@@ -105,6 +109,38 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
     merged.setdefault("steps_per_print", 10**9)
     merged.setdefault("zero_allow_untested_optimizer", True)
     return merged
+
+
+def _fit_pipeline(merged: Json, train: TrainConfig) -> None:
+    """Check the ZeRO section against the pipeline engine and complete it.
+
+    Raises:
+        ConfigError: the stage cannot run under this engine, or a setting has no effect there.
+    """
+    zero, stage = merged.setdefault("zero_optimization", {}), zero_stage(merged)
+    assert train.pipeline is not None
+    if train.engine == "pipeline":
+        if stage > 1:
+            raise ConfigError(
+                f"{train.deepspeed}: zero_optimization.stage is {stage}, but train.engine=pipeline keeps whole gradients "
+                "until the end of a batch, which stages 2 and 3 partition; use stage 0 or 1, or stage 3 with "
+                "train.engine=sharded_pipeline"
+            )
+        return
+    if stage != 3:
+        raise ConfigError(
+            f"{train.deepspeed}: zero_optimization.stage is {stage}, but train.engine=sharded_pipeline shards its "
+            "stages with ZeRO-3; make it 3, or use train.engine=pipeline"
+        )
+    if zero.setdefault("stage3_prefetch_bucket_size", 0) not in (0, "auto"):
+        raise ConfigError(
+            f"{train.deepspeed}: zero_optimization.stage3_prefetch_bucket_size has no effect with "
+            "train.engine=sharded_pipeline: the order of modules in a pipeline does not repeat, so that nothing is "
+            "fetched ahead; remove it"
+        )
+    if train.pipeline.keep_gathered:
+        # Parameters below a threshold stay gathered from one optimiser step to the next; here all of them do.
+        zero |= {"stage3_param_persistence_threshold": 2**62, "stage3_model_persistence_threshold": 2**62}
 
 
 def inference_config(path: str | Path, precision: str, batch_size: int) -> Json:

@@ -219,7 +219,7 @@ def build_stage(
     stages: int,
     dtype: torch.dtype,
     device: torch.device,
-    settle: Callable[[list[nn.Parameter]], None] = lambda parameters: None,
+    settle: Callable[[list[nn.Parameter]], None] | None = None,
 ) -> tuple[PreTrainedModel, list[StageBounds]]:
     """Build one stage of a model and read its weights, one module at a time.
 
@@ -258,7 +258,7 @@ def build_stage(
             whole = global_name(f"{name}.{leaf}", plan, prefix, mine.first)
             value = files.read(tied.get(whole, whole), tuple(parameter.shape), prefix)
             module.register_parameter(leaf, nn.Parameter(value.to(device, dtype), parameter.requires_grad))
-        if own:
+        if own and settle is not None:
             settle([getattr(module, leaf) for leaf, _ in own])
     causal_lm.to(device)  # buffers
     return causal_lm, bounds
