@@ -10,7 +10,7 @@ from dualtok.engine.deepspeed_config import offloads_optimizer
 from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.engine.zero import build_zero_engine, quiet_deepspeed
 from dualtok.model.load import DTYPES, read_model_config
-from dualtok.model.stages import build_stage, tied_weights
+from dualtok.model.stages import build_stage, stage_names, tied_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,8 @@ def build_pipeline(
     from dualtok.engine.pipeline import PipelineTrainer, StageEngine, StageModel, StagesModule
 
     quiet_deepspeed()
-    assert train.pipeline is not None
+    pipeline = train.pipeline
+    assert pipeline is not None
     engine_class, settle = StageEngine, None
     if train.engine == "sharded_pipeline":
         from dualtok.engine.sharded_pipeline import ShardedStageEngine, partitioner
@@ -82,7 +83,7 @@ def build_pipeline(
         engine_class, settle = ShardedStageEngine, partitioner(config, layout)
     causal_lm, bounds = layout.ranks.together(
         lambda: build_stage(
-            folder, read_model_config(folder), model, train.pipeline.balance, stage=layout.stage, stages=layout.stages,
+            folder, read_model_config(folder), model, pipeline.balance, stage=layout.stage, stages=layout.stages,
             dtype=DTYPES[train.precision], device=layout.ranks.device, settle=settle,
         )
     )  # fmt: skip
@@ -97,7 +98,7 @@ def build_pipeline(
             args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),
             mpu=module.mpu(), config=config, config_class=DeepSpeedConfig(config, module.mpu()),
         )  # fmt: skip
-    return PipelineTrainer(engine, layout)
+    return PipelineTrainer(engine, layout, stage_names(causal_lm, bounds))
 
 
 def _shared_weight(causal_lm: PreTrainedModel, layout: Layout) -> nn.Parameter | None:

@@ -6,6 +6,7 @@ positions, labels and reference losses need not travel; only hidden states and t
 
 from __future__ import annotations
 
+import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
-from dualtok.engine.checkpoint import load_deepspeed, save_deepspeed
+from dualtok.engine.checkpoint import STAGES_FILE, load_deepspeed, save_deepspeed
 from dualtok.engine.objective_model import ObjectiveModel
+from dualtok.files import write_text
 from dualtok.model.losses import probe_batch, require_faithful
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
     from dualtok.engine.layout import Layout
     from dualtok.model.losses import Batch
-    from dualtok.model.stages import StageBounds
+    from dualtok.model.stages import StageBounds, StageNames
     from dualtok.objective.loss import DualLoss, Objective
     from dualtok.objective.selection import Gather
 
@@ -76,12 +79,17 @@ class StagesModule(PipelineModule):
         layers = [*others[: layout.stage], stage, *others[layout.stage + 1 :]]
         with redirect_stdout(StringIO()):  # it prints its partitioning
             super().__init__(layers, num_stages=layout.stages, partition_method="uniform")
-        self.stage = stage
         self._tied_weight: nn.Parameter | None = None
         self._tied_group: dist.ProcessGroup | None = None
         # What DeepSpeed's norms go by: a weight is counted on its own rank, unless another one counts its copy.
         for parameter in self.parameters():
             mark(parameter, counted=True)
+
+    @property
+    def stage(self) -> StageModel:
+        """The one layer that this rank holds."""
+        stage: StageModel = self.forward_funcs[0]
+        return stage
 
     def tie(self, weight: nn.Parameter | None, layout: Layout) -> None:
         """Keep the embeddings of the first stage and the head of the last one the same weight.
@@ -107,7 +115,7 @@ class StagesModule(PipelineModule):
 
 
 def mark(parameter: nn.Parameter, *, counted: bool) -> None:
-    """Say whether a parameter's gradient counts in the norm, in each of the ways in which DeepSpeed's optimisers ask."""
+    """Say whether a parameter counts in the gradient's norm, in each of the ways that DeepSpeed's optimisers ask."""
     vars(parameter).update(model_parallel=counted, ds_pipe_replicated=not counted)
 
 
@@ -150,6 +158,10 @@ class StageEngine(PipelineEngine):
         self._global_grad_norm = square.sqrt()
         nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._global_grad_norm)
 
+    # A stage is saved and loaded as any module is, instead of in files per layer that only a pipeline can read.
+    module_state_dict = DeepSpeedEngine.module_state_dict
+    load_module_state_dict = DeepSpeedEngine.load_module_state_dict
+
     _INSTRUCTION_MAP: ClassVar = {**PipelineEngine._INSTRUCTION_MAP, schedule.ForwardPass: _exec_forward_pass}
 
 
@@ -159,6 +171,7 @@ class PipelineTrainer:
 
     engine: StageEngine
     layout: Layout
+    stages: StageNames
 
     def check(self, batch: Batch, precision: str) -> None:
         """Compare head and document boundaries with what they should be, once, before training."""
@@ -205,8 +218,10 @@ class PipelineTrainer:
         return int(self.engine.zero_optimization_stage())
 
     def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write this rank's part of a checkpoint."""
+        """Write this rank's part of a checkpoint, and which layers each stage holds."""
         save_deepspeed(self.engine, root, tag, state)
+        if self.layout.ranks.is_first:
+            write_text(root / tag / STAGES_FILE, json.dumps(self.stages.as_dict()))
 
     def load(self, root: Path, tag: str) -> dict[str, Any] | None:
         """Read a checkpoint back."""

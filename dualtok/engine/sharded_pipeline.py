@@ -1,5 +1,5 @@
-"""ZeRO-3 inside DeepSpeed's PipelineEngine: each stage's parameters, gradients and optimiser states are sharded over the
-data-parallel ranks of that stage.
+"""ZeRO-3 inside DeepSpeed's PipelineEngine: each stage's parameters, gradients and optimiser states are sharded over
+the data-parallel ranks of that stage.
 
 DeepSpeed refuses this combination. What stands in the way, and what is done about it here, by subclasses alone:
 
@@ -28,30 +28,12 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 
 from dualtok.engine.pipeline import StageEngine
-from dualtok.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.layout import Layout
-
-TESTED_DEEPSPEED = ("0.19.8",)
-"""Versions that tests/distributed/test_layout_parity.py has passed with."""
-
-
-def require_tested_deepspeed(version: str, *, allow_untested: bool) -> None:
-    """Refuse a DeepSpeed whose inner workings this engine was never compared with.
-
-    Raises:
-        ConfigError: names the version and the ways out.
-    """
-    if version not in TESTED_DEEPSPEED and not allow_untested:
-        raise ConfigError(
-            f"train.engine: sharded_pipeline was tested with DeepSpeed {', '.join(TESTED_DEEPSPEED)}, but {version} is "
-            "installed; install that, use train.engine=pipeline, or set train.pipeline.allow_untested_deepspeed=true "
-            "and compare with `make test-parity` first"
-        )
 
 
 class UntracedCoordinator(PartitionedParameterCoordinator):
@@ -128,11 +110,7 @@ class ShardedStageEngine(StageEngine, _BaseIsBuilt):
 
 def partitioner(config: Json, layout: Layout) -> Callable[[list[nn.Parameter]], None]:
     """Return a function that shards parameters over this stage's ranks, as soon as they are read."""
-    own = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": config["zero_optimization"],
-        "bf16": config["bf16"],
-    }
+    own = {name: config[name] for name in ("zero_optimization", "bf16")} | {"train_micro_batch_size_per_gpu": 1}
     group = layout.data_parallel.group
 
     def partition(parameters: list[nn.Parameter]) -> None:
