@@ -64,6 +64,8 @@ class LossHead(nn.Linear):
         """Return logits [..., v] of hidden states [..., d], or losses [...] of labels [...], 0 where they are -100."""
         if labels is None:
             return super().forward(input)
+        if input.shape[:-1] != labels.shape:
+            raise ValueError(_disagreement(input, labels))
         losses_n = self._kernel(input.flatten(0, -2), self.weight, labels.flatten(), self.bias, scaling=self._scaling)
         return losses_n.view(labels.shape)
 
@@ -130,10 +132,7 @@ def chunked_token_losses(
         ValueError: hidden states and labels disagree in [b, t], or ``chunk_tokens`` is below 1.
     """
     if hidden_btd.shape[:-1] != labels_bt.shape:
-        raise ValueError(
-            f"hidden states have shape {tuple(hidden_btd.shape)}, labels {tuple(labels_bt.shape)}; "
-            "all but the last dimension of the hidden states must agree"
-        )
+        raise ValueError(_disagreement(hidden_btd, labels_bt))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     hidden_nd, labels_n = hidden_btd.flatten(0, -2), labels_bt.flatten()
@@ -149,3 +148,10 @@ def chunked_token_losses(
     else:
         losses_n = torch.cat([checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
     return losses_n.view(labels_bt.shape)
+
+
+def _disagreement(hidden: torch.Tensor, labels: torch.Tensor) -> str:
+    return (
+        f"hidden states have shape {tuple(hidden.shape)}, labels {tuple(labels.shape)}; "
+        "all but the last dimension of the hidden states must agree"
+    )
