@@ -17,9 +17,9 @@ from pathlib import Path
 from benchmark_support import llama_config, paired, prepared_corpus, print_ratio, save_llama
 
 from dualtok.data.manifest import load_manifest
+from dualtok.engine.build import build_engine
 from dualtok.engine.config import TrainConfig
 from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.build import build_engine
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import TrainingLoop

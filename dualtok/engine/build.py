@@ -39,7 +39,7 @@ def build_engine(
     Raises:
         ConfigError: the model cannot be loaded, or not be cut into these stages.
     """
-    settings = {"config": config, "objective": objective, "total_steps": total_steps, "layout": layout}
+    settings: Json = {"config": config, "objective": objective, "total_steps": total_steps, "layout": layout}
     if train.engine == "zero":
         from dualtok.engine.zero import build_zero_engine
 

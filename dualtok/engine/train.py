@@ -10,9 +10,9 @@ import yaml
 from dualtok.data.manifest import load_manifest, split_entry
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
+from dualtok.engine.build import build_engine
 from dualtok.engine.checkpoint import COMPLETE, find_checkpoint
 from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.build import build_engine
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
