@@ -10,7 +10,9 @@ from dualtok.engine.deepspeed_config import offloads_optimizer
 from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.engine.zero import build_zero_engine, quiet_deepspeed
 from dualtok.model.load import DTYPES, read_model_config
+from dualtok.model.loss_backends import load_backend
 from dualtok.model.stages import build_stage, stage_names, tied_weights
+from dualtok.objective.selection import RankGather
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,8 +89,12 @@ def build_pipeline(
             dtype=DTYPES[train.precision], device=layout.ranks.device, settle=settle,
         )
     )  # fmt: skip
-    gather = layout.data_parallel.gather if layout.data_parallel.world_size > 1 else None
-    stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, train.loss_chunk_tokens)
+    replicas = layout.data_parallel
+    gather = RankGather(replicas.gather, replicas.world_size) if replicas.world_size > 1 else None
+    head: dict[str, Any] = {"memory_mib": train.loss_memory_mib}
+    if layout.is_last_stage:
+        head["kernel"] = load_backend(train.loss_backend, causal_lm, layout.ranks.device, train.precision)
+    stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, **head)
     module = StagesModule(stage, layout)
     if tied_weights(causal_lm):
         module.tie(_shared_weight(causal_lm, layout), layout)

@@ -50,9 +50,9 @@ class StageModel(ObjectiveModel):
         bounds: StageBounds,
         objective: Objective,
         gather: Gather | None,
-        chunk_tokens: int | None,
+        **head: Any,
     ) -> None:
-        super().__init__(causal_lm, objective, gather, chunk_tokens)
+        super().__init__(causal_lm, objective, gather, **head)
         self.bounds = bounds
         self.batch: Batch = {}
         self.checking = False

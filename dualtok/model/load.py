@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualtok.errors import ConfigError, did_you_mean
+from dualtok.objective.linear_cross_entropy import LogitScaling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PretrainedConfig, PreTrainedModel
 
     from dualtok.model.config import ModelConfig
@@ -140,19 +139,12 @@ def load_causal_lm(
     return model
 
 
-def logit_transform(config: PretrainedConfig) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return what the architecture does to its logits after ``lm_head`` (soft-cap or scale), or None.
+def logit_scaling(config: PretrainedConfig) -> LogitScaling:
+    """Return what the architecture does to its logits after ``lm_head`` (scale, soft cap).
 
-    :func:`dualtok.model.losses.head_difference` compares the result with the model's own forward pass.
+    :func:`dualtok.model.losses.model_errors` compares the result with the model's own forward pass.
     """
     text = config.get_text_config()
-    cap = getattr(text, "final_logit_softcapping", None)
-    multiply = getattr(text, "logit_scale", None)
-    divide = getattr(text, "logits_scaling", None)
-    if cap:
-        return lambda logits: torch.tanh(logits / cap) * cap
-    if multiply is not None:
-        return lambda logits: logits * multiply
-    if divide is not None:
-        return lambda logits: logits / divide
-    return None
+    multiply, divide = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)
+    factor = (1.0 if multiply is None else float(multiply)) / (1.0 if divide is None else float(divide))
+    return LogitScaling(factor, getattr(text, "final_logit_softcapping", None) or None)
