@@ -8,6 +8,7 @@ Tensors that are touched together form a group, which is materialised, drawn, wr
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,6 @@ def write_fresh_weights(
     from safetensors.torch import save_file
 
     model = meta_model(config)
-    _untie(model)
     saved = _saved_tensors(model, dtype)
     plan = split_torch_state_dict_into_shards(
         saved, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
@@ -85,8 +85,6 @@ def write_fresh_weights(
                 save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
     assert not waiting, f"files never completed: {sorted(waiting)}"
     if plan.is_sharded:
-        import json
-
         parameters = sum(tensor.numel() for tensor in saved.values())
         metadata = {"total_parameters": parameters, **plan.metadata}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
@@ -112,14 +110,6 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         raise ConfigError(f"model.config: no model can be built: {' '.join(str(error).split())[:200]}") from None
     return model
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give each tied weight a tensor of its own, so that drawing it leaves its source alone; it is not saved."""
-    for name in model.all_tied_weights_keys:
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        module.register_parameter(leaf, nn.Parameter(torch.empty_like(module.get_parameter(leaf))))
 
 
 def _saved_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -150,8 +140,7 @@ def _groups(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> list[_Gro
     Raises:
         ConfigError: some tensor is touched by no call.
     """
-    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    name_of = {id(tensor): name for name, tensor in tensors.items() if name in saved}
+    name_of = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in saved}
     group_of: dict[str, _Group] = {}
     with torch.random.fork_rng(devices=[]):
         for owner, module in _calls(model):
@@ -177,7 +166,10 @@ def _groups(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> list[_Gro
 
 
 def _draw(model: PreTrainedModel, group: _Group, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the names and values of a group, whose tensors are materialised for this long only."""
+    """Yield the names and values of a group, whose tensors are materialised for this long only.
+
+    The other end of a tied weight stays on the meta device, where drawing it again has no effect.
+    """
     homes = [_home(model, name) for name in group.names]
     for home, leaf in homes:
         real = torch.empty_like(home[leaf], device="cpu")
