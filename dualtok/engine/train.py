@@ -18,7 +18,8 @@ from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
-from dualtok.model.load import check_fits, starting_config, write_fresh_weights
+from dualtok.model.fresh import write_fresh_weights
+from dualtok.model.load import check_fits, starting_config
 from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, fingerprint
 from dualtok.reference.stored import StoredScores

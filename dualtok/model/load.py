@@ -87,29 +87,10 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
             raise ConfigError(f"model.config: {model_type} has no setting {key!r}{did_you_mean(key, known)}")
     try:
         config = AutoConfig.for_model(model_type, **settings)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise ConfigError(f"model.config: {' '.join(str(error).split())[:200]}") from None
     config.architectures = None
     return config
-
-
-def write_fresh_weights(config: PretrainedConfig, seed: int, folder: Path) -> None:
-    """Draw a model's weights from ``seed`` and save them.
-
-    Written once, they give every ZeRO stage and any number of ranks the same starting point.
-
-    Raises:
-        ConfigError: the configuration describes no model, e.g. one of width 0.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-            raise ConfigError(f"model.config: no model can be built: {' '.join(str(error).split())[:200]}") from None
-    model.save_pretrained(folder)
 
 
 def load_causal_lm(
