@@ -18,8 +18,8 @@ from dualtok.engine.checkpoint import STAGES_FILE, find_checkpoint
 from dualtok.engine.train import CHECKPOINTS, START_FOLDER
 from dualtok.errors import CheckpointError
 from dualtok.files import sync_folder, write_text
-from dualtok.model.load import DTYPES
-from dualtok.model.stages import StageNames
+from dualtok.model.load import DTYPES, read_model_config
+from dualtok.model.stages import StageNames, empty_causal_lm, tied_weights
 
 if TYPE_CHECKING:
     from dualtok.engine.checkpoint import SavedCheckpoint
@@ -64,7 +64,13 @@ def export(
             shutil.copy2(file, temporary)
     with TemporaryDirectory() as scratch:
         state = _state_dict(saved, Path(scratch))
-        _write_weights(state, temporary, DTYPES[precision], shard_size, tied=_tied(start))
+        _write_weights(
+            state,
+            temporary,
+            DTYPES[precision],
+            shard_size,
+            tied=set(tied_weights(empty_causal_lm(read_model_config(start), "eager"))),
+        )
     _set_dtype(temporary / "config.json", precision)
     temporary.replace(target)
     sync_folder(target.parent)
@@ -161,19 +167,6 @@ def _rank(path: Path) -> int:
     found = re.search(r"rank_(\d+)", path.name)
     assert found is not None
     return int(found[1])
-
-
-def _tied(start: Path) -> set[str]:
-    """Return the parameters that share another one's storage, which a Hugging Face folder holds only once."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(start)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    if not config.get_text_config().tie_word_embeddings:
-        return set()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return set(tied)
 
 
 def _write_weights(state: dict[str, Any], folder: Path, dtype: torch.dtype, shard_size: str, tied: set[str]) -> None:
