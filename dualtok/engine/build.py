@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.layout import Layout
     from dualtok.engine.protocol import TrainingEngine
+    from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
     from dualtok.objective.loss import Objective
 
@@ -24,6 +25,7 @@ def build_engine(
     objective: Objective,
     total_steps: int,
     layout: Layout,
+    adapters: Adapters | None = None,
 ) -> TrainingEngine:
     """Load a model and spread it, its AdamW and its schedule over the ranks as ``train.engine`` says.
 
@@ -35,11 +37,13 @@ def build_engine(
         objective: the loss.
         total_steps: optimiser steps at which the schedule ends.
         layout: the job's ranks, in ``train.stages`` stages.
+        adapters: train these and freeze the rest; None trains all weights.
 
     Raises:
         ConfigError: the model cannot be loaded, or not be cut into these stages.
     """
-    settings: dict[str, Any] = {"config": config, "objective": objective, "total_steps": total_steps, "layout": layout}
+    settings: dict[str, Any] = {"config": config, "objective": objective, "total_steps": total_steps, "layout": layout,
+                "adapters": adapters}  # fmt: skip
     if train.engine == "zero":
         from dualtok.engine.zero import build_zero_engine
 

@@ -26,7 +26,7 @@ from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.engine.zero import quiet_deepspeed
 from dualtok.model.load import DTYPES, read_model_config
 from dualtok.model.losses import probe_batch, require_faithful
-from dualtok.model.stages import build_stage, tied_weights
+from dualtok.model.stages import build_stage, cut_plan, global_name, tied_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.layout import Layout
+    from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
     from dualtok.model.losses import Batch
     from dualtok.model.stages import StageBounds
@@ -165,6 +166,12 @@ class PipelineTrainer:
     engine: StageEngine
     layout: Layout
 
+    @property
+    def module(self) -> nn.Module:
+        """The modules of this rank's stage."""
+        module: nn.Module = self.engine.module
+        return module
+
     def check(self, batch: Batch, precision: str) -> None:
         """Compare head and document boundaries with what they should be, once, before training."""
         stage: StageModel = self.engine.module.stage
@@ -230,6 +237,7 @@ def build_pipeline_engine(
     objective: Objective,
     total_steps: int,
     layout: Layout,
+    adapters: Adapters | None = None,
 ) -> PipelineTrainer:
     """Build this rank's stage of a model and wrap it, its AdamW and its schedule in a pipeline engine.
 
@@ -241,6 +249,7 @@ def build_pipeline_engine(
         objective: the loss; called on the last stage with this replica's token losses.
         total_steps: optimiser steps at which the schedule ends.
         layout: the job's ranks, in ``train.pipeline.stages`` stages.
+        adapters: train these and freeze the rest; None trains all weights.
 
     Raises:
         ConfigError: the model cannot be cut into these stages.
@@ -254,10 +263,13 @@ def build_pipeline_engine(
             dtype=DTYPES[train.precision], device=layout.ranks.device,
         )
     )  # fmt: skip
+    if adapters is not None:
+        plan, first = cut_plan(causal_lm.config), bounds[layout.stage].first
+        adapters.put_into(causal_lm, lambda name: global_name(name, plan, causal_lm.base_model_prefix, first))
     gather = layout.data_parallel.gather if layout.data_parallel.world_size > 1 else None
     stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, train.loss_chunk_tokens)
     module = StagesModule(stage, layout)
-    if tied_weights(causal_lm):
+    if tied_weights(causal_lm) and adapters is None:  # frozen copies stay equal by themselves
         module.tie(_shared_weight(causal_lm, layout), layout)
     optimizer = build_adamw(module, train, on_host=offloads_optimizer(config))
     with redirect_stdout(StringIO()):
