@@ -19,7 +19,7 @@ from dualtok.engine.loop import LoopState, TrainingLoop
 from dualtok.engine.reference import build_reference, check_reference
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
-from dualtok.model.adapters import plan_adapters
+from dualtok.model.adapters import plan_adapters, save_settings
 from dualtok.model.load import check_fits, starting_config, write_fresh_weights
 from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, fingerprint
@@ -48,6 +48,9 @@ FREE_ON_RESUME = ("monitor", "audit", "output_dir", "data.processes", "data.sour
 START_FOLDER = "start"
 """Folder of a run that holds the model's config and tokenizer (and, for a model from a config, its first weights)."""
 
+ADAPTER_FOLDER = "adapter"
+"""Folder within it that holds the settings of a run's LoRA adapters."""
+
 
 def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     """Train the run's model to its last step.
@@ -75,7 +78,7 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     total_steps = count_steps(settings, len(stream))
     reference_folder = _check_reference(run, manifest, ranks)
     adapters = _plan_adapters(run, model, deepspeed_config, ranks)
-    folder = _start_folder(run, model, manifest, ranks, resumed=saved is not None)
+    folder = _start_folder(run, model, manifest, adapters, ranks, resumed=saved is not None)
     reference: LiveReference | None = None
     if run.reference is not None and reference_folder is not None:
         reference = build_reference(run.reference, reference_folder, layout)
@@ -178,7 +181,9 @@ def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: bool) -> SavedChe
     return None
 
 
-def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks: Ranks, *, resumed: bool) -> Path:
+def _start_folder(
+    run: RunConfig, model: ModelConfig, manifest: Manifest, adapters: Adapters | None, ranks: Ranks, *, resumed: bool
+) -> Path:
     """Check the model against the blocks and lay down what ``dualtok export`` needs later; done by rank 0."""
 
     def prepare() -> Path:
@@ -192,6 +197,8 @@ def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks:
             write_fresh_weights(config, run.seed, start)
         config.save_pretrained(start)
         tokenizer.save_pretrained(start)
+        if adapters is not None:
+            save_settings(adapters, start / ADAPTER_FOLDER)
         write_text(output / RUN_FILE, run.to_yaml())
         return Path(model.path or start)
 

@@ -7,6 +7,7 @@ layers of a stage are counted from its first one.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable
@@ -266,6 +267,25 @@ def adapter_weights(state: dict[str, Any], name: str = TRAINED) -> dict[str, Any
         for mark, stored in marks.items()
         if key.endswith(mark)
     }
+
+
+def write_adapter(weights: dict[str, torch.Tensor], settings: Path, folder: Path) -> None:
+    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` reads.
+
+    Args:
+        weights: from :func:`adapter_weights`.
+        settings: folder that :func:`save_settings` wrote.
+        folder: where to write.
+    """
+    from safetensors.torch import save_file
+
+    save_file({name: value.clone() for name, value in weights.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    shutil.copy2(settings / CONFIG_FILE, folder)
+
+
+def save_settings(adapters: Adapters, folder: Path) -> None:
+    """Write the settings of the adapter in training, as an exported one has them."""
+    adapters.trained.save_pretrained(str(folder))
 
 
 def _stored_layers(folder: Path) -> set[str]:

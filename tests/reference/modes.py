@@ -122,13 +122,13 @@ def own_models(comparison: Comparison, precision: str) -> None:
             }
 
 
-def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | None) -> None:
+def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | None, **engine_settings: Any) -> None:
     """Train adapters for a few steps, then compare what the model gives as its own reference."""
     job, layout = comparison.job, comparison.layout
     config = Path(job["folder"]) / str(os.getpid()) / f"zero{stage}.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
     train = TrainConfig(learning_rate=2e-2, batch_size=WINDOW * MICRO_BATCH, gradient_accumulation=WINDOW, steps=3,
-                        precision=precision, deepspeed=str(config), schedule="constant")  # fmt: skip
+                        precision=precision, deepspeed=str(config), schedule="constant", **engine_settings)  # fmt: skip
     model = ModelConfig(path=job["base"], lora=LoraConfig(rank=4, alpha=8, dropout=0.0))
     assert model.lora is not None
     plan = plan_adapters(model.lora, read_model_config(job["base"]), seed=3, base=job["base"], reference=adapter)
@@ -143,8 +143,9 @@ def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | 
     losses = []
     for _ in range(3):
         outcomes = engine.train_step(list(islice(batches, WINDOW)))
-        mean = torch.stack([outcome.loss.detach() for outcome in outcomes]).mean()
-        losses.append(float(layout.ranks.sum(mean)) / layout.ranks.world_size)
+        # An inner stage has no outcome, and adds nothing.
+        mean = torch.stack([outcome.loss.detach() for outcome in outcomes] or [torch.zeros(())]).mean()
+        losses.append(float(layout.ranks.sum(mean)) / layout.data_parallel.world_size)
     name = f"adapter {precision} zero{stage} {'exchanged' if adapter else 'off'}"
     trained = engine.token_losses(next(comparison.batches()))
     comparison.compare(name, reference, {"transformers": expected})
@@ -178,6 +179,8 @@ def main() -> None:
     if ranks.world_size == 2:  # the same two ranks as the stages of one replica, which read the same blocks
         comparison = Comparison(job, build_layout(ranks, 2))
         own_models(comparison, "fp32")
+        adapters(comparison, "fp32", 1, None, engine="pipeline", pipeline={"stages": 2})
+        adapters(comparison, "fp32", 0, job["adapter"], engine="pipeline", pipeline={"stages": 2})
         result["stages"] = comparison.result
     if ranks.is_first:
         (Path(job["folder"]) / f"result-{ranks.world_size}.json").write_text(json.dumps(result, indent=1))
