@@ -71,6 +71,12 @@ class RunConfig:
             raise ValueError(f"selection: has no effect with objective {self.objective!r}; remove it (selection=null)")
         if self.goldfish is not None and self.objective != "goldfish":
             raise ValueError(f"goldfish: has no effect with objective {self.objective!r}; remove it (goldfish=null)")
+        engine = "zero" if self.train is None else self.train.engine
+        if self.selection is not None and self.selection.scope == "step" and engine != "zero":
+            raise ValueError(
+                "selection.scope: 'step' ranks all tokens of an optimiser step before its first backward pass, but "
+                f"train.engine={engine} interleaves forward and backward passes; use scope=micro_batch or engine=zero"
+            )
         if self.objective == "selective" and self.selection is not None and self.selection.alpha not in (0.0, 0.8):
             raise ValueError(
                 "selection.alpha: has no effect with objective 'selective', which never unlearns; remove it"

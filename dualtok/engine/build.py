@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from dualtok.engine.deepspeed_config import offloads_optimizer
+from dualtok.engine.optimizer import build_adamw, build_schedule
+from dualtok.engine.zero import build_zero_engine, quiet_deepspeed
+from dualtok.model.load import DTYPES, read_model_config
+from dualtok.model.loss_backends import load_backend
+from dualtok.model.stages import build_stage, stage_names, tied_weights
+from dualtok.objective.selection import RankGather
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from torch import nn
+    from transformers import PreTrainedModel
 
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.deepspeed_config import Json
@@ -42,12 +56,71 @@ def build_engine(
     Raises:
         ConfigError: the model cannot be loaded, or not be cut into these stages.
     """
-    settings: dict[str, Any] = {"config": config, "objective": objective, "total_steps": total_steps, "layout": layout,
-                "adapters": adapters}  # fmt: skip
-    if train.engine == "zero":
-        from dualtok.engine.zero import build_zero_engine
+    build: Callable[..., TrainingEngine] = build_zero_engine if train.engine == "zero" else build_pipeline
+    return build(folder, model, train, config=config, objective=objective, total_steps=total_steps, layout=layout,
+                 adapters=adapters)  # fmt: skip
 
-        return build_zero_engine(folder, model, train, **settings)
-    from dualtok.engine.pipeline import build_pipeline_engine
 
-    return build_pipeline_engine(folder, model, train, **settings)
+def build_pipeline(
+    folder: Path | str,
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    config: Json,
+    objective: Objective,
+    total_steps: int,
+    layout: Layout,
+    adapters: Adapters | None = None,
+) -> TrainingEngine:
+    """Build this rank's stage of a model and wrap it, its AdamW and its schedule in a pipeline engine.
+
+    Arguments as for :func:`build_engine`; the objective is called on the last stage with this replica's token losses.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from dualtok.engine.pipeline import PipelineTrainer, StageEngine, StageModel, StagesModule
+
+    quiet_deepspeed()
+    pipeline = train.pipeline
+    assert pipeline is not None
+    engine_class, settle = StageEngine, None
+    if train.engine == "sharded_pipeline":
+        from dualtok.engine.sharded_pipeline import ShardedStageEngine, partitioner
+
+        engine_class, settle = ShardedStageEngine, partitioner(config, layout)
+    causal_lm, bounds = layout.ranks.together(
+        lambda: build_stage(
+            folder, read_model_config(folder), model, pipeline.balance, stage=layout.stage, stages=layout.stages,
+            dtype=DTYPES[train.precision], device=layout.ranks.device, settle=settle,
+        )
+    )  # fmt: skip
+    names = stage_names(causal_lm, bounds)
+    if adapters is not None:
+        adapters.put_into(causal_lm, lambda name: names.whole(name, layout.stage))
+        if settle is not None:
+            settle([parameter for parameter in causal_lm.parameters() if not hasattr(parameter, "ds_id")])
+    replicas = layout.data_parallel
+    gather = RankGather(replicas.gather, replicas.world_size) if replicas.world_size > 1 else None
+    head: dict[str, Any] = {"memory_mib": train.loss_memory_mib}
+    if layout.is_last_stage:
+        head["kernel"] = load_backend(train.loss_backend, causal_lm, layout.ranks.device, train.precision)
+    stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, **head)
+    module = StagesModule(stage, layout)
+    if tied_weights(causal_lm) and adapters is None:  # frozen copies stay equal by themselves
+        module.tie(_shared_weight(causal_lm, layout), layout)
+    optimizer = build_adamw(module, train, on_host=offloads_optimizer(config))
+    with redirect_stdout(StringIO()):  # it prints the sizes of the stages
+        engine = engine_class(
+            args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),
+            mpu=module.mpu(), config=config, config_class=DeepSpeedConfig(config, module.mpu()),
+        )  # fmt: skip
+    return PipelineTrainer(engine, layout, names)
+
+
+def _shared_weight(causal_lm: PreTrainedModel, layout: Layout) -> nn.Parameter | None:
+    """Return this stage's copy of the weight that embeddings and head share; None on inner stages."""
+    if layout.is_first_stage or layout.is_last_stage:
+        holder: Any = causal_lm.get_input_embeddings() if layout.is_first_stage else causal_lm.get_output_embeddings()
+        weight: nn.Parameter = holder.weight
+        return weight
+    return None

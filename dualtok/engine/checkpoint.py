@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 STATE_KEY = "dualtok"
+STAGES_FILE = "stages.json"
+"""Where a pipeline's checkpoint says which decoder layers each stage holds."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class TrainConfig:
     """Split to learn: ``reference`` and ``attack_reference`` for the models of those names."""
 
     gradient_accumulation: Count = 1
-    """Micro-batches per optimiser step. Tokens are selected per micro-batch, over all ranks."""
+    """Micro-batches per optimiser step. ``selection.scope`` says whether tokens are ranked per micro-batch or per
+    step."""
 
     engine: Literal["zero", "pipeline", "sharded_pipeline"] = "zero"
     """How the model is spread over ranks: data-parallel with ZeRO 0-3 (``zero``), in pipeline stages with ZeRO 0-1
@@ -97,9 +98,14 @@ class TrainConfig:
     epsilon: Positive = 1e-8
     """AdamW's term in the denominator."""
 
-    loss_chunk_tokens: Count | None = 8192
-    """Tokens per rank whose logits are held at once; more are computed chunk by chunk and recomputed in the backward
-    pass. ``null`` never cuts."""
+    loss_backend: Literal["torch", "cut_cross_entropy", "liger"] = "torch"
+    """What computes the token losses from the last hidden states. ``torch`` runs everywhere and its backward pass
+    visits selected tokens only; the others are GPU kernels of packages to be installed, whose weighted gradients are
+    checked when the run starts."""
+
+    loss_memory_mib: Count | None = None
+    """Memory per rank for logits in MiB, with ``loss_backend: torch``: as many as fit are kept for the backward pass,
+    those of other selected tokens are computed again. Without it 256."""
 
     data_workers: Annotated[int, Field(ge=0)] = 0
     """Processes per rank that read blocks ahead; 0 reads in the training process."""
@@ -127,6 +133,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.batch_size: {self.batch_size} blocks cannot be cut into {self.gradient_accumulation} "
                 "micro-batches (train.gradient_accumulation)"
+            )
+        if self.loss_memory_mib is not None and self.loss_backend != "torch":
+            raise ValueError(
+                f"train.loss_memory_mib: has no effect with loss_backend: {self.loss_backend}, which keeps no logits; "
+                "leave it out"
             )
         if self.split in ("validation", "held_out"):
             raise ValueError(f"train.split: {self.split!r} is kept for evaluation and must not be trained on")

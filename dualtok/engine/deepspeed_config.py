@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from dualtok.engine.config import TrainConfig
 
 Json = dict[str, Any]
+
+TESTED_WITH_SHARDED_PIPELINE = ("0.19.8",)
+"""DeepSpeed versions that tests/distributed/test_layout_parity.py has passed with."""
 
 # Sections that say how something is done which dualtok does itself; silently ignoring them would mislead.
 OWNED_SECTIONS = {
@@ -69,6 +73,10 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
     merged: Json = {"zero_optimization": {"stage": 1 if half else 0}}
     if train.deepspeed is not None:
         merged = read_deepspeed_json(train.deepspeed)
+    elif train.engine == "sharded_pipeline":
+        merged = {"zero_optimization": {"stage": 3}}
+    if train.pipeline is not None:
+        _fit_pipeline(merged, train)
     micro_batch = train.batch_size // train.gradient_accumulation
     if micro_batch % world_size:
         raise ConfigError(
@@ -127,6 +135,54 @@ def offload_json(path: str | Path | None, *, on_accelerator: bool) -> Json:
             "add it (cpu or nvme), or use reference.mode=resident"
         )
     return given
+
+
+def require_tested_deepspeed(installed: str, *, allow_untested: bool) -> None:
+    """Refuse a DeepSpeed whose inner workings this engine was never compared with.
+
+    Raises:
+        ConfigError: names the version and the ways out.
+    """
+    if installed not in TESTED_WITH_SHARDED_PIPELINE and not allow_untested:
+        raise ConfigError(
+            f"train.engine: sharded_pipeline was tested with DeepSpeed {', '.join(TESTED_WITH_SHARDED_PIPELINE)}, but "
+            f"{installed} is installed; install that, use train.engine=pipeline, or set "
+            "train.pipeline.allow_untested_deepspeed=true and run `make test-parity` first"
+        )
+
+
+def _fit_pipeline(merged: Json, train: TrainConfig) -> None:
+    """Check the ZeRO section against the pipeline engine and complete it.
+
+    Raises:
+        ConfigError: the stage cannot run under this engine, or a setting has no effect there.
+    """
+    zero, stage = merged.setdefault("zero_optimization", {}), zero_stage(merged)
+    assert train.pipeline is not None
+    if train.engine == "pipeline":
+        if stage > 1:
+            raise ConfigError(
+                f"{train.deepspeed}: zero_optimization.stage is {stage}, but train.engine=pipeline keeps whole "
+                "gradients until the end of a batch, which stages 2 and 3 partition; use stage 0 or 1, or stage 3 with "
+                "train.engine=sharded_pipeline"
+            )
+        return
+    require_tested_deepspeed(version("deepspeed"), allow_untested=train.pipeline.allow_untested_deepspeed)
+    if stage != 3:
+        raise ConfigError(
+            f"{train.deepspeed}: zero_optimization.stage is {stage}, but train.engine=sharded_pipeline shards its "
+            "stages with ZeRO-3; make it 3, or use train.engine=pipeline"
+        )
+    if zero.get("stage3_prefetch_bucket_size", 0) not in (0, "auto"):
+        raise ConfigError(
+            f"{train.deepspeed}: zero_optimization.stage3_prefetch_bucket_size has no effect with "
+            "train.engine=sharded_pipeline: the order of modules in a pipeline does not repeat, so that nothing is "
+            "fetched ahead; remove it"
+        )
+    zero["stage3_prefetch_bucket_size"] = 0
+    if train.pipeline.keep_gathered:
+        # Parameters below a threshold stay gathered from one optimiser step to the next; here all of them do.
+        zero |= {"stage3_param_persistence_threshold": 2**62, "stage3_model_persistence_threshold": 2**62}
 
 
 def inference_config(path: str | Path | Json, precision: str, batch_size: int) -> Json:

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dualtok.model.losses import TokenLossModel
+from dualtok.objective.linear_cross_entropy import IGNORED_LABEL
+from dualtok.objective.loss import apply_plan
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from dualtok.model.losses import Batch
-    from dualtok.objective.loss import DualLoss, Objective
+    from dualtok.objective.loss import DualLoss, Objective, TokenPlan
     from dualtok.objective.selection import Gather
 
 
 class ObjectiveModel(TokenLossModel):
     """A model whose forward gives the training objective's scalar loss in training mode, token losses otherwise."""
 
-    def __init__(
-        self, causal_lm: PreTrainedModel, objective: Objective, gather: Gather | None, chunk_tokens: int | None
-    ) -> None:
-        super().__init__(causal_lm, chunk_tokens)
-        self._objective = objective
-        self._gather = gather
+    def __init__(self, causal_lm: PreTrainedModel, objective: Objective, gather: Gather | None, **head: Any) -> None:
+        super().__init__(causal_lm, **head)
+        self.objective = objective
+        self.gather = gather
+        self.scoring = False
+        """Whether token losses are wanted in training mode too."""
+        self.plan: TokenPlan | None = None
+        """How the tokens of the next micro-batch count, where that was decided beforehand."""
         self.outcome: DualLoss | None = None
 
     def compute(self, batch: Batch) -> torch.Tensor:
-        """Return the scalar loss (training) or token losses [b, t] (evaluation).
+        """Return the scalar loss (training) or token losses [b, t] (evaluation, scoring).
 
         The selection is left in ``outcome`` and not returned: ZeRO-3's hooks only understand tensors.
         """
-        token_loss: torch.Tensor = super().compute(batch)
-        if not self.training:
-            return token_loss
-        self.outcome = self._objective(token_loss, batch, gather=self._gather)
+        if self.scoring or not self.training:
+            return super().compute(batch)
+        plan, self.plan = self.plan, None
+        if plan is None:
+            self.outcome = self.objective(super().compute(batch), batch, gather=self.gather)
+        else:
+            # Tokens that are known to play no part need no logits.
+            labels = torch.where(plan.weights != 0, batch["labels"], IGNORED_LABEL)
+            self.outcome = apply_plan(plan, super().compute({**batch, "labels": labels}))
         return self.outcome.loss

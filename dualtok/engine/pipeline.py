@@ -6,6 +6,7 @@ positions, labels and reference losses need not travel; only hidden states and t
 
 from __future__ import annotations
 
+import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -13,20 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
-from dualtok.engine.checkpoint import load_deepspeed, save_deepspeed
-from dualtok.engine.deepspeed_config import offloads_optimizer
+from dualtok.engine.checkpoint import STAGES_FILE, load_deepspeed, save_deepspeed
 from dualtok.engine.objective_model import ObjectiveModel
-from dualtok.engine.optimizer import build_adamw, build_schedule
-from dualtok.engine.zero import quiet_deepspeed
-from dualtok.model.load import DTYPES, read_model_config
+from dualtok.files import write_text
 from dualtok.model.losses import probe_batch, require_faithful
-from dualtok.model.stages import build_stage, cut_plan, global_name, tied_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,13 +31,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from dualtok.engine.config import TrainConfig
-    from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.layout import Layout
-    from dualtok.model.adapters import Adapters
-    from dualtok.model.config import ModelConfig
     from dualtok.model.losses import Batch
-    from dualtok.model.stages import StageBounds
+    from dualtok.model.stages import StageBounds, StageNames
     from dualtok.objective.loss import DualLoss, Objective
     from dualtok.objective.selection import Gather
 
@@ -57,15 +50,15 @@ class StageModel(ObjectiveModel):
         bounds: StageBounds,
         objective: Objective,
         gather: Gather | None,
-        chunk_tokens: int | None,
+        **head: Any,
     ) -> None:
-        super().__init__(causal_lm, objective, gather, chunk_tokens)
+        super().__init__(causal_lm, objective, gather, **head)
         self.bounds = bounds
         self.batch: Batch = {}
         self.checking = False
         self._inputs = torch.zeros(0)
 
-    def forward(self, inputs: torch.Tensor) -> Any:
+    def forward(self, inputs: torch.Tensor) -> Any:  # type: ignore[override]  # called by PipelineModule
         """Return hidden states [b, t, d], or on the last stage what :class:`ObjectiveModel` does."""
         self._inputs = inputs
         if self.bounds.is_last:
@@ -86,12 +79,17 @@ class StagesModule(PipelineModule):
         layers = [*others[: layout.stage], stage, *others[layout.stage + 1 :]]
         with redirect_stdout(StringIO()):  # it prints its partitioning
             super().__init__(layers, num_stages=layout.stages, partition_method="uniform")
-        self.stage = stage
         self._tied_weight: nn.Parameter | None = None
         self._tied_group: dist.ProcessGroup | None = None
         # What DeepSpeed's norms go by: a weight is counted on its own rank, unless another one counts its copy.
         for parameter in self.parameters():
-            parameter.model_parallel = True
+            mark(parameter, counted=True)
+
+    @property
+    def stage(self) -> StageModel:
+        """The one layer that this rank holds."""
+        stage: StageModel = self.forward_funcs[0]
+        return stage
 
     def tie(self, weight: nn.Parameter | None, layout: Layout) -> None:
         """Keep the embeddings of the first stage and the head of the last one the same weight.
@@ -109,12 +107,16 @@ class StagesModule(PipelineModule):
                 self._tied_group = group
         self._tied_weight = weight
         if weight is not None and layout.is_last_stage:
-            weight.model_parallel = False
-            weight.ds_pipe_replicated = True
+            mark(weight, counted=False)
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """Return the shared weight and the ranks that share it, as the engine sums their gradients."""
         return [] if self._tied_weight is None else [(self._tied_weight, self._tied_group)]
+
+
+def mark(parameter: nn.Parameter, *, counted: bool) -> None:
+    """Say whether a parameter counts in the gradient's norm, in each of the ways that DeepSpeed's optimisers ask."""
+    vars(parameter).update(model_parallel=counted, ds_pipe_replicated=not counted)
 
 
 class StageEngine(PipelineEngine):
@@ -156,6 +158,10 @@ class StageEngine(PipelineEngine):
         self._global_grad_norm = square.sqrt()
         nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._global_grad_norm)
 
+    # A stage is saved and loaded as any module is, instead of in files per layer that only a pipeline can read.
+    module_state_dict = DeepSpeedEngine.module_state_dict
+    load_module_state_dict = DeepSpeedEngine.load_module_state_dict
+
     _INSTRUCTION_MAP: ClassVar = {**PipelineEngine._INSTRUCTION_MAP, schedule.ForwardPass: _exec_forward_pass}
 
 
@@ -165,6 +171,7 @@ class PipelineTrainer:
 
     engine: StageEngine
     layout: Layout
+    stages: StageNames
 
     @property
     def module(self) -> nn.Module:
@@ -217,8 +224,10 @@ class PipelineTrainer:
         return int(self.engine.zero_optimization_stage())
 
     def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write this rank's part of a checkpoint."""
+        """Write this rank's part of a checkpoint, and which layers each stage holds."""
         save_deepspeed(self.engine, root, tag, state)
+        if self.layout.ranks.is_first:
+            write_text(root / tag / STAGES_FILE, json.dumps(self.stages.as_dict()))
 
     def load(self, root: Path, tag: str) -> dict[str, Any] | None:
         """Read a checkpoint back."""
@@ -226,62 +235,3 @@ class PipelineTrainer:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.layout.ranks.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def build_pipeline_engine(
-    folder: Path | str,
-    model: ModelConfig,
-    train: TrainConfig,
-    *,
-    config: Json,
-    objective: Objective,
-    total_steps: int,
-    layout: Layout,
-    adapters: Adapters | None = None,
-) -> PipelineTrainer:
-    """Build this rank's stage of a model and wrap it, its AdamW and its schedule in a pipeline engine.
-
-    Args:
-        folder: Hugging Face folder or hub name of the starting weights.
-        model: attention and activation checkpointing.
-        train: optimiser, schedule, precision, stages.
-        config: complete DeepSpeed configuration (:func:`dualtok.engine.deepspeed_config.training_config`).
-        objective: the loss; called on the last stage with this replica's token losses.
-        total_steps: optimiser steps at which the schedule ends.
-        layout: the job's ranks, in ``train.pipeline.stages`` stages.
-        adapters: train these and freeze the rest; None trains all weights.
-
-    Raises:
-        ConfigError: the model cannot be cut into these stages.
-    """
-    quiet_deepspeed()
-    pipeline = train.pipeline
-    assert pipeline is not None
-    causal_lm, bounds = layout.ranks.together(
-        lambda: build_stage(
-            folder, read_model_config(folder), model, pipeline.balance, stage=layout.stage, stages=layout.stages,
-            dtype=DTYPES[train.precision], device=layout.ranks.device,
-        )
-    )  # fmt: skip
-    if adapters is not None:
-        plan, first = cut_plan(causal_lm.config), bounds[layout.stage].first
-        adapters.put_into(causal_lm, lambda name: global_name(name, plan, causal_lm.base_model_prefix, first))
-    gather = layout.data_parallel.gather if layout.data_parallel.world_size > 1 else None
-    stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, train.loss_chunk_tokens)
-    module = StagesModule(stage, layout)
-    if tied_weights(causal_lm) and adapters is None:  # frozen copies stay equal by themselves
-        module.tie(_shared_weight(causal_lm, layout), layout)
-    optimizer = build_adamw(module, train, on_host=offloads_optimizer(config))
-    with redirect_stdout(StringIO()):
-        engine = StageEngine(
-            args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),
-            mpu=module.mpu(), config=config, config_class=DeepSpeedConfig(config, module.mpu()),
-        )  # fmt: skip
-    return PipelineTrainer(engine, layout)
-
-
-def _shared_weight(causal_lm: PreTrainedModel, layout: Layout) -> nn.Parameter | None:
-    """Return this stage's copy of the weight that embeddings and head share; None on inner stages."""
-    if layout.is_first_stage:
-        return causal_lm.get_input_embeddings().weight
-    return causal_lm.get_output_embeddings().weight if layout.is_last_stage else None

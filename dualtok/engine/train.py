@@ -20,7 +20,8 @@ from dualtok.engine.reference import build_reference, check_reference
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
 from dualtok.model.adapters import plan_adapters, save_settings
-from dualtok.model.load import check_fits, starting_config, write_fresh_weights
+from dualtok.model.fresh import write_fresh_weights
+from dualtok.model.load import check_fits, starting_config
 from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, fingerprint
 from dualtok.reference.live import AdapterReference

@@ -6,6 +6,7 @@ The loss is computed inside ``engine.forward``: under ZeRO-3 the weights exist o
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ from dualtok.engine.deepspeed_config import Json, inference_config, offloads_opt
 from dualtok.engine.objective_model import ObjectiveModel
 from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.model.load import load_causal_lm
+from dualtok.model.loss_backends import load_backend
 from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
+from dualtok.objective.selection import RankGather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from dualtok.engine.config import TrainConfig
@@ -28,11 +31,7 @@ if TYPE_CHECKING:
     from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
     from dualtok.model.losses import Batch
-    from dualtok.objective.loss import DualLoss, Objective
-
-
-LOSS_CHUNK_TOKENS = 8192
-"""Tokens whose logits a forward-only pass holds at once."""
+    from dualtok.objective.loss import DualLoss, Objective, TokenPlan
 
 
 @dataclass
@@ -67,10 +66,25 @@ class ZeroEngine:
     def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
         """Run forward and backward of each micro-batch, and the optimiser after the last."""
         self.engine.train()
-        return [self._micro_step(batch) for batch in micro_batches]
+        batches = [self.to_device(batch) for batch in micro_batches]
+        return [self._micro_step(batch, plan) for batch, plan in zip(batches, self._plans(batches), strict=True)]
 
-    def _micro_step(self, batch: Batch) -> DualLoss:
-        loss = self.engine(self.to_device(batch))
+    def _plans(self, batches: Sequence[Batch]) -> Sequence[TokenPlan | None]:
+        """Return how the step's tokens count, where all of them must be known together; None where not."""
+        if len(batches) == 1 or not self.model.objective.spans_step:
+            return [None] * len(batches)
+        self.model.scoring = True
+        try:
+            # With the same random numbers dropout leaves out the same units in this pass and in the one that trains.
+            with same_random_numbers(self.layout.ranks.device), torch.no_grad():
+                token_losses = [self.engine(batch) for batch in batches]
+        finally:
+            self.model.scoring = False
+        return self.model.objective.plan(token_losses, batches, self.model.gather)
+
+    def _micro_step(self, batch: Batch, plan: TokenPlan | None) -> DualLoss:
+        self.model.plan = plan
+        loss = self.engine(batch)
         self.engine.backward(loss)
         if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
             self._norm = _gradient_norm(self.model)
@@ -145,9 +159,9 @@ def build_zero_engine(
     )  # fmt: skip
     if adapters is not None:
         adapters.put_into(causal_lm)
-    wrapped = ObjectiveModel(
-        causal_lm, objective, ranks.gather if ranks.world_size > 1 else None, train.loss_chunk_tokens
-    )
+    gather = RankGather(ranks.gather, ranks.world_size) if ranks.world_size > 1 else None
+    kernel = load_backend(train.loss_backend, causal_lm, ranks.device, train.precision)
+    wrapped = ObjectiveModel(causal_lm, objective, gather, memory_mib=train.loss_memory_mib, kernel=kernel)
     optimizer = build_adamw(wrapped, train, on_host=offloads_optimizer(config))
     engine, _, _, _ = deepspeed.initialize(
         model=wrapped, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps), config=config
@@ -179,7 +193,7 @@ def build_forward_only(
     keep_alive = None if config is None else _partition_while_loading(config)
     causal_lm = load_causal_lm(folder, precision=precision)
     del keep_alive  # or the next model, e.g. the one in training, would be partitioned by this one's settings
-    wrapped = TokenLossModel(causal_lm, LOSS_CHUNK_TOKENS) if signals is None else SignalModel(causal_lm, signals)
+    wrapped = TokenLossModel(causal_lm) if signals is None else SignalModel(causal_lm, signals)
     if config is None:
         runner: Any = wrapped.to(ranks.device)
     else:
@@ -198,9 +212,35 @@ def build_forward_only(
             if not checked:
                 require_faithful(runner(probe_batch(here), check=True), precision, type(causal_lm).__name__)
                 checked = True
+                if config is not None:
+                    _trace_again(runner)
             return runner(here)
 
     return forward
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the random numbers of the host and of an accelerator as they were found."""
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    host, there = torch.get_rng_state(), None if accelerator is None else accelerator.get_rng_state(device)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(host)
+        if accelerator is not None:
+            accelerator.set_rng_state(there, device)
+
+
+def _trace_again(engine: Any) -> None:
+    """Let a forward-only ZeRO-3 engine learn the order of its modules from the next pass.
+
+    The first one, of the check, visits each module twice. Going by that order DeepSpeed would keep every parameter
+    gathered for a second visit that no later pass makes: the whole model, on the accelerator, for good.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
 
 
 def _gradient_norm(model: torch.nn.Module) -> float:

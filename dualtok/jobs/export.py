@@ -9,16 +9,18 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dualtok.engine.checkpoint import find_checkpoint
+from dualtok.engine.checkpoint import STAGES_FILE, find_checkpoint
 from dualtok.engine.train import ADAPTER_FOLDER, CHECKPOINTS, RUN_FILE, START_FOLDER
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import sync_folder, write_text
 from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
 from dualtok.model.load import DTYPES
+from dualtok.model.stages import StageNames
 
 if TYPE_CHECKING:
     from dualtok.engine.checkpoint import SavedCheckpoint
@@ -70,15 +72,17 @@ def export(
         weights_file = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
         if file.is_file() and not weights_file and not (adapter is not None and file.name in MODEL_FILES):
             shutil.copy2(file, temporary)
-    if adapter is None:
-        _write_weights(_state_dict(saved), temporary, DTYPES[precision], shard_size, tied=_tied(start))
-        _set_dtype(temporary / "config.json", precision)
-    else:
-        weights = {name: value.contiguous().to(DTYPES[precision]) for name, value in
-                   adapter_weights(_state_dict(saved)).items()}  # fmt: skip
-        write_adapter(weights, adapter, temporary)
-        if merge:
-            _merge(temporary, run_dir, DTYPES[precision], shard_size)
+    with TemporaryDirectory() as scratch:
+        state = _state_dict(saved, Path(scratch))
+        if adapter is None:
+            _write_weights(state, temporary, DTYPES[precision], shard_size, tied=_tied(start))
+            _set_dtype(temporary / "config.json", precision)
+        else:
+            found = adapter_weights(state)
+            weights = {name: value.contiguous().to(DTYPES[precision]) for name, value in found.items()}
+            write_adapter(weights, adapter, temporary)
+    if merge:
+        _merge(temporary, run_dir, DTYPES[precision], shard_size)
     temporary.replace(target)
     sync_folder(target.parent)
     return target
@@ -100,25 +104,55 @@ def _merge(folder: Path, run_dir: Path, dtype: torch.dtype, shard_size: str) -> 
     merged.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
 
 
-def _state_dict(saved: SavedCheckpoint) -> dict[str, Any]:
-    """Return the checkpoint's parameters under Hugging Face names; partitioned ones are still to be gathered."""
+def _state_dict(saved: SavedCheckpoint, scratch: Path) -> dict[str, Any]:
+    """Return the checkpoint's parameters under Hugging Face names; partitioned ones are still to be gathered.
+
+    Args:
+        saved: the checkpoint.
+        scratch: an empty folder for views of it, to be kept until the parameters are gathered.
+    """
+    if saved.stages == 1:
+        state = _stage_state_dict(saved.folder, saved.zero_stage)
+        return {name.removeprefix(PREFIX): value for name, value in state.items()}
+    names = _stage_names(saved.folder / STAGES_FILE)
+    whole: dict[str, Any] = {}
+    for stage in range(saved.stages):
+        state = _stage_state_dict(_view_of_stage(saved.folder, stage, scratch), saved.zero_stage)
+        prefix = f"{stage}.{PREFIX}"  # DeepSpeed numbers the layers of a pipeline, and a stage is one of them
+        whole |= {names.whole(name.removeprefix(prefix), stage): value for name, value in state.items()}
+    return whole
+
+
+def _stage_names(path: Path) -> StageNames:
+    try:
+        return StageNames(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); choose another checkpoint") from None
+
+
+def _view_of_stage(folder: Path, stage: int, scratch: Path) -> Path:
+    """Return a folder in which one pipeline stage's files look like those of a job without a pipeline."""
+    view = scratch / f"stage-{stage}"
+    view.mkdir()
+    for file in folder.glob(f"*mp_rank_{stage:02d}_*.pt"):
+        (view / file.name.replace(f"mp_rank_{stage:02d}_", "mp_rank_00_")).symlink_to(file.resolve())
+    return view
+
+
+def _stage_state_dict(folder: Path, zero_stage: int) -> dict[str, Any]:
+    """Return the parameters of one pipeline stage, or of a job without a pipeline, under their names there."""
     state: dict[str, Any]
-    if saved.zero_stage == 0:
-        state = _load(saved.folder / MODEL_STATES)["module"]
-        return _named(state)
-    optimizer_states = sorted(saved.folder.glob(OPTIMIZER_STATES), key=_rank)
+    if zero_stage == 0:
+        state = _load(folder / MODEL_STATES)["module"]
+        return state
+    optimizer_states = sorted(folder.glob(OPTIMIZER_STATES), key=_rank)
     if "zero_stage" not in _load(optimizer_states[0])["optimizer_state_dict"]:
-        state = _bf16_masters(optimizer_states, _load(saved.folder / MODEL_STATES)["param_shapes"])
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        return _bf16_masters(optimizer_states, _load(folder / MODEL_STATES)["param_shapes"])
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints its progress
-            state = get_fp32_state_dict_from_zero_checkpoint(str(saved.folder.parent), tag=saved.tag, lazy_mode=True)
-    return _named(state)
-
-
-def _named(state: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(PREFIX): value for name, value in state.items()}
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints its progress
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, lazy_mode=True)
+    return state
 
 
 @dataclass(frozen=True)

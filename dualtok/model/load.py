@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualtok.errors import ConfigError, did_you_mean
+from dualtok.objective.linear_cross_entropy import LogitScaling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dualtok.model.config import ModelConfig
@@ -111,29 +110,10 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
             raise ConfigError(f"model.config: {model_type} has no setting {key!r}{did_you_mean(key, known)}")
     try:
         config = AutoConfig.for_model(model_type, **settings)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise ConfigError(f"model.config: {' '.join(str(error).split())[:200]}") from None
     config.architectures = None
     return config
-
-
-def write_fresh_weights(config: PretrainedConfig, seed: int, folder: Path) -> None:
-    """Draw a model's weights from ``seed`` and save them.
-
-    Written once, they give every ZeRO stage and any number of ranks the same starting point.
-
-    Raises:
-        ConfigError: the configuration describes no model, e.g. one of width 0.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-            raise ConfigError(f"model.config: no model can be built: {' '.join(str(error).split())[:200]}") from None
-    model.save_pretrained(folder)
 
 
 def load_causal_lm(
@@ -186,19 +166,12 @@ def _nf4(precision: str) -> object:
     )  # fmt: skip
 
 
-def logit_transform(config: PretrainedConfig) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return what the architecture does to its logits after ``lm_head`` (soft-cap or scale), or None.
+def logit_scaling(config: PretrainedConfig) -> LogitScaling:
+    """Return what the architecture does to its logits after ``lm_head`` (scale, soft cap).
 
-    :func:`dualtok.model.losses.head_difference` compares the result with the model's own forward pass.
+    :func:`dualtok.model.losses.probe_errors` compares the result with the model's own forward pass.
     """
     text = config.get_text_config()
-    cap = getattr(text, "final_logit_softcapping", None)
-    multiply = getattr(text, "logit_scale", None)
-    divide = getattr(text, "logits_scaling", None)
-    if cap:
-        return lambda logits: torch.tanh(logits / cap) * cap
-    if multiply is not None:
-        return lambda logits: logits * multiply
-    if divide is not None:
-        return lambda logits: logits / divide
-    return None
+    multiply, divide = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)
+    factor = (1.0 if multiply is None else float(multiply)) / (1.0 if divide is None else float(divide))
+    return LogitScaling(factor, getattr(text, "final_logit_softcapping", None) or None)

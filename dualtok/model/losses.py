@@ -5,19 +5,23 @@ Legend: b batch, t position, n = b * t tokens, d hidden, v vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dualtok.errors import ConfigError
-from dualtok.model.load import logit_transform
-from dualtok.objective.head import IGNORED_LABEL, token_losses
+from dualtok.model.load import logit_scaling
+from dualtok.objective.head import IGNORED_LABEL, LossHead, token_losses
+from dualtok.objective.linear_cross_entropy import LOSS_MEMORY_MIB, linear_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
+
+    from dualtok.objective.linear_cross_entropy import LinearCrossEntropy, LogitScaling
 
 Batch = dict[str, torch.Tensor]
 CHECK_TOKENS = 64
@@ -26,18 +30,35 @@ CHECK_TOKENS = 64
 class TokenLossModel(nn.Module):
     """Wraps a Hugging Face causal language model; its forward gives CE(theta; t) for every token of packed blocks.
 
-    The loss is computed inside ``forward``, so that under ZeRO-3 the ``lm_head`` is gathered by its own hooks.
+    A plain linear output layer is replaced, in the model itself, by a :class:`~dualtok.objective.head.LossHead` with
+    the same parameters. The loss is computed inside ``forward``, so that under ZeRO-3 the output layer is gathered by
+    its own hooks.
 
     Args:
         causal_lm: a model with ``base_model`` and output embeddings that takes ``position_ids``.
-        chunk_tokens: tokens whose logits are held at once; None never cuts.
+        memory_mib: memory for logits in MiB; None takes ``LOSS_MEMORY_MIB``.
+        kernel: computes the losses; None takes dualtok's own.
+
+    Raises:
+        ConfigError: a kernel is given and the output layer is no plain linear one.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        memory_mib: float | None = None,
+        kernel: LinearCrossEntropy | None = None,
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self.chunk_tokens = chunk_tokens
-        self._transform = logit_transform(causal_lm.config)
+        self._memory_mib = LOSS_MEMORY_MIB if memory_mib is None else memory_mib
+        self._scaling = logit_scaling(causal_lm.config)
+        _give_loss_head(causal_lm, self._scaling, kernel or partial(linear_cross_entropy, memory_mib=self._memory_mib))
+        if kernel is not None and not isinstance(causal_lm.get_output_embeddings(), LossHead):
+            raise ConfigError(
+                f"train.loss_backend: {type(causal_lm).__name__}'s output layer is a "
+                f"{type(causal_lm.get_output_embeddings()).__name__}, no plain linear one; use loss_backend: torch"
+            )
         # transformers finds the documents of a packed batch for flash attention only when it has one row.
         self._one_row = causal_lm.config._attn_implementation == "flash_attention_2"
 
@@ -55,8 +76,7 @@ class TokenLossModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., v] of hidden states [..., d] as the model itself would compute them."""
-        logits = self.causal_lm.get_output_embeddings()(hidden)
-        return logits if self._transform is None else self._transform(logits)
+        return self._scaling(self.causal_lm.get_output_embeddings()(hidden))
 
     def forward(self, batch: Batch, check: bool = False) -> Any:
         """Return :meth:`compute` of the batch, or with ``check`` the :func:`probe_errors` of a :func:`probe_batch`.
@@ -73,12 +93,14 @@ class TokenLossModel(nn.Module):
 
     def compute(self, batch: Batch) -> Any:
         """Return the token losses [b, t] in float32, aligned with ``labels`` and 0 where a label is -100."""
+        hidden = self.hidden_states(batch)
         return token_losses(
-            self.hidden_states(batch),
+            hidden,
             batch["labels"],
             self.causal_lm.get_output_embeddings(),
-            chunk_tokens=self.chunk_tokens,
-            transform=self._transform,
+            scaling=self._scaling,
+            memory_mib=self._memory_mib,
+            vocabulary=self.causal_lm.config.get_text_config().vocab_size,
         )
 
 
@@ -103,6 +125,16 @@ class SignalModel(TokenLossModel):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
+def _give_loss_head(causal_lm: PreTrainedModel, scaling: LogitScaling, kernel: LinearCrossEntropy) -> None:
+    """Put a loss head where the model has its output layer, unless that is no plain linear one."""
+    layer = causal_lm.get_output_embeddings()
+    if not LossHead.can_replace(layer):
+        return
+    name = next(name for name, module in causal_lm.named_modules() if module is layer)
+    parent, _, attribute = name.rpartition(".")
+    setattr(causal_lm.get_submodule(parent), attribute, LossHead(layer, scaling=scaling, kernel=kernel))
+
+
 def probe_batch(batch: Batch) -> Batch:
     """Return two short rows that tell whether a model is what dualtok takes it for; :func:`probe_errors` judges them.
 
@@ -125,7 +157,7 @@ def probe_errors(own: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) 
     """Return what :func:`require_faithful` judges: the errors of head and boundaries, relative to the mean loss, [2].
 
     * Some architectures scale or cap their logits after ``lm_head``. One that does so in a way unknown to
-      :func:`dualtok.model.load.logit_transform` would train on wrong losses without a sign.
+      :func:`dualtok.model.load.logit_scaling` would train on wrong losses without a sign.
     * Some take ``position_ids`` and yet look across document boundaries (another mask, or a recurrent state).
 
     Args:

@@ -8,9 +8,9 @@ the head, everywhere a run of decoder layers. transformers' own forward pass of 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -176,7 +176,7 @@ class _NoEmbedding(nn.Module):
 
 def keep_stage(model: PreTrainedModel, plan: CutPlan, bounds: StageBounds) -> None:
     """Take away all pieces of a model that another stage holds; what is left runs as before."""
-    base = model.base_model
+    base: Any = model.base_model
     layers = getattr(base, plan.layers)
     setattr(base, plan.layers, nn.ModuleList(layers[bounds.first : bounds.stop]))
     if not bounds.is_first:
@@ -200,13 +200,32 @@ def _stage_config(config: PretrainedConfig, layers: int, bounds: StageBounds) ->
     return own
 
 
-def global_name(name: str, plan: CutPlan, base_prefix: str, first: int) -> str:
-    """Return a stage parameter's name in the uncut model: its layers are counted from ``first``."""
-    prefix = f"{base_prefix}.{plan.layers}."
-    if not name.startswith(prefix):
-        return name
-    place, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{int(place) + first}.{rest}"
+@dataclass(frozen=True)
+class StageNames:
+    """How parameters of a stage are called in the uncut model: a stage counts its decoder layers from 0."""
+
+    layers: str
+    """Name of the list of decoder layers in the causal language model, e.g. ``model.layers``."""
+    first_layers: tuple[int, ...]
+    """The first layer of each stage."""
+
+    def whole(self, name: str, stage: int) -> str:
+        """Return the name in the uncut model of a stage's parameter."""
+        prefix = f"{self.layers}."
+        if not name.startswith(prefix):
+            return name
+        place, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(place) + self.first_layers[stage]}.{rest}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for a file."""
+        return asdict(self)
+
+
+def stage_names(model: PreTrainedModel, bounds: Sequence[StageBounds]) -> StageNames:
+    """Return how the parameters of these stages are called in the uncut model."""
+    plan = cut_plan(model.config)
+    return StageNames(f"{model.base_model_prefix}.{plan.layers}", tuple(each.first for each in bounds))
 
 
 def build_stage(
@@ -219,7 +238,7 @@ def build_stage(
     stages: int,
     dtype: torch.dtype,
     device: torch.device,
-    settle: Callable[[list[nn.Parameter]], None] = lambda parameters: None,
+    settle: Callable[[list[nn.Parameter]], None] | None = None,
 ) -> tuple[PreTrainedModel, list[StageBounds]]:
     """Build one stage of a model and read its weights, one module at a time.
 
@@ -251,16 +270,16 @@ def build_stage(
     keep_stage(causal_lm, plan, mine)
     if model.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    files = WeightFiles(folder)
+    files, names = WeightFiles(folder), stage_names(causal_lm, bounds)
     for name, module in causal_lm.named_modules():
         own = list(module.named_parameters(recurse=False))
         for leaf, parameter in own:
-            whole = global_name(f"{name}.{leaf}", plan, prefix, mine.first)
+            whole = names.whole(f"{name}.{leaf}", stage)
             value = files.read(tied.get(whole, whole), tuple(parameter.shape), prefix)
             module.register_parameter(leaf, nn.Parameter(value.to(device, dtype), parameter.requires_grad))
-        if own:
+        if own and settle is not None:
             settle([getattr(module, leaf) for leaf, _ in own])
-    causal_lm.to(device)  # buffers
+    nn.Module.to(causal_lm, device)  # buffers
     return causal_lm, bounds
 
 

@@ -5,49 +5,125 @@ Legend: b batch, t position, n = b * t tokens, c tokens of a chunk, d hidden, v 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED_LABEL = -100
+from dualtok.objective.linear_cross_entropy import (
+    AS_THEY_ARE,
+    IGNORED_LABEL,
+    LOSS_MEMORY_MIB,
+    LinearCrossEntropy,
+    LogitScaling,
+    chunk_rows,
+    linear_cross_entropy,
+)
 
-CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits [c, v], targets [c] with -100 = ignored) -> losses [c]. Its backward pass must honour a different, also
-negative, incoming gradient for each token."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-LogitTransform = Callable[[torch.Tensor], torch.Tensor]
-"""What some architectures do to their logits after ``lm_head``: a scale or a soft cap."""
+__all__ = ["IGNORED_LABEL", "LossHead", "chunked_token_losses", "token_losses"]
 
 
-def torch_cross_entropy(logits_cv: torch.Tensor, targets_c: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of each row in float32, 0 where the target is -100: the kernel that works everywhere."""
+class LossHead(nn.Linear):
+    """A model's output layer that gives logits, or with labels token losses.
+
+    It takes over the parameters themselves of an existing layer, so that tied embeddings stay tied and names stay as
+    they are, and it has to replace that layer in the model: the weight is then used inside this module's own forward
+    and backward pass, where ZeRO-3 has gathered it.
+
+    Args:
+        layer: the output layer to replace.
+        scaling: what the architecture does to its logits; honoured in the losses, not in the logits.
+        kernel: computes the losses.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear,
+        *,
+        scaling: LogitScaling = AS_THEY_ARE,
+        kernel: LinearCrossEntropy = linear_cross_entropy,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would draw a weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
+        self.train(layer.training)
+        self._scaling = scaling
+        self._kernel = kernel
+
+    @staticmethod
+    def can_replace(layer: nn.Module) -> bool:
+        """Whether a layer is a plain linear one: not quantised, not wrapped by an adapter."""
+        return type(layer) in (nn.Linear, LossHead)
+
+    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002
+        """Return logits [..., v] of hidden states [..., d], or losses [...] of labels [...], 0 where they are -100."""
+        if labels is None:
+            return super().forward(input)
+        if input.shape[:-1] != labels.shape:
+            raise ValueError(_disagreement(input, labels))
+        losses_n = self._kernel(input.flatten(0, -2), self.weight, labels.flatten(), self.bias, scaling=self._scaling)
+        return losses_n.view(labels.shape)
+
+
+def _cross_entropy(logits_cv: torch.Tensor, targets_c: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of each row in float32, 0 where the target is -100."""
     return nn.functional.cross_entropy(logits_cv.float(), targets_c, ignore_index=IGNORED_LABEL, reduction="none")
 
 
 def token_losses(
     hidden_btd: torch.Tensor,
     labels_bt: torch.Tensor,
-    lm_head: nn.Module,
+    output_layer: nn.Module,
     *,
-    chunk_tokens: int | None = None,
-    cross_entropy: CrossEntropy | None = None,
-    transform: LogitTransform | None = None,
+    vocabulary: int,
+    scaling: LogitScaling = AS_THEY_ARE,
+    memory_mib: float = LOSS_MEMORY_MIB,
 ) -> torch.Tensor:
-    """Return CE(theta; t) of every token.
-
-    With more than one chunk, each chunk's logits are computed, dropped, and computed again in the backward pass: the
-    logits of at most one chunk exist at a time, at the price of a second pass through ``lm_head``.
+    """Return CE(theta; t) of every token: from a :class:`LossHead` its own, from another output layer chunk by chunk.
 
     Args:
         hidden_btd: last hidden states.
         labels_bt: int64, already shifted: the token that position t predicts, or -100.
-        lm_head: module from [c, d] to logits [c, v]. Always the module itself is called, never its weight used: ZeRO-3
-            gathers the weight in the module's own hooks, tied or not.
-        chunk_tokens: most tokens whose logits exist at once, >= 1; None never cuts.
-        cross_entropy: the kernel; None takes :func:`torch_cross_entropy`.
-        transform: applied to the logits of each chunk before the kernel.
+        output_layer: the model's own; it is called as a module, where ZeRO-3 has gathered its weight.
+        vocabulary: v.
+        scaling: what the architecture does to its logits; a :class:`LossHead` knows it already.
+        memory_mib: memory for the logits of a chunk, likewise.
+
+    Returns:
+        [b, t] float32, 0 where the label is -100.
+    """
+    if isinstance(output_layer, LossHead):
+        losses: torch.Tensor = output_layer(hidden_btd, labels_bt)
+        return losses
+    size = chunk_rows(memory_mib, vocabulary, torch.float32.itemsize)
+    return chunked_token_losses(hidden_btd, labels_bt, output_layer, chunk_tokens=size, scaling=scaling)
+
+
+def chunked_token_losses(
+    hidden_btd: torch.Tensor,
+    labels_bt: torch.Tensor,
+    output_layer: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    chunk_tokens: int,
+    scaling: LogitScaling = AS_THEY_ARE,
+) -> torch.Tensor:
+    """Return CE(theta; t) of every token from an output layer of any kind (quantised, wrapped by an adapter).
+
+    With more than one chunk, each chunk's logits are computed, dropped, and computed again in the backward pass, which
+    visits every token: slower than :class:`LossHead`, for layers that it cannot replace.
+
+    Args:
+        hidden_btd: last hidden states.
+        labels_bt: int64, already shifted: the token that position t predicts, or -100.
+        output_layer: module from [c, d] to logits [c, v]. Always the module itself is called, never its weight used:
+            ZeRO-3 gathers the weight in the module's own hooks, tied or not.
+        chunk_tokens: most tokens whose logits exist at once, >= 1.
+        scaling: what the architecture does to its logits.
 
     Returns:
         [b, t] float32, 0 where the label is -100.
@@ -56,25 +132,26 @@ def token_losses(
         ValueError: hidden states and labels disagree in [b, t], or ``chunk_tokens`` is below 1.
     """
     if hidden_btd.shape[:-1] != labels_bt.shape:
-        raise ValueError(
-            f"hidden states have shape {tuple(hidden_btd.shape)}, labels {tuple(labels_bt.shape)}; "
-            "all but the last dimension of the hidden states must agree"
-        )
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, or None for one piece; got {chunk_tokens}")
-    kernel = torch_cross_entropy if cross_entropy is None else cross_entropy
+        raise ValueError(_disagreement(hidden_btd, labels_bt))
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     hidden_nd, labels_n = hidden_btd.flatten(0, -2), labels_bt.flatten()
 
     def chunk_losses(hidden_cd: torch.Tensor, labels_c: torch.Tensor) -> torch.Tensor:
-        logits_cv: torch.Tensor = lm_head(hidden_cd)
-        return kernel(logits_cv if transform is None else transform(logits_cv), labels_c).float()
+        return _cross_entropy(scaling(output_layer(hidden_cd)), labels_c)
 
-    size = chunk_tokens or max(len(labels_n), 1)
-    chunks = list(zip(torch.split(hidden_nd, size), torch.split(labels_n, size), strict=True))
-    # Chunks are cut by shape alone, and one without any label is not left out: under ZeRO-3 every call of lm_head is a
-    # collective, and a rank that skipped one because of its data would leave the others waiting for ever.
+    # Chunks are cut by shape alone, and one without any label is not left out: under ZeRO-3 every call of the layer is
+    # a collective, and a rank that skipped one because of its data would leave the others waiting for ever.
+    chunks = list(zip(torch.split(hidden_nd, chunk_tokens), torch.split(labels_n, chunk_tokens), strict=True))
     if len(chunks) == 1:
         losses_n = chunk_losses(*chunks[0])
     else:
         losses_n = torch.cat([checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
-    return torch.where(labels_n != IGNORED_LABEL, losses_n, 0.0).view(labels_bt.shape)
+    return losses_n.view(labels_bt.shape)
+
+
+def _disagreement(hidden: torch.Tensor, labels: torch.Tensor) -> str:
+    return (
+        f"hidden states have shape {tuple(hidden.shape)}, labels {tuple(labels.shape)}; "
+        "all but the last dimension of the hidden states must agree"
+    )

@@ -5,25 +5,16 @@ Legend: b batch, t position, n = tokens in the scope (all ranks when a ``gather`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, get_args
+from typing import ClassVar
 
 import torch
 
-from dualtok.objective.calibrate import calibrated_loss
 from dualtok.objective.goldfish import GoldfishConfig, goldfish_mask
 from dualtok.objective.head import IGNORED_LABEL
-from dualtok.objective.selection import (
-    Gather,
-    Normalize,
-    SelectionConfig,
-    SelectionCounts,
-    check_alpha,
-    check_choice,
-    full_mask,
-    select_tokens,
-)
+from dualtok.objective.plan import DualLoss, TokenPlan, apply_plan, plan_dual, plan_mean
+from dualtok.objective.selection import Gather, Normalize, SelectionConfig, full_mask
 
 __all__ = [
     "OBJECTIVES",
@@ -35,6 +26,8 @@ __all__ = [
     "GoldfishConfig",
     "Objective",
     "Selective",
+    "TokenPlan",
+    "apply_plan",
     "build_objective",
     "causal_lm_loss",
     "dual_loss",
@@ -46,45 +39,6 @@ __all__ = [
 Batch = Mapping[str, torch.Tensor]
 """``input_ids``, ``position_ids``, ``labels`` [b, t] int64 and, for some objectives, ``reference_loss`` [b, t]
 float32."""
-
-
-@dataclass(frozen=True, eq=False)
-class DualLoss:
-    """The loss of one (micro-)batch, and how each token took part in it. Only ``loss`` carries a gradient."""
-
-    loss: torch.Tensor
-    """Scalar, float32. With a ``gather``, the mean of the ranks' losses is the loss of the whole batch."""
-
-    hard: torch.Tensor
-    """Tokens that are learned: bool, of the token losses' shape."""
-
-    memorised: torch.Tensor
-    """Tokens that are unlearned: bool, same shape."""
-
-    calibrated: torch.Tensor
-    """s(t): float32, same shape, 0 where masked, NaN where a loss is; all 0 when no reference losses were given."""
-
-    counts: SelectionCounts
-    """Sizes of the sets over the whole scope, all ranks included."""
-
-    totals: torch.Tensor
-    """[3, 2] float64 on the device of the losses, for this rank alone: rows T_h, T_m and all predicted tokens; columns
-    the sum of their token losses (nats) and their number. Add them up over micro-batches and ranks, then divide."""
-
-    @property
-    def hard_loss(self) -> torch.Tensor:
-        """Mean CE over this rank's part of T_h, nats; NaN when it is empty."""
-        return self.totals[0, 0] / self.totals[0, 1]
-
-    @property
-    def memorised_loss(self) -> torch.Tensor:
-        """Mean CE over this rank's part of T_m, nats; NaN when it is empty."""
-        return self.totals[1, 0] / self.totals[1, 1]
-
-    @property
-    def plain_loss(self) -> torch.Tensor:
-        """Mean CE over this rank's predicted tokens, nats; NaN when there are none."""
-        return self.totals[2, 0] / self.totals[2, 1]
 
 
 def dual_loss(
@@ -118,26 +72,18 @@ def dual_loss(
         normalize: ``per_set`` divides the sum over T_m by its size, ``per_share`` by memorised_share * n.
         gather: collects the scores of all ranks. The sets and their sizes are then those of the whole batch, and the
             loss is multiplied by the number of ranks, so that the mean over ranks that data-parallel engines take of
-            losses and gradients is exact, however unevenly the tokens are spread. It is called twice, on every rank.
+            losses and gradients is exact, however unevenly the tokens are spread. It is called once on every rank, and
+            once more if it does not know its ``world_size`` (:class:`~dualtok.objective.selection.RankGather` does).
 
     Raises:
         ValueError: shapes differ, a share lies outside [0, 1], the shares sum above 1, ``alpha`` is negative or
             ``normalize`` is unknown.
     """
-    check_alpha(alpha)
-    check_choice("normalize", normalize, get_args(Normalize))
-    mask = full_mask(token_loss, mask)
-    s = torch.where(mask, calibrated_loss(token_loss, reference_loss), 0.0)
-    hard, memorised, counts = select_tokens(
-        s, mask, hard_share=hard_share, memorised_share=memorised_share, tau=tau, gather=gather
-    )
-    world_size = 1 if gather is None else len(gather(torch.ones(1, device=token_loss.device))[0])
-    # An empty T_m weighs nothing under either: one over a tiny share would be infinite, and times 0 not a number.
-    per_share = normalize == "per_share" and counts.memorised > 0
-    unlearned = memorised_share * counts.tokens if per_share else counts.memorised
-    weights = world_size * (_one_over(counts.hard) * hard.float() - alpha * _one_over(unlearned) * memorised.float())
-    loss = _weighted_sum(token_loss, mask, weights)
-    return DualLoss(loss, hard, memorised, s, counts, _totals(token_loss, hard, memorised, mask))
+    plan = plan_dual(
+        [token_loss], [reference_loss], [mask], hard_share=hard_share, memorised_share=memorised_share, tau=tau,
+        alpha=alpha, normalize=normalize, gather=gather,
+    )[0]  # fmt: skip
+    return apply_plan(plan, token_loss)
 
 
 def selective_loss(
@@ -176,7 +122,7 @@ def causal_lm_loss(
         ValueError: the shapes differ.
     """
     mask = full_mask(token_loss, mask)
-    return _mean_loss(token_loss, mask, mask, reference_loss, gather)
+    return apply_plan(plan_mean(token_loss, mask, mask, reference_loss, gather), token_loss)
 
 
 def goldfish_loss(
@@ -207,94 +153,118 @@ def goldfish_loss(
     Raises:
         ValueError: the shapes differ.
     """
-    kept = goldfish_mask(input_ids, position_ids, labels, drop_every=drop_every, context=context).to(token_loss.device)
-    predicted = full_mask(token_loss, (labels != IGNORED_LABEL).to(token_loss.device))
-    return _mean_loss(token_loss, predicted, kept, reference_loss, gather)
+    objective = Goldfish(GoldfishConfig(drop_every, context))
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+    if reference_loss is not None:
+        batch["reference_loss"] = reference_loss
+    return objective(token_loss, batch, gather=gather)
 
 
-class Objective(Protocol):
+class Objective:
     """What the engine calls with this rank's token losses."""
 
     needs_reference: ClassVar[bool]
     """Whether the batch must have ``reference_loss``; the others only report s(t) when it is there."""
 
+    @property
+    def spans_step(self) -> bool:
+        """Whether :meth:`plan` must see all micro-batches of an optimiser step together."""
+        return False
+
     def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> DualLoss:
-        """Return the loss of a batch: ``token_loss`` [b, t] is aligned with ``batch["labels"]``."""
+        """Return the loss of a batch that is a whole step: ``token_loss`` [b, t] is aligned with its ``labels``."""
+        return apply_plan(self.plan([token_loss], [batch], gather)[0], token_loss)
+
+    def plan(
+        self, token_losses: Sequence[torch.Tensor], batches: Sequence[Batch], gather: Gather | None = None
+    ) -> list[TokenPlan]:
+        """Return what each token of an optimiser step's micro-batches counts; engines average the parts' losses."""
+        return [
+            self._plan_one(losses.detach(), batch, gather) for losses, batch in zip(token_losses, batches, strict=True)
+        ]
+
+    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Dual:
+class Dual(Objective):
     """:func:`dual_loss` with its settings; with ``scope: local`` each rank ranks and averages its own tokens alone."""
 
     config: SelectionConfig = field(default_factory=SelectionConfig)
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> DualLoss:
-        """Return the dual loss of a batch with ``reference_loss``."""
+    @property
+    def spans_step(self) -> bool:
+        """Whether the scope is ``step``."""
+        return self.config.scope == "step"
+
+    def plan(
+        self, token_losses: Sequence[torch.Tensor], batches: Sequence[Batch], gather: Gather | None = None
+    ) -> list[TokenPlan]:
+        """Rank the tokens of all micro-batches together with ``scope: step``, else those of each alone."""
+        if self.spans_step:
+            return self._plan(token_losses, batches, gather)
+        return super().plan(token_losses, batches, None if self.config.scope == "local" else gather)
+
+    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
+        return self._plan([token_loss], [batch], gather)[0]
+
+    def _plan(
+        self, token_losses: Sequence[torch.Tensor], batches: Sequence[Batch], gather: Gather | None
+    ) -> list[TokenPlan]:
         settings = self.config
-        return dual_loss(
-            token_loss,
-            batch["reference_loss"].to(token_loss.device),
-            _predicted(token_loss, batch),
+        pairs = list(zip(token_losses, batches, strict=True))
+        return plan_dual(
+            token_losses,
+            [batch["reference_loss"].to(losses.device) for losses, batch in pairs],
+            [_predicted(losses, batch) for losses, batch in pairs],
             hard_share=settings.hard_share,
             memorised_share=settings.memorised_share,
             tau=settings.tau,
             alpha=settings.alpha,
             normalize=settings.normalize,
-            gather=gather if settings.scope == "micro_batch" else None,
+            gather=gather,
         )
 
 
 @dataclass(frozen=True)
-class Selective:
+class Selective(Dual):
     """:func:`selective_loss`; of the settings only ``hard_share`` and ``scope`` matter."""
 
-    config: SelectionConfig = field(default_factory=SelectionConfig)
-    needs_reference: ClassVar[bool] = True
-
-    def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> DualLoss:
-        """Return the selective loss of a batch with ``reference_loss``."""
-        return selective_loss(
-            token_loss,
-            batch["reference_loss"].to(token_loss.device),
-            _predicted(token_loss, batch),
-            hard_share=self.config.hard_share,
-            gather=gather if self.config.scope == "micro_batch" else None,
+    def __post_init__(self) -> None:
+        """Take the unlearning half out."""
+        learning = SelectionConfig(
+            hard_share=self.config.hard_share, memorised_share=0.0, alpha=0.0, scope=self.config.scope
         )
+        object.__setattr__(self, "config", learning)
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Objective):
     """:func:`causal_lm_loss`."""
 
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> DualLoss:
-        """Return the plain loss of a batch."""
-        return causal_lm_loss(
-            token_loss, _predicted(token_loss, batch), reference_loss=_reference(token_loss, batch), gather=gather
-        )
+    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
+        predicted = _predicted(token_loss, batch)
+        return plan_mean(token_loss, predicted, predicted, _reference(token_loss, batch), gather)
 
 
 @dataclass(frozen=True)
-class Goldfish:
+class Goldfish(Objective):
     """:func:`goldfish_loss` with its settings."""
 
     config: GoldfishConfig = field(default_factory=GoldfishConfig)
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> DualLoss:
-        """Return the Goldfish loss of a batch."""
-        return goldfish_loss(
-            token_loss,
-            batch["input_ids"],
-            batch["position_ids"],
-            batch["labels"],
-            drop_every=self.config.drop_every,
-            context=self.config.context,
-            reference_loss=_reference(token_loss, batch),
-            gather=gather,
-        )
+    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
+        kept = goldfish_mask(
+            batch["input_ids"], batch["position_ids"], batch["labels"],
+            drop_every=self.config.drop_every, context=self.config.context,
+        ).to(token_loss.device)  # fmt: skip
+        predicted = full_mask(token_loss, _predicted(token_loss, batch))
+        return plan_mean(token_loss, predicted, kept, _reference(token_loss, batch), gather)
 
 
 OBJECTIVES: dict[str, type[Dual | Selective | CausalLM | Goldfish]] = {
@@ -325,33 +295,6 @@ def build_objective(
     return objectives[name]
 
 
-def _mean_loss(
-    token_loss: torch.Tensor,
-    predicted: torch.Tensor,
-    learned: torch.Tensor,
-    reference_loss: torch.Tensor | None,
-    gather: Gather | None,
-) -> DualLoss:
-    """Return the mean CE over ``learned``, a subset of the ``predicted`` tokens."""
-    # Gathered as float32, as the contract of ``gather`` says: exact up to 16.7 million tokens per rank and micro-batch.
-    own = torch.stack([predicted.sum(), learned.sum()]).float()
-    sizes = (own if gather is None else gather(own)[0]).view(-1, 2)
-    tokens, kept = (int(size) for size in sizes.double().sum(0).tolist())
-    loss = _weighted_sum(token_loss, predicted, len(sizes) * _one_over(kept) * learned.float())
-    s = torch.zeros_like(token_loss, dtype=torch.float32)
-    if reference_loss is not None:
-        s = torch.where(predicted, calibrated_loss(token_loss, reference_loss), s)
-    nothing = torch.zeros_like(learned)
-    return DualLoss(
-        loss,
-        learned,
-        nothing,
-        s,
-        SelectionCounts(tokens, kept, 0),
-        _totals(token_loss, learned, nothing, predicted),
-    )
-
-
 def _predicted(token_loss: torch.Tensor, batch: Batch) -> torch.Tensor:
     return (batch["labels"] != IGNORED_LABEL).to(token_loss.device)
 
@@ -359,24 +302,3 @@ def _predicted(token_loss: torch.Tensor, batch: Batch) -> torch.Tensor:
 def _reference(token_loss: torch.Tensor, batch: Batch) -> torch.Tensor | None:
     reference_loss = batch.get("reference_loss")
     return None if reference_loss is None else reference_loss.to(token_loss.device)
-
-
-def _one_over(size: float) -> float:
-    """Return 1 / size, the weight of each token in a mean; 0 for an empty set, which contributes nothing."""
-    return 1.0 / size if size > 0 else 0.0
-
-
-def _weighted_sum(token_loss: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the sum of weights * losses in float32.
-
-    Every token stays in the graph with its weight, be it 0: a rank without selected tokens must run the same backward
-    pass as the others, as under ZeRO-3 each layer's backward is a collective. ``where`` keeps masked NaNs out of value
-    and gradient.
-    """
-    return (torch.where(mask, token_loss.float(), 0.0) * weights).sum()
-
-
-def _totals(token_loss: torch.Tensor, *sets: torch.Tensor) -> torch.Tensor:
-    """Return [len(sets), 2] float64: each set's sum of token losses and its size; never waits for the device."""
-    losses = token_loss.detach().double()
-    return torch.stack([torch.stack([torch.where(s, losses, 0.0).sum(), s.sum().double()]) for s in sets])

@@ -6,7 +6,7 @@ Legend: n = tokens that are ranked, over all ranks when a ``gather`` is given; m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -14,10 +14,11 @@ import torch
 
 Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 """This rank's 1-D float32 values -> (all ranks' values concatenated in rank order, this rank's offset in them).
-Ranks may hold different numbers of values, some none."""
+Ranks may hold different numbers of values, some none. One with an attribute ``world_size``, as :class:`RankGather`
+has, need not be called to learn it."""
 
 Normalize = Literal["per_set", "per_share"]
-Scope = Literal["micro_batch", "local"]
+Scope = Literal["micro_batch", "local", "step"]
 
 ROUNDING = 1e-9
 """Added before the floor of share * n: in floating point 0.29 * 100 is 28.999999999999996, and 29 tokens are meant."""
@@ -47,9 +48,10 @@ class SelectionConfig:
     it."""
 
     scope: Scope = "micro_batch"
-    """Tokens that are ranked together: one micro-batch over all data-parallel ranks (``micro_batch``), or this rank's
-    part of it alone (``local``: no communication, but results depend on the number of ranks). The paper has one GPU,
-    hence one micro-batch."""
+    """Tokens that are ranked together: one micro-batch over all data-parallel ranks (``micro_batch``); this rank's part
+    of it alone (``local``: no communication, but results depend on the number of ranks); or all micro-batches of an
+    optimiser step (``step``: results do not depend on gradient accumulation, but with it every step runs one more
+    forward pass, without gradients). The paper has one GPU, hence one micro-batch."""
 
     def __post_init__(self) -> None:
         """Refuse shares, thresholds and weights that mean nothing."""
@@ -68,6 +70,18 @@ class SelectionCounts(NamedTuple):
     """n, all tokens that were ranked."""
     hard: int
     memorised: int
+
+
+@dataclass(frozen=True)
+class RankGather:
+    """A gather that knows the number of ranks, which saves a collective per micro-batch."""
+
+    collect: Gather
+    world_size: int
+
+    def __call__(self, values: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return what ``collect`` returns."""
+        return self.collect(values)
 
 
 class Selection(NamedTuple):
@@ -116,15 +130,52 @@ def select_tokens(
     Raises:
         ValueError: the shapes differ, a share lies outside [0, 1], the shares sum above 1, or ``tau`` is NaN.
     """
+    return select_over(
+        [scores], [mask], hard_share=hard_share, memorised_share=memorised_share, tau=tau, gather=gather
+    )[0]
+
+
+def select_over(
+    scores: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor | None],
+    *,
+    hard_share: float,
+    memorised_share: float,
+    tau: float,
+    gather: Gather | None = None,
+) -> list[Selection]:
+    """Do what :func:`select_tokens` does, over several micro-batches ranked together.
+
+    A token's global position is that of its micro-batch first, of its rank second. ``gather`` is called once per
+    micro-batch, of which there must be one at least.
+    """
     check_shares(hard_share, memorised_share)
     if math.isnan(tau):
         raise ValueError("tau must be a number, got NaN")
-    mask = full_mask(scores, mask)
-    values = scores.detach().float()
-    ranked = mask & ~values.isnan()
-    own_m = values[ranked]
-    scores_n, offset = (own_m, 0) if gather is None else gather(own_m)
+    ranked, gathered, places = [], [], []
+    start = 0
+    for part, mask in zip(scores, masks, strict=True):
+        values = part.detach().float()
+        valid = full_mask(part, mask) & ~values.isnan()
+        own_m = values[valid]
+        everyone, offset = (own_m, 0) if gather is None else gather(own_m)
+        ranked.append(valid)
+        gathered.append(everyone)
+        places.append(slice(start + offset, start + offset + len(own_m)))
+        start += len(everyone)
+    hard_n, memorised_n, counts = _rank(torch.cat(gathered), hard_share, memorised_share, tau)
+    return [
+        Selection(
+            torch.zeros_like(valid).masked_scatter(valid, hard_n[here]),
+            torch.zeros_like(valid).masked_scatter(valid, memorised_n[here]),
+            counts,
+        )
+        for valid, here in zip(ranked, places, strict=True)
+    ]
 
+
+def _rank(scores_n: torch.Tensor, hard_share: float, memorised_share: float, tau: float) -> Selection:
+    """Return T_h and T_m among scores in the order of their global positions."""
     n = len(scores_n)
     n_hard = set_size(hard_share, n)
     if n and hard_share > 0:
@@ -140,14 +191,15 @@ def select_tokens(
     hard_n[order[:n_hard]] = True
     memorised_n = torch.zeros_like(hard_n)
     memorised_n[lowest] = scores_n[lowest] < tau
+    return Selection(hard_n, memorised_n, SelectionCounts(n, n_hard, int(memorised_n.sum())))
 
-    here = slice(offset, offset + len(own_m))
-    nowhere = torch.zeros_like(ranked)
-    return Selection(
-        nowhere.masked_scatter(ranked, hard_n[here]),
-        nowhere.masked_scatter(ranked, memorised_n[here]),
-        SelectionCounts(n, n_hard, int(memorised_n.sum())),
-    )
+
+def world_size_of(gather: Gather | None, device: torch.device) -> int:
+    """Return the number of ranks; a gather that does not know it is called to find out."""
+    if gather is None:
+        return 1
+    known = getattr(gather, "world_size", None)
+    return len(gather(torch.ones(1, device=device))[0]) if known is None else int(known)
 
 
 def set_size(share: float, n: int) -> int:

@@ -26,8 +26,13 @@ from dualtok.model.adapters import (
     write_adapter,
 )
 from dualtok.model.config import LoraConfig
-from tests.model.test_losses import ARCHITECTURES, VOCABULARY, build
 
+VOCABULARY = 97
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
 TARGETS = {
     "llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
@@ -37,6 +42,11 @@ TARGETS = {
 
 def config_of(model_type: str) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **ARCHITECTURES[model_type], vocab_size=VOCABULARY)
+
+
+def build(model_type: str) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_of(model_type)).eval()
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -173,7 +183,7 @@ def test_a_reference_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> Non
         save_file(load_file(tmp_path / "good" / WEIGHTS_FILE), folder / WEIGHTS_FILE)
         return folder
 
-    with pytest.raises(ConfigError, match="holds a .*IA3 adapter; only LoRA"):
+    with pytest.raises(ConfigError, match=r"holds a .*IA3 adapter; only LoRA"):
         plan(reference=altered("ia3", peft_type="IA3", feedforward_modules=[]))
     with pytest.raises(ConfigError, match=r"changes more than linear layers \(modules_to_save\)"):
         plan(reference=altered("saves", modules_to_save=["lm_head"]))
@@ -184,7 +194,7 @@ def test_a_reference_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> Non
     other = tmp_path / "empty"
     other.mkdir()
     (other / "adapter_config.json").write_text((tmp_path / "good" / "adapter_config.json").read_text())
-    with pytest.raises(ConfigError, match="has no adapter_model.safetensors"):
+    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors"):
         plan(reference=other)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dualtok.data.packing import model_inputs, pack_documents
 from dualtok.errors import ConfigError
-from dualtok.model.losses import SignalModel, TokenLossModel, model_errors, require_faithful
+from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
+from dualtok.objective import LossHead, linear_cross_entropy
 
 VOCABULARY, BLOCK_LENGTH = 97, 48
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -99,17 +100,17 @@ def test_the_head_is_transformers_own(model_type: str, changes: dict[str, Any]) 
     batch = model_inputs(
         np.random.default_rng(3).integers(0, VOCABULARY, (2, 32)).astype(np.int32), [np.array([32])] * 2
     )
-    require_faithful(model(batch, check=True), "fp32", model_type)
+    require_faithful(model(probe_batch(batch), check=True), "fp32", model_type)
 
 
 @torch.no_grad()
 def test_logits_changed_in_an_unknown_way_are_refused() -> None:
     causal_lm = build("cohere", logit_scale=0.25)
     model = TokenLossModel(causal_lm)
-    model._transform = None  # as for an architecture whose scale dualtok does not know
+    causal_lm.logit_scale = 0.5  # as for an architecture whose scale dualtok does not know
     batch = model_inputs(np.random.default_rng(3).integers(0, VOCABULARY, (1, 32)).astype(np.int32), [np.array([32])])
     with pytest.raises(ConfigError, match="changes its logits"):
-        require_faithful(model_errors(model, batch), "fp32", "cohere")
+        require_faithful(model.errors(probe_batch(batch)), "fp32", "cohere")
     with pytest.raises(ConfigError):
         require_faithful(torch.tensor([float("nan"), 0.0]), "fp32", "broken")
 
@@ -120,7 +121,7 @@ def test_an_architecture_that_looks_across_documents_is_refused() -> None:
     model = TokenLossModel(build("opt", hidden_size=32, ffn_dim=48, word_embed_proj_dim=32))
     batch = model_inputs(np.random.default_rng(3).integers(0, VOCABULARY, (1, 48)).astype(np.int32), [np.array([48])])
     with pytest.raises(ConfigError, match="with the document packed before it"):
-        require_faithful(model_errors(model, batch), "fp32", "OPT")
+        require_faithful(model.errors(probe_batch(batch)), "fp32", "OPT")
 
 
 @torch.no_grad()
@@ -132,6 +133,50 @@ def test_a_batch_laid_in_one_row_has_the_same_losses() -> None:
     expected = model(batch)
     model._one_row = True
     torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_the_output_layer_is_replaced_under_its_own_name(model_type: str, tie: bool) -> None:
+    causal_lm = build(model_type, tie_word_embeddings=tie)
+    names, values = zip(*causal_lm.state_dict().items(), strict=True)
+    weight, attribute = causal_lm.get_output_embeddings().weight, type(causal_lm.get_output_embeddings())
+    assert attribute is torch.nn.Linear
+    model = TokenLossModel(causal_lm)
+    head = causal_lm.get_output_embeddings()
+    assert isinstance(head, LossHead)
+    assert head.weight is weight
+    assert (head.weight is causal_lm.get_input_embeddings().weight) == tie
+    assert tuple(causal_lm.state_dict()) == names
+    for now, before in zip(causal_lm.state_dict().values(), values, strict=True):
+        torch.testing.assert_close(now, before, rtol=0, atol=0)
+    assert isinstance(TokenLossModel(model.causal_lm, 8.0).causal_lm.get_output_embeddings(), LossHead)
+
+
+class Wrapped(torch.nn.Module):
+    """An output layer as an adapter makes it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.base(hidden) + 0.1 * hidden.sum(-1, keepdim=True)
+
+
+def test_an_output_layer_that_is_not_plain_is_called_as_it_is() -> None:
+    causal_lm = build("llama")
+    causal_lm.set_output_embeddings(Wrapped(causal_lm.get_output_embeddings()))
+    batch = model_inputs(
+        np.random.default_rng(3).integers(0, VOCABULARY, (2, 32)).astype(np.int32), [np.array([32])] * 2
+    )
+    losses = [TokenLossModel(causal_lm, memory)(batch) for memory in (None, 0.005)]
+    assert isinstance(causal_lm.get_output_embeddings(), Wrapped)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        require_faithful(TokenLossModel(causal_lm).errors(probe_batch(batch)), "fp32", "wrapped")
+    with pytest.raises(ConfigError, match=r"loss_backend.*Wrapped.*use loss_backend: torch"):
+        TokenLossModel(causal_lm, kernel=linear_cross_entropy)
 
 
 @torch.no_grad()

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
-from dualtok.objective import dual_loss, token_losses, torch_cross_entropy
+from dualtok.objective import LogitScaling, LossHead, dual_loss, token_losses
+from dualtok.objective.head import chunked_token_losses
 
 B, T, D, V = 3, 10, 8, 17
+SOFT_CAP = LogitScaling(softcap=2.0)
 
 
 class CountingHead(nn.Linear):
-    """Counts its calls and keeps the largest number of rows that it was given at once."""
+    """No plain linear layer. Counts its calls and keeps the number of rows that it was given."""
 
     def __init__(self) -> None:
         super().__init__(D, V, bias=False)
@@ -41,43 +41,56 @@ def labels() -> torch.Tensor:
     return labels
 
 
-def soft_cap(logits: torch.Tensor) -> torch.Tensor:
-    return 2.0 * torch.tanh(logits / 2.0)
+def expected_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = hidden.detach().double() @ weight.detach().double().T
+    losses = -(logits - logits.logsumexp(-1, keepdim=True)).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return torch.where(labels == -100, 0.0, losses)
 
 
-def test_it_is_the_negative_log_probability_of_the_label(
-    head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_loss_head_takes_over_the_parameters_themselves(hidden: torch.Tensor, bias: bool) -> None:
+    layer = nn.Linear(D, V, bias=bias)
+    layer.weight.requires_grad_(requires_grad=False)
+    replaced = LossHead(layer)
+    assert replaced.weight is layer.weight
+    assert replaced.bias is layer.bias
+    assert list(replaced.state_dict()) == list(layer.state_dict())
+    torch.testing.assert_close(replaced(hidden), layer(hidden), rtol=0, atol=0)
+    assert not LossHead(layer.eval()).training
+
+
+def test_a_loss_head_gives_the_negative_log_probability_of_the_label(
+    hidden: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    losses = token_losses(hidden, labels, head, chunk_tokens=7)
-    logits = hidden.detach().double() @ head.weight.detach().double().T
-    expected = -(logits - logits.logsumexp(-1, keepdim=True)).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    layer = nn.Linear(D, V, bias=False)
+    losses = LossHead(layer)(hidden, labels)
     assert losses.shape == (B, T)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(
-        losses.detach().double(), torch.where(labels == -100, 0.0, expected), rtol=1e-5, atol=1e-6
+        losses.detach().double(), expected_losses(hidden, layer.weight, labels), rtol=1e-5, atol=1e-6
     )
+    torch.testing.assert_close(token_losses(hidden, labels, LossHead(layer), vocabulary=V), losses)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 29, 30, 1000])
-@pytest.mark.parametrize("transform", [None, soft_cap])
-def test_chunks_change_neither_values_nor_gradients(
-    head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor, chunk: int, transform: Any
+@pytest.mark.parametrize("scaling", [LogitScaling(), SOFT_CAP, LogitScaling(0.3)])
+def test_a_loss_head_and_any_other_layer_agree(
+    head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor, scaling: LogitScaling
 ) -> None:
-    # Weights of both signs, as the dual loss has them.
-    weights = torch.randn(B, T, generator=torch.Generator().manual_seed(3))
     results = []
-    for size in (None, chunk):
-        losses = token_losses(hidden, labels, head, chunk_tokens=size, transform=transform)
+    weights = torch.randn(B, T, generator=torch.Generator().manual_seed(3))
+    for layer in (LossHead(head, scaling=scaling), head):
+        losses = token_losses(hidden * 4, labels, layer, vocabulary=V, scaling=scaling, memory_mib=1e-3)
         results.append((losses, *torch.autograd.grad((losses * weights).sum(), (hidden, head.weight))))
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+    assert head.rows[0] < B * T, "the other layer was not called chunk by chunk"
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_transform_is_applied(head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor) -> None:
-    capped = token_losses(hidden * 10, labels, head, chunk_tokens=4, transform=soft_cap)
-    expected = torch_cross_entropy(soft_cap(head(hidden * 10)).flatten(0, 1), labels.flatten()).view(B, T)
-    torch.testing.assert_close(capped, expected)
-    assert not torch.allclose(capped, token_losses(hidden * 10, labels, head))
+def test_only_a_plain_linear_layer_is_replaced() -> None:
+    assert LossHead.can_replace(nn.Linear(2, 3))
+    assert LossHead.can_replace(LossHead(nn.Linear(2, 3)))
+    assert not LossHead.can_replace(CountingHead())
+    assert not LossHead.can_replace(nn.Sequential(nn.Linear(2, 3)))
 
 
 def test_a_tied_weight_gets_the_gradient_of_both_uses(labels: torch.Tensor) -> None:
@@ -88,19 +101,41 @@ def test_a_tied_weight_gets_the_gradient_of_both_uses(labels: torch.Tensor) -> N
     ids = torch.randint(0, V, (B, T))
     reference_loss = torch.rand(B, T) * 5
     gradients = []
-    for chunk in (None, 4):
-        token_loss = token_losses(embedding(ids).tanh(), labels, tied, chunk_tokens=chunk)
-        outcome = dual_loss(token_loss, reference_loss, labels != -100)
+    for losses_of in (
+        LossHead(tied),
+        lambda hidden, labels: chunked_token_losses(hidden, labels, tied, chunk_tokens=4),
+        lambda hidden, labels: nn.functional.cross_entropy(tied(hidden).mT, labels, reduction="none"),
+    ):
+        outcome = dual_loss(losses_of(embedding(ids).tanh(), labels), reference_loss, labels != -100)
         gradients.append(torch.autograd.grad(outcome.loss, embedding.weight)[0])
     assert outcome.memorised.any()
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[2], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("chunk", "calls"), [(None, 1), (30, 1), (29, 2), (7, 5), (1, 30)])
-def test_no_more_than_a_chunk_of_logits_exists_at_once(
-    head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor, chunk: int | None, calls: int
+@pytest.mark.parametrize("chunk", [1, 4, 7, 29, 30, 1000])
+@pytest.mark.parametrize("scaling", [LogitScaling(), SOFT_CAP])
+def test_chunks_change_neither_values_nor_gradients(
+    head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor, chunk: int, scaling: LogitScaling
 ) -> None:
-    live: list[int] = []
+    # Weights of both signs, as the dual loss has them.
+    weights = torch.randn(B, T, generator=torch.Generator().manual_seed(3))
+    results = []
+    for size in (B * T, chunk):
+        losses = chunked_token_losses(hidden, labels, head, chunk_tokens=size, scaling=scaling)
+        results.append((losses, *torch.autograd.grad((losses * weights).sum(), (hidden, head.weight))))
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+    if scaling == LogitScaling():
+        torch.testing.assert_close(
+            losses.detach().double(), expected_losses(hidden, head.weight, labels), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("chunk", "calls"), [(1000, 1), (30, 1), (29, 2), (7, 5), (1, 30)])
+def test_no_more_than_a_chunk_of_logits_exists_at_once(
+    head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor, chunk: int, calls: int
+) -> None:
     saved_logits = []
 
     def watch(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,16 +144,14 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
-        losses = token_losses(hidden, labels, head, chunk_tokens=chunk)
-    live.extend(head.rows)
-    assert len(live) == calls
-    assert max(live) == min(chunk or B * T, B * T)
-    assert sum(live) == B * T
+        losses = chunked_token_losses(hidden, labels, head, chunk_tokens=chunk)
+    assert len(head.rows) == calls
+    assert max(head.rows) == min(chunk, B * T)
+    assert sum(head.rows) == B * T
     if calls > 1:
         assert not saved_logits, "the forward pass keeps logits for the backward pass"
     losses.sum().backward()
-    again = head.rows[calls:]
-    assert len(again) == (calls if calls > 1 else 0)
+    assert len(head.rows[calls:]) == (calls if calls > 1 else 0)
 
 
 @pytest.mark.parametrize("fill", [-100, 3])
@@ -126,7 +159,7 @@ def test_the_number_of_calls_does_not_depend_on_the_labels(
     head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor, fill: int
 ) -> None:
     """Under ZeRO-3 a rank that called lm_head less often than the others would make them wait for ever."""
-    losses = token_losses(hidden, torch.full_like(labels, fill), head, chunk_tokens=4)
+    losses = chunked_token_losses(hidden, torch.full_like(labels, fill), head, chunk_tokens=4)
     losses.sum().backward()
     assert head.rows == [4] * 7 + [2] + ([2] + [4] * 7)
     assert losses.any() == (fill >= 0)
@@ -134,45 +167,31 @@ def test_the_number_of_calls_does_not_depend_on_the_labels(
     assert head.weight.grad.any() == (fill >= 0)
 
 
-def test_positions_without_a_label_are_zero_whatever_the_kernel_says(
-    head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor
-) -> None:
-    def careless(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = torch_cross_entropy(logits, targets.clamp(min=0)).to(torch.bfloat16)
-        return torch.where(targets == -100, float("nan"), loss)
-
-    losses = token_losses(hidden, labels, head, chunk_tokens=4, cross_entropy=careless)
-    assert losses.dtype == torch.float32
-    assert not losses[labels == -100].any()
-    assert losses[labels != -100].all()
-    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
-    assert torch.isfinite(gradient).all()
-    assert not gradient[labels == -100].any()
-
-
 def test_low_precision_logits_are_reduced_in_float32() -> None:
     torch.manual_seed(0)
     lm_head = nn.Linear(D, 4096, bias=False).bfloat16()
     hidden = torch.randn(1, 6, D, dtype=torch.bfloat16)
     labels = torch.arange(6)[None]
-    losses = token_losses(hidden, labels, lm_head, chunk_tokens=2)
     logits = lm_head(hidden).detach().double()[0]
     expected = logits.logsumexp(-1) - logits[torch.arange(6), labels[0]]
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses[0].detach().double(), expected, rtol=1e-5, atol=1e-5)
+    for losses in (chunked_token_losses(hidden, labels, lm_head, chunk_tokens=2), LossHead(lm_head)(hidden, labels)):
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses[0].detach().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_it_works_without_gradients_and_without_tokens(head: CountingHead, hidden: torch.Tensor) -> None:
+def test_both_work_without_gradients_and_without_tokens(head: CountingHead, hidden: torch.Tensor) -> None:
     labels = torch.zeros(B, T, dtype=torch.int64)
-    with torch.no_grad():
-        losses = token_losses(hidden, labels, head, chunk_tokens=4)
-    assert not losses.requires_grad
-    torch.testing.assert_close(losses, token_losses(hidden, labels, head).detach())
-    assert token_losses(hidden[:0], labels[:0], head, chunk_tokens=4).shape == (0, T)
+    for layer in (head, LossHead(head)):
+        with torch.no_grad():
+            losses = token_losses(hidden, labels, layer, vocabulary=V)
+        assert not losses.requires_grad
+        torch.testing.assert_close(losses, token_losses(hidden, labels, layer, vocabulary=V).detach())
+        assert token_losses(hidden[:0], labels[:0], layer, vocabulary=V).shape == (0, T)
 
 
 def test_wrong_arguments_are_refused(head: CountingHead, hidden: torch.Tensor, labels: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"\(3, 10, 8\).*\(3, 9\)"):
-        token_losses(hidden, labels[:, 1:], head)
+    for layer in (head, LossHead(head)):
+        with pytest.raises(ValueError, match=r"\(3, 10, 8\).*\(3, 9\)"):
+            token_losses(hidden, labels[:, 1:], layer, vocabulary=V)
     with pytest.raises(ValueError, match="chunk_tokens"):
-        token_losses(hidden, labels, head, chunk_tokens=0)
+        chunked_token_losses(hidden, labels, head, chunk_tokens=0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtok.objective import DualLoss, SelectionConfig, build_objective, dual_loss
-from tests.objective.support import backward, on_ranks, random_losses, random_mask
+from dualtok.objective import DualLoss, RankGather, SelectionConfig, apply_plan, build_objective, dual_loss
+from tests.objective.support import backward, expected_dual, on_ranks, random_losses, random_mask
 
 if TYPE_CHECKING:
     from dualtok.objective.selection import Gather
@@ -117,3 +118,117 @@ def test_scope_local_ranks_each_part_alone() -> None:
     for outcome, part, reference in zip(outcomes, losses, reference_loss.split(2), strict=True):
         torch.testing.assert_close(outcome.loss, dual_loss(part, reference).loss, rtol=0, atol=0)
         assert outcome.counts.tokens == 20
+
+
+def step_outcomes(
+    objective: Any,
+    leaves: list[list[torch.Tensor]],
+    references: list[list[torch.Tensor]],
+    masks: list[list[torch.Tensor]],
+    *,
+    informed: bool = False,
+) -> list[list[DualLoss]]:
+    """Return every rank's outcome of every micro-batch of a step; arguments by rank, then micro-batch."""
+
+    def compute(rank: int, gather: Gather) -> list[DualLoss]:
+        batches = [
+            {"labels": torch.where(mask, 1, -100), "reference_loss": reference}
+            for mask, reference in zip(masks[rank], references[rank], strict=True)
+        ]
+        known = RankGather(gather, len(leaves)) if informed else gather
+        plans = objective.plan([leaf.detach() for leaf in leaves[rank]], batches, known)
+        return [apply_plan(plan, leaf) for plan, leaf in zip(plans, leaves[rank], strict=True)]
+
+    return on_ranks(len(leaves), compute)
+
+
+STEPS = st.fixed_dictionaries({
+    "hard_share": st.sampled_from([0.0, 0.3, 0.6]), "memorised_share": st.sampled_from([0.0, 0.2, 0.4]),
+    "normalize": st.sampled_from(["per_set", "per_share"]),
+})  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(0, 2**32), st.booleans(), st.booleans(), STEPS)
+def test_a_step_of_micro_batches_is_one_batch(
+    data: st.DataObject, seed: int, ties: bool, informed: bool, options: dict[str, Any]
+) -> None:
+    """Scope ``step``: A micro-batches on R ranks give what the formulas give for one batch of A * R slices."""
+    micro_batches, world_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    slices = micro_batches * world_size  # in global order: micro-batch first, then rank
+    rows = data.draw(st.lists(st.integers(0, 4), min_size=slices, max_size=slices))
+    token_loss, reference_loss = random_losses(seed, (sum(rows), 5), ties=ties)
+    mask = random_mask(seed, token_loss.shape)
+    expected = expected_dual(token_loss.detach().numpy(), reference_loss.numpy(), mask.numpy(), **options)
+
+    def by_rank(parts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        return [parts[rank::world_size] for rank in range(world_size)]
+
+    leaves = [part.detach().clone().requires_grad_() for part in token_loss.split(rows)]
+    objective = build_objective("dual", SelectionConfig(scope="step", **options))
+    assert objective.spans_step
+    outcomes = step_outcomes(
+        objective, by_rank(leaves), by_rank(list(reference_loss.split(rows))), by_rank(list(mask.split(rows))),
+        informed=informed,
+    )  # fmt: skip
+    in_order = [outcomes[rank][micro] for micro in range(micro_batches) for rank in range(world_size)]
+    # What engines do: each micro-batch's loss over their number, gradients summed, then the mean over ranks.
+    total = sum(outcome.loss.double() for outcome in in_order) / slices
+    assert isinstance(total, torch.Tensor)
+    assert total.item() == pytest.approx(expected.loss, rel=1e-5, abs=1e-5)
+    gradients = [backward(outcome, leaf) / slices for outcome, leaf in zip(in_order, leaves, strict=True)]
+    np.testing.assert_allclose(torch.cat(gradients).numpy(), expected.gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(torch.cat([o.hard for o in in_order]).numpy(), expected.hard)
+    np.testing.assert_array_equal(torch.cat([o.memorised for o in in_order]).numpy(), expected.memorised)
+    counts = (int(mask.sum()), int(expected.hard.sum()), int(expected.memorised.sum()))
+    assert all(outcome.counts == counts for outcome in in_order)
+    assert sum(o.totals for o in in_order)[:, 1].tolist() == [counts[1], counts[2], counts[0]]
+
+
+@pytest.mark.parametrize("name", ["dual", "selective", "causal_lm", "goldfish"])
+@pytest.mark.parametrize("scope", ["micro_batch", "local"])
+def test_other_scopes_plan_each_micro_batch_alone(name: str, scope: Any) -> None:
+    token_loss, reference_loss = random_losses(6, (3, 4, 30))
+    generator = torch.Generator().manual_seed(6)
+    batches = [
+        {"input_ids": torch.randint(0, 9, (4, 30), generator=generator), "labels": torch.ones(4, 30, dtype=torch.int64),
+         "position_ids": torch.arange(30).repeat(4, 1), "reference_loss": part} for part in reference_loss
+    ]  # fmt: skip
+    objective = build_objective(name, SelectionConfig(scope=scope))
+    assert not objective.spans_step
+    for plan, losses, batch in zip(objective.plan(list(token_loss), batches), token_loss, batches, strict=True):
+        assert not plan.weights.requires_grad
+        alone = objective(losses, batch)
+        torch.testing.assert_close(apply_plan(plan, losses).loss, alone.loss, rtol=0, atol=0)
+        torch.testing.assert_close(plan.hard, alone.hard, rtol=0, atol=0)
+        torch.testing.assert_close(plan.memorised, alone.memorised, rtol=0, atol=0)
+
+
+def test_a_plan_needs_no_losses_of_tokens_that_weigh_nothing() -> None:
+    token_loss, reference_loss = random_losses(7, (2, 3, 20))
+    batches = [{"labels": torch.ones(3, 20, dtype=torch.int64), "reference_loss": part} for part in reference_loss]
+    plans = build_objective("dual", SelectionConfig(scope="step")).plan(list(token_loss), batches)
+    for plan, losses in zip(plans, token_loss, strict=True):
+        selected = plan.weights != 0
+        assert (selected == (plan.hard | plan.memorised)).all()
+        assert not selected.all()
+        torch.testing.assert_close(apply_plan(plan, losses).loss, apply_plan(plan, losses * selected).loss)
+
+
+@pytest.mark.parametrize(("name", "scope", "calls"), [
+    ("dual", "micro_batch", 1), ("selective", "micro_batch", 1), ("causal_lm", "micro_batch", 1), ("dual", "local", 0),
+])  # fmt: skip
+def test_a_gather_that_knows_the_ranks_is_called_once(name: str, scope: Any, calls: int) -> None:
+    seen = []
+
+    def collect(values: torch.Tensor) -> tuple[torch.Tensor, int]:
+        seen.append(len(values))
+        return torch.cat([values, values]), 0
+
+    token_loss, reference_loss = random_losses(8, (3, 20))
+    batch = {"labels": torch.ones(3, 20, dtype=torch.int64), "reference_loss": reference_loss}
+    objective = build_objective(name, SelectionConfig(scope=scope))
+    known = objective(token_loss, batch, gather=RankGather(collect, 2))
+    assert len(seen) == calls
+    asked = objective(token_loss, batch, gather=collect)
+    torch.testing.assert_close(known.loss, asked.loss, rtol=0, atol=0)

@@ -111,15 +111,21 @@ def own_models(comparison: Comparison, precision: str) -> None:
     for name, settings in modes.items():
         config = ReferenceConfig(model=job["merged"], precision=precision, batch_size=4, **settings)
         folder = check_reference(config, job["data"], manifest)
+        before = {id(parameter) for parameter in partitioned_parameters()}
         reference = build_reference(config, folder, layout)
         comparison.compare(f"{name} {precision}", reference, expected)
         if name == "offload partitioned":
-            parts = [p.ds_tensor for p in gc.get_objects() if isinstance(p, torch.nn.Parameter) and p.numel() == 0]
-            devices = sorted({str(part.device) for part in parts})
-            comparison.result[f"{name} {precision}"] |= {
-                "held": sum(part.numel() for part in parts),
-                "devices": devices,
-            }
+            new = [p for p in partitioned_parameters() if id(p) not in before]
+            entry = comparison.result[f"{name} {precision}"]
+            entry["held"] = sum(p.ds_tensor.numel() for p in new)
+            entry["whole"] = sum(p.ds_numel for p in new)
+            entry["gathered"] = sum(p.numel() for p in new)
+            entry["devices"] = sorted({str(p.ds_tensor.device) for p in new})
+
+
+def partitioned_parameters() -> list[Any]:
+    """Return all parameters that ZeRO-3 has in hand in this process."""
+    return [p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter) and hasattr(p, "ds_tensor")]
 
 
 def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | None, **engine_settings: Any) -> None:
