@@ -82,15 +82,16 @@ def export(
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
     checkpoint: Annotated[str, typer.Option(help="best, latest, or a checkpoint's name.")] = "best",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA run: the whole model, not the adapter.")] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
+    """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer), or as a peft adapter folder."""
     _refuse_launcher("export")
     from dualtok.jobs.export import export as run_export
 
     _quiet_libraries()
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision {precision!r}: must be fp32 or bf16")
-    _say(f"wrote {run_export(run_dir, target, which=checkpoint, precision=precision)}")
+    _say(f"wrote {run_export(run_dir, target, which=checkpoint, precision=precision, merge=merge)}")
 
 
 @app.command()

@@ -82,6 +82,10 @@ class RunConfig:
                 "selection.alpha: has no effect with objective 'selective', which never unlearns; remove it"
             )
 
+        lora = self.model is not None and self.model.lora is not None
+        if self.reference is not None and self.reference.mode == "adapter" and not lora:
+            raise ValueError("reference.mode: 'adapter' needs the section model.lora, whose base is the reference")
+
     def need(self, section: str, verb: str) -> Any:
         """Return a section that ``verb`` cannot do without.
 

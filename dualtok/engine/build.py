@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.layout import Layout
     from dualtok.engine.protocol import TrainingEngine
+    from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
     from dualtok.objective.loss import Objective
 
@@ -38,6 +39,7 @@ def build_engine(
     objective: Objective,
     total_steps: int,
     layout: Layout,
+    adapters: Adapters | None = None,
 ) -> TrainingEngine:
     """Load a model and spread it, its AdamW and its schedule over the ranks as ``train.engine`` says.
 
@@ -49,12 +51,14 @@ def build_engine(
         objective: the loss.
         total_steps: optimiser steps at which the schedule ends.
         layout: the job's ranks, in ``train.stages`` stages.
+        adapters: train these and freeze the rest; None trains all weights.
 
     Raises:
         ConfigError: the model cannot be loaded, or not be cut into these stages.
     """
     build: Callable[..., TrainingEngine] = build_zero_engine if train.engine == "zero" else build_pipeline
-    return build(folder, model, train, config=config, objective=objective, total_steps=total_steps, layout=layout)
+    return build(folder, model, train, config=config, objective=objective, total_steps=total_steps, layout=layout,
+                 adapters=adapters)  # fmt: skip
 
 
 def build_pipeline(
@@ -66,6 +70,7 @@ def build_pipeline(
     objective: Objective,
     total_steps: int,
     layout: Layout,
+    adapters: Adapters | None = None,
 ) -> TrainingEngine:
     """Build this rank's stage of a model and wrap it, its AdamW and its schedule in a pipeline engine.
 
@@ -89,6 +94,11 @@ def build_pipeline(
             dtype=DTYPES[train.precision], device=layout.ranks.device, settle=settle,
         )
     )  # fmt: skip
+    names = stage_names(causal_lm, bounds)
+    if adapters is not None:
+        adapters.put_into(causal_lm, lambda name: names.whole(name, layout.stage))
+        if settle is not None:
+            settle([parameter for parameter in causal_lm.parameters() if not hasattr(parameter, "ds_id")])
     replicas = layout.data_parallel
     gather = RankGather(replicas.gather, replicas.world_size) if replicas.world_size > 1 else None
     head: dict[str, Any] = {"memory_mib": train.loss_memory_mib}
@@ -96,7 +106,7 @@ def build_pipeline(
         head["kernel"] = load_backend(train.loss_backend, causal_lm, layout.ranks.device, train.precision)
     stage = StageModel(causal_lm, bounds[layout.stage], objective, gather, **head)
     module = StagesModule(stage, layout)
-    if tied_weights(causal_lm):
+    if tied_weights(causal_lm) and adapters is None:  # frozen copies stay equal by themselves
         module.tie(_shared_weight(causal_lm, layout), layout)
     optimizer = build_adamw(module, train, on_host=offloads_optimizer(config))
     with redirect_stdout(StringIO()):  # it prints the sizes of the stages
@@ -104,7 +114,7 @@ def build_pipeline(
             args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),
             mpu=module.mpu(), config=config, config_class=DeepSpeedConfig(config, module.mpu()),
         )  # fmt: skip
-    return PipelineTrainer(engine, layout, stage_names(causal_lm, bounds))
+    return PipelineTrainer(engine, layout, names)
 
 
 def _shared_weight(causal_lm: PreTrainedModel, layout: Layout) -> nn.Parameter | None:

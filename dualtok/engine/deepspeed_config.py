@@ -115,6 +115,28 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
     return merged
 
 
+def offload_json(path: str | Path | None, *, on_accelerator: bool) -> Json:
+    """Return the DeepSpeed settings of a reference whose parameters lie in host memory.
+
+    Args:
+        path: the user's DeepSpeed JSON; None takes stage 3 with parameters in host memory.
+        on_accelerator: whether there is a device to copy to, for which host memory is pinned.
+
+    Raises:
+        ConfigError: the file's parameters would not be offloaded.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": on_accelerator}}}
+    given = read_deepspeed_json(path)
+    device = given.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
+    if device in ("none", None):
+        raise ConfigError(
+            f"{path}: has no zero_optimization.offload_param.device, so reference.mode 'offload' would not offload; "
+            "add it (cpu or nvme), or use reference.mode=resident"
+        )
+    return given
+
+
 def require_tested_deepspeed(installed: str, *, allow_untested: bool) -> None:
     """Refuse a DeepSpeed whose inner workings this engine was never compared with.
 
@@ -163,18 +185,19 @@ def _fit_pipeline(merged: Json, train: TrainConfig) -> None:
         zero |= {"stage3_param_persistence_threshold": 2**62, "stage3_model_persistence_threshold": 2**62}
 
 
-def inference_config(path: str | Path, precision: str, batch_size: int) -> Json:
-    """Return the configuration of a forward-only ZeRO-3 engine made from a DeepSpeed JSON file.
+def inference_config(path: str | Path | Json, precision: str, batch_size: int) -> Json:
+    """Return the configuration of a forward-only ZeRO-3 engine made from a DeepSpeed JSON file or its content.
 
     Optimiser, scheduler and monitor settings are left out: they would start a second writer or need gradients.
 
     Raises:
         ConfigError: the file's ZeRO stage is not 3, the only one that works without an optimiser.
     """
-    given = read_deepspeed_json(path)
+    given = path if isinstance(path, dict) else read_deepspeed_json(path)
     if zero_stage(given) != 3:
+        where = "the DeepSpeed settings" if isinstance(path, dict) else path
         raise ConfigError(
-            f"{path}: zero_optimization.stage is {zero_stage(given)}; a forward-only engine needs stage 3"
+            f"{where}: zero_optimization.stage is {zero_stage(given)}; a forward-only engine needs stage 3"
         )
     zero = {key: value for key, value in given["zero_optimization"].items() if key != "offload_optimizer"}
     return {

@@ -14,6 +14,7 @@ import numpy as np
 from dualtok.audit.metrics import roc_auc
 from dualtok.errors import DataError
 from dualtok.objective.head import IGNORED_LABEL
+from dualtok.reference.live import with_reference
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dualtok.data.packing import Segment
     from dualtok.data.stream import BlockStream
     from dualtok.engine.protocol import TrainingEngine
+    from dualtok.reference.live import LiveReference
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,29 @@ class Evaluation:
 
 
 def evaluate(
-    engine: TrainingEngine, members: BlockStream, validation: BlockStream, *, blocks: int, batch_size: int, step: int
-) -> Evaluation:
-    """Evaluate on at most ``blocks`` blocks of each stream; every rank takes part and gets the same result."""
-    seen = document_losses(engine, members, blocks, batch_size)
-    unseen = document_losses(engine, validation, blocks, batch_size)
+    engine: TrainingEngine, members: BlockStream, validation: BlockStream, *, blocks: int, batch_size: int, step: int,
+    reference: LiveReference | None = None,
+) -> Evaluation:  # fmt: skip
+    """Evaluate on at most ``blocks`` blocks of each stream; every rank takes part and gets the same result.
+
+    ``reference`` scores the blocks where the streams carry no reference losses.
+    """
+    seen = document_losses(engine, members, blocks, batch_size, reference)
+    unseen = document_losses(engine, validation, blocks, batch_size, reference)
     known = np.isfinite(seen.reference).all() and np.isfinite(unseen.reference).all()
     auc = float(roc_auc(-seen.calibrated, -unseen.calibrated)) if known else None
     return Evaluation(step, unseen.mean_loss, seen.mean_loss, auc)
 
 
-def document_losses(engine: TrainingEngine, stream: BlockStream, blocks: int, batch_size: int) -> DocumentLosses:
+def document_losses(
+    engine: TrainingEngine, stream: BlockStream, blocks: int, batch_size: int, reference: LiveReference | None = None
+) -> DocumentLosses:
     """Sum token losses per document over the first ``blocks`` blocks of a stream, shared by all replicas."""
     ranks = engine.layout.data_parallel
     pieces = []
     for batch, segments in stream.sequential(batch_size, ranks.rank, ranks.world_size, max_blocks=blocks):
+        if reference is not None:
+            batch = with_reference(batch, reference.token_losses(batch))  # noqa: PLW2901
         losses = engine.token_losses(batch).cpu().double()
         pieces.append(_document_sums(losses, batch, segments))
     mine = np.concatenate(pieces) if pieces else np.zeros((0, 4))

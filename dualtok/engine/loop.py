@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.protocol import TrainingEngine
     from dualtok.model.losses import Batch
+    from dualtok.reference.live import LiveReference
     from dualtok.run import RunConfig
 
 
@@ -53,9 +54,11 @@ class TrainingLoop:
     Args:
         run: the run's settings; its ``train`` section is set.
         engine: the model in its DeepSpeed engine.
-        stream: blocks of the training split, with reference losses if the run has a reference.
+        stream: blocks of the training split, with reference losses if the run has stored ones.
         validation: blocks of ``validation``.
         total_steps: optimiser steps of the whole run.
+        state: where the run stands.
+        reference: computes the reference losses while training, if they are not stored.
     """
 
     run: RunConfig
@@ -64,6 +67,7 @@ class TrainingLoop:
     validation: BlockStream
     total_steps: int
     state: LoopState = field(default_factory=LoopState)
+    reference: LiveReference | None = None
 
     def __post_init__(self) -> None:
         """Name the parts that every method uses."""
@@ -119,7 +123,7 @@ class TrainingLoop:
 
     def batches(self) -> Iterator[Batch]:
         """Return this replica's micro-batches from where the run stands; its stages read the same ones."""
-        return iter(
+        batches = iter(
             self.stream.batches(
                 start_sample=self.state.samples_seen,
                 global_micro_batch=self.train.batch_size // self.train.gradient_accumulation,
@@ -128,6 +132,10 @@ class TrainingLoop:
                 workers=self.train.data_workers,
             )
         )
+        if self.reference is None:
+            return batches
+        # It may read ahead: the data cursor counts what was trained on, not what was read.
+        return self.reference.scored(batches, self.train.gradient_accumulation)
 
     def step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
         """Run one optimiser step and measure it.
@@ -178,8 +186,9 @@ class TrainingLoop:
             return None
         rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.layout.data_parallel.world_size)
         evaluation = evaluate(
-            self.engine, self.stream, self.validation, blocks=self.train.evaluation_blocks, batch_size=rows, step=step
-        )
+            self.engine, self.stream, self.validation, blocks=self.train.evaluation_blocks, batch_size=rows, step=step,
+            reference=self.reference,
+        )  # fmt: skip
         if not math.isfinite(evaluation.validation_loss):  # before a checkpoint of such weights replaces a good one
             raise DualtokError(
                 f"step {step}: the validation loss is {evaluation.validation_loss}, training diverged; lower "

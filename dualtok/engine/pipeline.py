@@ -173,6 +173,12 @@ class PipelineTrainer:
     layout: Layout
     stages: StageNames
 
+    @property
+    def module(self) -> nn.Module:
+        """The modules of this rank's stage."""
+        module: nn.Module = self.engine.module
+        return module
+
     def check(self, batch: Batch, precision: str) -> None:
         """Compare head and document boundaries with what they should be, once, before training."""
         stage: StageModel = self.engine.module.stage

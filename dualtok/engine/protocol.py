@@ -20,6 +20,10 @@ class TrainingEngine(Protocol):
 
     layout: Layout
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """The modules that this rank runs: the whole model, or its stage."""
+
     def check(self, batch: Batch, precision: str) -> None:
         """Compare dualtok's head and document boundaries with what they should be, once, before training.
 

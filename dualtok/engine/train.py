@@ -12,16 +12,19 @@ from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.build import build_engine
 from dualtok.engine.checkpoint import COMPLETE, find_checkpoint
-from dualtok.engine.deepspeed_config import training_config
+from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
+from dualtok.engine.reference import build_reference, check_reference
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
+from dualtok.model.adapters import plan_adapters, save_settings
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import check_fits, starting_config
 from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, fingerprint
+from dualtok.reference.live import AdapterReference
 from dualtok.reference.stored import StoredScores
 
 if TYPE_CHECKING:
@@ -30,17 +33,24 @@ if TYPE_CHECKING:
     from dualtok.data.manifest import Manifest
     from dualtok.engine.checkpoint import SavedCheckpoint
     from dualtok.engine.config import TrainConfig
+    from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.distributed import Ranks
+    from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
+    from dualtok.reference.live import LiveReference
     from dualtok.run import RunConfig
 
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.yaml"
 FREE_ON_RESUME = ("monitor", "audit", "output_dir", "data.processes", "data.source", "train.data_workers",
-                  "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every")  # fmt: skip
+                  "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every",
+                  "reference.prefetch", "reference.threads", "reference.cores")  # fmt: skip
 """Settings that change nothing about what is learned."""
 START_FOLDER = "start"
 """Folder of a run that holds the model's config and tokenizer (and, for a model from a config, its first weights)."""
+
+ADAPTER_FOLDER = "adapter"
+"""Folder within it that holds the settings of a run's LoRA adapters."""
 
 
 def train(run: RunConfig, *, resume: bool = False) -> LoopState:
@@ -67,7 +77,12 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
         ranks.first_does(lambda: _require_same_settings(run))
     stream, validation = ranks.together(lambda: open_streams(run, manifest, (settings.split, "validation"), ranks))
     total_steps = count_steps(settings, len(stream))
-    folder = _start_folder(run, model, manifest, ranks, resumed=saved is not None)
+    reference_folder = _check_reference(run, manifest, ranks)
+    adapters = _plan_adapters(run, model, deepspeed_config, ranks)
+    folder = _start_folder(run, model, manifest, adapters, ranks, resumed=saved is not None)
+    reference: LiveReference | None = None
+    if run.reference is not None and reference_folder is not None:
+        reference = build_reference(run.reference, reference_folder, layout)
     engine = build_engine(
         folder,
         model,
@@ -76,13 +91,22 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
         objective=build_objective(run.objective, run.selection, run.goldfish),
         total_steps=total_steps,
         layout=layout,
+        adapters=adapters,
     )
-    loop = TrainingLoop(run, engine, stream, validation, total_steps, LoopState(blocks=blocks_digest(manifest)))
+    if run.reference is not None and run.reference.mode == "adapter":
+        assert adapters is not None
+        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.module))
+    state = LoopState(blocks=blocks_digest(manifest))
+    loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference)
     if saved is not None:
         loop.resume(saved)
     else:
         engine.check(next(loop.batches()), settings.precision)
-    return loop.fit()
+    try:
+        return loop.fit()
+    finally:
+        if reference is not None:
+            reference.close()
 
 
 def count_steps(settings: TrainConfig, blocks: int) -> int:
@@ -99,8 +123,8 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
         split_entry(manifest, split, run.data.dir)
     reference, share = run.reference, {"rank": ranks.rank, "world_size": ranks.world_size}
     scores: list[StoredScores | None] = [None] * len(splits)
-    if reference is not None:
-        expected = ranks.first_does(lambda: fingerprint(reference.model, manifest, reference.precision))
+    if reference is not None and not reference.is_live:
+        expected = ranks.first_does(lambda: fingerprint(reference.origin, manifest, reference.precision))
         if splits[0] not in reference.splits:
             raise ConfigError(
                 f"reference.splits: has no {splits[0]!r}, which this run trains on; add it and score again"
@@ -123,6 +147,32 @@ def _require_reference(run: RunConfig) -> None:
         raise ConfigError(f"objective {run.objective!r} needs the section 'reference' with the model that was scored")
 
 
+def _check_reference(run: RunConfig, manifest: Manifest, ranks: Ranks) -> Path | None:
+    """Return the folder of a reference that has a model of its own and computes while training."""
+    reference = run.reference
+    if reference is None or reference.mode in ("stored", "adapter"):
+        return None
+    return Path(ranks.first_does(lambda: check_reference(reference, run.data.dir, manifest)))
+
+
+def _plan_adapters(run: RunConfig, model: ModelConfig, deepspeed_config: Json, ranks: Ranks) -> Adapters | None:
+    """Check the run's LoRA adapters against its base model."""
+    if model.lora is None:
+        return None
+    if model.quantise is not None and zero_stage(deepspeed_config) == 3:
+        raise ConfigError(
+            "model.quantise: ZeRO stage 3 cannot partition weights in 4 bits; use a DeepSpeed JSON of stage 0 to 2"
+        )
+    lora, adapter = model.lora, run.reference.adapter if run.reference is not None else None
+    base = model.path or str(Path(run.output_dir) / START_FOLDER)
+
+    def plan() -> Adapters:
+        vocabulary = len(load_tokenizer(Path(run.data.dir) / "tokenizer"))
+        return plan_adapters(lora, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
+
+    return ranks.together(plan)
+
+
 def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: bool) -> SavedCheckpoint | None:
     """Return the checkpoint to continue from, or None for a fresh start; never mix two runs in one folder."""
     if resume:
@@ -132,7 +182,9 @@ def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: bool) -> SavedChe
     return None
 
 
-def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks: Ranks, *, resumed: bool) -> Path:
+def _start_folder(
+    run: RunConfig, model: ModelConfig, manifest: Manifest, adapters: Adapters | None, ranks: Ranks, *, resumed: bool
+) -> Path:
     """Check the model against the blocks and lay down what ``dualtok export`` needs later; done by rank 0."""
 
     def prepare() -> Path:
@@ -146,6 +198,8 @@ def _start_folder(run: RunConfig, model: ModelConfig, manifest: Manifest, ranks:
             write_fresh_weights(config, run.seed, start)
         config.save_pretrained(start)
         tokenizer.save_pretrained(start)
+        if adapters is not None:
+            save_settings(adapters, start / ADAPTER_FOLDER)
         write_text(output / RUN_FILE, run.to_yaml())
         return Path(model.path or start)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.distributed import Ranks
     from dualtok.engine.layout import Layout
+    from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
     from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss, Objective, TokenPlan
@@ -46,6 +47,11 @@ class ZeroEngine:
         """Ask how the optimiser steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
         self._steps_with_torch = isinstance(self.engine.optimizer, torch.optim.Optimizer)
         self._norm = float("nan")
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The modules that this rank runs."""
+        return self.model
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to this rank's device."""
@@ -128,6 +134,7 @@ def build_zero_engine(
     objective: Objective,
     total_steps: int,
     layout: Layout,
+    adapters: Adapters | None = None,
 ) -> ZeroEngine:
     """Load a model and wrap it, its AdamW and its schedule in a DeepSpeed engine.
 
@@ -139,6 +146,7 @@ def build_zero_engine(
         objective: the loss; called inside the engine's forward with this rank's token losses.
         total_steps: optimiser steps at which the schedule ends.
         layout: the job's ranks, in one stage.
+        adapters: train these and freeze the rest; None trains all weights.
     """
     import deepspeed
 
@@ -146,8 +154,11 @@ def build_zero_engine(
     ranks = layout.data_parallel
     keep_alive = _partition_while_loading(config)
     causal_lm = load_causal_lm(
-        folder, attention=model.attention, activation_checkpointing=model.activation_checkpointing
-    )
+        folder, attention=model.attention, activation_checkpointing=model.activation_checkpointing,
+        quantise=model.quantise,
+    )  # fmt: skip
+    if adapters is not None:
+        adapters.put_into(causal_lm)
     gather = RankGather(ranks.gather, ranks.world_size) if ranks.world_size > 1 else None
     kernel = load_backend(train.loss_backend, causal_lm, ranks.device, train.precision)
     wrapped = ObjectiveModel(causal_lm, objective, gather, memory_mib=train.loss_memory_mib, kernel=kernel)
@@ -163,7 +174,7 @@ def build_forward_only(
     *,
     precision: str,
     batch_size: int,
-    deepspeed_json: str | None,
+    deepspeed_json: str | Json | None,
     ranks: Ranks,
     signals: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] | None = None,
 ) -> Callable[[Batch], Any]:
@@ -173,14 +184,15 @@ def build_forward_only(
         folder: Hugging Face folder or hub name.
         precision: ``fp32`` or ``bf16``.
         batch_size: blocks per call and rank.
-        deepspeed_json: configuration of a ZeRO-3 engine that shards the weights over the ranks; None keeps a whole copy
-            on every rank. With it every rank must make the same number of calls.
+        deepspeed_json: configuration (file or content) of a ZeRO-3 engine that shards the weights over the ranks; None
+            keeps a whole copy on every rank. With it every rank must make the same number of calls.
         ranks: the job's ranks.
         signals: function of (logits [b, t, v], labels [b, t]) that is kept per token instead of the loss.
     """
     config = None if deepspeed_json is None else inference_config(deepspeed_json, precision, batch_size)
     keep_alive = None if config is None else _partition_while_loading(config)
     causal_lm = load_causal_lm(folder, precision=precision)
+    del keep_alive  # or the next model, e.g. the one in training, would be partitioned by this one's settings
     wrapped = TokenLossModel(causal_lm) if signals is None else SignalModel(causal_lm, signals)
     if config is None:
         runner: Any = wrapped.to(ranks.device)
@@ -193,13 +205,15 @@ def build_forward_only(
 
     checked = False
 
-    def forward(batch: Batch, _keep_alive: object = keep_alive) -> Any:
+    def forward(batch: Batch) -> Any:
         nonlocal checked
         here = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
         with torch.no_grad():
             if not checked:
                 require_faithful(runner(probe_batch(here), check=True), precision, type(causal_lm).__name__)
                 checked = True
+                if config is not None:
+                    _trace_again(runner)
             return runner(here)
 
     return forward
@@ -216,6 +230,17 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         torch.set_rng_state(host)
         if accelerator is not None:
             accelerator.set_rng_state(there, device)
+
+
+def _trace_again(engine: Any) -> None:
+    """Let a forward-only ZeRO-3 engine learn the order of its modules from the next pass.
+
+    The first one, of the check, visits each module twice. Going by that order DeepSpeed would keep every parameter
+    gathered for a second visit that no later pass makes: the whole model, on the accelerator, for good.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
 
 
 def _gradient_norm(model: torch.nn.Module) -> float:

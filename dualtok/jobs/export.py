@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualtok.engine.checkpoint import STAGES_FILE, find_checkpoint
-from dualtok.engine.train import CHECKPOINTS, START_FOLDER
-from dualtok.errors import CheckpointError
+from dualtok.engine.train import ADAPTER_FOLDER, CHECKPOINTS, RUN_FILE, START_FOLDER
+from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import sync_folder, write_text
+from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
 from dualtok.model.load import DTYPES, read_model_config
 from dualtok.model.stages import StageNames, empty_causal_lm, tied_weights
 
@@ -27,13 +28,16 @@ if TYPE_CHECKING:
 PREFIX = "causal_lm."
 MODEL_STATES = "mp_rank_00_model_states.pt"
 OPTIMIZER_STATES = "*zero_pp_rank_*_optim_states.pt"
+MODEL_FILES = ("config.json", "generation_config.json")
+"""What an adapter's folder must not hold: transformers would take it for a whole model's."""
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
 
 
 def export(
-    run_dir: Path, target: Path, *, which: str = "best", precision: str = "fp32", shard_size: str = "4GB"
-) -> Path:
-    """Write a checkpoint's weights, config and tokenizer as a Hugging Face folder.
+    run_dir: Path, target: Path, *, which: str = "best", precision: str = "fp32", shard_size: str = "4GB",
+    merge: bool = False,
+) -> Path:  # fmt: skip
+    """Write a checkpoint's weights, config and tokenizer as a Hugging Face folder; for LoRA, a peft adapter folder.
 
     Args:
         run_dir: a run's ``output_dir``.
@@ -41,12 +45,14 @@ def export(
         which: ``best``, ``latest`` or a checkpoint's tag.
         precision: ``fp32`` (the master weights) or ``bf16``.
         shard_size: largest weight file.
+        merge: of a run with LoRA adapters, write the whole model with the adapters added to its weights.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: no such complete checkpoint, or ``target`` exists.
+        ConfigError: ``merge`` is asked of a run without adapters.
     """
     if target.exists():
         raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
@@ -56,25 +62,47 @@ def export(
         raise CheckpointError(
             f"{start}: no model configuration beside the checkpoints; is {run_dir} a run's output_dir?"
         )
+    adapter = start / ADAPTER_FOLDER if (start / ADAPTER_FOLDER).is_dir() else None
+    if merge and adapter is None:
+        raise ConfigError(f"--merge: has no effect, as {run_dir} trained the whole model (no model.lora)")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for file in start.iterdir():
-        if file.is_file() and file.suffix not in (".safetensors", ".bin") and not file.name.endswith(".index.json"):
+        weights_file = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+        if file.is_file() and not weights_file and not (adapter is not None and file.name in MODEL_FILES):
             shutil.copy2(file, temporary)
     with TemporaryDirectory() as scratch:
         state = _state_dict(saved, Path(scratch))
-        _write_weights(
-            state,
-            temporary,
-            DTYPES[precision],
-            shard_size,
-            tied=set(tied_weights(empty_causal_lm(read_model_config(start), "eager"))),
-        )
-    _set_dtype(temporary / "config.json", precision)
+        if adapter is None:
+            tied = tied_weights(empty_causal_lm(read_model_config(start), "eager"))  # a folder holds them once
+            _write_weights(state, temporary, DTYPES[precision], shard_size, tied=set(tied))
+            _set_dtype(temporary / "config.json", precision)
+        else:
+            found = adapter_weights(state)
+            weights = {name: value.contiguous().to(DTYPES[precision]) for name, value in found.items()}
+            write_adapter(weights, adapter, temporary)
+    if merge:
+        _merge(temporary, run_dir, DTYPES[precision], shard_size)
     temporary.replace(target)
     sync_folder(target.parent)
     return target
+
+
+def _merge(folder: Path, run_dir: Path, dtype: torch.dtype, shard_size: str) -> None:
+    """Turn an adapter's folder into one of the whole model; the base is read in float32, and held in memory."""
+    import peft
+    import yaml
+
+    from dualtok.model.load import load_causal_lm
+
+    run = yaml.safe_load((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+    base = load_causal_lm(run["model"]["path"] or run_dir / START_FOLDER)
+    merged = peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (folder / name).unlink()
+    merged.config.use_cache = True
+    merged.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
 
 
 def _state_dict(saved: SavedCheckpoint, scratch: Path) -> dict[str, Any]:

@@ -16,12 +16,11 @@ import torch
 
 from dualtok.data.manifest import load_manifest, split_entry
 from dualtok.data.stream import BlockStream, pad_rows
-from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.distributed import join_ranks
+from dualtok.engine.reference import check_reference
 from dualtok.engine.zero import build_forward_only
+from dualtok.errors import ConfigError
 from dualtok.files import file_sha256
-from dualtok.model.load import check_fits, read_model_config
-from dualtok.model.weights import model_folder
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import fingerprint
 from dualtok.reference.stored import INDEX, is_scored, read_index, score_path, scores_folder, write_index, write_scores
@@ -64,12 +63,14 @@ def score(run: RunConfig) -> ScoreSummary:
         DataError: a shard is missing or altered, or the reference gives a loss that is not finite.
     """
     reference: ReferenceConfig = run.need("reference", "score")
+    if reference.is_live:
+        raise ConfigError(
+            f"reference.mode: {reference.mode!r} computes the losses while training, so there is nothing to score; "
+            "start `dualtok train`, or use reference.mode=stored"
+        )
     manifest = load_manifest(run.data.dir)
     ranks = join_ranks()
-    tokenizer = load_tokenizer(Path(run.data.dir) / "tokenizer")
-    folder = model_folder(reference.model)
-    check_fits(read_model_config(folder), vocabulary=len(tokenizer), block_length=manifest.block_length,
-               origin=reference.model)  # fmt: skip
+    folder = Path(ranks.first_does(lambda: check_reference(reference, run.data.dir, manifest)))
     expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
     target = scores_folder(run.data.dir, expected)
     tasks = _tasks(run.data.dir, manifest, reference, target)
@@ -83,7 +84,7 @@ def score(run: RunConfig) -> ScoreSummary:
         rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
     mine = {f"{task.split}/{task.path.name}": file_sha256(task.path) for task in tasks[ranks.rank :: ranks.world_size]}
     files = {name: digest for part in ranks.gather_objects(mine) for name, digest in part.items()}
-    ranks.first_does(lambda: write_index(target, expected, reference.model, files))
+    ranks.first_does(lambda: write_index(target, expected, reference.origin, files))
     return ScoreSummary(target, len(tasks), len(missing), rate)
 
 

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): W x + alpha / rank * B A x with W frozen; only A and B are trained."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rows of A and columns of B."""
+
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """Scale of the adapter's output; alpha / rank multiplies it."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the adapter's input while training."""
+
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers that get an adapter, e.g. ``[q_proj, v_proj]``; without it every linear layer of the
+    decoder, never the ``lm_head``."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -26,9 +44,18 @@ class ModelConfig:
     """Recompute each layer's activations in the backward pass instead of keeping them: less memory, about a third more
     computation."""
 
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the starting weights as they are; without it all weights are trained."""
+
+    quantise: Literal["nf4"] | None = None
+    """Keep the frozen starting weights in 4 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes; only with
+    ``lora`` and ZeRO stage 0 to 2."""
+
     def __post_init__(self) -> None:
         """Require exactly one origin of the weights."""
         if (self.path is None) == (self.config is None):
             raise ValueError("model: give exactly one of 'path' (pretrained) and 'config' (from scratch)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config: needs 'model_type', e.g. llama")
+        if self.quantise is not None and self.lora is None:
+            raise ValueError("model.quantise: weights in 4 bits cannot be trained; it needs the section model.lora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from dualtok.errors import ConfigError, did_you_mean
 from dualtok.objective.linear_cross_entropy import LogitScaling
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dualtok.model.config import ModelConfig
 
@@ -62,6 +63,28 @@ def check_fits(config: PretrainedConfig, *, vocabulary: int, block_length: int, 
         )
 
 
+def check_same_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, *, origin: str) -> None:
+    """Refuse a model whose own tokenizer gives other ids than the one that made the blocks.
+
+    A folder without a tokenizer passes: the sizes alone can be compared then (:func:`check_fits`).
+
+    Raises:
+        ConfigError: names a token that the two number differently.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return
+    theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
+    for token, index in tokenizer.get_vocab().items():
+        if theirs.get(token) != index:
+            raise ConfigError(
+                f"{origin}: its tokenizer has another vocabulary than the blocks': {token!r} is {theirs.get(token)} "
+                f"there and {index} in the blocks; prepare the data with its tokenizer (data.tokenizer), or choose "
+                "another model"
+            )
+
+
 def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
     """Return the configuration of the model that training starts from.
 
@@ -94,19 +117,30 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
 
 
 def load_causal_lm(
-    path: Path | str, *, precision: str = "fp32", attention: str = "sdpa", activation_checkpointing: bool = False
-) -> PreTrainedModel:
+    path: Path | str, *, precision: str = "fp32", attention: str = "sdpa", activation_checkpointing: bool = False,
+    quantise: str | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model that honours the position-based document boundaries of packed blocks.
 
     Under an active ``HfDeepSpeedConfig`` of ZeRO stage 3 the weights are partitioned while they are read.
 
+    Args:
+        path: Hugging Face folder or hub name.
+        precision: ``fp32`` or ``bf16``.
+        attention: attention implementation.
+        activation_checkpointing: recompute each layer's activations in the backward pass.
+        quantise: ``nf4`` keeps the weights of linear layers in 4 bits; they cannot be trained then.
+
     Raises:
-        ConfigError: the model cannot be read, or its architecture takes no ``position_ids``.
+        ConfigError: the model cannot be read, its architecture takes no ``position_ids``, or bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
 
+    extra = {} if quantise is None else {"quantization_config": _nf4(precision)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[precision], attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[precision], attn_implementation=attention, **extra
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:240]}") from None
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -118,6 +152,18 @@ def load_causal_lm(
     if activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _nf4(precision: str) -> object:
+    """Return transformers' settings of 4-bit weights: NF4 with doubly quantised scales, as QLoRA has them."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.quantise: needs the package bitsandbytes; pip install 'dualtok[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[precision],
+    )  # fmt: skip
 
 
 def logit_scaling(config: PretrainedConfig) -> LogitScaling:

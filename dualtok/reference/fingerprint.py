@@ -39,6 +39,18 @@ class Fingerprint:
         return [name for name, value in asdict(self).items() if theirs[name] != value]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return a model folder's weight files in the order of their names.
+
+    Raises:
+        ConfigError: the folder holds no weights.
+    """
+    files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
+    if not files:
+        raise ConfigError(f"{folder}: no weights ({' or '.join(WEIGHT_PATTERNS)}); write a model with `dualtok export`")
+    return files
+
+
 def weights_digest(path: str | Path) -> str:
     """Return the SHA-256 over a model's weight files and ``config.json``, in the order of their names.
 
@@ -46,11 +58,8 @@ def weights_digest(path: str | Path) -> str:
         ConfigError: the folder holds no weights.
     """
     folder = model_folder(path)
-    files = sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
-    if not files:
-        raise ConfigError(f"{folder}: no weights ({' or '.join(WEIGHT_PATTERNS)}); write a model with `dualtok export`")
     whole = hashlib.sha256()
-    for file in [folder / "config.json", *files]:
+    for file in [folder / "config.json", *weight_files(folder)]:
         with file.open("rb") as stream:
             whole.update(file.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from dualtok.data.stream import BlockStream
-from tests.support import deepspeed_json, dualtok, error_line, read_weights, succeed, tiny_llama_config, write_run
+from tests.support import (
+    deepspeed_json,
+    dualtok,
+    error_line,
+    read_weights,
+    relative_distance,
+    succeed,
+    tiny_llama_config,
+    write_run,
+)
 
 CASES = [
     ("zero0", "fp32", 1), ("zero1", "fp32", 2), ("zero2", "fp32", 2), ("zero3", "fp32", 2),
@@ -84,6 +93,42 @@ def test_untied_sharded_and_bf16_exports(small_corpus: dict[str, Any], tmp_path:
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
     for name, tensor in read_weights(half).items():
         np.testing.assert_array_equal(tensor.float().numpy(), first[name].bfloat16().float().numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("json_name", "precision", "ranks"), [("zero3", "fp32", 2), ("zero1", "bf16", 2),
+                                                               ("zero0", "fp32", 1)])  # fmt: skip
+def test_a_lora_run_is_exported_as_a_peft_adapter_and_merged(
+    small_corpus: dict[str, Any], tmp_path: Path, json_name: str, precision: str, ranks: int
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    run = write_run(
+        tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
+        model={"config": tiny_llama_config(), "lora": {"rank": 4, "dropout": 0.1}},
+        train={"learning_rate": 2e-2, "batch_size": 8, "steps": 3, "precision": precision, "evaluation_blocks": 10_000,
+               "deepspeed": deepspeed_json(json_name)},
+    )  # fmt: skip
+    succeed(dualtok("train", run, ranks=ranks))
+    folder = tmp_path / "run"
+    succeed(dualtok("export", folder, tmp_path / "adapter", "--checkpoint", "latest"))
+    succeed(dualtok("export", folder, tmp_path / "merged", "--checkpoint", "latest", "--merge"))
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
+    assert "config.json" not in files
+    # A fresh base, which peft may change: its own loading must find every weight, and give the merged model's losses.
+    base = AutoModelForCausalLM.from_pretrained(folder / "start")
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    loaded.save_pretrained(tmp_path / "by-peft")
+    assert relative_distance(read_weights(tmp_path / "by-peft"), read_weights(tmp_path / "merged")) < 1e-7
+    merged, start = read_weights(tmp_path / "merged"), read_weights(folder / "start")
+    changed = {name for name in merged if not torch.equal(merged[name], start[name])}
+    assert changed == {name for name in merged if "proj" in name}, "LoRA must change every linear layer, and no other"
+    evaluation = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+    found = validation_loss(small_corpus, tmp_path / "merged", torch.float32)
+    assert found == pytest.approx(evaluation["validation_loss"], rel=1e-5 if precision == "fp32" else 2e-3)
+    assert abs(validation_loss(small_corpus, folder / "start", torch.float32) - found) > 1e-3, "nothing was learned"
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:

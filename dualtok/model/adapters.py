@@ -1,0 +1,318 @@
+"""Low-rank adapters through peft: put into any module tree, drawn the same in every layout, switched, read.
+
+No wrapper is used: the adapters are injected into the linear layers where they stand, so that a whole model and the
+modules of a pipeline stage are treated alike. ``name_of`` tells how a tree's module is called in the whole model; the
+layers of a stage are counted from its first one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dualtok.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    import peft
+    from peft.tuners.lora import LoraLayer
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from dualtok.model.config import LoraConfig
+
+TRAINED = "trained"
+"""peft's name of the adapter in training; part of its parameters' names."""
+REFERENCE = "reference"
+"""peft's name of the adapter that makes the base the reference model."""
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+"""What peft puts before the base model's own names in an adapter's file."""
+
+
+Names = Callable[[str], str]
+"""A module's name in a tree -> its name in the whole model."""
+
+
+def lora_settings(lora: LoraConfig, config: PretrainedConfig, base: str | None = None) -> peft.LoraConfig:
+    """Return peft's settings of a run's adapters; reads no weights.
+
+    Args:
+        lora: the run's section ``model.lora``.
+        config: configuration of the base model.
+        base: folder or hub name of the base, which an exported adapter names.
+
+    Raises:
+        ConfigError: ``targets`` names a layer that the model does not have or that can have no adapter.
+    """
+    import peft
+
+    known = linear_layers(config)
+    for target in lora.targets or ():
+        if target not in known:
+            raise ConfigError(
+                f"model.lora.targets: {target!r} is no linear layer of this model's decoder"
+                f"{did_you_mean(target, known)}; it has {', '.join(known)}"
+            )
+    transposed = any(_is_transposed(module) for module in _without_weights(config).modules())
+    return peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets or known),
+        fan_in_fan_out=transposed, task_type="CAUSAL_LM", base_model_name_or_path=base,
+    )  # fmt: skip
+
+
+def linear_layers(config: PretrainedConfig) -> list[str]:
+    """Return the names that the linear layers of a model's decoder have within their layer, e.g. ``q_proj``."""
+    model = _without_weights(config)
+    head = model.get_output_embeddings()
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                   if _is_linear(module) and module is not head})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What a run puts into its base model; every part of it was compared with the base's configuration."""
+
+    trained: peft.LoraConfig
+    """The adapter in training."""
+    seed: int
+    """The run's seed."""
+    reference: peft.LoraConfig | None = None
+    """The frozen adapter that makes the base the reference; None where the reference is the bare base or another
+    model."""
+    reference_folder: Path | None = None
+    """Where its weights are."""
+
+    def put_into(self, module: nn.Module, name_of: Names = str) -> None:
+        """Put the adapters into a model or a part of one, before DeepSpeed has taken hold of it.
+
+        Raises:
+            ConfigError: the reference's weights do not fit.
+        """
+        add_adapter(module, self.trained, self.seed, name_of=name_of)
+        if self.reference is not None and self.reference_folder is not None:
+            add_adapter(module, self.reference, self.seed, name=REFERENCE, name_of=name_of)
+            load_adapter(module, self.reference_folder, name_of=name_of)
+
+    def as_reference(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Let a module tree compute as the reference for a while."""
+        return as_reference(module, None if self.reference is None else REFERENCE)
+
+
+def plan_adapters(
+    lora: LoraConfig, config: PretrainedConfig, *, seed: int, base: str, reference: str | None = None
+) -> Adapters:
+    """Check a run's adapters against its base model and return them; reads no weights.
+
+    Args:
+        lora: the section ``model.lora``.
+        config: configuration of the base model.
+        seed: the run's seed.
+        base: folder or hub name of the base.
+        reference: ``reference.adapter``.
+
+    Raises:
+        ConfigError: a target or the reference's adapter does not fit the base.
+    """
+    folder = None if reference is None else Path(reference)
+    theirs = None if folder is None else read_adapter_settings(folder, config)
+    return Adapters(lora_settings(lora, config, base), seed, theirs, folder)
+
+
+def add_adapter(
+    module: nn.Module, settings: peft.LoraConfig, seed: int, *, name: str = TRAINED, name_of: Names = str
+) -> None:
+    """Put adapters into a module tree, in place, and freeze everything else in it.
+
+    A is drawn as peft does (uniform, Kaiming) from (seed, the layer's name in the whole model), so that it depends on
+    neither ranks nor stages; B is 0, so that the model starts as its base.
+
+    Args:
+        module: a model, or part of one; before DeepSpeed has taken hold of it.
+        settings: made by :func:`lora_settings` or :func:`read_adapter_settings`.
+        seed: the run's seed.
+        name: :data:`TRAINED`, or :data:`REFERENCE` for one that stays as it is.
+        name_of: a module's name in this tree -> its name in the whole model.
+    """
+    import peft
+
+    with warnings.catch_warnings():  # a second adapter in one model is what is wanted
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        peft.inject_adapter_in_model(settings, module, adapter_name=name)
+    for path, layer in lora_layers(module):
+        if name not in layer.lora_A:
+            continue
+        generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name_of(path).encode()))
+        weight = _weight(layer, "lora_A", name)
+        drawn = torch.empty(weight.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+        with torch.no_grad():
+            weight.copy_(drawn)
+    module.requires_grad_(False)
+    activate(module, TRAINED)
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield the layers with adapters below a module, with their names."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            yield name, layer
+
+
+def activate(module: nn.Module, name: str | None) -> None:
+    """Let a module tree compute with one of its adapters, or without any (None).
+
+    The trained adapter is trainable while it is the active one; a reference never is.
+    """
+    for _, layer in lora_layers(module):
+        if name is None:
+            layer.enable_adapters(False)
+        elif name in layer.lora_A:
+            layer._disable_adapters = False
+            layer.set_adapter(name, inference_mode=name != TRAINED)
+        else:  # an adapter may cover fewer layers than another
+            layer.enable_adapters(False)
+
+
+@contextmanager
+def as_reference(module: nn.Module, name: str | None) -> Iterator[None]:
+    """Let the model in training compute as its reference for a while: with an adapter, or as the bare base (None)."""
+    activate(module, name)
+    try:
+        yield
+    finally:
+        activate(module, TRAINED)
+
+
+def read_adapter_settings(folder: Path, config: PretrainedConfig) -> peft.LoraConfig:
+    """Read an adapter folder's settings and compare them with the base model; reads no weights.
+
+    Raises:
+        ConfigError: it is no LoRA adapter of a model with these layers, or one that changes more than linear layers.
+    """
+    import peft
+
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"reference.adapter: {folder} is no folder of a peft adapter (no {CONFIG_FILE}); `dualtok export` of a run "
+            "with model.lora writes one"
+        )
+    try:
+        settings: Any = peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"reference.adapter: {folder} cannot be read as a peft adapter: {reason}") from None
+    if not isinstance(settings, peft.LoraConfig):
+        raise ConfigError(f"reference.adapter: {folder} holds a {settings.peft_type} adapter; only LoRA is supported")
+    extras = [key for key in ("modules_to_save", "use_dora", "trainable_token_indices", "target_parameters")
+              if getattr(settings, key, None)]  # fmt: skip
+    if extras or settings.bias != "none":
+        raise ConfigError(
+            f"reference.adapter: {folder} changes more than linear layers ({', '.join(extras) or 'bias'}); merge it "
+            "into a model of its own (`dualtok export --merge`) and use another reference.mode"
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ConfigError(f"reference.adapter: {folder} has no {WEIGHTS_FILE}")
+    known = set(linear_layers(config))
+    missing = sorted(key for key in _stored_layers(folder) if key.rpartition(".")[2] not in known)
+    if missing:
+        raise ConfigError(f"reference.adapter: {folder} adapts {missing[0]}, which the model in training does not have")
+    return settings
+
+
+def load_adapter(module: nn.Module, folder: Path, *, name: str = REFERENCE, name_of: Names = str) -> None:
+    """Copy an adapter's weights from its folder into a module tree that :func:`add_adapter` prepared for it.
+
+    Raises:
+        ConfigError: a weight is missing or has another shape.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file, torch.no_grad():
+        names = set(file.keys())
+        for path, layer in lora_layers(module):
+            if name not in layer.lora_A:
+                continue
+            for part in ("lora_A", "lora_B"):
+                key, weight = f"{KEY_PREFIX}{name_of(path)}.{part}.weight", _weight(layer, part, name)
+                shape = tuple(file.get_slice(key).get_shape()) if key in names else None
+                if shape != tuple(weight.shape):
+                    found = "missing" if shape is None else f"of shape {shape}"
+                    raise ConfigError(
+                        f"reference.adapter: {folder / WEIGHTS_FILE}: {key} is {found}, but the model in training "
+                        f"needs {tuple(weight.shape)}; it belongs to another base"
+                    )
+                weight.copy_(file.get_tensor(key))
+
+
+def adapter_weights(state: dict[str, Any], name: str = TRAINED) -> dict[str, Any]:
+    """Return an adapter's entries of a model's state dict, under the names that a peft folder has them."""
+    marks = {f".{part}.{name}.weight": f".{part}.weight" for part in ("lora_A", "lora_B")}
+    return {
+        f"{KEY_PREFIX}{key.removesuffix(mark)}{stored}": value
+        for key, value in state.items()
+        for mark, stored in marks.items()
+        if key.endswith(mark)
+    }
+
+
+def write_adapter(weights: dict[str, torch.Tensor], settings: Path, folder: Path) -> None:
+    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` reads.
+
+    Args:
+        weights: from :func:`adapter_weights`.
+        settings: folder that :func:`save_settings` wrote.
+        folder: where to write.
+    """
+    from safetensors.torch import save_file
+
+    save_file({name: value.clone() for name, value in weights.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    shutil.copy2(settings / CONFIG_FILE, folder)
+
+
+def save_settings(adapters: Adapters, folder: Path) -> None:
+    """Write the settings of the adapter in training, as an exported one has them."""
+    adapters.trained.save_pretrained(str(folder))
+
+
+def _stored_layers(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        return {key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
+
+
+def _weight(layer: LoraLayer, part: str, name: str) -> torch.Tensor:
+    weight: torch.Tensor = getattr(layer, part)[name].weight
+    return weight
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Return whether a layer keeps its weight as [in, out], as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
