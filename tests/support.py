@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,33 @@ def relative_distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) ->
     assert a.keys() == b.keys()
     difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
     return (difference / sum(float(a[name].double().square().sum()) for name in a)) ** 0.5
+
+
+def without_launcher(
+    *arguments: Any, ranks: int, timeout: float = 60, **variables: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Start the ranks of a job one by one, with nobody to stop the others when one fails, and wait for all of them.
+
+    A rank that hangs fails the test at the deadline.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
+    command = [sys.executable, "-m", "dualtok", *map(str, arguments)]
+    processes = [
+        subprocess.Popen(command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **job), cwd=ROOT, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(ranks)
+    ]  # fmt: skip
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(command, process.returncode, *output)
+        for process, output in zip(processes, outputs, strict=True)
+    ]

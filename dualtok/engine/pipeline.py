@@ -146,23 +146,35 @@ class StageEngine(PipelineEngine):
             self.outcomes.append(stage.outcome)
             stage.outcome = None
 
-    def clip_fp32_gradients(self) -> None:
-        """Clip by the norm over all stages, a shared weight counted once.
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        if not self.zero_optimization():
+            self._global_grad_norm = self._norm_of_whole_gradient()
+        super()._exec_optimizer_step(lr_kwargs)
 
-        DeepSpeed's own function would leave out the ranks that it takes for copies, and forget the norm.
+    def _norm_of_whole_gradient(self) -> torch.Tensor:
+        """Return the norm over all stages, a shared weight counted once.
+
+        At ZeRO-0 DeepSpeed forgets it, and would leave out the ranks that it takes for copies.
         """
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        own = nn.utils.get_total_norm([p.grad for p in parameters if p.model_parallel])
-        square = own.square()
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None and p.model_parallel]
+        square = nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
-        self._global_grad_norm = square.sqrt()
+        return square.sqrt()
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by :meth:`_norm_of_whole_gradient`; DeepSpeed asks for it at ZeRO-0 alone."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
         nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._global_grad_norm)
 
     # A stage is saved and loaded as any module is, instead of in files per layer that only a pipeline can read.
     module_state_dict = DeepSpeedEngine.module_state_dict
     load_module_state_dict = DeepSpeedEngine.load_module_state_dict
 
-    _INSTRUCTION_MAP: ClassVar = {**PipelineEngine._INSTRUCTION_MAP, schedule.ForwardPass: _exec_forward_pass}
+    _INSTRUCTION_MAP: ClassVar = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.OptimizerStep: _exec_optimizer_step,
+    }
 
 
 @dataclass

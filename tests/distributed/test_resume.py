@@ -30,7 +30,9 @@ from tests.support import (
 STEPS = 12
 
 
-def run_file(small_corpus: dict[str, Any], path: Path, reference: Path, stage: int) -> Path:
+def run_file(
+    small_corpus: dict[str, Any], path: Path, reference: Path, stage: int, engine: dict[str, Any] | None = None
+) -> Path:
     return write_run(
         path, small_corpus, seed=5, objective="dual",
         # GPT-2 has dropout, whose random numbers must continue too.
@@ -38,7 +40,7 @@ def run_file(small_corpus: dict[str, Any], path: Path, reference: Path, stage: i
         reference={"model": str(reference)}, monitor={"log_every": 1, "histogram_every": 4},
         train={"learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS, "precision": "fp32",
                "warmup_steps": 2, "evaluate_every": 6, "checkpoint_every": 4,
-               "deepspeed": deepspeed_json(f"zero{stage}")},
+               "deepspeed": deepspeed_json(f"zero{stage}"), **(engine or {})},
     )  # fmt: skip
 
 
@@ -68,13 +70,21 @@ def kill_after_step(run: Path, step: int, ranks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "engine"),
+    [
+        (3, 2, {}),
+        (1, 1, {}),
+        (1, 2, {"engine": "pipeline", "pipeline": {"stages": 2}}),
+        (3, 4, {"engine": "sharded_pipeline", "pipeline": {"stages": 2}}),
+    ],
+)
 def test_an_interrupted_run_continues_exactly(
-    small_corpus: dict[str, Any], tmp_path: Path, stage: int, ranks: int
+    small_corpus: dict[str, Any], tmp_path: Path, stage: int, ranks: int, engine: dict[str, Any]
 ) -> None:
     reference = save_model(tmp_path / "reference", seed=7)
-    whole = run_file(small_corpus, tmp_path / "whole.yaml", reference, stage)
-    broken = run_file(small_corpus, tmp_path / "broken.yaml", reference, stage)
+    whole = run_file(small_corpus, tmp_path / "whole.yaml", reference, stage, engine)
+    broken = run_file(small_corpus, tmp_path / "broken.yaml", reference, stage, engine)
     succeed(dualtok("score", whole))
     succeed(dualtok("train", whole, ranks=ranks))
     kill_after_step(broken, 4, ranks)

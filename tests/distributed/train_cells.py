@@ -63,8 +63,7 @@ def train_cell(path: Path) -> None:
     # What the engine before has left to the process: a pipeline its grid, ZeRO-3 its way to load models.
     deepspeed.utils.groups.mpu = None
     unset_hf_deepspeed_config()
-    run = load_run(path)
-    recorders = []
+    recorders: list[Recorder] = []
     build = training.build_engine
 
     def build_and_record(*arguments: Any, **settings: Any) -> Any:
@@ -73,9 +72,9 @@ def train_cell(path: Path) -> None:
         return engine
 
     training.build_engine = build_and_record
-    folder = Path(run.output_dir)
+    folder = path.with_suffix("")
     try:
-        training.train(run)
+        training.train(load_run(path))
     except ConfigError as refusal:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REFUSED_FILE).write_text(str(refusal))
