@@ -8,10 +8,10 @@ Same model, blocks per batch, AdamW, clipping and precision (fp32); data are rea
 contender reads them. All live in one process and take turns after each Trainer step, so that the ratios do not depend
 on the machine's mood.
 
-    python tools/bench_step.py [--vocabulary 0] [--hidden 256] [--layers 4] [--block-length 256] [--batch-size 8]
+    python tools/bench_step.py [--vocabulary 4096] [--hidden 256] [--layers 4] [--block-length 256] [--batch-size 8]
                                [--pairs 15] [--loss-memory-mib 256]
 
-``--vocabulary`` widens the model beyond the ids of the blocks' tokenizer (4,096), as random weights allow.
+The model's vocabulary may be larger than that of the blocks' tokenizer: its weights are random anyway.
 """
 
 from __future__ import annotations
@@ -48,18 +48,20 @@ from dualtok.run import RunConfig
 Step = Callable[[], None]
 Batch = dict[str, torch.Tensor]
 WARM_UP = 2
+PASSAGES = 600
+"""Enough for the steps; the reference scores all of them."""
 
 
 def main() -> None:
     """Measure and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("vocabulary", 0), ("hidden", 256), ("layers", 4), ("block-length", 256), ("batch-size", 8),
-                          ("pairs", 15), ("loss-memory-mib", 256)):  # fmt: skip
+    for name, default in (("vocabulary", 4096), ("hidden", 256), ("layers", 4), ("block-length", 256),
+                          ("batch-size", 8), ("pairs", 15), ("loss-memory-mib", 256)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--deepspeed", default="ds_configs/zero0.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = prepared_corpus(Path(folder), options.block_length)
+        data = prepared_corpus(Path(folder), options.block_length, passages=PASSAGES)
         vocabulary = max(options.vocabulary, load_manifest(data.dir).vocabulary)
         config = llama_config(options.hidden, options.layers, options.block_length)
         reference = save_llama(Path(folder) / "reference", vocabulary, 1, config)
@@ -174,7 +176,11 @@ def dualtok_step(run: RunConfig) -> Step:
     loop = TrainingLoop(run, engine, stream, validation, 10**6)
     batches: Iterator[Batch] = loop.batches()
     events = EventWriter(None)
-    return lambda: None if loop.step(batches, events) else None
+
+    def step() -> None:
+        loop.step(batches, events)
+
+    return step
 
 
 def naive_dual_step(start: Path, reference: Path, stream: BlockStream, train: TrainConfig) -> Step:
