@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ def llama_config(hidden: int, layers: int, block_length: int) -> dict[str, Any]:
     }
 
 
-def prepared_corpus(folder: Path, block_length: int) -> DataConfig:
-    """Prepare the SOTU passages in ``folder`` (once) and return their configuration."""
+def prepared_corpus(folder: Path, block_length: int, passages: int | None = None) -> DataConfig:
+    """Prepare the SOTU passages, or the first few, in ``folder`` (once) and return their configuration."""
     source = folder / "sotu.jsonl"
     if not source.is_file():
-        write_jsonl(sotu_passages(), source)
+        write_jsonl(islice(sotu_passages(), passages), source)
     config = DataConfig(
         dir=str(folder / f"blocks-{block_length}"), source=str(source), block_length=block_length, lanes=16
     )
