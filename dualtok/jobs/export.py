@@ -19,8 +19,8 @@ from dualtok.engine.train import ADAPTER_FOLDER, CHECKPOINTS, RUN_FILE, START_FO
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import sync_folder, write_text
 from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
-from dualtok.model.load import DTYPES
-from dualtok.model.stages import StageNames
+from dualtok.model.load import DTYPES, read_model_config
+from dualtok.model.stages import StageNames, empty_causal_lm, tied_weights
 
 if TYPE_CHECKING:
     from dualtok.engine.checkpoint import SavedCheckpoint
@@ -75,7 +75,8 @@ def export(
     with TemporaryDirectory() as scratch:
         state = _state_dict(saved, Path(scratch))
         if adapter is None:
-            _write_weights(state, temporary, DTYPES[precision], shard_size, tied=_tied(start))
+            tied = tied_weights(empty_causal_lm(read_model_config(start), "eager"))  # a folder holds them once
+            _write_weights(state, temporary, DTYPES[precision], shard_size, tied=set(tied))
             _set_dtype(temporary / "config.json", precision)
         else:
             found = adapter_weights(state)
@@ -194,19 +195,6 @@ def _rank(path: Path) -> int:
     found = re.search(r"rank_(\d+)", path.name)
     assert found is not None
     return int(found[1])
-
-
-def _tied(start: Path) -> set[str]:
-    """Return the parameters that share another one's storage, which a Hugging Face folder holds only once."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(start)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    if not config.get_text_config().tie_word_embeddings:
-        return set()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return set(tied)
 
 
 def _write_weights(state: dict[str, Any], folder: Path, dtype: torch.dtype, shard_size: str, tied: set[str]) -> None:

@@ -8,6 +8,7 @@ the head, everywhere a run of decoder layers. transformers' own forward pass of 
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from dualtok.errors import ConfigError
 from dualtok.model.weights import WeightFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel
@@ -92,12 +93,28 @@ def empty_causal_lm(config: PretrainedConfig, attention: str) -> PreTrainedModel
     from transformers import AutoModelForCausalLM
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with no_partitioning(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"model.attention: {' '.join(str(error).split())[:240]}") from None
     model.config.use_cache = False
     return model
+
+
+@contextmanager
+def no_partitioning() -> Iterator[None]:
+    """Let transformers build a model as it is, though a ZeRO-3 engine of this process (a reference) is alive.
+
+    Its ``HfDeepSpeedConfig`` is global, and makes every model that is built or read partitioned.
+    """
+    from transformers.integrations import deepspeed
+
+    alive = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
 def layer_costs(model: PreTrainedModel, plan: CutPlan) -> tuple[list[int], int]:
@@ -265,17 +282,16 @@ def build_stage(
     costs, head = layer_costs(causal_lm, plan)
     bounds = cut(costs, head, stages, balance)
     mine = bounds[stage]
-    tied = tied_weights(causal_lm)
-    prefix = causal_lm.base_model_prefix
+    tied, names = tied_weights(causal_lm), stage_names(causal_lm, bounds)
+    files = WeightFiles(folder, causal_lm)
     keep_stage(causal_lm, plan, mine)
     if model.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    files, names = WeightFiles(folder), stage_names(causal_lm, bounds)
+        causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for name, module in causal_lm.named_modules():
         own = list(module.named_parameters(recurse=False))
         for leaf, parameter in own:
             whole = names.whole(f"{name}.{leaf}", stage)
-            value = files.read(tied.get(whole, whole), tuple(parameter.shape), prefix)
+            value = files.read(tied.get(whole, whole), tuple(parameter.shape))
             module.register_parameter(leaf, nn.Parameter(value.to(device, dtype), parameter.requires_grad))
         if own and settle is not None:
             settle([getattr(module, leaf) for leaf, _ in own])

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from dualtok.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
+    from transformers import PreTrainedModel
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,12 +42,13 @@ class WeightFiles:
 
     Args:
         path: local folder or hub name.
+        model: the whole model, with shapes alone; it tells under which names transformers stores its parameters.
 
     Raises:
         ConfigError: there are no safetensors.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, model: PreTrainedModel) -> None:
         self.folder = model_folder(path)
         if (self.folder / INDEX).is_file():
             files: dict[str, str] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -59,21 +63,26 @@ class WeightFiles:
                 "safetensors: save the model again with transformers' save_pretrained"
             )
         self._files = files
+        self._stored_names, self._converted = _stored_names(files, model)
 
-    def read(self, name: str, shape: tuple[int, ...], base_prefix: str) -> torch.Tensor:
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a parameter.
 
         Args:
             name: its name in the causal language model.
             shape: the shape that the model's configuration gives it.
-            base_prefix: prefix of the base model's parameters, which folders of bare base models leave out.
 
         Raises:
-            ConfigError: it is missing or has another shape.
+            ConfigError: it is missing, has another shape, or would have to be put together from others.
         """
         from safetensors import safe_open
 
-        known = next((key for key in (name, name.removeprefix(f"{base_prefix}.")) if key in self._files), None)
+        known = self._stored_names.get(name)
+        if known is None and name in self._converted:
+            raise ConfigError(
+                f"{self.folder}: weight {name!r} is stored in pieces that transformers puts together while it loads a "
+                "whole model, which a pipeline stage never does; use train.engine=zero for this architecture"
+            )
         if known is None:
             raise ConfigError(
                 f"{self.folder}: has no weight {name!r}; save the model again with transformers' save_pretrained"
@@ -86,3 +95,27 @@ class WeightFiles:
                 f"says {shape}"
             )
         return value
+
+
+def _stored_names(stored: Iterable[str], model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
+    """Return parameter name -> name in the folder, and the parameters that are made of several stored tensors.
+
+    transformers renames parameters between its classes and its folders (GPT-NeoX's ``lm_head`` is stored as
+    ``embed_out``), and folders of bare base models lack the base model's prefix.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    shapes = model.state_dict()
+    names: dict[str, str] = {}
+    converted: set[str] = set()
+    for key in stored:
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+        if converter is None:
+            names[name] = key
+        else:
+            converted.add(name)
+    return names, converted

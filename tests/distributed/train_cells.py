@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from dualtok.engine import train as training
 from dualtok.engine.distributed import leave_ranks
 from dualtok.errors import ConfigError
-from dualtok.jobs.export import export
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.run import load_run
 
@@ -57,10 +56,13 @@ class Recorder:
 
 
 def train_cell(path: Path) -> None:
-    """Train one run and export its last checkpoint; a refusal is written down instead."""
+    """Train one run; a refusal is written down instead."""
     import deepspeed.utils.groups
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    deepspeed.utils.groups.mpu = None  # a pipeline leaves its grid to the engines that come after it in the process
+    # What the engine before has left to the process: a pipeline its grid, ZeRO-3 its way to load models.
+    deepspeed.utils.groups.mpu = None
+    unset_hf_deepspeed_config()
     run = load_run(path)
     recorders = []
     build = training.build_engine
@@ -81,8 +83,6 @@ def train_cell(path: Path) -> None:
     finally:
         training.build_engine = build
     recorders[0].write(folder)
-    if recorders[0].engine.layout.ranks.is_first:
-        export(folder, folder.with_suffix(".hf"), which="latest")
 
 
 def main() -> None:
