@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def prepared_corpus(folder: Path, block_length: int, passages: int | None = None
     """Prepare the SOTU passages, or the first few, in ``folder`` (once) and return their configuration."""
     source = folder / "sotu.jsonl"
     if not source.is_file():
-        write_jsonl(itertools.islice(sotu_passages(), passages), source)
+        write_jsonl(islice(sotu_passages(), passages), source)
     config = DataConfig(
         dir=str(folder / f"blocks-{block_length}"), source=str(source), block_length=block_length, lanes=16
     )

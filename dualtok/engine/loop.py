@@ -122,8 +122,16 @@ class TrainingLoop:
         return self.state
 
     def batches(self) -> Iterator[Batch]:
-        """Return this replica's micro-batches from where the run stands; its stages read the same ones."""
-        batches = iter(
+        """Return this replica's micro-batches from where the run stands, with their reference losses."""
+        batches = self.stream_batches()
+        if self.reference is None:
+            return batches
+        # It may read ahead: the data cursor counts what was trained on, not what was read.
+        return self.reference.scored(batches, self.train.gradient_accumulation)
+
+    def stream_batches(self) -> Iterator[Batch]:
+        """Return this replica's micro-batches as the stream has them; its stages read the same ones."""
+        return iter(
             self.stream.batches(
                 start_sample=self.state.samples_seen,
                 global_micro_batch=self.train.batch_size // self.train.gradient_accumulation,
@@ -132,10 +140,6 @@ class TrainingLoop:
                 workers=self.train.data_workers,
             )
         )
-        if self.reference is None:
-            return batches
-        # It may read ahead: the data cursor counts what was trained on, not what was read.
-        return self.reference.scored(batches, self.train.gradient_accumulation)
 
     def step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
         """Run one optimiser step and measure it.

@@ -178,3 +178,51 @@ def test_more_ranks_than_blocks(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert "fewer than the job's 2 ranks" in lines[0]
     assert "exitcode  : 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"mode": "cpu", "model": "m", "deepspeed": "z.json"}, ["reference.deepspeed", "no effect with mode 'cpu'"]),
+        ({"mode": "offload"}, ["reference.model: missing"]),
+        ({"mode": "adapter"}, ["'adapter' needs the section model.lora"]),
+        ({"mode": "cpu", "model": "/absent/model"}, ["/absent/model: neither a model folder nor a hub model"]),
+    ],
+)
+def test_a_live_reference_that_cannot_be_is_named(
+    small_corpus: dict[str, Any], tmp_path: Path, settings: dict[str, Any], expected: list[str]
+) -> None:
+    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, model={"config": tiny_llama_config()},
+                    train=TRAIN, reference=settings)  # fmt: skip
+    line = error_line(dualtok("train", run, timeout=60))
+    for part in expected:
+        assert part in line
+    assert not (tmp_path / "run").exists(), "output was left behind"
+
+
+def test_a_live_reference_needs_no_scores(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, reference={"mode": "cpu", "model": "m"})
+    assert "there is nothing to score" in error_line(dualtok("score", run))
+
+
+@pytest.mark.slow
+def test_a_reference_with_another_vocabulary_stops_every_rank(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    small = save_model(tmp_path / "small", seed=0, vocab_size=100)
+    other = save_model(tmp_path / "other", seed=0)  # as many ids, but they mean other tokens
+    tokenizer = AutoTokenizer.from_pretrained(Path(small_corpus["dir"]) / "tokenizer")
+    tokenizer.save_pretrained(other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    for model, expected in ((small, "vocab_size is 100"), (other, "its tokenizer has another vocabulary")):
+        run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, model={"config": tiny_llama_config()},
+                        train=TRAIN, reference={"mode": "offload", "model": str(model)})  # fmt: skip
+        result = dualtok("train", run, ranks=2, timeout=60)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("dualtok: error:")]
+        assert len(lines) == 1
+        assert expected in lines[0]
+        assert "exitcode  : 2" in result.stderr
