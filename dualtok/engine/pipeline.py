@@ -79,8 +79,9 @@ class StagesModule(PipelineModule):
         layers = [*others[: layout.stage], stage, *others[layout.stage + 1 :]]
         with redirect_stdout(StringIO()):  # it prints its partitioning
             super().__init__(layers, num_stages=layout.stages, partition_method="uniform")
-        self._tied_weight: nn.Parameter | None = None
-        self._tied_group: dist.ProcessGroup | None = None
+        self._tied: list[tuple[nn.Parameter, Any]] = []
+        """The weight shared with another stage, if there is one here, and the ranks that share it; in a list, as a
+        parameter of the module it would be saved a second time."""
         # What DeepSpeed's norms go by: a weight is counted on its own rank, unless another one counts its copy.
         for parameter in self.parameters():
             mark(parameter, counted=True)
@@ -103,15 +104,14 @@ class StagesModule(PipelineModule):
         last = (layout.stages - 1) * layout.data_parallel.world_size
         for replica in range(layout.data_parallel.world_size):
             group = dist.new_group([replica, last + replica])
-            if replica == layout.data_parallel.rank:
-                self._tied_group = group
-        self._tied_weight = weight
+            if weight is not None and replica == layout.data_parallel.rank:
+                self._tied = [(weight, group)]
         if weight is not None and layout.is_last_stage:
             mark(weight, counted=False)
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """Return the shared weight and the ranks that share it, as the engine sums their gradients."""
-        return [] if self._tied_weight is None else [(self._tied_weight, self._tied_group)]
+        return self._tied
 
 
 def mark(parameter: nn.Parameter, *, counted: bool) -> None:
