@@ -1,0 +1,163 @@
+"""What a rank holds under ``pipeline`` with ZeRO-1 and under ``sharded_pipeline``: counted and resident.
+
+Starts four ranks (2 stages x 2) for each engine and prints, per rank: bytes of parameters and gradients just before an
+optimiser step, bytes of the optimiser, and by how much resident memory grew after the libraries were loaded, at its
+peak while the engine was built and after some steps.
+
+    python tools/bench_memory.py [--hidden 768] [--layers 12] [--vocabulary 16000] [--steps 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_support import llama_config
+from transformers import AutoConfig
+
+from dualtok.engine.build import build_engine
+from dualtok.engine.config import PipelineConfig, TrainConfig
+from dualtok.engine.deepspeed_config import training_config
+from dualtok.engine.distributed import join_ranks, leave_ranks
+from dualtok.engine.layout import build_layout
+from dualtok.model.config import ModelConfig
+from dualtok.model.fresh import write_fresh_weights
+from dualtok.objective.loss import build_objective
+
+RANKS, STAGES, BLOCK_LENGTH = 4, 2, 64
+ENGINES = {"pipeline": 1, "sharded_pipeline": 3}
+
+
+def main() -> None:
+    """Measure both engines, or be one of the ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 768), ("layers", 12), ("vocabulary", 16_000), ("steps", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rank-of", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of:
+        measure_rank(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"vocab_size": options.vocabulary, **llama_config(options.hidden, options.layers, BLOCK_LENGTH),
+                    "tie_word_embeddings": False}  # fmt: skip
+        write_fresh_weights(AutoConfig.for_model(settings.pop("model_type"), **settings), 0, Path(folder) / "model")
+        found = {engine: launch(engine, folder, options) for engine in ENGINES}
+    report(found)
+
+
+def launch(engine: str, folder: str, options: argparse.Namespace) -> list[dict[str, int]]:
+    """Run all ranks of one engine and return what each measured."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__,
+               "--rank-of", engine, "--folder", folder, "--steps", str(options.steps)]  # fmt: skip
+    # One allocation arena: freed memory then goes back, and resident memory is what is in use.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(RANKS), "MALLOC_ARENA_MAX": "1"}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return [json.loads((Path(folder) / f"{engine}-{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def measure_rank(options: argparse.Namespace) -> None:
+    """Build an engine, train some steps, and write down what this rank holds."""
+    ranks = join_ranks()
+    layout = build_layout(ranks, STAGES)
+    ds = options.folder / f"{options.rank_of}.json"
+    stage = {
+        "stage": ENGINES[options.rank_of],
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": 2_000_000,
+    }
+    ranks.first_does(lambda: ds.write_text(json.dumps({"zero_optimization": stage})) and None)
+    train = TrainConfig(learning_rate=1e-4, batch_size=4, gradient_accumulation=2, steps=10**6, precision="fp32",
+                        engine=options.rank_of, pipeline=PipelineConfig(stages=STAGES), deepspeed=str(ds))  # fmt: skip
+    import deepspeed.runtime.pipe.engine  # noqa: F401  # the library's own memory is not what is measured
+
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    engine = build_engine(
+        options.folder / "model", ModelConfig(path=str(options.folder / "model")), train,
+        config=training_config(train, layout.data_parallel.world_size), objective=build_objective("dual"),
+        total_steps=10**6, layout=layout,
+    )  # fmt: skip
+    peak = resident("VmHWM") - before
+    counted = count_before_step(engine)
+    generator = torch.Generator().manual_seed(layout.data_parallel.rank)
+    for _ in range(options.steps):
+        engine.train_step([batch(generator, engine) for _ in range(train.gradient_accumulation)])
+    gc.collect()
+    figures = {"stage": layout.stage, "peak_init": peak, "steady": resident("VmRSS") - before, **counted}
+    (options.folder / f"{options.rank_of}-{ranks.rank}.json").write_text(json.dumps(figures))
+    leave_ranks()
+
+
+def batch(generator: torch.Generator, engine: Any) -> dict[str, torch.Tensor]:
+    """Return one random block with random reference losses."""
+    vocabulary = engine.module.stage.causal_lm.config.vocab_size
+    ids = torch.randint(0, vocabulary, (1, BLOCK_LENGTH + 1), generator=generator)
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": torch.arange(BLOCK_LENGTH)[None],
+            "reference_loss": torch.rand(1, BLOCK_LENGTH, generator=generator) * 20}  # fmt: skip
+
+
+def count_before_step(trainer: Any) -> dict[str, int]:
+    """Return figures that are filled in just before each optimiser step, when gradients are complete."""
+    engine, figures = trainer.engine, {"parameters": 0, "gradients": 0, "optimiser": 0}
+    step = engine._take_model_step
+
+    def count_and_step(arguments: Any) -> None:
+        zero = engine.optimizer
+        parameters = list(engine.module.parameters())
+        figures["parameters"] = stored(t for p in parameters for t in (p.data, getattr(p, "ds_tensor", None)))
+        averaged = [t for group in zero.averaged_gradients.values() for t in group or []]
+        figures["gradients"] = stored([*(p.grad for p in parameters), *averaged])
+        step(arguments)
+        states = [t for state in zero.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        figures["optimiser"] = stored(t for t in states if t.numel() > 1)
+
+    engine._take_model_step = count_and_step
+    return figures
+
+
+def stored(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Return the bytes of the storages behind tensors, each counted once."""
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def resident(field: str) -> int:
+    """Return a field of this process' status in bytes: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def report(found: dict[str, list[dict[str, int]]]) -> None:
+    """Print a table and the ratios."""
+    print("| engine | rank | parameters | gradients | optimiser | steady growth | peak at init / steady |")
+    print("|---|---|---|---|---|---|---|")
+    for engine, rows in found.items():
+        for rank, row in enumerate(rows):
+            values = [f"{row[key] / 2**20:,.0f} MiB" for key in ("parameters", "gradients", "optimiser", "steady")]
+            peak = row["peak_init"] / row["steady"]
+            print(f"| {engine} | {rank} (stage {row['stage']}) | {' | '.join(values)} | {peak:.2f} |")
+    for rank, (whole, sharded) in enumerate(zip(found["pipeline"], found["sharded_pipeline"], strict=True)):
+        states = [row["parameters"] + row["gradients"] for row in (sharded, whole)]
+        optimiser = sharded["optimiser"] / whole["optimiser"]
+        print(f"rank {rank}, sharded_pipeline / pipeline: parameters + gradients {states[0] / states[1]:.3f}, "
+              f"optimiser {optimiser:.3f}")  # fmt: skip
+    largest = max(row["peak_init"] / row["steady"] for row in found["sharded_pipeline"])
+    print(f"largest peak at init / steady of sharded_pipeline: {largest:.2f}")
+
+
+if __name__ == "__main__":
+    main()
