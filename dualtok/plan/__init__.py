@@ -1,0 +1,1 @@
+"""Will it fit: memory of a run, computed without reading a weight."""
