@@ -1,1 +1,1 @@
-"""Will it fit: memory of a run, computed without reading a weight."""
+"""Whether a run will fit, from its configuration alone: no weight is read."""
