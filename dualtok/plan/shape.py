@@ -1,0 +1,88 @@
+"""A model's sizes, read from its configuration: the model is built on the meta device, where it takes no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Elements of each parameter, by where a pipeline would cut, and the widths that decide the activations."""
+
+    first: tuple[int, ...]
+    """Parameters before the decoder layers: the embeddings."""
+    layers: tuple[tuple[int, ...], ...]
+    """Parameters of each decoder layer."""
+    last: tuple[int, ...]
+    """Parameters after the decoder layers: the last norm and, if it is not tied, the head."""
+    tied: int
+    """Elements of the weight that embeddings and head share; 0 if they share none."""
+    hidden: int
+    feed_forward: int
+    vocabulary: int
+    gated: bool
+    """Whether the feed-forward network has a gate (Llama and its kin), and the norms are RMSNorms."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the whole model, a tied weight counted once."""
+        return sum(self.first) + sum(map(sum, self.layers)) + sum(self.last)
+
+    def stage(self, layers_per_stage: tuple[int, ...], stage: int) -> tuple[int, ...]:
+        """Return the elements of each parameter that a pipeline stage holds; both ends hold a tied weight."""
+        begin = sum(layers_per_stage[:stage])
+        held = [size for layer in self.layers[begin : begin + layers_per_stage[stage]] for size in layer]
+        if stage == 0:
+            held = [*self.first, *held]
+        if stage == len(layers_per_stage) - 1:
+            held += [*self.last, *([self.tied] if self.tied and stage > 0 else [])]
+        return tuple(held)
+
+
+def read_shape(config: PretrainedConfig) -> ModelShape:
+    """Return the sizes of the causal language model that a configuration describes.
+
+    Raises:
+        ValueError: it describes no model, or one without a list of decoder layers.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers and ".layers." not in name
+    ]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of {text.num_hidden_layers} decoder layers")
+    prefix = stacks[0] + "."
+    first: list[int] = []
+    last: list[int] = []
+    layers: list[list[int]] = [[] for _ in range(text.num_hidden_layers)]
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            layers[int(name.removeprefix(prefix).split(".")[0])].append(parameter.numel())
+        elif any(layers):
+            last.append(parameter.numel())
+        else:
+            first.append(parameter.numel())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    return ModelShape(
+        first=tuple(first),
+        layers=tuple(map(tuple, layers)),
+        last=tuple(last),
+        tied=embedding.numel() if embedding is head else 0,
+        hidden=text.hidden_size,
+        feed_forward=int(width),
+        vocabulary=text.vocab_size,
+        gated=any("gate" in name for name, _ in model.named_parameters()),
+    )

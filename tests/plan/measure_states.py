@@ -1,0 +1,82 @@
+"""Started under torchrun by test_memory.py: the bytes of model states that real DeepSpeed engines hold, as JSON.
+
+Every tensor that lives after a forward and backward pass, when optimiser states and gradients all exist, and that did
+not before the engine was built, counts once per storage.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from dualtok.engine.build import build_engine
+from dualtok.engine.config import TrainConfig
+from dualtok.engine.deepspeed_config import training_config
+from dualtok.engine.distributed import join_ranks, leave_ranks
+from dualtok.engine.layout import build_layout
+from dualtok.model.config import ModelConfig
+from dualtok.model.fresh import write_fresh_weights
+from dualtok.objective.loss import build_objective
+
+ROWS, LENGTH = 1, 8
+
+
+def storages() -> dict[int, int]:
+    """Return address -> bytes of every tensor alive, gradients included."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), torch.Tensor):
+            continue
+        for tensor in (thing, thing.grad if thing.is_leaf else None):
+            if tensor is not None and tensor.device.type == "cpu" and tensor.untyped_storage().size():
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().size()
+    return found
+
+
+def held(engine: Any, before: dict[int, int]) -> int:
+    """Return the bytes of storages that were not there before."""
+    return sum(size for address, size in storages().items() if address not in before)
+
+
+def main(cases: list[dict[str, Any]], shape: dict[str, Any], folder: Path) -> None:
+    """Measure each case and write rank 0's figures."""
+    ranks = join_ranks()
+    config = AutoConfig.for_model(**shape)
+    if ranks.is_first:
+        write_fresh_weights(config, 0, folder / "weights")
+    ranks.barrier()
+    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+    batch = {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(ROWS, 1), "labels": ids}
+    results = []
+    for case in cases:
+        file = folder / f"deepspeed-{ranks.rank}.json"
+        file.write_text(json.dumps({"zero_optimization": case["zero"]}))
+        train = TrainConfig(learning_rate=1e-3, batch_size=2 * ranks.world_size, steps=5, gradient_accumulation=2,
+                            precision=case["precision"], deepspeed=str(file))  # fmt: skip
+        before = storages()
+        engine: Any = build_engine(
+            folder / "weights", ModelConfig(path=str(folder / "weights")), train,
+            config=training_config(train, ranks.world_size), objective=build_objective("causal_lm"), total_steps=5,
+            layout=build_layout(ranks),
+        )  # fmt: skip
+        engine.train_step([batch, batch])
+        engine.engine.backward(engine.engine(batch))
+        engine.model.outcome = None
+        results.append(held(engine, before))
+        engine.engine.destroy()
+        del engine
+    if ranks.is_first:
+        (folder / "measured.json").write_text(json.dumps(results))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    given = json.loads(Path(sys.argv[1]).read_text())
+    main(given["cases"], given["shape"], Path(sys.argv[1]).parent)
