@@ -1,7 +1,7 @@
 """What a rank holds under ``pipeline`` with ZeRO-1 and under ``sharded_pipeline``: counted and resident.
 
-Starts four ranks (2 stages x 2) for each engine and prints, per rank: bytes of parameters and gradients just before an
-optimiser step, bytes of the optimiser, and by how much resident memory grew after the libraries were loaded, at its
+Starts four ranks (2 stages x 2) for each engine and prints, per rank: bytes of parameters and gradients between two
+micro-batches, bytes of the optimiser, and by how much resident memory grew after the libraries were loaded, at its
 peak while the engine was built and after some steps.
 
     python tools/bench_memory.py [--hidden 768] [--layers 12] [--vocabulary 16000] [--steps 3]
@@ -91,7 +91,7 @@ def measure_rank(options: argparse.Namespace) -> None:
         total_steps=10**6, layout=layout,
     )  # fmt: skip
     peak = resident("VmHWM") - before
-    counted = count_before_step(engine)
+    counted = count_states(engine)
     generator = torch.Generator().manual_seed(layout.data_parallel.rank)
     for _ in range(options.steps):
         engine.train_step([batch(generator, engine) for _ in range(train.gradient_accumulation)])
@@ -109,22 +109,28 @@ def batch(generator: torch.Generator, engine: Any) -> dict[str, torch.Tensor]:
             "reference_loss": torch.rand(1, BLOCK_LENGTH, generator=generator) * 20}  # fmt: skip
 
 
-def count_before_step(trainer: Any) -> dict[str, int]:
-    """Return figures that are filled in just before each optimiser step, when gradients are complete."""
-    engine, figures = trainer.engine, {"parameters": 0, "gradients": 0, "optimiser": 0}
-    step = engine._take_model_step
+def count_states(trainer: Any) -> dict[str, int]:
+    """Return figures that are filled in while training: parameters and gradients as a micro-batch's backward pass leaves
+    them to the next one, and the optimiser's states after a step."""
+    from deepspeed.runtime.pipe.schedule import BackwardPass
 
-    def count_and_step(arguments: Any) -> None:
-        zero = engine.optimizer
-        parameters = list(engine.module.parameters())
+    engine, figures = trainer.engine, {"parameters": 0, "gradients": 0, "optimiser": 0}
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
+    backward, step = engine._INSTRUCTION_MAP[BackwardPass], engine._take_model_step
+
+    def backward_and_count(self: Any, buffer_id: int) -> None:
+        backward(self, buffer_id)
         figures["parameters"] = stored(t for p in parameters for t in (p.data, getattr(p, "ds_tensor", None)))
         averaged = [t for group in zero.averaged_gradients.values() for t in group or []]
         figures["gradients"] = stored([*(p.grad for p in parameters), *averaged])
+
+    def step_and_count(arguments: Any) -> None:
         step(arguments)
         states = [t for state in zero.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
         figures["optimiser"] = stored(t for t in states if t.numel() > 1)
 
-    engine._take_model_step = count_and_step
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: backward_and_count}
+    engine._take_model_step = step_and_count
     return figures
 
 

@@ -18,13 +18,12 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from benchmark_support import prepared_corpus
 from transformers import AutoConfig, PretrainedConfig
 
-from dualtok.data.config import DataConfig
 from dualtok.data.manifest import load_manifest
 from dualtok.engine.build import build_engine
 from dualtok.engine.config import TrainConfig
@@ -42,6 +41,9 @@ from dualtok.plan.memory import Job, estimate_memory
 from dualtok.plan.shape import read_shape
 from dualtok.reference.config import ReferenceConfig
 from dualtok.run import RunConfig
+
+if TYPE_CHECKING:
+    from dualtok.data.config import DataConfig
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -145,8 +147,11 @@ def report(ranks: Ranks, measured: list[tuple[dict[str, int], int]], options: ar
 def llama(size: str) -> PretrainedConfig:
     """Return the model's configuration."""
     shape: dict[str, Any] = SIZES[size]
-    return AutoConfig.for_model("llama", vocab_size=VOCABULARY, num_key_value_heads=KEY_VALUE_HEADS[size],
-                                tie_word_embeddings=False, max_position_embeddings=2 * BLOCK_LENGTH, **shape)  # fmt: skip
+    config: PretrainedConfig = AutoConfig.for_model(
+        "llama", vocab_size=VOCABULARY, num_key_value_heads=KEY_VALUE_HEADS[size], tie_word_embeddings=False,
+        max_position_embeddings=2 * BLOCK_LENGTH, **shape,
+    )  # fmt: skip
+    return config
 
 
 def say(ranks: Any, line: str) -> None:

@@ -53,8 +53,9 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
     from torch import nn
     from transformers import AutoModelForCausalLM
 
+    build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = build(config)
     text = config.get_text_config()
     stacks = [
         name

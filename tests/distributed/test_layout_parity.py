@@ -233,9 +233,7 @@ def test_a_layout_trains_the_same_model(trained: Path, cell: Cell) -> None:
     if cell.precision == "fp32":
         known_rows, rows = selections(trained, expected), selections(trained, cell)
         # With scope local each rank has borders of its own, which the rows, one per global micro-batch, do not show.
-        assert cell.scope == "local" or margin(known_rows) > MARGIN, (
-            "a token is near a border, take another seed"
-        )
+        assert cell.scope == "local" or margin(known_rows) > MARGIN, "a token is near a border, take another seed"
         assert len(rows) == len(known_rows) >= STEPS
         for row, known_row in zip(rows, known_rows, strict=True):
             assert row["hard"] == known_row["hard"]

@@ -233,5 +233,5 @@ def test_the_model_states_are_those_of_real_engines_on_two_ranks(tmp_path: Path)
                 offload_parameters=zero.get("offload_param", {}).get("device", "none"),
                 offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none")),
         )  # fmt: skip
-        planned = sum((part.device + part.host for part in states))
+        planned = sum(part.device + part.host for part in states)
         assert planned == pytest.approx(total, rel=0.01), case
