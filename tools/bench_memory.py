@@ -110,7 +110,7 @@ def batch(generator: torch.Generator, engine: Any) -> dict[str, torch.Tensor]:
 
 
 def count_states(trainer: Any) -> dict[str, int]:
-    """Return figures that are filled in while training: parameters and gradients as a micro-batch's backward pass leaves
+    """Return figures that are filled in while training: parameters and gradients as one backward pass leaves
     them to the next one, and the optimiser's states after a step."""
     from deepspeed.runtime.pipe.schedule import BackwardPass
 
