@@ -53,7 +53,9 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    from dualtok.model.stages import no_partitioning
+
+    with no_partitioning(), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     stacks = [
