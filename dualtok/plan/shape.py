@@ -53,8 +53,10 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
     from torch import nn
     from transformers import AutoModelForCausalLM
 
+    from dualtok.model.stages import no_partitioning
+
     build: Any = AutoModelForCausalLM.from_config
-    with torch.device("meta"):
+    with no_partitioning(), torch.device("meta"):
         model: Any = build(config)
     text = config.get_text_config()
     stacks = [
