@@ -13,6 +13,7 @@ At 1.1 billion on 23.5 GiB it has not come through its first backward pass yet (
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--states", choices=("nvme", "cpu"), default="nvme", help="where the optimiser's states lie")
     parser.add_argument("--folder", type=Path, default=Path("runs/billion"), help="weights, data and states")
     options = parser.parse_args()
+    return_freed_memory()
     threading.Thread(target=watch_memory, daemon=True).start()
     ranks = join_ranks()
     if ranks.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
@@ -192,6 +194,17 @@ def watch_memory() -> None:
             print("less than 1 GiB of memory is free: the job ends itself", flush=True)
             os._exit(3)
         time.sleep(0.2)
+
+
+def return_freed_memory() -> None:
+    """Make glibc give memory of a mebibyte and more back when it is freed.
+
+    By itself it learns to keep freed pieces of up to 32 MiB for later, between which others lie: at 1.1 billion
+    parameters the ranks held 3 GiB each that no tensor used.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    if ctypes.CDLL(None).mallopt(mmap_threshold, 2**20) != 1:
+        print("mallopt has no effect here: ranks will hold more memory than they use", flush=True)
 
 
 def multiply_in_float32() -> None:
