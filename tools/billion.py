@@ -131,7 +131,7 @@ def report(ranks: Ranks, measured: list[tuple[dict[str, int], int]], options: ar
         shape,
         Job(ranks=ranks.world_size, rows=BLOCKS // ranks.world_size, length=BLOCK_LENGTH, loss_memory_mib=LOSS_MIB,
             activation_checkpointing=True, offload_parameters="cpu", offload_optimizer=options.states,
-            reference="offload", sub_group=SUB_GROUP, reduce_bucket=SUB_GROUP, max_live=SUB_GROUP),
+            reference="offload", sub_group=SUB_GROUP, reduce_bucket=SUB_GROUP, prefetch=SUB_GROUP, max_reuse=0),
     ).largest  # fmt: skip
     print(f"{shape.parameters / 1e9:.3f} billion parameters, {ranks.world_size} ranks; plan per rank, GiB:")
     for part in ("parameters", "gradients", "optimizer", "activations", "head", "reference", "buffers", "total"):

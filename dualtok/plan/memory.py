@@ -98,8 +98,12 @@ class Job:
     """DeepSpeed's ``reduce_bucket_size``, elements; its default."""
     sub_group: int = 1_000_000_000
     """DeepSpeed's ``sub_group_size``, elements; its default."""
-    max_live: int = 1_000_000_000
-    """DeepSpeed's ``stage3_max_live_parameters``, elements; its default."""
+    prefetch: int = 50_000_000
+    """DeepSpeed's ``stage3_prefetch_bucket_size``, elements; its default."""
+    max_reuse: int = 1_000_000_000
+    """DeepSpeed's ``stage3_max_reuse_distance``, elements; its default. Parameters stay gathered from the forward
+    to the backward pass where no more than this is gathered in between: the last half of this many, and in smaller
+    models all."""
 
     def __post_init__(self) -> None:
         """Refuse a combination that no engine offers.
@@ -130,6 +134,11 @@ class Job:
     def weight_bytes(self) -> int:
         """Bytes of a weight, w."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def stays_gathered(self) -> int:
+        """Elements at most that ZeRO-3 keeps from the forward to the backward pass; a sharded pipeline keeps none."""
+        return self.max_reuse // 2 if self.engine == "zero" else 0
 
     @property
     def tokens(self) -> int:
@@ -293,8 +302,8 @@ def _buffers(held: tuple[int, ...], job: Job) -> Bytes:
     """Buckets and passing copies.
 
     * ZeRO 1 and 2: one bucket of gradients, and at the step the gradient of this rank's share (stage 1).
-    * ZeRO 3: one bucket of gradients, gathered parameters (as many as ``max_live`` allows, and one more parameter),
-      the whole gradient of one parameter, and at the step one sub-group's gradient.
+    * ZeRO 3: one bucket of gradients, gathered parameters (those that stay, those fetched ahead, and one at work), the
+      whole gradient of one parameter, and at the step one sub-group's gradient.
     * An optimiser on disk: four buffers of the largest sub-group, in host memory.
     """
     whole, w, largest = sum(held), job.weight_bytes, max(held)
@@ -303,7 +312,8 @@ def _buffers(held: tuple[int, ...], job: Job) -> Bytes:
         return Bytes()
     if job.zero_stage < 3:
         return Bytes(bucket + (STATE * math.ceil(whole / job.replicas) if job.zero_stage == 1 else 0))
-    gathered = 0 if job.keep_gathered else w * min(whole, job.max_live + largest)
+    ahead = job.prefetch if job.engine == "zero" else 0
+    gathered = 0 if job.keep_gathered else w * min(whole, job.stays_gathered + ahead + largest)
     share = math.ceil(whole / job.replicas)
     sub_group = min(share, job.sub_group + math.ceil(largest / job.replicas))
     fixed = Bytes(bucket + gathered + w * largest)

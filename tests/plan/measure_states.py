@@ -1,7 +1,8 @@
 """Started under torchrun by test_memory.py: the bytes of model states that real DeepSpeed engines hold, as JSON.
 
 Every tensor that lives after a forward and backward pass, when optimiser states and gradients all exist, and that did
-not before the engine was built, counts once per storage.
+not before the engine was built, counts once per storage. Of one optimiser step, the bytes of each kind of collective
+are counted, those below a kilobyte (norms, flags) left out.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig
 
 from dualtok.engine.build import build_engine
@@ -40,6 +43,30 @@ def storages() -> dict[int, int]:
     return found
 
 
+SENT: Counter[str] = Counter()
+WHOLE = {"all_gather_into_tensor": 0, "all_gather": 1, "reduce_scatter_tensor": 1, "all_reduce": 0, "reduce": 0}
+"""Collectives, and which argument has the whole data: what is gathered, or what is to be reduced."""
+
+
+def count_collectives() -> None:
+    """Wrap torch's collectives, before DeepSpeed looks them up."""
+    for name in WHOLE:
+        setattr(dist, name, counting(name, getattr(dist, name)))
+
+
+def counting(name: str, call: Any) -> Any:
+    """Return a collective that adds its bytes to SENT."""
+
+    def counted(*args: Any, **named: Any) -> Any:
+        tensors = [*args, *(value for value in named.values() if isinstance(value, torch.Tensor))]
+        tensor = tensors[WHOLE[name]]
+        size = tensor.numel() * tensor.element_size() * (dist.get_world_size() if name == "all_gather" else 1)
+        SENT[name] += size if size > 1000 else 0
+        return call(*args, **named)
+
+    return counted
+
+
 def held(engine: Any, before: dict[int, int]) -> int:
     """Return the bytes of storages that were not there before."""
     return sum(size for address, size in storages().items() if address not in before)
@@ -47,6 +74,7 @@ def held(engine: Any, before: dict[int, int]) -> int:
 
 def main(cases: list[dict[str, Any]], shape: dict[str, Any], folder: Path) -> None:
     """Measure each case and write rank 0's figures."""
+    count_collectives()
     ranks = join_ranks()
     config = AutoConfig.for_model(**shape)
     if ranks.is_first:
@@ -67,9 +95,12 @@ def main(cases: list[dict[str, Any]], shape: dict[str, Any], folder: Path) -> No
             layout=build_layout(ranks),
         )  # fmt: skip
         engine.train_step([batch, batch])
+        SENT.clear()
+        engine.train_step([batch, batch])
+        sent = dict(SENT)
         engine.engine.backward(engine.engine(batch))
         engine.model.outcome = None
-        results.append(held(engine, before))
+        results.append({"held": held(engine, before), "sent": sent})
         engine.engine.destroy()
         del engine
     if ranks.is_first:

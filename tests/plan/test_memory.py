@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dualtok.plan.memory import MIB, Bytes, Job, activation_bytes, deal, estimate_memory, model_states
+from dualtok.plan.memory import MIB, Bytes, activation_bytes, deal, estimate_memory, model_states
 from dualtok.plan.shape import ModelShape, read_shape
-from tests.support import ROOT, environment
+from tests.plan.support import CASES, LLAMA, SHAPE, job, job_of
 
-SHAPE = ModelShape(first=(1000,), layers=((70, 30),) * 5, last=(10, 1000), tied=0, hidden=10, feed_forward=40,
-                   vocabulary=100, gated=True)  # fmt: skip
 N = 2510
-
-
-def job(**changes: Any) -> Job:
-    return Job(**{"ranks": 2, "length": 8, "rows": 1, "reference": "none", **changes})
 
 
 @pytest.mark.parametrize(
@@ -60,6 +50,16 @@ def test_offloading_moves_bytes_to_the_host_and_to_disk() -> None:
     assert disk == (Bytes(host=N), Bytes(host=2 * N, disk=2 * N), Bytes(disk=6 * N))
     swap = estimate_memory(SHAPE, job(offload_optimizer="nvme", sub_group=100)).largest.buffers
     assert swap.host == 4 * 4 * (100 + 500)
+
+
+def test_what_stays_gathered() -> None:
+    def gathered(**changes: Any) -> int:
+        settings = {"reduce_bucket": 0, "sub_group": 0, "prefetch": 0, "offload_optimizer": "cpu", **changes}
+        return estimate_memory(SHAPE, job(**settings)).largest.buffers.device - 2 * 1000
+
+    assert gathered() == 2 * N
+    assert gathered(max_reuse=400) == 2 * (200 + 1000)
+    assert gathered(max_reuse=0, prefetch=50) == 2 * (50 + 1000)
 
 
 def test_stages_hold_their_layers_and_both_ends_a_tied_weight() -> None:
@@ -117,7 +117,7 @@ def test_gathered_parameters_stay_when_asked() -> None:
     sharded = estimate_memory(SHAPE, job(**settings)).stages[0]
     kept = estimate_memory(SHAPE, job(**settings, keep_gathered=True)).stages[0]
     assert kept.parameters.device - sharded.parameters.device == 2 * 1300
-    assert sharded.buffers.device - kept.buffers.device == 2 * 1300
+    assert sharded.buffers.device - kept.buffers.device == 2 * 1000
 
 
 def test_hosts_add_up_their_ranks() -> None:
@@ -144,9 +144,6 @@ def test_what_no_engine_offers_is_refused(changes: dict[str, Any], message: str)
         estimate_memory(SHAPE, job(ranks=2, stages=2, engine="pipeline", zero_stage=1, layers_per_stage=(2, 2)))
 
 
-LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 515, "max_position_embeddings": 64,
-         "tie_word_embeddings": False}  # fmt: skip
 NEOX = {"model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "vocab_size": 515, "max_position_embeddings": 64, "bos_token_id": 0,
         "eos_token_id": 0}  # fmt: skip
@@ -199,39 +196,10 @@ def test_a_layers_activations_are_what_autograd_keeps(
     assert planned == pytest.approx(measured[1] - measured[0], rel=tolerance)
 
 
-SMALL = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
-STAGE_3 = {"stage": 3, **SMALL, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000,
-           "stage3_max_live_parameters": 1000, "sub_group_size": 40_000}  # fmt: skip
-CASES: list[dict[str, Any]] = [
-    *({"precision": "fp32", "zero": {"stage": stage, **SMALL}} for stage in (0, 1, 2)),
-    *({"precision": "bf16", "zero": {"stage": stage, **SMALL}} for stage in (1, 2)),
-    {"precision": "fp32", "zero": STAGE_3},
-    {"precision": "bf16", "zero": STAGE_3},
-    {"precision": "bf16",
-     "zero": {**STAGE_3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}},
-]  # fmt: skip
-
-
 @pytest.mark.slow
-def test_the_model_states_are_those_of_real_engines_on_two_ranks(tmp_path: Path) -> None:
-    given = tmp_path / "cases.json"
-    given.write_text(json.dumps({"cases": CASES, "shape": LLAMA}))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(ROOT / "tests/plan/measure_states.py"), str(given)],
-        env=environment(LOCAL_SIZE="2", PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    measured = json.loads((tmp_path / "measured.json").read_text())
+@pytest.mark.xdist_group("measured_plan")
+def test_the_model_states_are_those_of_real_engines_on_two_ranks(measured: list[dict[str, Any]]) -> None:
     held = read_shape(AutoConfig.for_model(**LLAMA)).stage((3,), 0)
-    for case, total in zip(CASES, measured, strict=True):
-        zero = case["zero"]
-        states = model_states(
-            held,
-            job(zero_stage=zero["stage"], precision=case["precision"],
-                offload_parameters=zero.get("offload_param", {}).get("device", "none"),
-                offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none")),
-        )  # fmt: skip
-        planned = sum(part.device + part.host for part in states)
-        assert planned == pytest.approx(total, rel=0.01), case
+    for case, found in zip(CASES, measured, strict=True):
+        planned = sum(part.device + part.host for part in model_states(held, job_of(case)))
+        assert planned == pytest.approx(found["held"], rel=0.01), case
