@@ -5,8 +5,6 @@ parameter, read and written once per step through DeepSpeed's asynchronous I/O (
 second, forward-only ZeRO-3 engine in host memory (``reference.mode: offload``). All weights are random and written
 piece by piece. Printed: losses, memory per rank, and what ``dualtok.plan.memory`` predicts.
 
-At 1.1 billion on 23.5 GiB it has not come through its first backward pass yet (docs/log.md).
-
     python -m torch.distributed.run --standalone --nproc-per-node=2 tools/billion.py [--size 1.1b] [--steps 2]
 """
 
