@@ -1,4 +1,4 @@
-"""tools/billion.py on a tiny model: real ranks, ZeRO-3 with weights and states in host memory, an offloaded reference."""
+"""tools/billion.py on a tiny model: real ranks, ZeRO-3 with everything in host memory, an offloaded reference."""
 
 from __future__ import annotations
 
