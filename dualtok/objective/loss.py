@@ -5,6 +5,7 @@ Legend: b batch, t position, n = tokens in the scope (all ranks when a ``gather`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -160,7 +161,7 @@ def goldfish_loss(
     return objective(token_loss, batch, gather=gather)
 
 
-class Objective:
+class Objective(ABC):
     """What the engine calls with this rank's token losses."""
 
     needs_reference: ClassVar[bool]
@@ -183,8 +184,9 @@ class Objective:
             self._plan_one(losses.detach(), batch, gather) for losses, batch in zip(token_losses, batches, strict=True)
         ]
 
+    @abstractmethod
     def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
-        raise NotImplementedError
+        """Return what each token of one micro-batch counts."""
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,6 @@ def test_a_reference_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> Non
 
 def test_weights_in_four_bits_are_adapted_and_are_their_own_reference(tmp_path: Path) -> None:
     """bitsandbytes on a CPU; what a GPU would do was not run."""
-    pytest.importorskip("bitsandbytes")
     from dualtok.model.load import load_causal_lm
 
     torch.manual_seed(0)
