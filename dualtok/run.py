@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -80,6 +80,10 @@ class RunConfig:
         if self.objective == "selective" and self.selection is not None and self.selection.alpha not in (0.0, 0.8):
             raise ValueError(
                 "selection.alpha: has no effect with objective 'selective', which never unlearns; remove it"
+            )
+        if self.data.mix and self.train is not None and self.train.epochs is not None:
+            raise ValueError(
+                "train.epochs: folders mixed in by data.mix come round at different times; give train.steps instead"
             )
 
         lora = self.model is not None and self.model.lora is not None
@@ -200,20 +204,16 @@ def _known_keys(location: list[str]) -> list[str]:
     """Return the field names of the config class at a dotted location."""
     here: Any = RunConfig
     for part in location:
-        annotations = {field.name: field.type for field in dataclasses.fields(here)}
-        if part not in annotations:
+        if part.isdigit():  # an entry of a list, whose class was found with the list
+            continue
+        here = _config_class(get_type_hints(here).get(part))
+        if here is None:
             return []
-        resolved = _resolve(annotations[part])
-        if resolved is None:
-            return []
-        here = resolved
     return [field.name for field in dataclasses.fields(here)]
 
 
-def _resolve(annotation: Any) -> Any | None:
-    if isinstance(annotation, str):
-        annotation = eval(annotation, globals())
-    for candidate in (annotation, *get_args(annotation)):
-        if dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
+def _config_class(annotation: Any) -> Any | None:
+    """Return the config class in an annotation such as ``LoraConfig | None`` or ``tuple[MixConfig, ...]``."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    return next(filter(None, map(_config_class, get_args(annotation))), None)

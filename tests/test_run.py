@@ -57,6 +57,7 @@ def test_a_run_survives_its_own_yaml(run_file: Path) -> None:
         ("train.steps=ten", ["train.steps", "'ten'"]),
         ("train.learning_rate=-1", ["train.learning_rate", "-1"]),
         ("train.precision=fp16", ["train.precision", "'fp16'"]),
+        ("model.lora={rnak: 4}", ["'model.lora.rnak'", "did you mean 'rank'?"]),
         ("objective=plain", ["objective", "'plain'"]),
         ("selection.hard_share=0.9", ["selection", "0.9"]),
         ("train.epochs=2", ["train", "exactly one of 'steps' and 'epochs'"]),

@@ -14,6 +14,8 @@ SplitName = Literal["train", "reference", "attack_reference", "probe", "validati
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 Count = Annotated[int, Field(ge=1)]
 ROUNDING = 1e-9
+MIX_PERIOD = 1000
+"""Samples of a lane over which the shares of mixed folders hold exactly; a share is rounded to 1 in so many."""
 
 
 def default_shares() -> dict[str, float]:
@@ -26,6 +28,17 @@ def default_shares() -> dict[str, float]:
         "validation": 0.04,
         "held_out": 0.1,
     }
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class MixConfig:
+    """A further prepared folder to train on."""
+
+    dir: str
+    """The folder; of the same tokenizer, ``block_length`` and ``lanes``."""
+
+    weight: Annotated[float, Field(ge=1 / MIX_PERIOD, lt=1)]
+    """Its share of the samples, whatever its size."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -91,6 +104,10 @@ class DataConfig:
     rows_per_shard: Count = 1024
     """Most blocks per shard."""
 
+    mix: tuple[MixConfig, ...] = ()
+    """Further prepared folders whose split ``train.split`` is mixed into training; ``dir`` gets the share that they
+    leave. Evaluations and the audit concern ``dir`` alone."""
+
     processes: Count = 1
     """Processes that hash, tokenise and pack. The result does not depend on it."""
 
@@ -104,6 +121,7 @@ class DataConfig:
         total = sum(self.shares.values())
         if total > 1 + ROUNDING:
             raise ValueError(f"data.shares: sum to {total:g}, above 1")
+        self._check_mix()
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError(
                 "data.vocab_size: has no effect with data.tokenizer, which has its own vocabulary; remove it"
@@ -112,3 +130,15 @@ class DataConfig:
             raise ValueError("data.shares: need at least a share of 'train'")
         if self.tokenizer is None and "reference" not in self.shares:
             raise ValueError("data.tokenizer: missing, and data.shares has no 'reference' to train one on; give either")
+
+    def _check_mix(self) -> None:
+        rest = 1 - sum(other.weight for other in self.mix)
+        if rest < 1 / MIX_PERIOD - ROUNDING:
+            raise ValueError(
+                f"data.mix: the weights sum to {1 - rest:g}, which leaves less than {1 / MIX_PERIOD:g} to data.dir; "
+                "they are shares of all samples, lower them"
+            )
+        folders = [self.dir, *(other.dir for other in self.mix)]
+        for number, folder in enumerate(folders):
+            if folder.rstrip("/") in {earlier.rstrip("/") for earlier in folders[:number]}:
+                raise ValueError(f"data.mix: {folder} is there twice; give each folder once")

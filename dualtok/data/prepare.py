@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 STAGING = ".staging"
 DEFAULT_VOCABULARY = 4096
 CONFIG_ECHO = "prepare.json"
-SCHEDULING = ("processes",)
+SCHEDULING = ("processes", "mix")
 """Settings that do not change the result."""
 DOCUMENT = pa.schema([
     ("doc", pa.int64()), ("sha256", pa.string()), ("n_tokens", pa.int64()), ("n_characters", pa.int64()),

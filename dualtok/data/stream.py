@@ -130,12 +130,7 @@ class BlockStream:
         if world_size > self._blocks:
             raise DataError(f"split {self.split!r} has {self._blocks} blocks, fewer than the job's {world_size} ranks; "
                             "use fewer ranks or a larger split")  # fmt: skip
-        if global_micro_batch % world_size:
-            raise DataError(f"a micro-batch of {global_micro_batch} blocks cannot be shared by {world_size} ranks")
-        dataset = _RankBatches(self, start_sample, global_micro_batch, rank, global_micro_batch // world_size)
-        if workers == 0:
-            return iter(dataset)
-        return iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+        return rank_batches(self, start_sample, global_micro_batch, rank=rank, world_size=world_size, workers=workers)
 
     def sequential(
         self, batch_size: int, rank: int = 0, world_size: int = 1, *, max_blocks: int | None = None,
@@ -235,10 +230,29 @@ class BlockStream:
         self._row_order = lru_cache(maxsize=4 * self.lanes)(self._draw_row_order)
 
 
+class _Reader(Protocol):
+    """What reads samples by their numbers."""
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Return the batch of some samples, in their order."""
+
+
+def rank_batches(
+    stream: _Reader, start_sample: int, global_micro_batch: int, *, rank: int, world_size: int, workers: int
+) -> Iterator[Batch]:
+    """Yield one rank's share of each global micro-batch, without end; see :meth:`BlockStream.batches`."""
+    if global_micro_batch % world_size:
+        raise DataError(f"a micro-batch of {global_micro_batch} blocks cannot be shared by {world_size} ranks")
+    dataset = _RankBatches(stream, start_sample, global_micro_batch, rank, global_micro_batch // world_size)
+    if workers == 0:
+        return iter(dataset)
+    return iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+
+
 class _RankBatches(IterableDataset[Batch]):
     """The endless batches of one rank; data worker w of W makes every W-th."""
 
-    def __init__(self, stream: BlockStream, start: int, global_micro_batch: int, rank: int, share: int) -> None:
+    def __init__(self, stream: _Reader, start: int, global_micro_batch: int, rank: int, share: int) -> None:
         self._stream, self._start, self._stride = stream, start, global_micro_batch
         self._rank, self._share = rank, share
 
