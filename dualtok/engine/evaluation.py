@@ -19,8 +19,8 @@ from dualtok.reference.live import with_reference
 if TYPE_CHECKING:
     import torch
 
+    from dualtok.data.mixture import TrainingStream
     from dualtok.data.packing import Segment
-    from dualtok.data.stream import BlockStream
     from dualtok.engine.protocol import TrainingEngine
     from dualtok.reference.live import LiveReference
 
@@ -73,8 +73,8 @@ class Evaluation:
 
 
 def evaluate(
-    engine: TrainingEngine, members: BlockStream, validation: BlockStream, *, blocks: int, batch_size: int, step: int,
-    reference: LiveReference | None = None,
+    engine: TrainingEngine, members: TrainingStream, validation: TrainingStream, *, blocks: int, batch_size: int,
+    step: int, reference: LiveReference | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate on at most ``blocks`` blocks of each stream; every rank takes part and gets the same result.
 
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def document_losses(
-    engine: TrainingEngine, stream: BlockStream, blocks: int, batch_size: int, reference: LiveReference | None = None
+    engine: TrainingEngine, stream: TrainingStream, blocks: int, batch_size: int, reference: LiveReference | None = None
 ) -> DocumentLosses:
     """Sum token losses per document over the first ``blocks`` blocks of a stream, shared by all replicas."""
     ranks = engine.layout.data_parallel

@@ -21,7 +21,7 @@ from dualtok.objective.head import IGNORED_LABEL
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dualtok.data.stream import BlockStream
+    from dualtok.data.mixture import TrainingStream
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.protocol import TrainingEngine
     from dualtok.model.losses import Batch
@@ -63,8 +63,8 @@ class TrainingLoop:
 
     run: RunConfig
     engine: TrainingEngine
-    stream: BlockStream
-    validation: BlockStream
+    stream: TrainingStream
+    validation: TrainingStream
     total_steps: int
     state: LoopState = field(default_factory=LoopState)
     reference: LiveReference | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dualtok.data.manifest import load_manifest, split_entry
+from dualtok.data.manifest import split_entry
+from dualtok.data.mixture import Mixture, load_sources
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.build import build_engine
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dualtok.data.manifest import Manifest
+    from dualtok.data.mixture import TrainingStream
     from dualtok.engine.checkpoint import SavedCheckpoint
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.distributed import Ranks
     from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
+    from dualtok.reference.fingerprint import Fingerprint
     from dualtok.reference.live import LiveReference
     from dualtok.run import RunConfig
 
@@ -67,7 +71,8 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     """
     model: ModelConfig = run.need("model", "train")
     settings: TrainConfig = run.need("train", "train")
-    manifest = load_manifest(run.data.dir)
+    sources = load_sources(run.data, settings.split)
+    manifest = sources[0].manifest
     ranks = join_ranks()
     layout = build_layout(ranks, settings.stages)
     deepspeed_config = training_config(settings, layout.data_parallel.world_size)
@@ -96,7 +101,7 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     if run.reference is not None and run.reference.mode == "adapter":
         assert adapters is not None
         reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.module))
-    state = LoopState(blocks=blocks_digest(manifest))
+    state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
     loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference)
     if saved is not None:
         loop.resume(saved)
@@ -117,29 +122,39 @@ def count_steps(settings: TrainConfig, blocks: int) -> int:
     return max(1, round(settings.epochs * blocks / settings.batch_size))
 
 
-def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], ranks: Ranks) -> list[BlockStream]:
-    """Open the streams of some splits, the one to train on first, with the run's reference losses if it has any."""
+def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], ranks: Ranks) -> list[TrainingStream]:
+    """Open the streams of some splits with the run's reference losses, if it has any.
+
+    The first split is the one to train on; ``data.mix`` is mixed into it, each folder with its own reference losses.
+    """
     for split in splits:
         split_entry(manifest, split, run.data.dir)
     reference, share = run.reference, {"rank": ranks.rank, "world_size": ranks.world_size}
-    scores: list[StoredScores | None] = [None] * len(splits)
+    expected: Fingerprint | None = None
+    scored: tuple[str, ...] = ()
     if reference is not None and not reference.is_live:
+        scored = reference.splits
         expected = ranks.first_does(lambda: fingerprint(reference.origin, manifest, reference.precision))
         if splits[0] not in reference.splits:
             raise ConfigError(
                 f"reference.splits: has no {splits[0]!r}, which this run trains on; add it and score again"
             )
-        scores = [
-            StoredScores(run.data.dir, manifest, split, expected, **share) if split in reference.splits else None
-            for split in splits
-        ]
-    return [
-        BlockStream(
-            run.data.dir, split, seed=run.seed, scores=losses, verify_rank=ranks.rank,
-            verify_world_size=ranks.world_size,
+
+    def open_split(folder: str, manifest: Manifest, split: str) -> BlockStream:
+        losses: StoredScores | None = None
+        if expected is not None and split in scored:
+            own = replace(expected, blocks=blocks_digest(manifest))
+            losses = StoredScores(folder, manifest, split, own, **share)
+        return BlockStream(
+            folder, split, seed=run.seed, scores=losses, verify_rank=ranks.rank, verify_world_size=ranks.world_size
         )
-        for split, losses in zip(splits, scores, strict=True)
-    ]  # fmt: skip
+
+    main, *others = (open_split(run.data.dir, manifest, split) for split in splits)
+    if not run.data.mix:
+        return [main, *others]
+    sources = load_sources(run.data, splits[0])
+    mixed = [main, *(open_split(source.dir, source.manifest, splits[0]) for source in sources[1:])]
+    return [Mixture(mixed, [source.weight for source in sources], seed=run.seed), *others]
 
 
 def _require_reference(run: RunConfig) -> None:

@@ -7,14 +7,15 @@ shard, on any number of ranks. Under a ZeRO-3 engine all ranks make the same num
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from dualtok.data.manifest import load_manifest, split_entry
+from dualtok.data.manifest import split_entry
+from dualtok.data.mixture import load_sources
 from dualtok.data.stream import BlockStream, pad_rows
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.reference import check_reference
@@ -22,16 +23,18 @@ from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
 from dualtok.files import file_sha256
 from dualtok.monitor.progress import RunProgress
-from dualtok.reference.fingerprint import fingerprint
+from dualtok.reference.fingerprint import blocks_digest, fingerprint
 from dualtok.reference.stored import INDEX, is_scored, read_index, score_path, scores_folder, write_index, write_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from dualtok.data.manifest import Manifest, ShardEntry
+    from dualtok.data.manifest import ShardEntry
+    from dualtok.data.mixture import Source
     from dualtok.engine.distributed import Ranks
     from dualtok.model.losses import Batch
     from dualtok.reference.config import ReferenceConfig
+    from dualtok.reference.fingerprint import Fingerprint
     from dualtok.run import RunConfig
 
 
@@ -40,8 +43,9 @@ class ScoreSummary:
     """What a scoring job did on all ranks."""
 
     folder: Path
+    """Where the scores of ``data.dir`` are; those of the folders of ``data.mix`` are in their own."""
     shards: int
-    """Shards that belong to the fingerprint."""
+    """Shards that belong to the fingerprint, of all folders."""
     scored: int
     """Shards scored by this job; the others were there already."""
     tokens_per_second: float
@@ -50,13 +54,25 @@ class ScoreSummary:
 
 @dataclass(frozen=True)
 class _Task:
+    data_dir: str
     split: str
     shard: ShardEntry
     path: Path
+    """The score file."""
+
+    @property
+    def target(self) -> Path:
+        """The folder of all scores of ``data_dir`` under this fingerprint."""
+        return self.path.parent.parent
+
+    @property
+    def name(self) -> str:
+        """The score file's name in the index."""
+        return f"{self.split}/{self.path.name}"
 
 
 def score(run: RunConfig) -> ScoreSummary:
-    """Score the splits of ``reference.splits`` that are not scored yet.
+    """Score the splits of ``reference.splits`` that are not scored yet; of ``data.mix`` the split to train on alone.
 
     Raises:
         ConfigError: there is no section ``reference``, or its model does not fit the blocks.
@@ -68,13 +84,20 @@ def score(run: RunConfig) -> ScoreSummary:
             f"reference.mode: {reference.mode!r} computes the losses while training, so there is nothing to score; "
             "start `dualtok train`, or use reference.mode=stored"
         )
-    manifest = load_manifest(run.data.dir)
+    trained = run.train.split if run.train is not None else "train"
+    sources = load_sources(run.data, trained)
+    manifest = sources[0].manifest
     ranks = join_ranks()
     folder = Path(ranks.first_does(lambda: check_reference(reference, run.data.dir, manifest)))
     expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
-    target = scores_folder(run.data.dir, expected)
-    tasks = _tasks(run.data.dir, manifest, reference, target)
-    missing = _missing(tasks, target, ranks)
+    tasks: list[_Task] = []
+    targets: dict[Path, Fingerprint] = {}
+    for number, source in enumerate(sources):
+        own = replace(expected, blocks=blocks_digest(source.manifest))
+        target = scores_folder(source.dir, own)
+        targets[target] = own
+        tasks += _tasks(source, (trained,) if number else reference.splits, target)
+    missing = _missing(tasks, ranks)
     rate = 0.0
     if missing:
         forward = build_forward_only(
@@ -82,29 +105,38 @@ def score(run: RunConfig) -> ScoreSummary:
             deepspeed_json=reference.deepspeed, ranks=ranks,
         )  # fmt: skip
         rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
-    mine = {f"{task.split}/{task.path.name}": file_sha256(task.path) for task in tasks[ranks.rank :: ranks.world_size]}
-    files = {name: digest for part in ranks.gather_objects(mine) for name, digest in part.items()}
-    ranks.first_does(lambda: write_index(target, expected, reference.origin, files))
-    return ScoreSummary(target, len(tasks), len(missing), rate)
+    mine = [(task.target, task.name, file_sha256(task.path)) for task in tasks[ranks.rank :: ranks.world_size]]
+    hashed = [entry for part in ranks.gather_objects(mine) for entry in part]
+
+    def write_indices() -> None:
+        for target, own in targets.items():
+            files = {name: digest for folder, name, digest in hashed if folder == target}
+            write_index(target, own, reference.origin, files)
+
+    ranks.first_does(write_indices)
+    return ScoreSummary(scores_folder(run.data.dir, expected), len(tasks), len(missing), rate)
 
 
-def _missing(tasks: list[_Task], folder: Path, ranks: Ranks) -> list[int]:
+def _missing(tasks: list[_Task], ranks: Ranks) -> list[int]:
     """Return the tasks that are still to do: without scores, or with scores that were altered."""
-    known = read_index(folder)["files"] if (folder / INDEX).is_file() else {}
+    known = {
+        folder: read_index(folder)["files"] if (folder / INDEX).is_file() else {}
+        for folder in {task.target for task in tasks}
+    }
 
     def is_done(task: _Task) -> bool:
-        checksum = known.get(f"{task.split}/{task.path.name}")
+        checksum = known[task.target].get(task.name)
         return is_scored(task.path, task.shard) and checksum in (None, file_sha256(task.path))
 
     mine = [i for i in range(ranks.rank, len(tasks), ranks.world_size) if not is_done(tasks[i])]
     return sorted(i for part in ranks.gather_objects(mine) for i in part)
 
 
-def _tasks(data_dir: str, manifest: Manifest, reference: ReferenceConfig, folder: Path) -> list[_Task]:
+def _tasks(source: Source, splits: Sequence[str], folder: Path) -> list[_Task]:
     return [
-        _Task(split, shard, score_path(folder, split, shard.file))
-        for split in reference.splits
-        for shard in split_entry(manifest, split, data_dir).shards
+        _Task(source.dir, split, shard, score_path(folder, split, shard.file))
+        for split in splits
+        for shard in split_entry(source.manifest, split, source.dir).shards
     ]
 
 
@@ -117,10 +149,10 @@ def _score_shards(
     most_calls = max(ranks.gather_objects(sum(calls)))
     streams = ranks.together(
         lambda: {
-            split: BlockStream(
-                run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
+            (data_dir, split): BlockStream(
+                data_dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
             )
-            for split in {task.split for task in tasks}
+            for data_dir, split in {(task.data_dir, task.split) for task in tasks}
         }
     )
     started = time.perf_counter()
@@ -131,7 +163,7 @@ def _score_shards(
             losses = []
             for first in range(0, task.shard.rows, batch_size):
                 rows = np.arange(first, min(first + batch_size, task.shard.rows))
-                last = streams[task.split].read_rows(task.shard.file, rows)
+                last = streams[task.data_dir, task.split].read_rows(task.shard.file, rows)
                 # Filled up, so that every rank calls each layer equally often, chunk by chunk, under ZeRO-3.
                 losses.append(forward(pad_rows(last, batch_size))[: len(rows)].float().cpu().numpy())
                 positions += last["input_ids"].numel()
@@ -147,5 +179,5 @@ def _score_shards(
     return total / max(ranks.gather_objects(seconds))
 
 
-def _any_batch(streams: dict[str, BlockStream], task: _Task) -> Batch:
-    return streams[task.split].read_rows(task.shard.file, np.arange(1))
+def _any_batch(streams: dict[tuple[str, str], BlockStream], task: _Task) -> Batch:
+    return streams[task.data_dir, task.split].read_rows(task.shard.file, np.arange(1))

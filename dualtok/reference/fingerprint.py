@@ -65,12 +65,15 @@ def weights_digest(path: str | Path) -> str:
     return whole.hexdigest()
 
 
-def blocks_digest(manifest: Manifest) -> str:
-    """Return the SHA-256 over the checksums of all shards of all splits, in the order of their names."""
-    names = sorted(
-        f"{split}/{shard.file}:{shard.sha256}" for split, entry in manifest.splits.items() for shard in entry.shards
-    )
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+def blocks_digest(*manifests: Manifest) -> str:
+    """Return the SHA-256 over the checksums of all shards of all splits, in the order of their names; of several
+    folders that are mixed, folder by folder."""
+    folders = [
+        "\n".join(sorted(f"{split}/{shard.file}:{shard.sha256}" for split, entry in manifest.splits.items()
+                         for shard in entry.shards))
+        for manifest in manifests
+    ]  # fmt: skip
+    return hashlib.sha256("\n\n".join(folders).encode()).hexdigest()
 
 
 def fingerprint(model: str | Path, manifest: Manifest, precision: str) -> Fingerprint:
