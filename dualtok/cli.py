@@ -35,14 +35,29 @@ def common(local_rank: LocalRank = None) -> None:
 
 
 @app.command()
-def prepare(run_file: RunFile, overrides: Overrides = None) -> None:
+def prepare(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Read and hash part I of N only, beside others on any host.")
+    ] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="Make shards of what all parts have read.")] = False,
+) -> None:
     """Deduplicate, split, tokenise and pack documents into shards."""
     _refuse_launcher("prepare")
-    from dualtok.data.prepare import prepare as prepare_data
+    from dualtok.data import prepare as preparation
+    from dualtok.data.parts import parse_part
     from dualtok.run import load_run
 
-    run = load_run(run_file, overrides or [])
-    prepare_data(run.data)
+    if part is not None and finish:
+        raise ConfigError("--part and --finish: one after the other; `--finish` follows when all parts are complete")
+    data = load_run(run_file, overrides or []).data
+    if part is not None:
+        preparation.prepare_part(data, parse_part(part))
+    elif finish:
+        preparation.finish(data)
+    else:
+        preparation.prepare(data)
 
 
 @app.command()

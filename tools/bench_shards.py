@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from benchmark_support import paired, prepared_corpus, print_ratio
 
-from dualtok.data.ingest import read_staged
+from dualtok.data.staged import read_staged
 from dualtok.data.packing import Block
 from dualtok.data.shards import Shard, blocks_table, write_shard
 from dualtok.data.stream import BlockStream

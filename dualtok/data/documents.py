@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,27 +27,94 @@ class Document(NamedTuple):
     origin: str
 
 
+Wanted = Callable[[int], bool]
+"""Whether the document of this number is to be read; others are passed over, as cheaply as the format allows."""
+
+
+class Unit(NamedTuple):
+    """A piece of the source that is read without what lies before it: a file, or a row group of a Parquet file."""
+
+    path: Path
+    row_group: int | None = None
+
+
 def read_documents(config: DataConfig) -> Iterator[Document]:
     """Yield the documents of ``config.source`` in a fixed order: files by name, then lines or rows.
 
     Raises:
         DataError: the source is missing, empty, not UTF-8, malformed, or lacks the field; names file and line or row.
     """
+    return (document for document in read_some(config, lambda number: True) if document is not None)
+
+
+def read_some(config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    """Yield the documents whose place in the source is wanted, and None in place of each other one.
+
+    What is not wanted is not checked either.
+
+    Raises:
+        DataError: as :func:`read_documents`.
+    """
+    files = source_files(config)
+    if files is None:
+        yield from _stream_dataset(config, wanted)
+        return
+    first = 0
+    for file in files:
+        count = 0
+        for document in _read_file(file, config, lambda number, first=first: wanted(first + number)):  # type: ignore[misc]
+            count += 1
+            yield document
+        first += count
+
+
+def read_unit(unit: Unit, config: DataConfig) -> Iterator[Document]:
+    """Yield the documents of one piece of the source.
+
+    Raises:
+        DataError: as :func:`read_documents`.
+    """
+    if unit.row_group is None:
+        documents = _read_file(unit.path, config, lambda number: True)
+    else:
+        documents = _read_parquet(unit.path, config, lambda number: True, unit.row_group)
+    return (document for document in documents if document is not None)
+
+
+def units(config: DataConfig, at_least: int) -> list[Unit] | None:
+    """Return the source cut into at least so many pieces, in order: its files, else row groups; None if it cannot be.
+
+    Raises:
+        DataError: the source is missing or empty, or a Parquet file that is to be cut cannot be read.
+    """
+    files = source_files(config)
+    if files is None:
+        return None
+    pieces = [Unit(file) for file in files]
+    if len(pieces) < at_least:
+        pieces = [piece for file in files for piece in _row_groups(file)]
+    return pieces if len(pieces) >= at_least else None
+
+
+def source_files(config: DataConfig) -> list[Path] | None:
+    """Return the files of the source in the order in which they are read; None for a streamed dataset.
+
+    Raises:
+        DataError: there is no such file, or no readable one in the folder.
+    """
     if config.source is None:
         raise DataError("data.source: missing; give a file, a folder or the name of a dataset to prepare")
     path = Path(config.source)
     if path.is_file():
-        yield from _read_file(path, config)
-    elif path.is_dir():
+        return [path]
+    if path.is_dir():
         files = _files_in(path, config)
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder (data.source)")
-        for file in files:
-            yield from _read_file(file, config)
-    elif path.suffix in SUFFIXES or path.is_absolute() or config.source.startswith("."):
+        return files
+    if path.suffix in SUFFIXES or path.is_absolute() or config.source.startswith("."):
         raise DataError(f"{path}: no such file or folder (data.source)")
-    else:
-        yield from _stream_dataset(config)
+    return None
 
 
 def _files_in(folder: Path, config: DataConfig) -> list[Path]:
@@ -57,17 +124,22 @@ def _files_in(folder: Path, config: DataConfig) -> list[Path]:
     return sorted(file for file in files if prepared not in file.resolve().parents)
 
 
-def _read_file(path: Path, config: DataConfig) -> Iterator[Document]:
+def _read_file(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(f"{path}: cannot read {path.suffix or 'files without suffix'}; give {', '.join(SUFFIXES)}")
-    yield from readers[path.suffix](path, config)
+    yield from readers[path.suffix](path, config, wanted)
 
 
-def _read_txt(path: Path, config: DataConfig) -> Iterator[Document]:
+def _read_txt(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
     if config.txt_documents == "file":
-        yield Document(_decode(path.read_bytes(), str(path)), str(path))
+        yield Document(_decode(path.read_bytes(), str(path)), str(path)) if wanted(0) else None
         return
+    for number, (text, origin) in enumerate(_paragraphs(path)):
+        yield Document(text, origin) if wanted(number) else None
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
     paragraph: list[str] = []
     first = 1
     with path.open("rb") as stream:
@@ -77,44 +149,74 @@ def _read_txt(path: Path, config: DataConfig) -> Iterator[Document]:
                 first = first if paragraph else number
                 paragraph.append(line)
             elif paragraph:
-                yield Document("".join(paragraph).strip(), f"{path}:{first}")
+                yield "".join(paragraph).strip(), f"{path}:{first}"
                 paragraph = []
     if paragraph:
-        yield Document("".join(paragraph).strip(), f"{path}:{first}")
+        yield "".join(paragraph).strip(), f"{path}:{first}"
 
 
-def _read_jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
+def _read_jsonl(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    count = 0
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
             origin = f"{path}:{number}"
-            line = _decode(raw, origin)
-            if not line.strip():
+            if _is_blank(raw, origin):
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{origin}: a line must be a JSON object with the field {config.field!r}")
-            yield Document(_text_of(row, config.field, origin), origin)
+            count += 1
+            yield _json_document(raw, config.field, origin) if wanted(count - 1) else None
 
 
-def _read_parquet(path: Path, config: DataConfig) -> Iterator[Document]:
+def _is_blank(raw: bytes, origin: str) -> bool:
+    first = raw.lstrip()[:1]
+    if b"!" <= first <= b"~":
+        return False
+    return not _decode(raw, origin).strip()  # other white space than ASCII's
+
+
+def _json_document(raw: bytes, field: str, origin: str) -> Document:
+    try:
+        row = json.loads(_decode(raw, origin))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
+    return Document(_text_of(row, field, origin), origin)
+
+
+def _read_parquet(
+    path: Path, config: DataConfig, wanted: Wanted, row_group: int | None = None
+) -> Iterator[Document | None]:
     row = 0
     try:
         file = pq.ParquetFile(path)
         if config.field not in file.schema_arrow.names:
             raise DataError(_no_field(config.field, file.schema_arrow.names, str(path)))
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=[config.field]):
-            for text in batch.column(0).to_pylist():
-                yield Document(_require_text(text, config.field, f"{path}: row {row}"), f"{path}: row {row}")
+        first = sum(file.metadata.row_group(group).num_rows for group in range(row_group or 0))
+        groups = None if row_group is None else [row_group]
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=groups, columns=[config.field]):
+            column = batch.column(0)
+            for place in range(len(column)):
+                origin = f"{path}: row {first + row}"
+                yield (
+                    Document(_require_text(column[place].as_py(), config.field, origin), origin)
+                    if wanted(row) else None
+                )  # fmt: skip
                 row += 1
     except (pa.ArrowInvalid, OSError) as error:
         after = f" after row {row}" if row else ""
         raise DataError(f"{path}: not a readable Parquet file{after}: {_reason(error)}") from None
 
 
-def _stream_dataset(config: DataConfig) -> Iterator[Document]:
+def _row_groups(path: Path) -> list[Unit]:
+    if path.suffix != ".parquet":
+        return [Unit(path)]
+    try:
+        return [Unit(path, group) for group in range(pq.ParquetFile(path).metadata.num_row_groups)]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_reason(error)}") from None
+
+
+def _stream_dataset(config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
     from datasets import load_dataset
 
     name = str(config.source)
@@ -129,7 +231,7 @@ def _stream_dataset(config: DataConfig) -> Iterator[Document]:
     try:
         for number, row in enumerate(dataset):
             origin = f"{name}: row {number}"
-            yield Document(_text_of(row, config.field, origin), origin)
+            yield Document(_text_of(row, config.field, origin), origin) if wanted(number) else None
     except DataError:
         raise
     except Exception as error:

@@ -1,182 +1,110 @@
-"""First half of ``dualtok prepare``: read, deduplicate and split documents, staged on disk chunk by chunk.
+"""First stage of ``dualtok prepare``: read one part of the source, hash and sketch each document, and stage it.
 
-The position in the source, the counts and the deduplication index are committed to one SQLite database together with
-each chunk, so that an interrupted run goes on after the last finished chunk.
+Staged files are written whole, each with a chained digest of all texts so far, so that the files themselves are the
+position: an interrupted part goes on after the last of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from dualtok.data.deduplicate import DuplicateIndex, Sketch, sketch
-from dualtok.data.documents import Document, read_documents
-from dualtok.data.splits import assign_split, content_digest
+from dualtok.data.deduplicate import EXACT_BYTES, sketch
+from dualtok.data.parts import COMPLETE, PartReader
+from dualtok.data.splits import content_digest
+from dualtok.data.staged import is_full, read_staged
 from dualtok.errors import DataError
-from dualtok.files import atomic_file
+from dualtok.files import atomic_file, write_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dualtok.data.config import DataConfig
+    from dualtok.data.documents import Document
     from dualtok.data.parallel import Workers
     from dualtok.monitor.progress import RunProgress
 
-CHUNK_DOCUMENTS = 4096
-CHUNK_CHARACTERS = 1 << 25
-STAGED = pa.schema(
-    [("doc", pa.int64()), ("split", pa.string()), ("sha256", pa.binary(32)), ("text", pa.large_string())]
-)
-
-
-@dataclass
-class IngestCounts:
-    """What happened to the documents so far."""
-
-    read: int = 0
-    exact_duplicates: int = 0
-    near_duplicates: int = 0
-    too_short: int = 0
-    unused: int = 0
-    chunks: int = 0
-    finished: bool = False
-    splits: dict[str, int] = field(default_factory=dict)
-    read_sha256: str = ""
-    """Chained over the texts read, so that a start that goes on can tell whether they are still the same."""
+CHAIN = b"read_sha256"
 
 
 class _Prepared(NamedTuple):
-    text: str
     digest: bytes
-    sketch: Sketch
+    exact: bytes
+    signature: bytes | None
+    blank: bool
 
 
-class Ingest:
-    """Staging of one corpus.
+def staged_files(folder: Path) -> list[Path]:
+    """Return a part's finished files, in order."""
+    return sorted(folder.glob("documents-*.arrow"))
 
-    Args:
-        config: the data section.
-        folder: staging folder.
+
+def stage_part(
+    config: DataConfig, reader: PartReader, folder: Path, workers: Workers, *, progress: RunProgress
+) -> None:
+    """Stage what is left of a part.
+
+    Raises:
+        DataError: the source cannot be read, or changed since an interrupted start.
     """
-
-    def __init__(self, config: DataConfig, folder: Path) -> None:
-        self._config = config
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(folder / "index.sqlite")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._index = DuplicateIndex(self._db, config)
-        self._db.execute("CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY, counts TEXT)")
-        row = self._db.execute("SELECT counts FROM progress").fetchone()
-        self.counts = IngestCounts(**json.loads(row[0])) if row else IngestCounts()
-
-    def run(self, workers: Workers, progress: RunProgress) -> IngestCounts:
-        """Read what is left of the source; return the counts of the whole.
-
-        Raises:
-            DataError: the source cannot be read, or changed since an interrupted start.
-        """
-        if not self.counts.finished:
-            documents = islice(read_documents(self._config), self._config.max_documents)
-            self._skip_what_was_read(documents)
-            for texts in _chunks(documents):
-                prepared = workers.map(_prepare_text, ((text, self._config) for text in texts), batch=64)
-                self._stage(list(prepared))
-                progress.advance(len(texts), f"{sum(self.counts.splits.values()):,} kept")
-            self.counts.finished = True
-            self._commit()
-        return self.counts
-
-    def chunk_path(self, number: int) -> Path:
-        """Return the file of a staged chunk."""
-        return self._folder / f"documents-{number:06d}.arrow"
-
-    def _skip_what_was_read(self, documents: Iterator[Document]) -> None:
-        digest = ""
-        for document in islice(documents, self.counts.read):
-            digest = _chained(digest, content_digest(document.text))
-        if digest != self.counts.read_sha256:
-            raise DataError(
-                f"{self._config.source}: the documents that an interrupted start had read have changed; remove "
-                f"{self._config.dir} and prepare from the beginning"
-            )
-
-    def check(self) -> None:
-        """Refuse a corpus of which nothing is left, for a split or altogether.
-
-        Raises:
-            DataError: names the source or the split.
-        """
-        counts = self.counts
-        if sum(counts.splits.values()) + counts.unused == 0:
-            raise DataError(
-                f"{self._config.source}: empty corpus: {counts.read} documents read, "
-                f"{counts.too_short} too short, none left"
-            )
-        for split, share in self._config.shares.items():
-            if not counts.splits.get(split):
-                kept = sum(counts.splits.values()) + counts.unused
-                raise DataError(
-                    f"data.shares.{split}: a share of {share:g} of {kept} documents leaves the split empty; "
-                    "raise the share, leave the split out, or give more documents"
-                )
-
-    def worth_keeping(self) -> bool:
-        """Return whether another start could go on from here: something is staged, and no split will stay empty."""
-        if self.counts.finished:
-            return all(split in self.counts.splits for split in self._config.shares)
-        return self.counts.chunks > 0
-
-    def close(self) -> None:
-        """Close the database."""
-        self._db.close()
-
-    def _stage(self, documents: list[_Prepared]) -> None:
-        """Keep, drop and split one chunk's documents, in order; then write and commit it."""
-        counts, rows = self.counts, []
-        for document in documents:
-            doc = counts.read
-            counts.read += 1
-            counts.read_sha256 = _chained(counts.read_sha256, document.digest)
-            if len(document.text) < max(1, self._config.min_characters) or not document.text.strip():
-                counts.too_short += 1
-                continue
-            duplicate = self._index.add(doc, document.sketch)
-            if duplicate == "exact":
-                counts.exact_duplicates += 1
-            elif duplicate == "near":
-                counts.near_duplicates += 1
-            elif (split := assign_split(document.digest, self._config.shares, self._config.seed)) is None:
-                counts.unused += 1
-            else:
-                counts.splits[split] = counts.splits.get(split, 0) + 1
-                rows.append((doc, split, document.digest, document.text))
-        columns = [pa.array([row[i] for row in rows], STAGED[i].type) for i in range(len(STAGED))]
-        table = pa.Table.from_arrays(columns, schema=STAGED)
-        with atomic_file(self.chunk_path(counts.chunks)) as stream, pa.ipc.new_file(stream, STAGED) as writer:
+    schema = staged_schema(config)
+    rows = [read_staged(path).num_rows for path in staged_files(folder)]
+    documents = iter(reader)
+    chain = _pass_over(documents, sum(rows), folder, config)
+    work = partial(_prepare_text, config=config)
+    for texts in _chunks(documents):
+        prepared = list(workers.map(work, texts, batch=64))
+        for document in prepared:
+            chain = _chained(chain, document.digest)
+        columns = [
+            pa.array([document.digest for document in prepared], schema.field("sha256").type),
+            pa.array([document.exact for document in prepared], schema.field("exact").type),
+            pa.array([document.signature for document in prepared], schema.field("signature").type),
+            pa.array([len(text) for text in texts], pa.int64()),
+            pa.array([document.blank for document in prepared], pa.bool_()),
+            pa.array(texts, pa.large_string()),
+        ]
+        path = folder / f"documents-{len(rows):06d}.arrow"
+        table = pa.Table.from_arrays(columns, schema=schema.with_metadata({CHAIN: chain.encode()}))
+        with atomic_file(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
             writer.write_table(table)
-        counts.chunks += 1
-        self._commit()
+        rows.append(len(texts))
+        progress.advance(len(texts))
+    write_text(folder / COMPLETE, json.dumps({"rows": rows, "units": reader.counts, "unit_count": reader.unit_count}))
 
-    def _commit(self) -> None:
-        self._db.execute("INSERT OR REPLACE INTO progress VALUES (0, ?)", (json.dumps(vars(self.counts)),))
-        self._db.commit()
+
+def staged_schema(config: DataConfig) -> pa.Schema:
+    """Return the columns of a staged file; the number of a document follows from its place (:mod:`.staged`)."""
+    signature = pa.null() if config.near_duplicate_threshold is None else pa.binary(4 * config.permutations)
+    return pa.schema([
+        ("sha256", pa.binary(32)), ("exact", pa.binary(EXACT_BYTES)), ("signature", signature),
+        ("n_characters", pa.int64()), ("blank", pa.bool_()), ("text", pa.large_string()),
+    ])  # fmt: skip
+
+
+def _pass_over(documents: Iterator[Document], count: int, folder: Path, config: DataConfig) -> str:
+    """Read again what is staged, and return the chained digest of it; refuse other texts than then."""
+    chain = ""
+    for document in islice(documents, count):
+        chain = _chained(chain, content_digest(document.text))
+    if count:
+        known = read_staged(staged_files(folder)[-1]).schema.metadata[CHAIN].decode()
+        if chain != known:
+            raise DataError(
+                f"{config.source}: the documents that an interrupted start had read have changed; remove {folder} "
+                "and prepare from the beginning"
+            )
+    return chain
 
 
 def _chained(digest: str, content: bytes) -> str:
     return hashlib.sha256(digest.encode() + content).hexdigest()
-
-
-def read_staged(path: Path) -> pa.Table:
-    """Return a staged chunk."""
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[str]]:
@@ -185,15 +113,15 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[str]]:
     characters = 0
     for document in documents:
         texts.append(document.text)
-        characters += len(document.text)
-        if len(texts) >= CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
+        characters += len(texts[-1])
+        if is_full(len(texts), characters):
             yield texts
             texts, characters = [], 0
     if texts:
         yield texts
 
 
-def _prepare_text(item: tuple[str, DataConfig]) -> _Prepared:
+def _prepare_text(text: str, *, config: DataConfig) -> _Prepared:
     """Hash one text; runs in a worker process."""
-    text, config = item
-    return _Prepared(text, content_digest(text), sketch(text, config))
+    exact, signature = sketch(text, config)
+    return _Prepared(content_digest(text), exact, None if signature is None else signature.tobytes(), not text.strip())

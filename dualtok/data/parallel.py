@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import TypeVar
 
@@ -25,7 +28,9 @@ class Workers:
         self._processes = processes
         # Spawned, not forked: tokenizers' and Arrow's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else None
+        self._pool = (
+            ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent) if processes > 1 else None
+        )
 
     def __enter__(self) -> Workers:
         """Return the pool."""
@@ -62,3 +67,15 @@ class Workers:
 
 def _apply(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     return [function(item) for item in items]
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its parent was killed; the pool's own processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,35 +1,44 @@
 """``dualtok prepare``: documents to deduplicated, split, tokenised, packed and checksummed shards.
 
-Four stages, each of which continues where an interruption left it: ingest (:mod:`dualtok.data.ingest`), the tokenizer,
-one packed file per chunk of documents, and the shards. A finished file is never written again. Memory holds one chunk
-of documents per process, whatever the size of the corpus. The manifest is written last.
+Stages, each of which continues where an interruption left it: the documents are read, hashed and staged
+(:mod:`.ingest`), by this process or by several parts; those with a common key are found (:mod:`.groups`) and each
+document's fate decided (:mod:`.decide`); the tokenizer; one packed file per chunk of documents, and the shards
+(:mod:`.assemble`). A finished file is never written again. Memory holds one chunk of documents per process, whatever
+the size of the corpus. The manifest is written last.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import zlib
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
-from dualtok.data.config import SPLITS, DataConfig, SplitName
-from dualtok.data.ingest import Ingest, IngestCounts, read_staged
-from dualtok.data.manifest import MANIFEST, Manifest, ShardEntry, SplitEntry, load_manifest, save_manifest
-from dualtok.data.packing import pack_documents
+from dualtok.data.assemble import DOCUMENT, TokenizerAt, pack_chunks, split_texts, write_splits
+from dualtok.data.config import SPLITS, DataConfig
+from dualtok.data.decide import Decisions, UnusableCorpusError, decide
+from dualtok.data.groups import find_groups, steps
+from dualtok.data.ingest import stage_part, staged_files
+from dualtok.data.manifest import MANIFEST, Manifest, load_manifest, save_manifest
 from dualtok.data.parallel import Workers
-from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
-from dualtok.data.stream import DOCUMENTS
-from dualtok.data.tokenizer import encode, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from dualtok.data.parts import (
+    ALONE,
+    COMPLETE,
+    Part,
+    PartReader,
+    begin_part,
+    check_parts,
+    claimed,
+    parts_in,
+    require_same_part,
+)
+from dualtok.data.staged import Staged
+from dualtok.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from dualtok.errors import ConfigError, DataError
-from dualtok.files import atomic_file, file_sha256, write_text
+from dualtok.files import write_text
 from dualtok.monitor.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -37,30 +46,14 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["DOCUMENT", "finish", "prepare", "prepare_part", "summary"]
 STAGING = ".staging"
 DEFAULT_VOCABULARY = 4096
+TOKENIZER_CHARACTERS = 1 << 28
+"""At most about so much text trains a tokenizer; its trainer keeps every distinct word in memory."""
 CONFIG_ECHO = "prepare.json"
 SCHEDULING = ("processes", "mix")
 """Settings that do not change the result."""
-DOCUMENT = pa.schema([
-    ("doc", pa.int64()), ("sha256", pa.string()), ("n_tokens", pa.int64()), ("n_characters", pa.int64()),
-    ("zlib_bytes", pa.int64()),
-])  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _ShardTask:
-    """One shard to write."""
-
-    split: SplitName
-    lane: int
-    number: int
-    rows: range
-    """The split's blocks in it: ``lane``, ``lane + lanes``, ..."""
-    files: list[Path]
-    """Packed files that hold them, in order."""
-    first_block: int
-    """The first file's first block."""
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
@@ -71,60 +64,71 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
         progress: whether to show progress and a summary.
 
     Raises:
-        DataError: the source or the tokenizer cannot be read, the corpus is empty, or a split is.
+        DataError: the source or the tokenizer cannot be read, the corpus is empty, or a split is; another process
+            prepares the same folder, or parts are being prepared there.
         ConfigError: ``config.dir`` was prepared with other settings.
     """
-    folder = Path(config.dir)
-    echo = _result_settings(config)
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: a file, not a folder to write prepared data into (data.dir)")
-    _require_same_settings(folder, echo)
-    if (folder / MANIFEST).is_file():
-        manifest = load_manifest(folder)
-        shutil.rmtree(folder / STAGING, ignore_errors=True)  # left if an earlier run was killed in its last moment
-        _say(f"{folder}: already prepared", active=progress)
+    folder, staging = Path(config.dir), Path(config.dir) / STAGING
+    settings = _result_settings(config)
+    if (manifest := _prepared(folder, settings, progress=progress)) is not None:
         return manifest
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    write_text(folder / CONFIG_ECHO, json.dumps(echo, indent=1, sort_keys=True))
-    staging = folder / STAGING
-    ingest = Ingest(config, staging)
+    _refuse_other_parts(staging)
+    kept_if_staged = _removed_if_hopeless(folder, ALONE.folder(staging))
+    with _work_on(folder, settings), kept_if_staged, Workers(config.processes) as workers:
+        _convert_tokenizer(config)
+        _stage(config, ALONE, settings, workers, progress=progress)
+        return _finish(config, settings, ALONE.of, workers, progress=progress)
+
+
+def prepare_part(config: DataConfig, part: Part, *, progress: bool = True) -> None:
+    """Read, hash and stage one of several parts of the source, beside others on any host; ``finish`` does the rest.
+
+    Args:
+        config: the ``data`` section of a run; ``config.dir`` must be shared by all hosts.
+        part: which of how many.
+        progress: whether to show progress.
+
+    Raises:
+        DataError: the source cannot be read; this part is running elsewhere, or the folder holds parts of another
+            number.
+        ConfigError: the folder, or another part, was begun with other settings.
+    """
+    folder, staging = Path(config.dir), Path(config.dir) / STAGING
+    settings = _result_settings(config)
+    if _prepared(folder, settings, progress=progress, sweep=False) is not None:
+        return
+    mine = part.folder(staging)
+    was_there = mine.is_dir()
     try:
-        if config.tokenizer is not None:
-            _keep_tokenizer(folder / "tokenizer", lambda: load_tokenizer(str(config.tokenizer)))
-        with Workers(config.processes) as workers:
-            with RunProgress("prepare: documents read", None, active=progress) as bar:
-                counts = ingest.run(workers, bar)
-            ingest.check()
-            chunks = [ingest.chunk_path(number) for number in range(counts.chunks)]
-            vocabulary = config.vocab_size or DEFAULT_VOCABULARY
-            tokenizer = _keep_tokenizer(
-                folder / "tokenizer", lambda: train_tokenizer(_texts(chunks, "reference"), vocabulary)
-            )
-            work = partial(
-                _pack_chunk, tokenizer_folder=str(folder / "tokenizer"), tokenizer_fingerprint=fingerprint(tokenizer),
-                block_length=config.block_length,
-            )  # fmt: skip
-            with RunProgress("prepare: chunks packed", len(chunks), active=progress) as bar:
-                for _ in workers.map(work, chunks):
-                    bar.advance(1)
-            splits = _write_splits(config, folder, chunks, counts, workers, progress=progress)
+        with claimed(mine, f"part {part}"), Workers(config.processes) as workers:
+            _stage(config, part, settings, workers, progress=progress)
     except BaseException:
-        ingest.close()
-        if not ingest.worth_keeping():
-            _forget(folder)
+        if not was_there and not staged_files(mine):
+            _remove_part(mine)
         raise
-    ingest.close()
-    manifest = Manifest(
-        config=echo, seed=config.seed, tokenizer_fingerprint=fingerprint(tokenizer), vocabulary=len(tokenizer),
-        block_length=config.block_length, lanes=config.lanes, documents_read=counts.read,
-        exact_duplicates=counts.exact_duplicates, near_duplicates=counts.near_duplicates, too_short=counts.too_short,
-        unused=counts.unused, splits=splits,
-    )  # fmt: skip
-    save_manifest(manifest, folder)
-    shutil.rmtree(staging)
-    _say(summary(manifest), active=progress)
-    return manifest
+    _say(f"part {part} is complete in {mine}; when all are, run `dualtok prepare --finish`", active=progress)
+
+
+def finish(config: DataConfig, *, progress: bool = True) -> Manifest:
+    """Deduplicate, split, tokenise and pack what all parts staged: the same bytes as one process gives.
+
+    Args:
+        config: the ``data`` section of a run.
+        progress: whether to show progress and a summary.
+
+    Raises:
+        DataError: parts are missing, incomplete or still running, or as :func:`prepare`.
+        ConfigError: a part or the folder was made with other settings.
+    """
+    folder, staging = Path(config.dir), Path(config.dir) / STAGING
+    settings = _result_settings(config)
+    if (manifest := _prepared(folder, settings, progress=progress)) is not None:
+        return manifest
+    of = check_parts(staging, settings)
+    parts_stay = _removed_if_hopeless(folder, staging, keep_parts=True)
+    with _work_on(folder, settings), parts_stay, Workers(config.processes) as workers:
+        _convert_tokenizer(config)
+        return _finish(config, settings, of, workers, progress=progress)
 
 
 def summary(manifest: Manifest) -> str:
@@ -143,22 +147,114 @@ def summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _result_settings(config: DataConfig) -> dict[str, object]:
-    values: dict[str, object] = TypeAdapter(DataConfig).dump_python(config, mode="json")
+def _stage(config: DataConfig, part: Part, settings: dict[str, Any], workers: Workers, *, progress: bool) -> None:
+    staging = Path(config.dir) / STAGING
+    folder = part.folder(staging)
+    if (folder / COMPLETE).is_file():
+        require_same_part(part, settings, staging)
+        return
+    _sweep(folder)
+    reader = PartReader(config, part)
+    begin_part(config, part, staging, settings, reader.listing())
+    name = "documents" if part == ALONE else f"documents of part {part}"
+    with RunProgress(f"prepare: {name} read", None, active=progress) as bar:
+        stage_part(config, reader, folder, workers, progress=bar)
+
+
+def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Workers, *, progress: bool) -> Manifest:
+    """Make shards and manifest of what is staged."""
+    folder, staging = Path(config.dir), Path(config.dir) / STAGING
+    staged = Staged(staging, of)
+    with RunProgress("prepare: keys sorted", steps(config, staged.documents), active=progress) as bar:
+        groups = find_groups(config, staged, workers, bar)
+    with RunProgress("prepare: chunks deduplicated", None, active=progress) as bar:
+        decisions = decide(config, staged, groups, bar)
+    decisions.check(config)
+    tokenizer = _keep_tokenizer(folder / "tokenizer", lambda: _trained_tokenizer(config, staged, decisions))
+    place = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
+    with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
+        pack_chunks(config, staged, decisions.chunks, place, workers, progress=bar)
+    splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
+    manifest = Manifest(
+        config=settings, seed=config.seed, tokenizer_fingerprint=place.fingerprint, vocabulary=len(tokenizer),
+        block_length=config.block_length, lanes=config.lanes, documents_read=decisions.read,
+        exact_duplicates=decisions.count("exact"), near_duplicates=decisions.count("near"),
+        too_short=decisions.count("too_short"), unused=decisions.count("unused"), splits=splits,
+    )  # fmt: skip
+    _sweep(folder)  # a worker of a killed start may have outlived it for a moment
+    save_manifest(manifest, folder)
+    shutil.rmtree(staging)
+    _say(summary(manifest), active=progress)
+    return manifest
+
+
+def _prepared(folder: Path, settings: dict[str, Any], *, progress: bool, sweep: bool = True) -> Manifest | None:
+    """Return the manifest of a folder that is already prepared with these settings.
+
+    Raises:
+        DataError: it is a file.
+        ConfigError: it was prepared, or begun, with other settings.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: a file, not a folder to write prepared data into (data.dir)")
+    _require_same_settings(folder, settings)
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = load_manifest(folder)
+    if sweep:
+        shutil.rmtree(folder / STAGING, ignore_errors=True)  # left if an earlier run was killed in its last moment
+    _say(f"{folder}: already prepared", active=progress)
+    return manifest
+
+
+def _refuse_other_parts(staging: Path) -> None:
+    others = {part.of for part in parts_in(staging)} - {ALONE.of}
+    if others:
+        raise DataError(
+            f"{staging}: holds parts of {max(others)}; complete them and run `dualtok prepare --finish`, or remove "
+            "the folder"
+        )
+
+
+@contextmanager
+def _work_on(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Claim the folder, clear it of half-written files and note the settings."""
+    with claimed(folder / STAGING, "`dualtok prepare`"):
+        _sweep(folder)
+        write_text(folder / CONFIG_ECHO, json.dumps(settings, indent=1, sort_keys=True))
+        yield
+
+
+@contextmanager
+def _removed_if_hopeless(folder: Path, staged: Path, *, keep_parts: bool = False) -> Iterator[None]:
+    """After an error remove what another start could not continue, so that nothing half-written stays."""
+    try:
+        yield
+    except BaseException as error:
+        if keep_parts:
+            if isinstance(error, UnusableCorpusError):
+                _forget(folder, keep_parts=True)
+        elif isinstance(error, UnusableCorpusError) or not (staged_files(staged) or (staged / COMPLETE).is_file()):
+            _forget(folder)
+        raise
+
+
+def _result_settings(config: DataConfig) -> dict[str, Any]:
+    values: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
     return {key: value for key, value in values.items() if key not in (*SCHEDULING, "dir")}
 
 
-def _require_same_settings(folder: Path, echo: dict[str, object]) -> None:
+def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to mix two preparations in one folder."""
     path = folder / CONFIG_ECHO
     if not path.is_file():
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    for key in sorted(set(earlier) | set(echo)):
-        if earlier.get(key) != echo.get(key):
+    for key in sorted(set(earlier) | set(settings)):
+        if earlier.get(key) != settings.get(key):
             raise ConfigError(
-                f"data.{key}: {echo.get(key)!r}, but {folder} was prepared with {earlier.get(key)!r}; choose another "
-                "data.dir or remove the folder"
+                f"data.{key}: {settings.get(key)!r}, but {folder} was prepared with {earlier.get(key)!r}; choose "
+                "another data.dir or remove the folder"
             )
 
 
@@ -167,16 +263,44 @@ def _sweep(folder: Path) -> None:
     for place in (folder, folder / STAGING, *(folder / split for split in SPLITS)):
         for path in place.glob(".*.tmp"):
             if path.is_file():
+                path.unlink(missing_ok=True)
+
+
+def _forget(folder: Path, *, keep_parts: bool = False) -> None:
+    """Remove what a preparation left, but not what else is in the folder."""
+    if keep_parts:
+        for path in (folder / STAGING).iterdir():
+            if path.is_file():
                 path.unlink()
-
-
-def _forget(folder: Path) -> None:
-    """Remove what a preparation left that another start could not continue, so that nothing half-written stays."""
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    else:
+        shutil.rmtree(folder / STAGING, ignore_errors=True)
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     (folder / CONFIG_ECHO).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove_part(folder: Path) -> None:
+    """Remove an empty part, and the folders around it unless something else is in them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for around in (folder.parent, folder.parent.parent):
+        try:
+            around.rmdir()
+        except OSError:  # another part's, or the user's own
+            return
+
+
+def _convert_tokenizer(config: DataConfig) -> None:
+    """Load the tokenizer that was named, if any, before the corpus is read: it may be unusable."""
+    if config.tokenizer is not None:
+        _keep_tokenizer(Path(config.dir) / "tokenizer", lambda: load_tokenizer(str(config.tokenizer)))
+
+
+def _trained_tokenizer(config: DataConfig, staged: Staged, decisions: Decisions) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on the split ``reference``, or on every k-th chunk of it if it is large."""
+    every = max(1, -(-decisions.reference_characters // TOKENIZER_CHARACTERS))
+    texts = split_texts(staged, decisions.chunks[::every], "reference")
+    return train_tokenizer(texts, config.vocab_size or DEFAULT_VOCABULARY)
 
 
 def _keep_tokenizer(folder: Path, make: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
@@ -184,131 +308,6 @@ def _keep_tokenizer(folder: Path, make: Callable[[], PreTrainedTokenizerBase]) -
     if not folder.is_dir():
         save_tokenizer(make(), folder)
     return load_tokenizer(folder)
-
-
-def _texts(chunks: list[Path], split: str) -> Iterator[str]:
-    for path in chunks:
-        table = read_staged(path)
-        yield from table.filter(pc.equal(table["split"], split))["text"].to_pylist()
-
-
-@lru_cache(maxsize=1)
-def _tokenizer_of_process(folder: str, _fingerprint: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, loaded once per process: each load keeps some of its memory for good, megabytes and more.
-
-    The fingerprint tells two tokenizers apart that lay in the same folder one after the other.
-    """
-    return load_tokenizer(folder)
-
-
-def _pack_chunk(path: Path, *, tokenizer_folder: str, tokenizer_fingerprint: str, block_length: int) -> None:
-    """Tokenise and pack one staged chunk, split by split; runs in a worker process."""
-    done = path.with_suffix(".packed")
-    if done.is_file():
-        return
-    staged = read_staged(path)
-    tokenizer = _tokenizer_of_process(tokenizer_folder, tokenizer_fingerprint)
-    for split in pc.unique(staged["split"]).to_pylist():
-        part = staged.filter(pc.equal(staged["split"], split))
-        texts, docs = part["text"].to_pylist(), part["doc"].to_pylist()
-        ids = [np.array(row, dtype=np.int32) for row in encode(tokenizer, texts)]
-        blocks = pack_documents(list(zip(docs, ids, strict=True)), block_length)
-        documents = pa.Table.from_arrays([
-            part["doc"], pa.array([digest.hex() for digest in part["sha256"].to_pylist()]),
-            pa.array([len(row) for row in ids], pa.int64()), pa.array([len(text) for text in texts], pa.int64()),
-            pa.array([len(zlib.compress(text.encode("utf-8"))) for text in texts], pa.int64()),
-        ], schema=DOCUMENT)  # fmt: skip
-        _write_table(_packed_path(path, split, "blocks"), blocks_table(blocks, block_length))
-        _write_table(_packed_path(path, split, "table"), documents)
-    write_text(done, "")
-
-
-def _packed_path(chunk: Path, split: str, kind: str) -> Path:
-    return chunk.with_name(f"{chunk.stem}-{split}-{kind}.arrow")
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    with atomic_file(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _write_splits(
-    config: DataConfig, folder: Path, chunks: list[Path], counts: IngestCounts, workers: Workers, *, progress: bool
-) -> dict[str, SplitEntry]:
-    """Deal each split's blocks to its lanes (block j to lane j mod L) and write the shards that are not there yet."""
-    tasks: list[_ShardTask] = []
-    entries: dict[SplitName, list[ShardEntry]] = {split: [] for split in SPLITS if split in counts.splits}
-    for split in entries:
-        packed = [p for chunk in chunks if (p := _packed_path(chunk, split, "blocks")).is_file()]
-        tasks += _shard_tasks(split, packed, config.lanes, config.rows_per_shard)
-    work = partial(_write_lane_shard, folder=folder, block_length=config.block_length)
-    with RunProgress("prepare: shards", len(tasks), active=progress, plain_every=max(1, len(tasks) // 4)) as bar:
-        for task, entry in zip(tasks, workers.map(work, tasks), strict=True):
-            entries[task.split].append(entry)
-            bar.advance(1)
-    return {split: _split_entry(folder / split, chunks, split, shards) for split, shards in entries.items()}
-
-
-def _shard_tasks(split: SplitName, packed: list[Path], lanes: int, rows_per_shard: int) -> list[_ShardTask]:
-    """Return a split's shards, each with the packed files that its rows lie in."""
-    ends = np.cumsum([read_staged(path).num_rows for path in packed])
-    blocks = int(ends[-1])
-    tasks = []
-    for lane in range(min(lanes, blocks)):
-        lane_rows = range(lane, blocks, lanes)
-        for number, first in enumerate(range(0, len(lane_rows), rows_per_shard)):
-            rows = lane_rows[first : first + rows_per_shard]
-            low, high = np.searchsorted(ends, [rows[0], rows[-1]], side="right")
-            start = int(ends[low - 1]) if low else 0
-            tasks.append(_ShardTask(split, lane, number, rows, packed[low : high + 1], start))
-    return tasks
-
-
-def _write_lane_shard(task: _ShardTask, *, folder: Path, block_length: int) -> ShardEntry:
-    """Write one shard unless it is there; runs in a worker process."""
-    target = folder / task.split
-    path = target / shard_name(task.lane, task.number)
-    if path.is_file():
-        return describe_shard(path, task.lane, read_staged(path))
-    wanted = np.array(task.rows)
-    parts, first = [], task.first_block
-    for file in task.files:
-        table = read_staged(file)
-        inside = wanted[(wanted >= first) & (wanted < first + table.num_rows)] - first
-        if len(inside):
-            parts.append(table.take(pa.array(inside)))
-        first += table.num_rows
-    return write_shard(target, task.lane, task.number, pa.concat_tables(parts).cast(schema(block_length)))
-
-
-def _split_entry(folder: Path, chunks: list[Path], split: str, shards: list[ShardEntry]) -> SplitEntry:
-    """Write a split's table of documents, chunk by chunk, and return its manifest entry."""
-    documents = tokens = 0
-    path = folder / DOCUMENTS
-    with atomic_file(path) as stream, pa.ipc.new_file(stream, DOCUMENT) as writer:
-        for chunk in chunks:
-            part = _packed_path(chunk, split, "table")
-            if part.is_file():
-                table = read_staged(part)
-                writer.write_table(table)
-                documents += table.num_rows
-                tokens += pc.sum(table["n_tokens"]).as_py()
-    blocks = sum(shard.rows for shard in shards)
-    pieces = sum(_pieces(folder / shard.file) for shard in shards)
-    if sum(shard.tokens for shard in shards) != tokens:
-        raise DataError(f"{folder}: shards hold other tokens than its documents; remove the folder and prepare again")
-    return SplitEntry(
-        documents=documents,
-        tokens=tokens,
-        predicted_tokens=tokens - pieces,
-        blocks=blocks,
-        shards=shards,
-        documents_sha256=file_sha256(path),
-    )
-
-
-def _pieces(shard: Path) -> int:
-    return int(pc.sum(pc.list_value_length(read_staged(shard)["segments"])).as_py())
 
 
 def _say(text: str, *, active: bool) -> None:

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import random
-import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dualtok.data import deduplicate, groups
+from dualtok.data import staged as staged_module
 from dualtok.data.config import DataConfig
-from dualtok.data.deduplicate import DuplicateIndex, normalised, sketch
+from dualtok.data.corpora import write_jsonl
+from dualtok.data.decide import FATES, decide, fates_path
+from dualtok.data.deduplicate import key_count, keys, normalised, sketch
+from dualtok.data.groups import find_groups
+from dualtok.data.ingest import stage_part
+from dualtok.data.parallel import Workers
+from dualtok.data.parts import ALONE, PartReader
+from dualtok.data.staged import Staged
+from dualtok.monitor.progress import RunProgress
 from tests.support import ROOT, environment
 
 WORDS = [f"word{number}" for number in range(5000)]
 SHINGLE = 5
 
 
-def config(**changes: Any) -> DataConfig:
-    return DataConfig(dir="unused", **changes)
+def config(folder: str = "unused", **changes: Any) -> DataConfig:
+    """Return settings that put each document that is kept into ``train``."""
+    return DataConfig(dir=folder, shares={"train": 1.0}, tokenizer="unused", **changes)
 
 
-def verdicts(texts: list[str], settings: DataConfig | None = None) -> list[str | None]:
+def verdicts(texts: list[str], **changes: Any) -> list[str | None]:
     """Return for each document in turn why it is dropped, or None."""
-    settings = settings or config()
-    index = DuplicateIndex(sqlite3.connect(":memory:"), settings)
-    return [index.add(number, sketch(text, settings)) for number, text in enumerate(texts)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = config(name, source=str(write_jsonl(texts, folder / "texts.jsonl")), **changes)
+        bar = RunProgress("", None, active=False)
+        with Workers(1) as workers:
+            stage_part(settings, PartReader(settings, ALONE), ALONE.folder(folder), workers, progress=bar)
+            staged = Staged(folder, ALONE.of)
+            chunks = decide(settings, staged, find_groups(settings, staged, workers, bar), bar).chunks
+        fates = [FATES[fate] for chunk in chunks for fate in np.load(fates_path(folder, chunk))]
+    assert set(fates) <= {"train", "exact", "near"}
+    return [None if fate == "train" else fate for fate in fates]
 
 
 def random_words(draw: random.Random, count: int) -> list[str]:
@@ -65,7 +86,7 @@ def test_white_space_and_unicode_composition_do_not_count() -> None:
     assert {normalised(text) for text in same} == {normalised(first)}
     assert verdicts([first, *same, first]) == [None, "exact", "exact", "exact"]
     other = ["café au lait, please \u00c5", "Café au lait please \u00c5", "Cafe au lait, please \u00c5", "ﬁ", "fi"]
-    assert verdicts([first, *other], config(near_duplicate_threshold=None)) == [None] * 6
+    assert verdicts([first, *other], near_duplicate_threshold=None) == [None] * 6
 
 
 def test_one_changed_word_is_near_and_half_of_them_are_not() -> None:
@@ -97,14 +118,14 @@ def test_a_null_threshold_keeps_near_duplicates_and_drops_exact_ones() -> None:
     draw = random.Random(3)
     words = random_words(draw, 200)
     texts = [" ".join(words), " ".join(changed(words, 1, draw)), " ".join(words)]
-    assert verdicts(texts, config(near_duplicate_threshold=None)) == [None, None, "exact"]
+    assert verdicts(texts, near_duplicate_threshold=None) == [None, None, "exact"]
 
 
 def test_the_threshold_decides() -> None:
     draw = random.Random(4)
     first, second = planted_pair(draw, 0.68, 0.72)
     assert verdicts([first, second]) == [None, None]
-    assert verdicts([first, second], config(near_duplicate_threshold=0.5)) == [None, "near"]
+    assert verdicts([first, second], near_duplicate_threshold=0.5) == [None, "near"]
 
 
 def test_documents_shorter_than_an_n_gram_are_compared_whole() -> None:
@@ -152,43 +173,68 @@ def test_a_sketch_is_the_same_in_another_process() -> None:
         assert there.stdout.split() == [here.exact.hex(), here.signature.tobytes().hex()]
 
 
-MEASURE = """
-import random, re, sqlite3, sys
-from pathlib import Path
-from dualtok.data.config import DataConfig
-from dualtok.data.deduplicate import DuplicateIndex, sketch
-
-path, marks = sys.argv[1], [int(mark) for mark in sys.argv[2:]]
-config, draw = DataConfig(dir="unused"), random.Random(0)
-connection = sqlite3.connect(path)
-connection.execute("PRAGMA journal_mode = WAL")
-index = DuplicateIndex(connection, config)
-for doc in range(marks[-1]):
-    text = " ".join(str(draw.randrange(10**6)) for _ in range(60))
-    assert index.add(doc, sketch(text, config)) is None
-    if (doc + 1) % 1000 == 0:
-        connection.commit()
-    if doc + 1 in marks:
-        print(*re.findall(r"(?:VmHWM|VmRSS):\\s+(\\d+)", Path("/proc/self/status").read_text()))
-connection.close()
-"""
+def test_all_keys_of_equal_texts_agree_and_those_of_others_do_not() -> None:
+    draw = random.Random(9)
+    settings = config()
+    words = random_words(draw, 200)
+    texts = [words, words, changed(words, 2, draw), random_words(draw, 200)]
+    sketches = [sketch(" ".join(text), settings) for text in texts]
+    exact = np.stack([np.frombuffer(one.exact, np.uint8) for one in sketches])
+    found = keys(exact, np.stack([one.signature for one in sketches if one.signature is not None]), settings)
+    assert found.shape == (4, key_count(settings)) == (4, 15)
+    assert (found[0] == found[1]).all()
+    assert not (found[0] == found[2])[0]
+    assert (found[0] == found[2])[1:].any()
+    assert not np.isin(found[3], found[0]).any()
 
 
-@pytest.mark.slow
-def test_the_index_lies_on_disk_and_not_in_memory(tmp_path: Path) -> None:
-    documents = 20_000
-    path = tmp_path / "index.sqlite"
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path), "5000", str(documents)], env=environment(), cwd=ROOT, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    (early_peak, early), (late_peak, late) = (map(int, line.split()) for line in result.stdout.splitlines())
-    disk = path.stat().st_size / documents
-    print(
-        f"index: {disk:,.0f} bytes of disk per document; from 5,000 to {documents:,} documents resident memory grew by "
-        f"{late - early:,} kB and its peak by {late_peak - early_peak:,} kB"
-    )
-    assert disk < 1200
-    # 15,000 documents more: in memory their signatures and bands alone would take 10 MB.
-    assert late - early < 4000
-    assert late_peak - early_peak < 4000
+def test_the_estimate_is_as_exact_as_that_many_hash_functions_allow() -> None:
+    draw = random.Random(10)
+    errors = []
+    for _ in range(300):
+        words = random_words(draw, 200)
+        other = changed(words, draw.randrange(2, 40), draw)
+        first, second = (sketch(" ".join(text), config()).signature for text in (words, other))
+        assert first is not None
+        errors.append(float(np.mean(first == second)) - jaccard(words, other))
+    # A share of 128 independent trials has a standard deviation of at most 0.044.
+    assert np.std(errors) < 0.05
+    assert abs(np.mean(errors)) < 0.01
+
+
+def test_a_long_document_is_sketched_piece_by_piece_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(random_words(random.Random(11), 3000))
+    whole = sketch(text, config()).signature
+    monkeypatch.setattr(deduplicate, "SHINGLES_AT_ONCE", 700)
+    pieces = sketch(text, config()).signature
+    assert whole is not None
+    assert pieces is not None
+    assert (whole == pieces).all()
+
+
+def test_groups_are_the_same_however_the_keys_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(12)
+    originals = [random_words(draw, 60) for _ in range(150)]
+    texts = [*originals, *originals[:30], *(changed(words, 1, draw) for words in originals[30:90])]
+    draw.shuffle(texts)
+    joined = [" ".join(words) for words in texts]
+    whole = verdicts(joined)
+    assert whole.count("exact") >= 25
+    assert whole.count("near") >= 25
+    monkeypatch.setattr(groups, "RUN_DOCUMENTS", 37)
+    monkeypatch.setattr(groups, "RANGE_RECORDS", 101)
+    monkeypatch.setattr(groups, "DOCUMENTS_AT_ONCE", 10)
+    monkeypatch.setattr(staged_module, "CHUNK_DOCUMENTS", 11)
+    assert verdicts(joined) == whole
+
+
+def test_thousands_of_copies_of_one_document_are_compared_with_the_first_alone() -> None:
+    draw = random.Random(13)
+    words = random_words(draw, 60)
+    texts = [" ".join(words), *(" ".join(changed(words, 1, draw)) for _ in range(1500)), *([" ".join(words)] * 1500)]
+    started = time.perf_counter()
+    result = verdicts(texts)
+    assert result[0] is None
+    assert result[1501:] == ["exact"] * 1500
+    assert result.count("near") > 1200
+    assert time.perf_counter() - started < 30

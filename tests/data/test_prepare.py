@@ -1,86 +1,27 @@
-"""Preparation: disjoint splits, right counts, the same bytes however it was run, and continued after a kill."""
+"""Preparation: disjoint splits, right counts, the same bytes however it was run."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import os
 import random
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 import zlib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dualtok.data import ingest
-from dualtok.data import prepare as prepare_module
-from dualtok.data.config import SPLITS, DataConfig
-from dualtok.data.corpora import sotu_passages, write_jsonl
+from dualtok.data import assemble, staged
+from dualtok.data.config import SPLITS
+from dualtok.data.corpora import write_jsonl
 from dualtok.data.deduplicate import normalised
-from dualtok.data.manifest import Manifest, check_shard, load_manifest
+from dualtok.data.manifest import check_shard, load_manifest
 from dualtok.data.prepare import prepare, summary
 from dualtok.data.splits import assign_split, content_digest, uniform
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import encode, fingerprint, load_tokenizer
 from dualtok.errors import ConfigError, DataError
-from tests.data.support import SHARES, data_config
-from tests.support import ROOT, environment
-
-PASSAGES, CHUNK = 360, 50
-CHILD = """
-import json, os, re, sys, time
-from pathlib import Path
-import dualtok.data.ingest as ingest
-from dualtok.data.config import DataConfig
-from dualtok.data.prepare import prepare
-
-section, ingest.CHUNK_DOCUMENTS, delay = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-sync = os.fsync
-def slow_disk(descriptor):
-    time.sleep(delay)
-    sync(descriptor)
-os.fsync = slow_disk
-prepare(DataConfig(**section), progress=False)
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-"""
-
-
-def child(section: dict[str, Any], *, chunk: int = CHUNK, delay: float = 0) -> subprocess.Popen[str]:
-    """Start a preparation in a process of its own, in small chunks and perhaps on a slow disk."""
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(section), str(chunk), str(delay)], env=environment(), cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> int:
-    """Wait for a preparation, and return its peak memory in kB."""
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return int(output)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Return the checksum of each file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
-
-
-def finished(folder: Path, pattern: str) -> dict[Path, tuple[int, int]]:
-    """Return when and as which inode each finished file was written."""
-    found = (path for path in folder.rglob(pattern) if not path.name.startswith("."))
-    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+from tests.data.preparing import CHUNK, PASSAGES, child, contents, finish, finished, settings_of, sha256
+from tests.data.support import SHARES
 
 
 def splits_of(folder: Path) -> dict[str, str]:
@@ -90,41 +31,6 @@ def splits_of(folder: Path) -> dict[str, str]:
         for split in load_manifest(folder).splits
         for digest in BlockStream(folder, split, seed=0).document_table()["sha256"].to_pylist()
     }
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def passages() -> list[str]:
-    return list(itertools.islice(sotu_passages(), PASSAGES))
-
-
-@pytest.fixture(scope="module")
-def texts(passages: list[str]) -> list[str]:
-    """Return passages with 40 exact and 30 near duplicates and 5 documents too short among them."""
-    draw = random.Random(0)
-    exact = [text.replace(" ", "  ", 3) + "\n" for text in passages[:40]]
-    near = [f"{text} Finis." for text in passages[100:130]]
-    rest = [*passages[40:], *exact, *near, "", "  \n", "Short.", "Tiny.", "x"]
-    draw.shuffle(rest)
-    return [*passages[:40], *rest]
-
-
-@pytest.fixture(scope="module")
-def prepared(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a prepared folder made of several chunks."""
-    folder = tmp_path_factory.mktemp("prepare")
-    source = write_jsonl(texts, folder / "texts.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingest, "CHUNK_DOCUMENTS", CHUNK)
-        prepare(settings_of(folder / "prepared", source), progress=False)
-    return folder / "prepared"
-
-
-def settings_of(folder: Path, source: Path, **changes: Any) -> DataConfig:
-    return data_config(folder, source=str(source), min_characters=20, rows_per_shard=64, **changes)
 
 
 def test_all_six_splits_are_disjoint_and_hold_no_duplicate(prepared: Path, texts: list[str]) -> None:
@@ -234,20 +140,6 @@ def test_shares_hold_and_a_document_keeps_its_split_when_the_rest_is_left_out() 
     assert all(0 <= uniform(0, digest) < 1 for digest in digests)
 
 
-def test_running_again_returns_at_once_and_changes_nothing(prepared: Path, texts: list[str], tmp_path: Path) -> None:
-    before = finished(prepared, "*")
-    source = prepared.parent / "texts.jsonl"
-    hidden = source.rename(tmp_path / "hidden.jsonl")
-    started = time.perf_counter()
-    try:
-        manifest = prepare(settings_of(prepared, source, processes=2), progress=False)
-    finally:
-        hidden.rename(source)
-    assert time.perf_counter() - started < 1
-    assert manifest == load_manifest(prepared)
-    assert finished(prepared, "*") == before
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"seed": 1}, {"block_length": 32}, {"near_duplicate_threshold": None}, {"field": "body"}, {"lanes": 5},
@@ -262,72 +154,13 @@ def test_other_settings_for_the_same_folder_are_refused(prepared: Path, changes:
     assert finished(prepared, "*") == before
 
 
-def test_texts_staged_by_a_run_that_was_killed_at_its_very_end_do_not_stay(prepared: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "prepared"
-    shutil.copytree(prepared, folder)
-    (folder / ".staging").mkdir()
-    (folder / ".staging" / "documents-000000.arrow").write_text("private text")
-    config = settings_of(folder, prepared.parent / "texts.jsonl")
-    prepare(config, progress=False)
-    assert contents(folder) == contents(prepared)
-
-
 @pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_processes(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "CHUNK_DOCUMENTS", CHUNK)
+    monkeypatch.setattr(staged, "CHUNK_DOCUMENTS", CHUNK)
     prepare(settings_of(tmp_path / "two", prepared.parent / "texts.jsonl", processes=2), progress=False)
     assert contents(tmp_path / "two") == contents(prepared)
-
-
-def reached(folder: Path, pattern: str, count: int) -> bool:
-    """Return whether so many files are finished and the next one is half-written."""
-    return len(finished(folder, pattern)) >= count and any(folder.rglob(f".{pattern}.*.tmp"))
-
-
-def kill_when(process: subprocess.Popen[str], so_far: Callable[[], bool]) -> None:
-    """Kill a preparation as soon as it has come so far."""
-    deadline = time.monotonic() + 120
-    while not so_far():
-        assert process.poll() is None, f"it ended before it could be killed: {process.communicate()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.slow
-def test_a_killed_preparation_continues_and_rewrites_nothing(prepared: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "prepared"
-    source = prepared.parent / "texts.jsonl"
-    section = {**vars(settings_of(folder, source)), "dir": str(folder)}
-    section = {key: value for key, value in section.items() if not key.startswith("_")}
-    stages: list[tuple[str, str, int]] = [
-        ("documents-0?????.arrow", "ingest", 3),
-        ("documents-0?????.packed", "packing", 4),
-        ("shard-*.arrow", "shards", 3),
-        ("shard-*.arrow", "later shards", 12),
-    ]
-    for pattern, stage, count in stages:
-        # The last staged chunk may have been killed between its rename and its commit; then it is staged again.
-        staged = finished(folder, "documents-??????.arrow")
-        before = {**dict(sorted(staged.items())[:-1]), **finished(folder, "shard-*.arrow")}
-        process = child(section, delay=0.01)
-        kill_when(process, partial(reached, folder, pattern, count))
-        now = {**finished(folder, "documents-??????.arrow"), **finished(folder, "shard-*.arrow")}
-        assert {path: now.get(path) for path in before} == before, f"a file was written again before {stage}"
-        assert len(now) > len(before)
-        assert not (folder / "manifest.json").exists()
-        with pytest.raises(DataError, match=r"not \(completely\) prepared"):
-            load_manifest(folder)
-    shards = finished(folder, "shard-*.arrow")
-    assert 12 <= len(shards) < sum(len(entry.shards) for entry in load_manifest(prepared).splits.values())
-    finish(child(section))
-    now = finished(folder, "shard-*.arrow")
-    assert {path: now[path] for path in shards} == shards
-    assert contents(folder) == contents(prepared)
 
 
 @pytest.mark.slow
@@ -350,90 +183,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 10_000
 
 
-def test_a_bad_tokenizer_fails_before_the_corpus_is_read_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unread(config: DataConfig) -> None:
-        raise AssertionError("the corpus was read first")
-
-    monkeypatch.setattr(ingest, "read_documents", unread)
-    source = write_jsonl(["one", "two"], tmp_path / "texts.jsonl")
-    for name in ("absent.model", "./absent"):
-        config = settings_of(tmp_path / "prepared", source, tokenizer=str(tmp_path / name), vocab_size=None)
-        with pytest.raises(DataError, match=r"absent.*data\.tokenizer"):
-            prepare(config, progress=False)
-        assert sorted(tmp_path.iterdir()) == [source]
-
-
-@pytest.mark.parametrize(
-    ("lines", "changes", "message"),
-    [
-        (["a first document, long enough", "a second document, long enough"], {}, r"data\.shares\.\w+: .*split empty"),
-        (["short", ""], {}, r"texts\.jsonl: empty corpus: 2 documents read, 2 too short, none left"),
-        ([], {}, r"texts\.jsonl: empty corpus: 0 documents read"),
-        (["text of a document"], {"field": "txt"}, r"texts\.jsonl:1: no field 'txt'"),
-    ],
-)
-def test_a_corpus_that_cannot_be_prepared_leaves_nothing_behind(
-    tmp_path: Path, lines: list[str], changes: dict[str, Any], message: str
-) -> None:
-    source = write_jsonl(lines, tmp_path / "texts.jsonl")
-    with pytest.raises(DataError, match=message):
-        prepare(settings_of(tmp_path / "prepared", source, **changes), progress=False)
-    assert sorted(tmp_path.iterdir()) == [source]
-
-
-def test_files_of_the_users_own_in_the_folder_stay_after_an_error(tmp_path: Path) -> None:
-    source = write_jsonl(["short"], tmp_path / "texts.jsonl")
-    (tmp_path / "prepared").mkdir()
-    (tmp_path / "prepared" / "notes.md").write_text("mine")
-    with pytest.raises(DataError, match="empty corpus"):
-        prepare(settings_of(tmp_path / "prepared", source), progress=False)
-    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["notes.md"]
-
-
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(["text"], tmp_path / "texts.jsonl")
     with pytest.raises(DataError, match=r"texts\.jsonl: .*not a folder.*data\.dir"):
         prepare(settings_of(source, source), progress=False)
     assert source.read_text() == '{"text": "text"}\n'
-
-
-def test_a_corpus_mended_after_an_error_goes_on_from_there(
-    prepared: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ingest, "CHUNK_DOCUMENTS", CHUNK)
-    source = write_jsonl(texts, tmp_path / "texts.jsonl")
-    good = source.read_bytes()
-    lines = good.splitlines(keepends=True)
-    lines[2 * CHUNK + 10] = b'{"text": \n'
-    source.write_bytes(b"".join(lines))
-    config = settings_of(tmp_path / "prepared", source)
-    with pytest.raises(DataError, match=rf"texts\.jsonl:{2 * CHUNK + 11}: not valid JSON"):
-        prepare(config, progress=False)
-    staged = finished(tmp_path / "prepared", "documents-*.arrow")
-    assert len(staged) == 2
-    assert not (tmp_path / "prepared" / "manifest.json").exists()
-    source.write_bytes(good)
-    manifest: Manifest = prepare(config, progress=False)
-    assert manifest.splits == load_manifest(prepared).splits
-
-
-def test_a_corpus_that_changed_since_an_interrupted_start_is_refused(
-    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ingest, "CHUNK_DOCUMENTS", CHUNK)
-    source = write_jsonl(texts, tmp_path / "texts.jsonl")
-    lines = source.read_bytes().splitlines(keepends=True)
-    broken = [*lines[: 2 * CHUNK], b'{"text": \n', *lines[2 * CHUNK :]]
-    source.write_bytes(b"".join(broken))
-    config = settings_of(tmp_path / "prepared", source)
-    with pytest.raises(DataError, match="not valid JSON"):
-        prepare(config, progress=False)
-    for changed in ([*lines[:3], *lines[4:]], [lines[1], lines[0], *lines[2:]], lines[:CHUNK]):
-        source.write_bytes(b"".join(changed))
-        with pytest.raises(DataError, match="had read have changed"):
-            prepare(config, progress=False)
 
 
 def test_a_prepared_folder_inside_the_source_folder_is_not_read(texts: list[str], tmp_path: Path) -> None:
@@ -459,8 +213,8 @@ def test_the_corpus_is_cut_off_at_max_documents(prepared: Path, texts: list[str]
 def test_blocks_that_lost_tokens_are_noticed(
     prepared: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = prepare_module.pack_documents
-    monkeypatch.setattr(prepare_module, "pack_documents", lambda documents, length: real(documents[1:], length))
+    real = assemble.pack_documents
+    monkeypatch.setattr(assemble, "pack_documents", lambda documents, length: real(documents[1:], length))
     source = write_jsonl(texts, tmp_path / "texts.jsonl")
     config = settings_of(tmp_path / "prepared", source, tokenizer=str(prepared / "tokenizer"), vocab_size=None)
     with pytest.raises(DataError, match="shards hold other tokens than its documents"):

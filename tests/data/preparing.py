@@ -1,0 +1,88 @@
+"""What the tests of preparation share: preparations in processes of their own, and what lies in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.data.support import data_config
+from tests.support import ROOT, environment
+
+if TYPE_CHECKING:
+    from dualtok.data.config import DataConfig
+
+PASSAGES, CHUNK = 360, 50
+CHILD = """
+import json, os, re, sys, time
+from pathlib import Path
+import dualtok.data.staged as staged
+import dualtok.data.groups as groups
+from dualtok.data.config import DataConfig
+from dualtok.data.parts import parse_part
+from dualtok.data.prepare import finish, prepare, prepare_part
+
+section, staged.CHUNK_DOCUMENTS, delay = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+groups.RUN_DOCUMENTS, groups.RANGE_RECORDS = 2 * staged.CHUNK_DOCUMENTS, 20 * staged.CHUNK_DOCUMENTS
+verb = sys.argv[4]
+sync = os.fsync
+def slow_disk(descriptor):
+    time.sleep(delay)
+    sync(descriptor)
+os.fsync = slow_disk
+config = DataConfig(**section)
+if verb == "prepare":
+    prepare(config, progress=False)
+elif verb == "finish":
+    finish(config, progress=False)
+else:
+    prepare_part(config, parse_part(verb), progress=False)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def child(
+    section: dict[str, Any], verb: str = "prepare", *, chunk: int = CHUNK, delay: float = 0
+) -> subprocess.Popen[str]:
+    """Start ``prepare``, a part ``i/n`` or ``finish`` in a process of its own: small chunks, perhaps a slow disk."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(section), str(chunk), str(delay), verb], env=environment(), cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    """Wait for a preparation, and return its peak memory in kB."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return int(output)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return the checksum of each file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*")) if path.is_file()
+    }  # fmt: skip
+
+
+def finished(folder: Path, pattern: str) -> dict[Path, tuple[int, int]]:
+    """Return when and as which inode each finished file was written."""
+    found = (path for path in folder.rglob(pattern) if not path.name.startswith("."))
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settings_of(folder: Path, source: Path, **changes: Any) -> DataConfig:
+    return data_config(folder, source=str(source), min_characters=20, rows_per_shard=64, **changes)
+
+
+def section_of(config: DataConfig) -> dict[str, Any]:
+    """Return a configuration as :func:`child` takes it."""
+    return {key: value for key, value in vars(config).items() if not key.startswith("_")}
