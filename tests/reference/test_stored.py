@@ -140,6 +140,18 @@ def test_the_fingerprint_sees_weights_config_blocks_tokenizer_and_precision(
     assert blocks_digest(manifest.model_copy(update={"splits": splits})) != own.blocks
 
 
+def test_the_digest_of_a_mixture_sees_every_folder(prepared: tuple[Path, Manifest]) -> None:
+    _, manifest = prepared
+    splits = dict(manifest.splits)
+    shards = splits["train"].shards
+    altered = [shards[0].model_copy(update={"sha256": "other"}), *shards[1:]]
+    splits["train"] = splits["train"].model_copy(update={"shards": altered})
+    changed = manifest.model_copy(update={"splits": splits})
+    digests = [blocks_digest(*manifests) for manifests in ((manifest,), (manifest, manifest), (manifest, changed),
+                                                           (changed, manifest))]  # fmt: skip
+    assert len(set(digests)) == 4
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no weights"):
         weights_digest(tmp_path)
