@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dualtok.errors import ConfigError, DualtokError
+from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted
 
 app = typer.Typer(
     help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
@@ -79,6 +79,9 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest complete checkpoint.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Continue if there is a complete checkpoint, else start.")
+    ] = False,
 ) -> None:
     """Train a model with the dual, selective, Goldfish or plain objective through DeepSpeed."""
     from dualtok.engine.train import train as run_train
@@ -86,7 +89,9 @@ def train(
 
     _quiet_libraries()
     run = load_run(run_file, overrides or [])
-    state = run_train(run, resume=resume)
+    if resume and auto_resume:
+        raise ConfigError("--resume and --auto-resume: give one of them")
+    state = run_train(run, resume="always" if resume else "if_any" if auto_resume else "never")
     _say(f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
          f"checkpoints in {Path(run.output_dir) / 'checkpoints'}")  # fmt: skip
 
@@ -176,7 +181,7 @@ def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _leave_ranks() -> None:
+def _leave_ranks(status: int = 0) -> None:
     """End a rank of a job together with the others, without the interpreter's own shutdown.
 
     A worker thread of gloo may still free a tensor, for which it takes the interpreter's lock; when the interpreter is
@@ -188,7 +193,7 @@ def _leave_ranks() -> None:
         if leave_ranks():
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(status)
 
 
 def _in_words(problem: DualtokError | OSError) -> str:
@@ -205,6 +210,10 @@ def main() -> None:
         if not end.code:
             _leave_ranks()
         raise
+    except Preempted as end:
+        _say(f"dualtok: {end}")
+        _leave_ranks(PREEMPTED)
+        sys.exit(PREEMPTED)
     except (DualtokError, OSError) as problem:
         error = _in_words(problem)
         rank = os.environ.get("RANK", "0")

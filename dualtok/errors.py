@@ -33,3 +33,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest known name, or ``""`` if nothing is near."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+PREEMPTED = 75
+"""Exit status of a preempted run: the system's "temporary failure, try again"."""
+
+
+class Preempted(Exception):  # noqa: N818  # nothing went wrong
+    """The run ended early because it was asked to; its message says where it stands."""

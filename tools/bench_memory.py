@@ -103,7 +103,7 @@ def measure_rank(options: argparse.Namespace) -> None:
 
 def batch(generator: torch.Generator, engine: Any) -> dict[str, torch.Tensor]:
     """Return one random block with random reference losses."""
-    vocabulary = engine.module.stage.causal_lm.config.vocab_size
+    vocabulary = engine.model.causal_lm.config.vocab_size
     ids = torch.randint(0, vocabulary, (1, BLOCK_LENGTH + 1), generator=generator)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": torch.arange(BLOCK_LENGTH)[None],
             "reference_loss": torch.rand(1, BLOCK_LENGTH, generator=generator) * 20}  # fmt: skip

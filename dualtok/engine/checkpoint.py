@@ -1,50 +1,53 @@
-"""Checkpoints that are either complete or not there, and the pointers ``latest`` and ``best``.
+"""Checkpoints that are either complete or not there, the pointers ``latest`` and ``best``, and which ones are kept.
 
-DeepSpeed writes the tensors; a checkpoint counts only once ``manifest.json`` lists every file with its size and CRC-32
-and the empty file ``COMPLETE`` is there. The pointers are replaced atomically, after that.
+A checkpoint counts only once its manifest lists every file and ``COMPLETE`` is there; the pointers are replaced
+atomically, after that. Writing can go on in the background: then each rank copies its values into host memory, and a
+thread writes them while training continues. No collective is needed for that: rank 0's thread waits for the files of
+the others.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import zlib
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualtok.engine.checkpoint_files import (
+    COMPLETE,
+    CheckpointManifest,
+    CheckpointReader,
+    is_as_written,
+    is_written,
+    read_manifest,
+    seal,
+    write_part,
+)
 from dualtok.engine.distributed import ALONE
 from dualtok.errors import CheckpointError
-from dualtok.files import sync_folder, write_text
+from dualtok.files import write_text
 
 if TYPE_CHECKING:
     from dualtok.engine.distributed import Ranks
     from dualtok.engine.protocol import TrainingEngine
 
-COMPLETE = "COMPLETE"
-MANIFEST = "manifest.json"
-STATE_KEY = "dualtok"
-STAGES_FILE = "stages.json"
-"""Where a pipeline's checkpoint says which decoder layers each stage holds."""
+LATEST, BEST = "latest", "best"
+POLL_SECONDS = 0.1
+"""Between two looks of rank 0 for the other ranks' files, while it writes in the background."""
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk, its files compared with its manifest."""
 
     folder: Path
-    tag: str
-    step: int
-    world_size: int
-    zero_stage: int
-    stages: int
-    """Pipeline stages."""
+    manifest: CheckpointManifest
 
-    @property
-    def layout(self) -> str:
-        """The layout that wrote it, in words."""
-        return describe_layout(self.world_size, self.zero_stage, self.stages)
+    def reader(self) -> CheckpointReader:
+        """Return what reads its values."""
+        return CheckpointReader(self.folder, self.manifest)
 
 
 def describe_layout(world_size: int, zero_stage: int, stages: int) -> str:
@@ -58,50 +61,81 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_deepspeed(engine: Any, root: Path, tag: str, state: dict[str, Any]) -> None:
-    """Let a DeepSpeed engine write its tensors and the loop's state."""
-    # One key of our own: DeepSpeed merges client_state into its top level, where 'module' would overwrite the weights.
-    engine.save_checkpoint(str(root), tag=tag, client_state={STATE_KEY: state}, save_latest=False)
-
-
-def load_deepspeed(engine: Any, root: Path, tag: str) -> dict[str, Any] | None:
-    """Let a fresh DeepSpeed engine read its tensors; return the loop's state, or None when it could not."""
-    path, client_state = engine.load_checkpoint(str(root), tag=tag)
-    if path is None or STATE_KEY not in (client_state or {}):
-        return None
-    return dict(client_state[STATE_KEY])
-
-
-def save_checkpoint(engine: TrainingEngine, root: Path, step: int, state: dict[str, Any]) -> str:
-    """Write a checkpoint of an engine and mark it complete; every rank takes part.
+class CheckpointWriter:
+    """Writes the checkpoints of one run.
 
     Args:
-        engine: the model in training.
         root: folder of all checkpoints, shared by all ranks.
-        step: optimiser steps done.
-        state: what the loop needs to go on, independent of rank and world size.
-
-    Returns:
-        The checkpoint's tag.
+        run: the run's settings, kept in each checkpoint.
+        keep: how many of the last checkpoints stay; the best one always does.
+        background: write while training goes on; costs the memory of a copy of the rank's states on the host.
     """
-    tag = tag_of(step)
-    folder = root / tag
-    ranks = engine.layout.ranks
-    ranks.first_does(lambda: _clear(folder))
-    engine.save(root, tag, state)
-    ranks.barrier()
-    names = ranks.first_does(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-    mine = {name: _describe(folder / name) for name in names[ranks.rank :: ranks.world_size]}
-    files = {name: entry for part in ranks.gather_objects(mine) for name, entry in part.items()}
-    manifest = {
-        "step": step,
-        "world_size": ranks.world_size,
-        "zero_stage": engine.zero_stage(),
-        "stages": engine.layout.stages,
-        "files": dict(sorted(files.items())),
-    }
-    ranks.first_does(lambda: _seal(folder, manifest))
-    return tag
+
+    def __init__(self, root: Path, run: dict[str, Any], *, keep: int = 1, background: bool = False) -> None:
+        self._root, self._run, self._keep, self._background = root, run, keep, background
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(self, engine: TrainingEngine, step: int, state: dict[str, Any], *, best: bool = False) -> None:
+        """Write a checkpoint, or begin to; every rank takes part.
+
+        Args:
+            engine: the model in training.
+            step: optimiser steps done.
+            state: what the loop needs to go on, independent of rank and world size.
+            best: whether it becomes the one that ``best`` names.
+
+        Raises:
+            CheckpointError: a file cannot be written; every rank raises it. What failed in the background is raised by
+                the next call of :meth:`save`, :meth:`check` or :meth:`wait`.
+        """
+        layout, states = engine.layout, engine.states()
+        ranks, folder = layout.ranks, self._root / tag_of(step)
+        ranks.together(self.wait)
+        ranks.first_does(lambda: _clear(folder))
+        facts: dict[str, Any] = {
+            "ranks": ranks.world_size, "step": step, "optimizer_steps": states.optimizer_steps(), "state": state,
+            "layout": describe_layout(ranks.world_size, engine.zero_stage(), layout.stages), "run": self._run,
+        }  # fmt: skip
+
+        def finish() -> None:
+            seal(folder, **facts)
+            if best:
+                point(self._root, BEST, folder.name)
+            point(self._root, LATEST, folder.name)
+            prune(self._root, self._keep)
+
+        if not self._background:
+            ranks.together(lambda: write_part(folder, ranks.rank, states.pieces()))
+            ranks.first_does(finish)
+            return
+        copies = list(states.pieces())
+
+        def work() -> None:
+            try:
+                write_part(folder, ranks.rank, copies)
+                if ranks.is_first:
+                    while not is_written(folder, ranks.world_size):
+                        time.sleep(POLL_SECONDS)
+                    finish()
+            except Exception as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=work, name="dualtok-checkpoint", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what failed in the background, if anything did."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written; on rank 0 until it is complete."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
 
 def point(root: Path, name: str, tag: str) -> None:
@@ -109,17 +143,18 @@ def point(root: Path, name: str, tag: str) -> None:
     write_text(root / name, tag)
 
 
-def prune(root: Path) -> None:
-    """Remove checkpoints that neither ``latest`` nor ``best`` names."""
-    kept = {_pointed(root, "latest"), _pointed(root, "best")}
+def prune(root: Path, keep: int = 1) -> None:
+    """Remove all checkpoints but the last ``keep`` complete ones and those that ``latest`` and ``best`` name."""
+    complete = sorted(folder.name for folder in root.glob("step-*") if (folder / COMPLETE).is_file())
+    kept = {_pointed(root, LATEST), _pointed(root, BEST), *complete[-keep:]}
     for folder in root.glob("step-*"):
         if folder.name not in kept:
             (folder / COMPLETE).unlink(missing_ok=True)  # first, so that a half-removed one never counts
             shutil.rmtree(folder)
 
 
-def find_checkpoint(root: Path, which: str = "latest", ranks: Ranks = ALONE) -> SavedCheckpoint:
-    """Return the complete checkpoint that a pointer names; ``latest`` falls back to the newest complete one.
+def find_checkpoint(root: Path, which: str = LATEST, ranks: Ranks = ALONE) -> SavedCheckpoint:
+    """Return the complete checkpoint that a pointer names; ``latest`` falls back to the newest good one.
 
     Args:
         root: folder of all checkpoints.
@@ -139,43 +174,26 @@ def find_checkpoint(root: Path, which: str = "latest", ranks: Ranks = ALONE) -> 
 
 
 def load_checkpoint(engine: TrainingEngine, saved: SavedCheckpoint) -> dict[str, Any]:
-    """Load a complete checkpoint into a fresh engine and return the loop's state.
+    """Fill a fresh engine of any layout from a checkpoint and return the loop's state.
 
     Raises:
-        CheckpointError: it was written by another number of ranks or stages, or DeepSpeed cannot read it.
+        CheckpointError: it belongs to another model.
     """
-    here = describe_layout(engine.layout.ranks.world_size, engine.zero_stage(), engine.layout.stages)
-    if saved.layout != here:
-        raise CheckpointError(
-            f"{saved.folder}: written by {saved.layout}, but this job has {here}; resume with the same, or start from "
-            "`dualtok export`ed weights"
-        )
-    state = engine.load(saved.folder.parent, saved.tag)
-    if state is None:
-        raise CheckpointError(f"{saved.folder}: DeepSpeed could not load it; choose another checkpoint")
-    return state
+    manifest, reader = saved.manifest, saved.reader()
+    skipped = manifest.step - manifest.optimizer_steps
+    engine.layout.ranks.together(lambda: engine.states().fill(reader, steps=manifest.step, skipped=skipped))
+    return dict(manifest.state)
 
 
 def _clear(folder: Path) -> None:
-    (folder / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _describe(path: Path) -> dict[str, int]:
-    """Return size and CRC-32 of a file after forcing it to disk."""
-    checksum = 0
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-        while block := stream.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
-
-
-def _seal(folder: Path, manifest: dict[str, Any]) -> None:
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-    write_text(folder / COMPLETE, "")
-    sync_folder(folder.parent)
+    try:
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be made: {error.strerror or error}; mend the folder or change output_dir, then resume"
+        ) from None
 
 
 def _pointed(root: Path, name: str) -> str | None:
@@ -186,33 +204,18 @@ def _pointed(root: Path, name: str) -> str | None:
 
 
 def _candidates(root: Path, which: str) -> list[str]:
-    tag = _pointed(root, which) if which in ("latest", "best") else which
-    newest_first = sorted((folder.name for folder in root.glob("step-*")), reverse=True) if which == "latest" else []
+    tag = _pointed(root, which) if which in (LATEST, BEST) else which
+    newest_first = sorted((folder.name for folder in root.glob("step-*")), reverse=True) if which == LATEST else []
     return [*([tag] if tag else []), *newest_first]
 
 
 def _verified(folder: Path, ranks: Ranks) -> SavedCheckpoint:
-    manifest = ranks.first_does(lambda: _read_manifest(folder))
-    files: dict[str, dict[str, int]] = manifest.pop("files")
-    mine = sorted(files)[ranks.rank :: ranks.world_size]
-    altered = [name for name in mine if not _is_as_written(folder / name, files[name])]
+    manifest: CheckpointManifest = ranks.first_does(lambda: read_manifest(folder))
+    mine = sorted(manifest.files)[ranks.rank :: ranks.world_size]
+    altered = [name for name in mine if not is_as_written(folder / name, manifest.files[name])]
     everywhere = sorted(name for part in ranks.gather_objects(altered) for name in part)
     if everywhere:
         raise CheckpointError(
             f"{folder / everywhere[0]}: missing or altered since it was written; choose another checkpoint"
         )
-    return SavedCheckpoint(folder, folder.name, **manifest)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / COMPLETE).is_file():
-        raise CheckpointError(f"{folder}: not a complete checkpoint (no {COMPLETE}); it was interrupted while written")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in ("step", "world_size", "zero_stage", "stages", "files")}
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: unreadable ({error}); choose another checkpoint") from None
-
-
-def _is_as_written(path: Path, entry: dict[str, int]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and _describe(path) == entry
+    return SavedCheckpoint(folder, manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -41,6 +42,45 @@ class PipelineConfig:
             raise ValueError(
                 f"train.pipeline.balance: lists {len(self.balance)} stages, but train.pipeline.stages is {self.stages}"
             )
+
+
+GuardAction = Literal["stop", "skip", "lower_alpha", "roll_back"]
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class GuardConfig:
+    """What all ranks do together about a step whose loss is not finite, or far above those before it.
+
+    The weights are left as they were in every case. ``stop`` ends the run, ``skip`` goes on with the next blocks,
+    ``lower_alpha`` does so with a smaller ``selection.alpha`` from then on, ``roll_back`` first goes back to the last
+    checkpoint (the blocks since then are not read again).
+    """
+
+    on_nan: GuardAction = "stop"
+    """For a loss or gradient that is not finite."""
+
+    on_spike: GuardAction = "stop"
+    """For a spike; only with ``spike_factor``."""
+
+    spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """A step is a spike when its mean token loss is above this many times the median of the last good steps; without
+    it none is looked for."""
+
+    window: Count = 32
+    """Good steps that the median is taken of; no step is a spike before there are so many."""
+
+    alpha_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What ``lower_alpha`` multiplies alpha by, each time."""
+
+    patience: Count = 3
+    """Bad steps in a row, or roll-backs in all, after which the run ends whatever is configured."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings without effect."""
+        if self.spike_factor is None and (self.on_spike != "stop" or self.window != 32):
+            raise ValueError("train.guard.on_spike and window: have no effect without train.guard.spike_factor")
+        if self.alpha_factor != 0.5 and "lower_alpha" not in (self.on_nan, self.on_spike):
+            raise ValueError("train.guard.alpha_factor: has no effect without an action 'lower_alpha'")
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -119,6 +159,16 @@ class TrainConfig:
     checkpoint_every: Count | None = None
     """Optimiser steps between checkpoints; without it one per evaluation, or every 500 steps if there is none on the
     way."""
+
+    checkpoint_keep: Count = 1
+    """How many of the last checkpoints stay on disk; the best one always does."""
+
+    checkpoint_in_background: bool = False
+    """Write checkpoints while training goes on; costs each rank the host memory of a copy of its states (12 bytes per
+    parameter that it holds)."""
+
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    """What to do when training diverges."""
 
     def __post_init__(self) -> None:
         """Refuse contradictions inside the section."""

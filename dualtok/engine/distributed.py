@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dualtok.engine.jit_locks import clear_the_way
 from dualtok.errors import ConfigError, DualtokError
 
 if TYPE_CHECKING:
@@ -163,6 +164,8 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     from deepspeed.accelerator import get_accelerator
 
     os.environ.update(complete_environment(os.environ))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        clear_the_way()
     if not dist.is_initialized():
         deepspeed.init_distributed(
             get_accelerator().communication_backend_name(), verbose=False, timeout=timedelta(minutes=timeout_minutes)

@@ -6,14 +6,17 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dualtok.engine import checkpoint
+from dualtok.engine.checkpoint import CheckpointWriter, find_checkpoint, load_checkpoint
 from dualtok.engine.evaluation import Evaluation, evaluate
+from dualtok.engine.guard import Guard, LossLimit
 from dualtok.engine.metrics import History, StepMetrics, StepTotals, peak_memory_gib, step_metrics
-from dualtok.errors import CheckpointError, DualtokError
+from dualtok.engine.preemption import PreemptionNotice
+from dualtok.engine.watchdog import Watchdog
+from dualtok.errors import CheckpointError, DualtokError, Preempted
 from dualtok.monitor.events import EventWriter, fixed_bins
 from dualtok.monitor.progress import RunProgress
 from dualtok.objective.head import IGNORED_LABEL
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dualtok.data.mixture import TrainingStream
-    from dualtok.engine.config import TrainConfig
+    from dualtok.engine.checkpoint import SavedCheckpoint
+    from dualtok.engine.config import GuardAction, TrainConfig
     from dualtok.engine.protocol import TrainingEngine
     from dualtok.model.losses import Batch
     from dualtok.reference.live import LiveReference
@@ -45,6 +49,8 @@ class LoopState:
     best_step: int = 0
     blocks: str = ""
     """Digest of the prepared data."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard against divergence remembers."""
 
 
 @dataclass
@@ -77,23 +83,46 @@ class TrainingLoop:
         self.ranks = self.layout.ranks
         self.folder = Path(self.run.output_dir)
         self.checkpoints = self.folder / "checkpoints"
+        self.guard = Guard(self.train.guard)
+        if self.train.guard.spike_factor is not None:
+            self.engine.model.limit = LossLimit(self.layout.data_parallel)
+        self.writer = CheckpointWriter(
+            self.checkpoints, self.run.as_dict(), keep=self.train.checkpoint_keep,
+            background=self.train.checkpoint_in_background,
+        )  # fmt: skip
+        self.watchdog = Watchdog(self.run.monitor.hang_seconds, self.folder / "stacks", self.ranks.rank)
+        self.notice = PreemptionNotice()
+        self._asked_to_end = False
 
-    def resume(self, saved: checkpoint.SavedCheckpoint) -> None:
-        """Continue from a complete checkpoint."""
-        state = LoopState(**checkpoint.load_checkpoint(self.engine, saved))
+    def resume(self, saved: SavedCheckpoint) -> None:
+        """Continue from a complete checkpoint, which any layout may have written."""
+        state = LoopState(**load_checkpoint(self.engine, saved))
         if state.blocks != self.state.blocks:
             raise CheckpointError(
                 f"{saved.folder}: trained on other blocks than {self.run.data.dir} (or a folder of data.mix) holds now; "
                 "restore them"
             )
+        self._restore_guard(state)
         self.state = state
+
+    def _restore_guard(self, state: LoopState) -> None:
+        before = self.guard.alpha_scale
+        if state.guard:
+            self.guard.restore(state.guard)
+        self.engine.model.scale_alpha(self.guard.alpha_scale / before)
 
     def fit(self) -> LoopState:
         """Train until the last step.
 
         Raises:
-            DualtokError: the loss is not finite any more.
+            DualtokError: training diverged, and the guard does not go on.
+            Preempted: the job was asked to end; a checkpoint of the last step is complete.
         """
+        with self.watchdog, self.notice:
+            self._fit()
+        return self.state
+
+    def _fit(self) -> None:
         first = self.ranks.is_first
         metrics = History(self.folder / "metrics.jsonl" if first else None, self.state.step)
         evaluations = History(self.folder / "evaluations.jsonl" if first else None, self.state.step)
@@ -107,7 +136,15 @@ class TrainingLoop:
         )  # fmt: skip
         with progress:
             while self.state.step < self.total_steps:
+                self.watchdog.beat(f"in step {self.state.step + 1}")
                 outcome = self.step(batches, events)
+                self.watchdog.beat(f"after step {outcome.step}")
+                self.writer.check()
+                if outcome.left_out is not None and self._answer(outcome, progress) == "roll_back":
+                    progress.rewind(self.state.step)
+                    for history in (metrics, evaluations):
+                        history.forget_after(self.state.step)
+                    continue
                 metrics.append(outcome)
                 progress.advance(1, f"loss {outcome.loss:.4f} {outcome.tokens_per_second:,.0f} tokens/s")
                 if self.state.step % self.run.monitor.log_every == 0 or self.state.step == self.total_steps:
@@ -119,8 +156,43 @@ class TrainingLoop:
                     events.flush()
                     progress.note(_describe(evaluation))
                 self._save_when_due(evaluation)
+                if self._asked_to_end and self.state.step < self.total_steps:
+                    self.writer.wait()
+                    raise Preempted(f"asked to end after step {self.state.step} of {self.total_steps}; its checkpoint "
+                                    f"is in {self.checkpoints}, resume with --resume")  # fmt: skip
+        self.writer.wait()
         events.close()
-        return self.state
+
+    def _answer(self, outcome: StepMetrics, progress: RunProgress) -> GuardAction:
+        """Do what the guard says about a bad step.
+
+        Raises:
+            DualtokError: it says stop.
+        """
+        spike = outcome.left_out == "spike"
+        action = self.guard.bad(spike=spike)
+        what = (
+            f"step {outcome.step}: mean token loss {outcome.plain_loss:.4g}, gradient norm {outcome.gradient_norm:.4g}"
+        )
+        if action == "stop":
+            raise DualtokError(
+                f"{what}: training diverged; lower train.learning_rate or selection.alpha and resume from the last "
+                f"checkpoint in {self.checkpoints}, or see train.guard"
+            )
+        if action == "lower_alpha":
+            self.engine.model.scale_alpha(self.train.guard.alpha_factor)
+        if action == "roll_back":
+            self._roll_back()
+        progress.note(f"{what}: {'a spike' if spike else 'not finite'}; {action.replace('_', ' ')}")
+        return action
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, but not in the data: what was read since then is not read again."""
+        self.writer.wait()
+        seen = self.state.samples_seen
+        saved = find_checkpoint(self.checkpoints, ranks=self.ranks)
+        self.state = LoopState(**load_checkpoint(self.engine, saved))
+        self.state.samples_seen = seen
 
     def batches(self) -> Iterator[Batch]:
         """Return this replica's micro-batches from where the run stands, with their reference losses."""
@@ -143,11 +215,7 @@ class TrainingLoop:
         )
 
     def step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
-        """Run one optimiser step and measure it.
-
-        Raises:
-            DualtokError: the loss is not finite. Every rank raises it, as all see the same sum.
-        """
+        """Run one optimiser step and measure it; ``left_out`` says whether it was a bad one, alike on every rank."""
         started = time.perf_counter()
         step = self.state.step + 1
         self._seed_dropout(step)
@@ -155,29 +223,37 @@ class TrainingLoop:
         totals = StepTotals(self.ranks.device)
         histogram = self.run.monitor.histogram_every
         window = [next(batches) for _ in range(self.train.gradient_accumulation)]
+        skipped, limit = self.engine.skipped_steps(), self.guard.limit()
+        if self.engine.model.limit is not None:
+            self.engine.model.limit.begin(limit, len(window))
         outcomes = self.engine.train_step(window)
         for outcome in outcomes:
             totals.add(outcome)
+        if self.notice.received:
+            totals.ask_to_end()
         total = totals.reduce(self.ranks, losses=self.layout.data_parallel.world_size * len(window))
+        self._asked_to_end = total["asked_to_end"] > 0
         if histogram and step % histogram == 0 and "reference_loss" in window[0]:
             bins = fixed_bins(torch.zeros(0))  # what a stage without a loss adds
             for outcome, batch in zip(outcomes, window, strict=False):
                 bins += fixed_bins(outcome.calibrated.cpu()[batch["labels"] != IGNORED_LABEL])
             events.histogram("calibrated/s", self.ranks.sum(bins.to(self.ranks.device)).cpu().numpy(), step)
         norm = self.engine.gradient_norm()
-        # A NaN token is left out of the selection, so the plain loss must be looked at too; and DeepSpeed skips a step
-        # with a gradient that is not finite without a word.
-        if self.engine.skipped_steps() or not math.isfinite(total["loss"] + total["plain_sum"] + norm):
-            raise DualtokError(
-                f"step {step}: training diverged (loss {total['loss']}, sum of plain losses {total['plain_sum']}, "
-                f"gradient norm {norm}); lower train.learning_rate or selection.alpha and resume from the last "
-                f"checkpoint in {self.checkpoints}"
-            )
+        # A NaN token is left out of the selection, so the plain loss must be looked at too; and DeepSpeed leaves out a
+        # step with a gradient that is not finite without a word.
+        plain = total["plain_sum"] / max(1.0, total["plain_count"])
+        left_out = None
+        if plain > limit:
+            left_out = "spike"
+        elif self.engine.skipped_steps() > skipped or not math.isfinite(total["loss"] + plain + norm):
+            left_out = "nan"
+        else:
+            self.guard.good(plain)
         self.state.step = step
         self.state.samples_seen += self.train.batch_size
         seconds = time.perf_counter() - started
         return step_metrics(
-            total, step=step, gradient_norm=norm, learning_rate=learning_rate,
+            total, step=step, left_out=left_out, gradient_norm=norm, learning_rate=learning_rate,
             tokens_per_second=total["plain_count"] / seconds, peak_memory_gib=peak_memory_gib(self.ranks.device),
         )  # fmt: skip
 
@@ -189,6 +265,7 @@ class TrainingLoop:
         every, step = self.train.evaluate_every, self.state.step
         if step != self.total_steps and not (every and step % every == 0):
             return None
+        self.watchdog.beat(f"evaluating after step {step}")
         rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.layout.data_parallel.world_size)
         evaluation = evaluate(
             self.engine, self.stream, self.validation, blocks=self.train.evaluation_blocks, batch_size=rows, step=step,
@@ -209,16 +286,11 @@ class TrainingLoop:
         if every is None and self.train.evaluate_every is None:
             every = CHECKPOINT_EVERY
         due = step % every == 0 if every else evaluation is not None
-        if not (due or improved or step == self.total_steps):
+        if not (due or improved or step == self.total_steps or self._asked_to_end):
             return
-        tag = checkpoint.save_checkpoint(self.engine, self.checkpoints, step, asdict(self.state))
-        self.ranks.first_does(lambda: self._point(tag, improved=improved))
-
-    def _point(self, tag: str, *, improved: bool) -> None:
-        if improved:
-            checkpoint.point(self.checkpoints, "best", tag)
-        checkpoint.point(self.checkpoints, "latest", tag)
-        checkpoint.prune(self.checkpoints)
+        self.watchdog.beat(f"writing the checkpoint of step {step}")
+        self.state.guard = self.guard.state()
+        self.writer.save(self.engine, step, asdict(self.state), best=improved)
 
 
 def step_scalars(metrics: StepMetrics, objective: str) -> dict[str, float | None]:

@@ -22,6 +22,8 @@ class StepMetrics:
     """What one optimiser step measured, over all ranks and micro-batches."""
 
     step: int
+    left_out: str | None
+    """``nan`` or ``spike`` if the step was a bad one and changed nothing, else None."""
     loss: float
     """The objective's loss, averaged over micro-batches."""
     hard_loss: float
@@ -57,15 +59,21 @@ class StepTotals:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
+        self._asked_to_end = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, outcome: DualLoss) -> None:
         """Add the objective's result on this rank for one micro-batch."""
         self._sums += torch.cat([outcome.loss.detach().double().view(1), outcome.totals.flatten()])
 
+    def ask_to_end(self) -> None:
+        """Let all ranks know that this one was told to end."""
+        self._asked_to_end += 1
+
     def reduce(self, ranks: Ranks, losses: int) -> dict[str, float]:
-        """Return the totals over all ranks; ``loss`` is the mean over ``losses``, those of all micro-batches and
-        replicas."""
-        total = dict(zip(self.FIELDS, ranks.sum(self._sums).tolist(), strict=True))
+        """Return the totals over all ranks, and ``asked_to_end``, how many of them were told to end; ``loss`` is the
+        mean over ``losses``, those of all micro-batches and replicas."""
+        sums = ranks.sum(torch.cat([self._sums, self._asked_to_end])).tolist()
+        total = dict(zip((*self.FIELDS, "asked_to_end"), sums, strict=True))
         total["loss"] /= losses
         return total
 
@@ -98,9 +106,13 @@ class History:
 
     def __init__(self, path: Path | None, resumed_at: int = 0) -> None:
         self._path = path
-        if path is not None:
-            kept = [line for line in read_history(path) if line["step"] <= resumed_at]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.forget_after(resumed_at)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of later steps, which will be repeated."""
+        if self._path is not None:
+            kept = [line for line in read_history(self._path) if line["step"] <= step]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, entry: Any) -> None:
         """Append a dataclass instance or dictionary with a ``step``."""

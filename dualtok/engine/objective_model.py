@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dualtok.model.losses import TokenLossModel
 from dualtok.objective.linear_cross_entropy import IGNORED_LABEL
-from dualtok.objective.loss import apply_plan
+from dualtok.objective.loss import Dual, apply_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from dualtok.engine.guard import LossLimit
     from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss, Objective, TokenPlan
     from dualtok.objective.selection import Gather
@@ -30,6 +32,14 @@ class ObjectiveModel(TokenLossModel):
         self.plan: TokenPlan | None = None
         """How the tokens of the next micro-batch count, where that was decided beforehand."""
         self.outcome: DualLoss | None = None
+        self.limit: LossLimit | None = None
+        """Looks for spikes, if the run asks for it."""
+
+    def scale_alpha(self, scale: float) -> None:
+        """Unlearn with this share of the alpha that the objective has now."""
+        if isinstance(self.objective, Dual):
+            settings = self.objective.config
+            self.objective = Dual(replace(settings, alpha=settings.alpha * scale))
 
     def compute(self, batch: Batch) -> torch.Tensor:
         """Return the scalar loss (training) or token losses [b, t] (evaluation, scoring).
@@ -45,4 +55,5 @@ class ObjectiveModel(TokenLossModel):
             # Tokens that are known to play no part need no logits.
             labels = torch.where(plan.weights != 0, batch["labels"], IGNORED_LABEL)
             self.outcome = apply_plan(plan, super().compute({**batch, "labels": labels}))
-        return self.outcome.loss
+        loss = self.outcome.loss
+        return loss if self.limit is None else loss * self.limit.factor(self.outcome)

@@ -6,7 +6,6 @@ positions, labels and reference losses need not travel; only hidden states and t
 
 from __future__ import annotations
 
-import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -14,24 +13,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
-from dualtok.engine.checkpoint import STAGES_FILE, load_deepspeed, save_deepspeed
+from dualtok.engine.guard import leave_out_if_not_finite
 from dualtok.engine.objective_model import ObjectiveModel
-from dualtok.files import write_text
+from dualtok.engine.states import states_of
 from dualtok.model.losses import probe_batch, require_faithful
+from dualtok.model.stages import tied_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from dualtok.engine.layout import Layout
+    from dualtok.engine.states import States
     from dualtok.model.losses import Batch
     from dualtok.model.stages import StageBounds, StageNames
     from dualtok.objective.loss import DualLoss, Objective
@@ -149,6 +148,7 @@ class StageEngine(PipelineEngine):
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         if not self.zero_optimization():
             self._global_grad_norm = self._norm_of_whole_gradient()
+            leave_out_if_not_finite(self.optimizer, self.module.parameters(), float(self._global_grad_norm))
         super()._exec_optimizer_step(lr_kwargs)
 
     def _norm_of_whole_gradient(self) -> torch.Tensor:
@@ -166,10 +166,6 @@ class StageEngine(PipelineEngine):
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._global_grad_norm)
 
-    # A stage is saved and loaded as any module is, instead of in files per layer that only a pipeline can read.
-    module_state_dict = DeepSpeedEngine.module_state_dict
-    load_module_state_dict = DeepSpeedEngine.load_module_state_dict
-
     _INSTRUCTION_MAP: ClassVar = {
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.ForwardPass: _exec_forward_pass,
@@ -183,13 +179,13 @@ class PipelineTrainer:
 
     engine: StageEngine
     layout: Layout
-    stages: StageNames
+    names: StageNames
 
     @property
-    def module(self) -> nn.Module:
-        """The modules of this rank's stage."""
-        module: nn.Module = self.engine.module
-        return module
+    def model(self) -> ObjectiveModel:
+        """This rank's stage."""
+        stage: StageModel = self.engine.module.stage
+        return stage
 
     def check(self, batch: Batch, precision: str) -> None:
         """Compare head and document boundaries with what they should be, once, before training."""
@@ -235,15 +231,17 @@ class PipelineTrainer:
         """Return the ZeRO stage of each pipeline stage."""
         return int(self.engine.zero_optimization_stage())
 
-    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write this rank's part of a checkpoint, and which layers each stage holds."""
-        save_deepspeed(self.engine, root, tag, state)
-        if self.layout.ranks.is_first:
-            write_text(root / tag / STAGES_FILE, json.dumps(self.stages.as_dict()))
-
-    def load(self, root: Path, tag: str) -> dict[str, Any] | None:
-        """Read a checkpoint back."""
-        return load_deepspeed(self.engine, root, tag)
+    def states(self) -> States:
+        """Return what was learned, as checkpoints hold it: parameters under their names in the whole model."""
+        module = self.engine.module
+        causal_lm = module.stage.causal_lm
+        tied = tied_weights(causal_lm)
+        names = {self.names.whole(name, self.layout.stage): p for name, p in causal_lm.named_parameters()}
+        parameters = {tied.get(name, name): parameter for name, parameter in names.items()}
+        # The last stage's copy of the embeddings is the first stage's to write.
+        shared = {id(weight) for weight, _ in module.get_tied_weights_and_groups() if not self.layout.is_first_stage}
+        copies = frozenset(name for name, parameter in parameters.items() if id(parameter) in shared)
+        return states_of(self.engine, parameters, self.layout.data_parallel, copies)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.layout.ranks.device, non_blocking=True) for name, tensor in batch.items()}

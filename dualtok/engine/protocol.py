@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import torch
 
     from dualtok.engine.layout import Layout
+    from dualtok.engine.objective_model import ObjectiveModel
+    from dualtok.engine.states import States
     from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss
 
@@ -21,8 +22,8 @@ class TrainingEngine(Protocol):
     layout: Layout
 
     @property
-    def module(self) -> torch.nn.Module:
-        """The modules that this rank runs: the whole model, or its stage."""
+    def model(self) -> ObjectiveModel:
+        """What this rank runs, with its objective: the whole model, or its stage."""
 
     def check(self, batch: Batch, precision: str) -> None:
         """Compare dualtok's head and document boundaries with what they should be, once, before training.
@@ -56,8 +57,5 @@ class TrainingEngine(Protocol):
     def zero_stage(self) -> int:
         """Return the ZeRO stage that the parameters are trained with."""
 
-    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write this rank's part of a checkpoint and the loop's state into ``root / tag``."""
-
-    def load(self, root: Path, tag: str) -> dict[str, Any] | None:
-        """Read a checkpoint back and return the loop's state, or None when DeepSpeed could not."""
+    def states(self) -> States:
+        """Return what was learned, as checkpoints hold it."""

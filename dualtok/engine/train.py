@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -13,7 +13,8 @@ from dualtok.data.mixture import Mixture, load_sources
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.build import build_engine
-from dualtok.engine.checkpoint import COMPLETE, find_checkpoint
+from dualtok.engine.checkpoint import find_checkpoint
+from dualtok.engine.checkpoint_files import COMPLETE
 from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.layout import build_layout
@@ -44,10 +45,13 @@ if TYPE_CHECKING:
     from dualtok.reference.live import LiveReference
     from dualtok.run import RunConfig
 
+Resume = Literal["never", "always", "if_any"]
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.yaml"
 FREE_ON_RESUME = ("monitor", "audit", "output_dir", "data.processes", "data.source", "train.data_workers",
-                  "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every",
+                  "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every", "train.checkpoint_keep",
+                  "train.checkpoint_in_background", "train.engine", "train.pipeline", "train.deepspeed",
+                  "train.loss_backend", "train.loss_memory_mib", "train.guard",
                   "reference.prefetch", "reference.threads", "reference.cores")  # fmt: skip
 """Settings that change nothing about what is learned."""
 START_FOLDER = "start"
@@ -57,17 +61,18 @@ ADAPTER_FOLDER = "adapter"
 """Folder within it that holds the settings of a run's LoRA adapters."""
 
 
-def train(run: RunConfig, *, resume: bool = False) -> LoopState:
+def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
     """Train the run's model to its last step.
 
     Args:
         run: settings with the sections ``model`` and ``train``.
-        resume: continue from the latest complete checkpoint in ``output_dir``.
+        resume: whether to continue from the latest complete checkpoint in ``output_dir``, on any ranks and layout.
 
     Raises:
         ConfigError: settings contradict each other, the data or the number of ranks.
         DataError: a shard or its reference losses are missing, altered, or belong to other weights.
         CheckpointError: there is a run in ``output_dir`` already, or none to resume.
+        Preempted: the job was asked to end, and has saved its work.
     """
     model: ModelConfig = run.need("model", "train")
     settings: TrainConfig = run.need("train", "train")
@@ -100,7 +105,7 @@ def train(run: RunConfig, *, resume: bool = False) -> LoopState:
     )
     if run.reference is not None and run.reference.mode == "adapter":
         assert adapters is not None
-        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.module))
+        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.model))
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
     loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference)
     if saved is not None:
@@ -188,11 +193,12 @@ def _plan_adapters(run: RunConfig, model: ModelConfig, deepspeed_config: Json, r
     return ranks.together(plan)
 
 
-def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: bool) -> SavedCheckpoint | None:
+def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: Resume) -> SavedCheckpoint | None:
     """Return the checkpoint to continue from, or None for a fresh start; never mix two runs in one folder."""
-    if resume:
+    there = ranks.first_does(lambda: any(root.glob(f"step-*/{COMPLETE}")))
+    if resume == "always" or (resume == "if_any" and there):
         return find_checkpoint(root, "latest", ranks)
-    if root.is_dir() and any(root.glob(f"step-*/{COMPLETE}")):
+    if there:
         raise CheckpointError(f"{root}: holds checkpoints of an earlier run; pass --resume, or change output_dir")
     return None
 

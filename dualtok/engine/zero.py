@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dualtok.engine.checkpoint import load_deepspeed, save_deepspeed
 from dualtok.engine.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
+from dualtok.engine.guard import leave_out_if_not_finite
 from dualtok.engine.objective_model import ObjectiveModel
 from dualtok.engine.optimizer import build_adamw, build_schedule
+from dualtok.engine.states import states_of
 from dualtok.model.load import load_causal_lm
 from dualtok.model.loss_backends import load_backend
 from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.distributed import Ranks
     from dualtok.engine.layout import Layout
+    from dualtok.engine.states import States
     from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
     from dualtok.model.losses import Batch
@@ -47,11 +49,6 @@ class ZeroEngine:
         """Ask how the optimiser steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
         self._steps_with_torch = isinstance(self.engine.optimizer, torch.optim.Optimizer)
         self._norm = float("nan")
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The modules that this rank runs."""
-        return self.model
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to this rank's device."""
@@ -88,6 +85,7 @@ class ZeroEngine:
         self.engine.backward(loss)
         if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
             self._norm = _gradient_norm(self.model)
+            leave_out_if_not_finite(self.engine.optimizer, self.model.parameters(), self._norm)
         self.engine.step()
         outcome, self.model.outcome = self.model.outcome, None
         assert outcome is not None
@@ -116,13 +114,9 @@ class ZeroEngine:
         """Return the engine's ZeRO stage."""
         return int(self.engine.zero_optimization_stage())
 
-    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write this rank's part of a checkpoint."""
-        save_deepspeed(self.engine, root, tag, state)
-
-    def load(self, root: Path, tag: str) -> dict[str, Any] | None:
-        """Read a checkpoint back."""
-        return load_deepspeed(self.engine, root, tag)
+    def states(self) -> States:
+        """Return what was learned, as checkpoints hold it."""
+        return states_of(self.engine, dict(self.model.causal_lm.named_parameters()), self.layout.data_parallel)
 
 
 def build_zero_engine(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -233,10 +233,6 @@ class StageNames:
             return name
         place, _, rest = name.removeprefix(prefix).partition(".")
         return f"{prefix}{int(place) + self.first_layers[stage]}.{rest}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for a file."""
-        return asdict(self)
 
 
 def stage_names(model: PreTrainedModel, bounds: Sequence[StageBounds]) -> StageNames:

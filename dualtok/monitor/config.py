@@ -10,13 +10,17 @@ from pydantic.dataclasses import dataclass
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class MonitorConfig:
-    """What is written while training, by rank 0 alone."""
+    """What is written while training, by rank 0 alone; and how long a rank may hang."""
 
     tensorboard: bool = True
     """Write TensorBoard events to ``<output_dir>/events``."""
 
     log_every: Annotated[int, Field(ge=1)] = 10
     """Optimiser steps between two sets of events and, when the output is not a terminal, between two plain lines."""
+
+    hang_seconds: Annotated[float, Field(ge=1)] = 1800.0
+    """Seconds without progress on a rank, be it a step, an evaluation or a checkpoint, after which it writes the stacks
+    of its threads to ``<output_dir>/stacks`` and ends the job. The first step may compile operators for minutes."""
 
     histogram_every: Annotated[int, Field(ge=0)] = 100
     """Optimiser steps between two histograms of s(t); 0 writes none."""

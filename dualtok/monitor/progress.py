@@ -66,6 +66,12 @@ class RunProgress:
             of_total = "" if self._total is None else f"/{self._total}"
             self._line(" ".join(filter(None, [f"{self._title} {self._done}{of_total}", detail, self._time_left()])))
 
+    def rewind(self, done: int) -> None:
+        """Go back to ``done`` units."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""
         if self._active:

@@ -1,7 +1,9 @@
-"""A checkpoint is complete or it does not count; pointers never name a torn one."""
+"""A checkpoint is complete or it does not count; pointers never name a torn one; any layout reads what any wrote."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,88 +11,146 @@ from typing import Any
 import pytest
 import torch
 
-from dualtok.engine.checkpoint import find_checkpoint, load_checkpoint, point, prune, save_checkpoint, tag_of
+from dualtok.engine.checkpoint import CheckpointWriter, find_checkpoint, load_checkpoint, point, prune, tag_of
+from dualtok.engine.checkpoint_files import read_manifest, write_part
 from dualtok.engine.distributed import ALONE, Ranks
 from dualtok.engine.layout import Layout, build_layout
+from dualtok.engine.states import KINDS, Piece
 from dualtok.errors import CheckpointError
 
+VALUES = {kind: torch.arange(6.0) + 10 * number for number, kind in enumerate(KINDS)}
 
-class WritingEngine:
-    """Writes files as DeepSpeed would; under test is the protocol around it; tests/distributed has the engine."""
 
-    def __init__(self, fail: bool = False, layout: Layout | None = None) -> None:
+def piece(start: int, stop: int, name: str = "w") -> Piece:
+    return Piece(name, (2, 3), start, {kind: values[start:stop].clone() for kind, values in VALUES.items()})
+
+
+class Vector:
+    """States of an engine with one parameter [2, 3]; under test is the protocol around them; tests/distributed has the
+    engines."""
+
+    def __init__(self, fail: bool = False) -> None:
         self.fail = fail
+        self.filled: dict[str, torch.Tensor] = {}
+
+    def optimizer_steps(self) -> int:
+        return 4
+
+    def pieces(self) -> Iterator[Piece]:
+        yield piece(0, 4)
+        if self.fail:
+            raise OSError(28, "No space left on device")
+        yield piece(4, 6)
+
+    def fill(self, source: Any, *, steps: int, skipped: int) -> None:
+        self.steps, self.skipped = steps, skipped
+        self.filled = {kind: source.read("w", kind, 1, 4) for kind in KINDS}
+
+
+class OneVectorEngine:
+    def __init__(self, fail: bool = False, layout: Layout | None = None) -> None:
         self.layout = layout or build_layout(ALONE)
+        self.vector = Vector(fail)
 
     def zero_stage(self) -> int:
         return 3
 
-    def save(self, root: Path, tag: str, state: dict[str, Any]) -> None:
-        (root / tag / "weights.pt").write_bytes(b"w" * 1000)
-        if self.fail:
-            raise OSError("disk full")
-        torch.save(state, root / tag / "state.pt")
-
-    def load(self, root: Path, tag: str) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(root / tag / "state.pt")
-        return state
+    def states(self) -> Vector:
+        return self.vector
 
 
-def save(root: Path, step: int) -> str:
-    tag = save_checkpoint(WritingEngine(), root, step, {"step": step})
-    point(root, "latest", tag)
-    return tag
+def save(root: Path, step: int, *, best: bool = False, keep: int = 1, background: bool = False, **engine: Any) -> None:
+    writer = CheckpointWriter(root, {"seed": 3}, keep=keep, background=background)
+    writer.save(OneVectorEngine(**engine), step, {"step": step}, best=best)  # type: ignore[arg-type]
+    writer.wait()
 
 
-def test_a_saved_checkpoint_is_found_and_loaded(tmp_path: Path) -> None:
-    save(tmp_path, 5)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_saved_checkpoint_is_found_and_loaded(tmp_path: Path, background: bool) -> None:
+    save(tmp_path, 5, background=background)
     saved = find_checkpoint(tmp_path)
-    assert (saved.step, saved.tag, saved.world_size, saved.zero_stage) == (5, tag_of(5), 1, 3)
-    assert load_checkpoint(WritingEngine(), saved) == {"step": 5}
+    manifest = saved.manifest
+    assert (manifest.step, manifest.layout, manifest.run) == (5, "1 rank with ZeRO stage 3", {"seed": 3})
+    assert manifest.versions.keys() == {"python", "dualtok", "torch", "deepspeed", "transformers"}
+    engine = OneVectorEngine()
+    assert load_checkpoint(engine, saved) == {"step": 5}  # type: ignore[arg-type]
+    assert (engine.vector.steps, engine.vector.skipped) == (5, 1)
+    for kind, values in VALUES.items():  # across the border of the two pieces
+        assert torch.equal(engine.vector.filled[kind], values[1:5])
+    assert torch.equal(saved.reader().whole("w"), VALUES["weight"].view(2, 3))
+    assert not list(saved.folder.glob("part-*"))
 
 
-def test_an_interrupted_save_leaves_the_earlier_one_in_force(tmp_path: Path) -> None:
+def test_the_parts_of_several_ranks_become_one(tmp_path: Path) -> None:
+    for rank, part in ((1, piece(2, 6)), (0, piece(0, 2))):
+        write_part(tmp_path, rank, [part])
+    facts: dict[str, Any] = {"ranks": 2, "step": 1, "optimizer_steps": 1, "layout": "", "state": {}, "run": {}}
+    from dualtok.engine.checkpoint_files import CheckpointReader, seal
+
+    seal(tmp_path, **facts)
+    assert torch.equal(CheckpointReader(tmp_path, read_manifest(tmp_path)).whole("w").flatten(), VALUES["weight"])
+    for rank, part in ((1, piece(3, 6)), (0, piece(0, 2))):
+        write_part(tmp_path, rank, [part])
+    with pytest.raises(CheckpointError, match="with gaps"):
+        seal(tmp_path, **facts)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_interrupted_save_leaves_the_earlier_one_in_force(tmp_path: Path, background: bool) -> None:
     save(tmp_path, 5)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(WritingEngine(fail=True), tmp_path, 10, {"step": 10})
-    assert find_checkpoint(tmp_path).step == 5
+    with pytest.raises((CheckpointError, OSError), match="No space left on device"):
+        save(tmp_path, 10, fail=True, background=background)
+    assert find_checkpoint(tmp_path).manifest.step == 5
     point(tmp_path, "latest", tag_of(10))  # as if a torn one had been pointed at
-    assert find_checkpoint(tmp_path).step == 5
+    assert find_checkpoint(tmp_path).manifest.step == 5
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         find_checkpoint(tmp_path, tag_of(10))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
 def test_a_damaged_checkpoint_is_refused_and_the_file_named(tmp_path: Path, damage: str) -> None:
-    file = tmp_path / save(tmp_path, 5) / "weights.pt"
+    save(tmp_path, 5)
+    file = next((tmp_path / tag_of(5)).glob("states-*"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
     if damage == "remove":
         file.unlink()
     else:
-        file.write_bytes(b"w" * 999 if damage == "truncate" else b"w" * 999 + b"x")
-    with pytest.raises(CheckpointError, match=r"weights\.pt: missing or altered"):
+        file.write_bytes(content if damage == "alter" else content[:-1])
+    with pytest.raises(CheckpointError, match=rf"{file.name}: missing or altered"):
         find_checkpoint(tmp_path)
 
 
-def test_pruning_keeps_what_the_pointers_name(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step)
-    point(tmp_path, "best", tag_of(2))
-    prune(tmp_path)
-    assert sorted(folder.name for folder in tmp_path.glob("step-*")) == [tag_of(2), tag_of(4)]
+def test_pruning_keeps_what_the_pointers_name_and_the_last_ones(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step, best=step == 2, keep=2)
+    (tmp_path / tag_of(3)).mkdir()  # torn
+    prune(tmp_path, 2)
+    assert sorted(folder.name for folder in tmp_path.glob("step-*")) == [tag_of(step) for step in (2, 4, 5)]
 
 
-def test_another_number_of_ranks_is_refused_with_the_numbers(tmp_path: Path) -> None:
+def test_a_manifest_of_another_version_or_with_a_path_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    two = build_layout(Ranks(0, 2, torch.device("cpu")))
-    with pytest.raises(CheckpointError, match=r"written by 1 rank .* this job has 2"):
-        load_checkpoint(WritingEngine(layout=two), find_checkpoint(tmp_path))
+    path = tmp_path / tag_of(5) / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "format_version": 1}))
+    with pytest.raises(CheckpointError, match="format version 1, this dualtok reads 2"):
+        find_checkpoint(tmp_path)
+    (name,) = values["files"]
+    path.write_text(json.dumps(values).replace(name, f"../{name}"))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: unreadable"):
+        find_checkpoint(tmp_path)
 
 
-def test_another_number_of_stages_is_refused_with_the_numbers(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    layout = replace(build_layout(ALONE), stages=2)
-    with pytest.raises(CheckpointError, match=r"this job has 1 rank in 2 pipeline stages"):
-        load_checkpoint(WritingEngine(layout=layout), find_checkpoint(tmp_path))
+def test_another_layout_reads_it_and_another_model_does_not(tmp_path: Path) -> None:
+    save(tmp_path, 5, layout=replace(build_layout(Ranks(0, 1, torch.device("cpu"))), stages=2))
+    saved = find_checkpoint(tmp_path)
+    assert saved.manifest.layout == "1 rank in 2 pipeline stages with ZeRO stage 3"
+    load_checkpoint(OneVectorEngine(), saved)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="has no parameter 'v'"):
+        saved.reader().read("v", "weight", 0, 1)
+    with pytest.raises(CheckpointError, match=r"'w' has shape \[2, 3\], smaller"):
+        saved.reader().read("w", "weight", 0, 7)
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | 
         job["base"], model, train, config=training_config(train, layout.data_parallel.world_size),
         objective=build_objective("dual"), total_steps=3, layout=layout, adapters=plan,
     )  # fmt: skip
-    reference = AdapterReference(engine.token_losses, lambda: plan.as_reference(engine.module))
+    reference = AdapterReference(engine.token_losses, lambda: plan.as_reference(engine.model))
     batches = reference.scored(comparison.batches(), WINDOW)
     losses = []
     for _ in range(3):
@@ -156,7 +156,7 @@ def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | 
     trained = engine.token_losses(next(comparison.batches()))
     comparison.compare(name, reference, {"transformers": expected})
     again = engine.token_losses(next(comparison.batches()))
-    trainable = sorted({key.rpartition(".")[0].rpartition(".")[2] for key, parameter in engine.module.named_parameters()
+    trainable = sorted({key.rpartition(".")[0].rpartition(".")[2] for key, parameter in engine.model.named_parameters()
                         if parameter.requires_grad})  # fmt: skip
     comparison.result[name] |= {
         "losses": losses,

@@ -1,0 +1,100 @@
+"""A run goes on in another layout, on another number of ranks, as if nothing had been changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support import (
+    ROOT,
+    deepspeed_json,
+    dualtok,
+    environment,
+    partitioned_json,
+    read_weights,
+    relative_distance,
+    save_model,
+    succeed,
+    tiny_llama_config,
+    write_run,
+)
+
+STEPS, FIRST, SECOND = 12, 4, 8
+PIPELINE = {"engine": "pipeline", "pipeline": {"stages": 2}}
+SHARDED = {"engine": "sharded_pipeline", "pipeline": {"stages": 2}}
+# What runs up to step 4 on two ranks, up to step 8 on four, and to the end on one.
+CHAINS = {
+    "zero3-sharded-zero0": ({"zero": 3}, {"zero": 3, **SHARDED}, {"zero": 0}),
+    "zero3-zero1-zero3": ({"zero": 3}, {"zero": 1}, {"zero": 3}),
+    "pipeline-zero2-offload": ({"zero": 1, **PIPELINE}, {"zero": 2}, {"offload": True}),
+    "offload-pipeline-zero1": ({"offload": True}, {"zero": 0, **PIPELINE}, {"zero": 1}),
+}
+
+
+def launch(ranks: int, *segments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
+               "tests.distributed.train_segments", *segments]  # fmt: skip
+    result = subprocess.run(command, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, capture_output=True, text=True,
+                            timeout=600, check=False)  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+
+
+def set_layout(run: Path, layout: dict[str, Any], folder: Path) -> None:
+    """Give a run another engine; all else stays."""
+    tree = yaml.safe_load(run.read_text())
+    for key in ("engine", "pipeline", "deepspeed"):
+        tree["train"].pop(key, None)
+    settings = dict(layout)
+    stage = settings.pop("zero", None)
+    if settings.pop("offload", False):
+        tree["train"]["deepspeed"] = deepspeed_json("zero3_offload")
+    elif stage == 3:
+        tree["train"]["deepspeed"] = partitioned_json(folder)
+    else:
+        tree["train"]["deepspeed"] = deepspeed_json(f"zero{stage}")
+    tree["train"].update(settings)
+    run.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    lines = (run.with_suffix("") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_chain_of_layouts_trains_the_undisturbed_run(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    reference = save_model(tmp_path / "reference", seed=7, initializer_range=0.1)
+    settings: dict[str, Any] = {
+        "seed": 5, "objective": "dual", "model": {"config": tiny_llama_config(num_hidden_layers=3)},
+        "reference": {"model": str(reference)},
+        "train": {"learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS,
+                  "precision": "fp32", "warmup_steps": 2, "gradient_clipping": 0.05, "checkpoint_every": 100,
+                  "checkpoint_in_background": True},
+    }  # fmt: skip
+    whole = write_run(tmp_path / "whole.yaml", small_corpus, **settings)
+    succeed(dualtok("score", whole))
+    succeed(dualtok("train", whole))
+    runs = {name: write_run(tmp_path / f"{name}.yaml", small_corpus, **settings) for name in CHAINS}
+    for leg, (ranks, stop) in enumerate(((2, FIRST), (4, SECOND), (1, STEPS))):
+        for name, run in runs.items():
+            set_layout(run, CHAINS[name][leg], tmp_path)
+        launch(ranks, *(f"{run}:{stop}" for run in runs.values()))
+        for run in runs.values():
+            assert history(run)[-1]["step"] == stop, "the run did not end where it was told to"
+    succeed(dualtok("export", whole.with_suffix(""), tmp_path / "whole.hf", "--checkpoint", "latest"))
+    expected = read_weights(tmp_path / "whole.hf")
+    for name, run in runs.items():
+        for step, other in zip(history(run), history(whole), strict=True):
+            assert step["loss"] == pytest.approx(other["loss"], rel=1e-4), name
+            assert step["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3), name
+            assert step["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-9), name
+            assert (step["hard_tokens"], step["memorised_tokens"]) == (other["hard_tokens"], other["memorised_tokens"])
+        succeed(dualtok("export", run.with_suffix(""), tmp_path / f"{name}.hf", "--checkpoint", "latest"))
+        assert relative_distance(expected, read_weights(tmp_path / f"{name}.hf")) < 1e-4, name
