@@ -100,16 +100,20 @@ def model_inputs(input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int3
         same piece, else -100), all int64 [b, t].
     """
     rows, width = input_ids.shape
-    ids = torch.from_numpy(input_ids.astype(np.int64))
-    positions = np.empty((rows, width), dtype=np.int64)
-    labels = np.full((rows, width), IGNORED_LABEL, dtype=np.int64)
+    counts = np.array([len(row_lengths) for row_lengths in lengths], dtype=np.int64)
+    pieces = np.concatenate([np.zeros(0, np.int64), *lengths])
+    filled = np.bincount(np.repeat(np.arange(rows), counts), weights=pieces, minlength=rows).astype(np.int64)
+    # All rows as one: with its padding as a last piece each row has the same width, so pieces never cross rows.
+    pieces = np.insert(pieces, np.cumsum(counts), width - filled)
+    ends = np.cumsum(pieces)
+    positions = np.arange(rows * width) - np.repeat(ends - pieces, pieces)
+    labels = np.empty((rows, width), dtype=np.int64)
     labels[:, :-1] = input_ids[:, 1:]
-    columns = np.arange(width)
-    for row, row_lengths in enumerate(lengths):
-        ends = np.cumsum(row_lengths)
-        filled = int(ends[-1]) if len(ends) else 0
-        starts = np.concatenate([[0], ends])
-        positions[row] = columns - starts[np.searchsorted(ends, columns, side="right")]
-        labels[row, ends - 1] = IGNORED_LABEL
-        labels[row, filled:] = IGNORED_LABEL
-    return {"input_ids": ids, "position_ids": torch.from_numpy(positions), "labels": torch.from_numpy(labels)}
+    labels.reshape(-1)[ends - 1] = IGNORED_LABEL
+    for row, first in enumerate(filled.tolist()):
+        labels[row, first:] = IGNORED_LABEL
+    return {
+        "input_ids": torch.from_numpy(input_ids.astype(np.int64)),
+        "position_ids": torch.from_numpy(positions.reshape(rows, width)),
+        "labels": torch.from_numpy(labels),
+    }
