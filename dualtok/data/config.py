@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal, get_args
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -30,6 +33,91 @@ def default_shares() -> dict[str, float]:
     }
 
 
+SECRET = re.compile(r"key|secret|token|passw|credential|authori[sz]ation|cookie|signature", re.IGNORECASE)
+"""Names of options that hold a secret; it must not be written to ``run.yaml``."""
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+"""Names of environment variables; hardly a secret is one."""
+
+
+def is_address(folder: str) -> bool:
+    """Return whether a folder's name is an address like ``s3://bucket/prepared`` and not a local path."""
+    return "://" in folder
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class StreamConfig:
+    """How prepared data at an address (``s3://``, ``gs://``, ``hf://``, ``https://``) is read."""
+
+    cache_dir: str | None = None
+    """Folder on a local disk of each host where shards are kept, shared by all ranks and jobs of the host; without it
+    ``$XDG_CACHE_HOME/dualtok``, that is ``~/.cache/dualtok``."""
+
+    cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 64.0
+    """Most GiB that the cache keeps; what was used longest ago goes first."""
+
+    prefetch: Annotated[int, Field(ge=0)] = 8
+    """Shards that each reader (a rank, or each of its data workers) fetches in the background before it needs them."""
+
+    attempts: Count = 8
+    """Most attempts to read one object."""
+
+    retry_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
+    """No further attempt starts later than so many seconds after the first. The pauses between attempts grow twofold,
+    up to 30 seconds, each drawn at random below its bound."""
+
+    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    """Seconds without a byte after which an attempt is given up."""
+
+    endpoint_url: str | None = None
+    """Only ``s3://``: URL of a server other than Amazon's."""
+
+    storage_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further options of the fsspec file system, e.g. ``{anon: true}``. They are written to ``run.yaml``, so that
+    options that hold a secret are refused here."""
+
+    storage_environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Options whose values are secrets: option -> name of the environment variable that holds it on every rank. Not
+    needed where the file system finds its credentials by itself, as s3fs does in ``AWS_ACCESS_KEY_ID`` and others."""
+
+    def __post_init__(self) -> None:
+        """Refuse secrets, without repeating them."""
+        for name in _option_names(self.storage_options):
+            if SECRET.search(name):
+                raise ValueError(
+                    f"data.stream.storage_options: {name!r} would be written to run.yaml; put it into an environment "
+                    "variable and name that under data.stream.storage_environment"
+                )
+        for name, variable in self.storage_environment.items():
+            if not VARIABLE.fullmatch(variable):
+                raise ValueError(
+                    f"data.stream.storage_environment.{name}: needs the name of an environment variable (capitals, "
+                    "digits, _), not the value itself"
+                )
+        if self.endpoint_url is not None:
+            require_no_secret(self.endpoint_url, "data.stream.endpoint_url")
+
+
+def _option_names(options: dict[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        yield str(name)
+        if isinstance(value, dict):
+            yield from _option_names(value)
+
+
+def require_no_secret(address: str, setting: str) -> None:
+    """Refuse an address with a password or a signature, without repeating it.
+
+    Raises:
+        ValueError: it has one.
+    """
+    parts = urlsplit(address)
+    if "@" in parts.netloc or parts.query:
+        raise ValueError(
+            f"{setting}: the address holds a user name or a query, which would be written to run.yaml; leave them out "
+            "and give credentials by data.stream.storage_environment"
+        )
+
+
 @dataclass(config=ConfigDict(extra="forbid"))
 class MixConfig:
     """A further prepared folder to train on."""
@@ -46,7 +134,8 @@ class DataConfig:
     """One prepared data folder."""
 
     dir: str
-    """Folder of the prepared data: ``prepare`` writes it, every other verb reads it."""
+    """Folder of the prepared data: ``prepare`` writes it, every other verb reads it. Those also take an address of a
+    copy of the folder, like ``s3://bucket/prepared``."""
 
     source: str | None = None
     """What ``prepare`` reads: a .txt, .jsonl or .parquet file, a folder of them, or the name of a ``datasets``
@@ -111,8 +200,17 @@ class DataConfig:
     processes: Count = 1
     """Processes that hash, tokenise and pack. The result does not depend on it."""
 
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """What training does about a shard (or its reference losses) that is missing or altered: stop with an error that
+    names it, or go on with its blocks empty. They are counted as ``data/skipped_blocks``. Scoring and audits always
+    stop."""
+
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    """Cache, retries and access of prepared data at an address."""
+
     def __post_init__(self) -> None:
         """Refuse unknown splits and shares above 1."""
+        self._check_addresses()
         for name in self.shares:
             if name not in SPLITS:
                 raise ValueError(
@@ -130,6 +228,18 @@ class DataConfig:
             raise ValueError("data.shares: need at least a share of 'train'")
         if self.tokenizer is None and "reference" not in self.shares:
             raise ValueError("data.tokenizer: missing, and data.shares has no 'reference' to train one on; give either")
+
+    def _check_addresses(self) -> None:
+        folders = [self.dir, *(other.dir for other in self.mix)]
+        for folder in folders:
+            if is_address(folder):
+                require_no_secret(folder, "data.dir" if folder == self.dir else "data.mix")
+            if "::" in folder:
+                raise ValueError("data.dir: addresses joined by '::' are not read; dualtok has a cache of its own")
+        if self.stream != StreamConfig() and not any(map(is_address, folders)):
+            raise ValueError(
+                "data.stream: has no effect on a local folder; remove it (data.stream={}), or give data.dir an address"
+            )
 
     def _check_mix(self) -> None:
         rest = 1 - sum(other.weight for other in self.mix)

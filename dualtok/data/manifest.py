@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dualtok.data.remote import Place, RemoteFolder, place_of
+from dualtok.data.storage import BadShardError
 from dualtok.errors import DataError
 from dualtok.files import file_sha256, write_text
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""No folders: nothing in a manifest leads out of its own."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Entry(BaseModel):
@@ -23,14 +28,14 @@ class _Entry(BaseModel):
 class ShardEntry(_Entry):
     """One shard file of a split."""
 
-    file: str
+    file: FileName
     lane: int
     rows: int
     """Blocks."""
     tokens: int
     """Tokens that are not padding."""
     bytes: int
-    sha256: str
+    sha256: Sha256
 
     @property
     def stem(self) -> str:
@@ -47,7 +52,7 @@ class SplitEntry(_Entry):
     """Tokens with a loss: all but the first of each piece."""
     blocks: int
     shards: list[ShardEntry]
-    documents_sha256: str
+    documents_sha256: Sha256
     """Checksum of the split's table of documents."""
 
 
@@ -69,18 +74,24 @@ class Manifest(_Entry):
     too_short: int
     unused: int
     """Documents in no split."""
-    splits: dict[str, SplitEntry]
+    splits: dict[FileName, SplitEntry]
 
 
-def load_manifest(data_dir: str | Path) -> Manifest:
+def load_manifest(data_dir: str | Place) -> Manifest:
     """Read a prepared folder's manifest.
 
     Raises:
-        DataError: the folder is not prepared, or the manifest is malformed or of another version.
+        DataError: the folder is not prepared, or the manifest is malformed or of another version; or the address
+            cannot be read.
+        ConfigError: no address can be read that way.
     """
-    path = Path(data_dir) / MANIFEST
+    place = place_of(data_dir)
+    path = f"{place}/{MANIFEST}"
     try:
-        content = path.read_bytes()
+        if isinstance(place, RemoteFolder):
+            content = place.storage.read(MANIFEST, patient=False)
+        else:
+            content = (place / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: missing, so this data is not (completely) prepared; run `dualtok prepare`") from None
     try:
@@ -100,7 +111,7 @@ def save_manifest(manifest: Manifest, data_dir: str | Path) -> None:
     write_text(Path(data_dir) / MANIFEST, manifest.model_dump_json(indent=1))
 
 
-def split_entry(manifest: Manifest, split: str, data_dir: str | Path) -> SplitEntry:
+def split_entry(manifest: Manifest, split: str, data_dir: str | Place) -> SplitEntry:
     """Return a split's entry.
 
     Raises:
@@ -117,12 +128,12 @@ def check_shard(path: Path, shard: ShardEntry, *, hashed: bool = True) -> None:
     """Refuse a shard that is not byte for byte the one in the manifest.
 
     Raises:
-        DataError: it is missing, truncated or altered.
+        BadShardError: it is missing, truncated or altered.
     """
     again = "restore it, or remove the folder and run `dualtok prepare` again"
     if not path.is_file():
-        raise DataError(f"{path}: shard is missing; {again}")
+        raise BadShardError(f"{path}: shard is missing; {again}")
     if (size := path.stat().st_size) != shard.bytes:
-        raise DataError(f"{path}: shard has {size} bytes, the manifest says {shard.bytes}; {again}")
+        raise BadShardError(f"{path}: shard has {size} bytes, the manifest says {shard.bytes}; {again}")
     if hashed and file_sha256(path) != shard.sha256:
-        raise DataError(f"{path}: shard was altered, its checksum differs from the manifest's; {again}")
+        raise BadShardError(f"{path}: shard was altered, its checksum differs from the manifest's; {again}")

@@ -18,7 +18,8 @@ import numpy as np
 
 from dualtok.data.config import MIX_PERIOD
 from dualtok.data.manifest import Manifest, load_manifest, split_entry
-from dualtok.data.stream import Batch, BlockStream, rank_batches
+from dualtok.data.rank_batches import Batch, rank_batches
+from dualtok.data.stream import BlockStream
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -150,6 +151,18 @@ class Mixture:
             for name, tensor in part.items():
                 batch.setdefault(name, tensor.new_empty((len(places), *tensor.shape[1:])))[rows] = tensor
         return batch
+
+    def prefetch(self, samples: Sequence[int]) -> bool:
+        """Begin to fetch what samples need that are read soon; see :meth:`BlockStream.prefetch`."""
+        places = [self.locate(sample) for sample in samples]
+        more = [stream.prefetch([sample for which, sample in places if which == source])
+                for source, stream in enumerate(self.streams) if stream.is_remote]  # fmt: skip
+        return bool(more) and all(more)
+
+    def forget_prefetched(self) -> None:
+        """Begin a new search for what to fetch."""
+        for stream in self.streams:
+            stream.forget_prefetched()
 
     def batches(
         self, start_sample: int, global_micro_batch: int, rank: int = 0, world_size: int = 1, workers: int = 0

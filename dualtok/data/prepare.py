@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from dualtok.data.assemble import DOCUMENT, TokenizerAt, pack_chunks, split_texts, write_splits
-from dualtok.data.config import SPLITS, DataConfig
+from dualtok.data.config import SPLITS, DataConfig, is_address
 from dualtok.data.decide import Decisions, UnusableCorpusError, decide
 from dualtok.data.groups import find_groups, steps
 from dualtok.data.ingest import stage_part, staged_files
@@ -52,7 +52,7 @@ DEFAULT_VOCABULARY = 4096
 TOKENIZER_CHARACTERS = 1 << 28
 """At most about so much text trains a tokenizer; its trainer keeps every distinct word in memory."""
 CONFIG_ECHO = "prepare.json"
-SCHEDULING = ("processes", "mix")
+SCHEDULING = ("processes", "mix", "stream", "on_bad_shard")
 """Settings that do not change the result."""
 
 
@@ -240,6 +240,8 @@ def _removed_if_hopeless(folder: Path, staged: Path, *, keep_parts: bool = False
 
 
 def _result_settings(config: DataConfig) -> dict[str, Any]:
+    if is_address(config.dir):
+        raise ConfigError(f"data.dir: {config.dir}: data is prepared in a local folder; upload that in the end")
     values: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
     return {key: value for key, value in values.items() if key not in (*SCHEDULING, "dir")}
 

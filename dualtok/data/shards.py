@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from dualtok.data.manifest import ShardEntry
 from dualtok.data.packing import Block, Segment
-from dualtok.errors import DataError
+from dualtok.data.storage import BadShardError
 from dualtok.files import atomic_file, file_sha256
 
 if TYPE_CHECKING:
@@ -65,18 +65,23 @@ def describe_shard(path: Path, lane: int, table: pa.Table) -> ShardEntry:
 class Shard:
     """A memory-mapped shard.
 
+    Args:
+        path: the file.
+        origin: what it is called in errors, when the file is a copy.
+
     Raises:
-        DataError: the file is not an Arrow file of blocks.
+        BadShardError: the file is not an Arrow file of blocks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, origin: str | None = None) -> None:
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
             ids, segments = _only_chunk(table, "input_ids"), _only_chunk(table, "segments")
             self.input_ids: NDArray[np.int32] = ids.flatten().to_numpy(zero_copy_only=True).reshape(len(ids), -1)
         except (OSError, pa.ArrowInvalid, KeyError) as error:
-            raise DataError(f"{path}: not a readable shard: {' '.join(str(error).split())[:120]}") from None
+            reason = " ".join(str(error).split())[:120]
+            raise BadShardError(f"{origin or path}: not a readable shard: {reason}") from None
         self._offsets = segments.offsets.to_numpy(zero_copy_only=False)
         pieces = segments.flatten()
         self._pieces = [pieces.field(name).to_numpy(zero_copy_only=False) for name in ("doc", "start", "length")]

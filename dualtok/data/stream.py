@@ -11,19 +11,23 @@ Legend: b batch, t position.
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dualtok.data.manifest import ShardEntry, check_shard, load_manifest, split_entry
-from dualtok.data.packing import Segment, model_inputs
+from dualtok.data.packing import PADDING_ID, Segment, model_inputs
+from dualtok.data.rank_batches import Batch, rank_batches
+from dualtok.data.remote import Place, RemoteFile, RemoteFolder, place_of
 from dualtok.data.shards import Shard
+from dualtok.data.storage import BadShardError
 from dualtok.errors import DataError
 from dualtok.files import file_sha256
 from dualtok.objective.head import IGNORED_LABEL
@@ -31,8 +35,10 @@ from dualtok.objective.head import IGNORED_LABEL
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Batch = dict[str, torch.Tensor]
+LOG = logging.getLogger(__name__)
 DOCUMENTS = "documents.arrow"
+SKIPPED = "skipped"
+"""Column [b, 1] of a batch: 1 for a block of a bad shard, which is empty. Only there under ``on_bad_shard: skip``."""
 
 
 class Scores(Protocol):
@@ -40,6 +46,9 @@ class Scores(Protocol):
 
     def read(self, shard_stem: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the losses [len(rows), t] of some rows of a shard."""
+
+    def prefetch(self, shard_stem: str) -> None:
+        """Fetch a shard's losses in the background, if they lie at an address."""
 
 
 def pad_rows(batch: Batch, rows: int) -> Batch:
@@ -55,38 +64,47 @@ def pad_rows(batch: Batch, rows: int) -> Batch:
 class BlockStream:
     """Blocks of one split, memory-mapped.
 
+    The shards of a local folder are checked when the stream is opened, those at an address as each arrives.
+
     Args:
-        data_dir: a prepared folder.
+        data_dir: a prepared folder, or its address.
         split: one of its splits.
         seed: seed of the order.
         scores: reference losses; batches then have ``reference_loss``.
-        verify: whether to compare the shards' SHA-256 with the manifest on opening.
+        verify: whether to compare a local folder's shards' SHA-256 with the manifest on opening.
         verify_rank: this reader among those that share that work; each hashes every ``verify_world_size``-th shard.
         verify_world_size: readers that open the same split at once.
+        on_bad_shard: ``skip`` gives the blocks of a shard that is missing or altered as empty ones, whose labels are
+            all ignored, and marks them in a column ``skipped``; each reader then hashes every shard that it opens.
 
     Raises:
-        DataError: the split does not exist, or a shard is missing, truncated or altered.
+        DataError: the split does not exist, or a shard is missing, truncated or altered (and not to be skipped).
     """
 
     def __init__(
-        self, data_dir: str | Path, split: str, *, seed: int, scores: Scores | None = None, verify: bool = True,
-        verify_rank: int = 0, verify_world_size: int = 1,
+        self, data_dir: str | Place, split: str, *, seed: int, scores: Scores | None = None, verify: bool = True,
+        verify_rank: int = 0, verify_world_size: int = 1, on_bad_shard: Literal["stop", "skip"] = "stop",
     ) -> None:  # fmt: skip
-        manifest = load_manifest(data_dir)
-        entry = split_entry(manifest, split, data_dir)
+        self._place = place_of(data_dir)
+        manifest = load_manifest(self._place)
+        entry = split_entry(manifest, split, self._place)
         self.split, self.seed = split, seed
         self.block_length, self.lanes = manifest.block_length, manifest.lanes
         self._blocks = entry.blocks
-        self._folder = Path(data_dir) / split
         self._documents_sha256 = entry.documents_sha256
-        self._scores = scores
+        self._scores, self._skips = scores, on_bad_shard == "skip"
         self._entries = {shard.file: shard for shard in entry.shards}
         self._lane_shards: list[list[ShardEntry]] = [[] for _ in range(self.lanes)]
+        self._bad: set[str] = set()
+        self._sound: set[str] = set()
+        """Local shards that this reader need not hash again; kept under ``skip`` alone."""
         for number, shard in enumerate(entry.shards):
-            mine = verify and number % verify_world_size == verify_rank
-            check_shard(self._folder / shard.file, shard, hashed=mine)
             self._lane_shards[shard.lane].append(shard)
-        self._open: dict[str, Shard] = {}
+            if isinstance(self._place, Path):
+                self._check(self._place, shard, hashed=verify and number % verify_world_size == verify_rank)
+        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._ahead: dict[str, int] = {}
+        """Bytes of the shards that are fetched ahead and not yet opened."""
         self._lane_order = lru_cache(maxsize=4 * self.lanes)(self._draw_lane_order)
         self._row_order = lru_cache(maxsize=4 * self.lanes)(self._draw_row_order)
 
@@ -94,19 +112,57 @@ class BlockStream:
         """Return the number of blocks, the samples of one epoch."""
         return self._blocks
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards lie at an address."""
+        return isinstance(self._place, RemoteFolder)
+
     def locate(self, sample: int) -> tuple[int, str, int]:
         """Return (epoch, shard file, row) of a sample, counted from 0 over all epochs."""
+        epoch, file, place = self._shard_of(sample)
+        return epoch, file, int(self._row_order(epoch, file)[place])
+
+    def _shard_of(self, sample: int) -> tuple[int, str, int]:
+        """Return (epoch, shard file, which of its rows in the epoch's order)."""
         epoch, index = divmod(sample, self._blocks)
         lane, position = index % self.lanes, index // self.lanes
         files, ends = self._lane_order(epoch, lane)
         which = int(np.searchsorted(ends, position, side="right"))
         first = int(ends[which - 1]) if which else 0
-        return epoch, files[which], int(self._row_order(epoch, files[which])[position - first])
+        return epoch, files[which], position - first
 
     def read(self, samples: Sequence[int]) -> Batch:
         """Return the batch of some samples, in their order."""
         places = [self.locate(sample)[1:] for sample in samples]
-        return self._read_places(places)[0]
+        batch, _, skipped = self._read_places(places)
+        if self._skips:
+            batch[SKIPPED] = torch.tensor(skipped, dtype=torch.int64)[:, None]
+        return batch
+
+    def prefetch(self, samples: Sequence[int]) -> bool:
+        """Begin to fetch the shards of samples that are read soon, if they lie at an address.
+
+        Returns:
+            Whether all of them are under way, so that it is worth to look further ahead.
+        """
+        if not isinstance(self._place, RemoteFolder) or not self._place.settings.prefetch:
+            return False
+        for file in dict.fromkeys(self._shard_of(sample)[1] for sample in samples):
+            if file in self._open or file in self._ahead or file in self._bad:
+                continue
+            size = self._entries[file].bytes
+            few = len(self._ahead) < self._place.settings.prefetch
+            if not few or sum(self._ahead.values()) + size > self._place.prefetch_bytes:
+                return False
+            self._ahead[file] = size
+            self._place.prefetch(self._remote(self._entries[file]))
+            if self._scores is not None:
+                self._scores.prefetch(Path(file).stem)
+        return True
+
+    def forget_prefetched(self) -> None:
+        """Begin a new search for shards to fetch; an earlier reader may have left some that it never opened."""
+        self._ahead.clear()
 
     def read_rows(self, shard_file: str, rows: NDArray[np.int64]) -> Batch:
         """Return the batch of some rows of one shard."""
@@ -153,7 +209,7 @@ class BlockStream:
         for call in range(self._calls(len(places), batch_size, world_size)):
             first = (call * world_size + rank) * batch_size
             mine = places[first : first + batch_size]
-            batch, segments = self._read_places(mine or places[:1])
+            batch, segments, _ = self._read_places(mine or places[:1])
             if not mine:
                 batch["labels"], segments = torch.full_like(batch["labels"], IGNORED_LABEL), [[]]
             yield pad_rows(batch, batch_size), segments + [[]] * (batch_size - len(segments))
@@ -170,11 +226,13 @@ class BlockStream:
         Raises:
             DataError: the table is missing or altered.
         """
-        path = self._folder / DOCUMENTS
+        if isinstance(self._place, RemoteFolder):
+            table = RemoteFile(f"{self.split}/{DOCUMENTS}", self._documents_sha256)
+            return self._place.open(table, _read_table)
+        path = self._place / self.split / DOCUMENTS
         if not path.is_file() or file_sha256(path) != self._documents_sha256:
             raise DataError(f"{path}: missing or altered; remove the folder and run `dualtok prepare` again")
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+        return _read_table(path)
 
     @staticmethod
     def _calls(blocks: int, batch_size: int, world_size: int) -> int:
@@ -190,21 +248,78 @@ class BlockStream:
         rows = blocks - np.concatenate([[0], ends])[shards]
         return [(files[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
-    def _read_places(self, places: Sequence[tuple[str, int]]) -> tuple[Batch, list[list[Segment]]]:
-        shards = [self._shard(file) for file, _ in places]
-        rows = [row for _, row in places]
-        ids = np.stack([shard.input_ids[row] for shard, row in zip(shards, rows, strict=True)])
-        batch = model_inputs(ids, [shard.lengths(row) for shard, row in zip(shards, rows, strict=True)])
+    def _read_places(self, places: Sequence[tuple[str, int]]) -> tuple[Batch, list[list[Segment]], list[bool]]:
+        """Return the batch, the pieces of each row, and whether each row had to be left empty."""
+        shards = {file: self._readable(file) for file in dict.fromkeys(file for file, _ in places)}
+        ids = np.full((len(places), self.block_length), PADDING_ID, dtype=np.int32)
+        lengths: list[NDArray[np.int32]] = [np.array([self.block_length], dtype=np.int32)] * len(places)
+        segments: list[list[Segment]] = [[] for _ in places]
+        losses = np.zeros(ids.shape, dtype=np.float32)
+        for number, (file, row) in enumerate(places):
+            shard = shards[file]
+            if shard is not None:
+                ids[number], lengths[number] = shard.input_ids[row], shard.lengths(row)
+                segments[number] = shard.segments(row)
+                if self._scores is not None:
+                    losses[number] = self._scores.read(Path(file).stem, np.array([row]))[0]
+        batch = model_inputs(ids, lengths)
+        skipped = [shards[file] is None for file, _ in places]
+        batch["labels"][torch.tensor(skipped)] = IGNORED_LABEL
         if self._scores is not None:
-            losses = [self._scores.read(Path(file).stem, np.array([row]))[0] for file, row in places]
-            scored = torch.from_numpy(np.stack(losses).astype(np.float32, copy=False))
-            batch["reference_loss"] = torch.where(batch["labels"] == IGNORED_LABEL, 0.0, scored)
-        return batch, [shard.segments(row) for shard, row in zip(shards, rows, strict=True)]
+            batch["reference_loss"] = torch.where(batch["labels"] == IGNORED_LABEL, 0.0, torch.from_numpy(losses))
+        return batch, segments, skipped
+
+    def _readable(self, file: str) -> Shard | None:
+        """Return a shard whose reference losses, if the stream has any, can be read too; None if it is skipped."""
+        if file in self._bad:
+            return None
+        try:
+            shard = self._shard(file)
+            if self._scores is not None:
+                self._scores.read(Path(file).stem, np.zeros(0, dtype=np.int64))
+        except BadShardError as problem:
+            self._skip(file, problem)
+            return None
+        return shard
+
+    def _skip(self, file: str, problem: BadShardError) -> None:
+        if not self._skips:
+            raise problem
+        self._bad.add(file)
+        rows = self._entries[file].rows
+        LOG.warning("dualtok: %s: the %d blocks of %s/%s are skipped", problem, rows, self.split, file)
+
+    def _check(self, folder: Path, shard: ShardEntry, *, hashed: bool) -> None:
+        """Check a local shard before the first is read."""
+        try:
+            check_shard(folder / self.split / shard.file, shard, hashed=hashed)
+        except BadShardError as problem:
+            self._skip(shard.file, problem)
+        else:
+            if hashed and self._skips:
+                self._sound.add(shard.file)
 
     def _shard(self, file: str) -> Shard:
+        self._ahead.pop(file, None)
         if file not in self._open:
-            self._open[file] = Shard(self._folder / file)
+            # A reader is in one shard of each lane at a time; without a bound all that it ever read stays mapped.
+            while len(self._open) > self.lanes:
+                self._open.popitem(last=False)
+            self._open[file] = self._map(self._entries[file])
+        self._open.move_to_end(file)
         return self._open[file]
+
+    def _map(self, entry: ShardEntry) -> Shard:
+        if isinstance(self._place, RemoteFolder):
+            remote = self._remote(entry)
+            return self._place.open(remote, lambda path: Shard(path, f"{self._place}/{remote.name}"))
+        path = self._place / self.split / entry.file
+        if self._skips and entry.file not in self._sound:  # only one of the ranks has hashed it at the start
+            check_shard(path, entry)
+        return Shard(path)
+
+    def _remote(self, entry: ShardEntry) -> RemoteFile:
+        return RemoteFile(f"{self.split}/{entry.file}", entry.sha256, entry.bytes)
 
     def _draw_lane_order(self, epoch: int, lane: int) -> tuple[list[str], NDArray[np.int64]]:
         """Return a lane's shards in this epoch's order, and the positions in the lane at which each ends."""
@@ -220,7 +335,7 @@ class BlockStream:
     def __getstate__(self) -> dict[str, object]:
         """Leave memory maps and caches behind: a data worker opens its own."""
         state = self.__dict__.copy()
-        state.update(_open={}, _lane_order=None, _row_order=None)
+        state.update(_open=OrderedDict(), _ahead={}, _lane_order=None, _row_order=None)
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -230,36 +345,6 @@ class BlockStream:
         self._row_order = lru_cache(maxsize=4 * self.lanes)(self._draw_row_order)
 
 
-class _Reader(Protocol):
-    """What reads samples by their numbers."""
-
-    def read(self, samples: Sequence[int]) -> Batch:
-        """Return the batch of some samples, in their order."""
-
-
-def rank_batches(
-    stream: _Reader, start_sample: int, global_micro_batch: int, *, rank: int, world_size: int, workers: int
-) -> Iterator[Batch]:
-    """Yield one rank's share of each global micro-batch, without end; see :meth:`BlockStream.batches`."""
-    if global_micro_batch % world_size:
-        raise DataError(f"a micro-batch of {global_micro_batch} blocks cannot be shared by {world_size} ranks")
-    dataset = _RankBatches(stream, start_sample, global_micro_batch, rank, global_micro_batch // world_size)
-    if workers == 0:
-        return iter(dataset)
-    return iter(DataLoader(dataset, batch_size=None, num_workers=workers))
-
-
-class _RankBatches(IterableDataset[Batch]):
-    """The endless batches of one rank; data worker w of W makes every W-th."""
-
-    def __init__(self, stream: _Reader, start: int, global_micro_batch: int, rank: int, share: int) -> None:
-        self._stream, self._start, self._stride = stream, start, global_micro_batch
-        self._rank, self._share = rank, share
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        number, every = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        while True:
-            first = self._start + number * self._stride + self._rank * self._share
-            yield self._stream.read(range(first, first + self._share))
-            number += every
+def _read_table(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
