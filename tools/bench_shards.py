@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from benchmark_support import paired, prepared_corpus, print_ratio
 
-from dualtok.data.staged import read_staged
 from dualtok.data.packing import Block
 from dualtok.data.shards import Shard, blocks_table, write_shard
+from dualtok.data.staged import read_staged
 from dualtok.data.stream import BlockStream
 
 SHARDS = 8

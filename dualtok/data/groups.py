@@ -32,8 +32,16 @@ RANGE_RECORDS = 1 << 20
 DOCUMENTS_AT_ONCE = 1 << 13
 
 
+class _Run(NamedTuple):
+    path: Path
+    first: int
+    """First document."""
+    end: int
+    """One past its last."""
+
+
 class _Range(NamedTuple):
-    number: int
+    path: Path
     first: int
     """Least key."""
     last: int
@@ -58,20 +66,18 @@ def find_groups(config: DataConfig, staged: Staged, workers: Workers, progress: 
     """Sort the keys of all documents and return the groups of two or more."""
     if not staged.documents:
         return Groups([])
-    folder = staged.at.folder
-    runs = range(0, staged.documents, RUN_DOCUMENTS)
-    ranges = _ranges(staged.documents * key_count(config))
+    runs = _runs(staged.at.folder, staged.documents)
+    ranges = _ranges(staged.at.folder, staged.documents * key_count(config))
     for _ in workers.map(partial(_write_run, place=staged.at, config=config), runs):
         progress.advance(1)
-    sorted_files = [_run_path(folder, first) for first in runs]
-    for _ in workers.map(partial(_write_groups, folder=folder, runs=sorted_files), ranges):
+    for _ in workers.map(partial(_write_groups, runs=[run.path for run in runs]), ranges):
         progress.advance(1)
-    return Groups([_groups_path(folder, one.number) for one in ranges])
+    return Groups([one.path for one in ranges])
 
 
 def steps(config: DataConfig, documents: int) -> int:
     """Return how many steps :func:`find_groups` reports for so many documents."""
-    return len(range(0, documents, RUN_DOCUMENTS)) + len(_ranges(documents * key_count(config)))
+    return len(_runs(Path(), documents)) + len(_ranges(Path(), documents * key_count(config)))
 
 
 class Groups:
@@ -101,24 +107,30 @@ class Groups:
         return window[:, np.argsort(window[0], kind="stable")]
 
 
-def _ranges(records: int) -> list[_Range]:
+def _runs(folder: Path, documents: int) -> list[_Run]:
+    firsts = range(0, documents, RUN_DOCUMENTS)
+    return [
+        _Run(folder / f"keys-{number:06d}.npy", first, min(first + RUN_DOCUMENTS, documents))
+        for number, first in enumerate(firsts)
+    ]
+
+
+def _ranges(folder: Path, records: int) -> list[_Range]:
     """Cut the space of keys, which are uniform, into ranges of about :data:`RANGE_RECORDS` records."""
     count = max(1, -(-records // RANGE_RECORDS))
     ends = [(number << 64) // count for number in range(count + 1)]
-    return [_Range(number, ends[number], ends[number + 1] - 1) for number in range(count)]
+    return [_Range(folder / f"groups-{number:06d}.npy", ends[number], ends[number + 1] - 1) for number in range(count)]
 
 
-def _write_run(first: int, *, place: StagedAt, config: DataConfig) -> None:
+def _write_run(run: _Run, *, place: StagedAt, config: DataConfig) -> None:
     """Write the sorted (key, document) of a run of documents; runs in a worker process."""
-    path = _run_path(place.folder, first)
-    if path.is_file():
+    if run.path.is_file():
         return
     staged = staged_at(place)
-    end = min(first + RUN_DOCUMENTS, staged.documents)
-    runs = [_records(staged, low, min(low + DOCUMENTS_AT_ONCE, end), config)
-            for low in range(first, end, DOCUMENTS_AT_ONCE)]  # fmt: skip
-    records = np.concatenate(runs, axis=1)
-    _save(path, records[:, np.argsort(records[0], kind="stable")])
+    parts = [_records(staged, low, min(low + DOCUMENTS_AT_ONCE, run.end), config)
+             for low in range(run.first, run.end, DOCUMENTS_AT_ONCE)]  # fmt: skip
+    records = np.concatenate(parts, axis=1)
+    _save(run.path, records[:, np.argsort(records[0], kind="stable")])
 
 
 def _records(staged: Staged, first: int, end: int, config: DataConfig) -> NDArray[np.uint64]:
@@ -133,10 +145,9 @@ def _records(staged: Staged, first: int, end: int, config: DataConfig) -> NDArra
     return np.stack([found.ravel(), np.repeat(docs[kept].astype(np.uint64), found.shape[1])])
 
 
-def _write_groups(one: _Range, *, folder: Path, runs: list[Path]) -> None:
+def _write_groups(one: _Range, *, runs: list[Path]) -> None:
     """Write the memberships of one range of keys by document; runs in a worker process."""
-    path = _groups_path(folder, one.number)
-    if path.is_file():
+    if one.path.is_file():
         return
     records = np.concatenate([_slice(run, one.first, one.last + 1) for run in runs], axis=1)
     order = np.argsort(records[0], kind="stable")  # the runs hold ascending documents, so those of a key ascend
@@ -146,7 +157,7 @@ def _write_groups(one: _Range, *, folder: Path, runs: list[Path]) -> None:
     lasts = np.repeat(docs[starts + sizes - 1], sizes) if len(found) else docs
     shared = np.repeat(sizes > 1, sizes)
     members = np.stack([docs[shared], found[shared], lasts[shared]])
-    _save(path, members[:, np.argsort(members[0], kind="stable")])
+    _save(one.path, members[:, np.argsort(members[0], kind="stable")])
 
 
 def _slice(path: Path, first: int, end: int) -> NDArray[np.uint64]:
@@ -160,11 +171,3 @@ def _slice(path: Path, first: int, end: int) -> NDArray[np.uint64]:
 def _save(path: Path, values: NDArray[np.uint64]) -> None:
     with atomic_file(path) as stream:
         np.save(stream, np.ascontiguousarray(values))
-
-
-def _run_path(folder: Path, first: int) -> Path:
-    return folder / f"keys-{first // RUN_DOCUMENTS:06d}.npy"
-
-
-def _groups_path(folder: Path, number: int) -> Path:
-    return folder / f"groups-{number:06d}.npy"

@@ -7,13 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import TypeAdapter
+
+from dualtok.data.config import DataConfig
 from tests.data.support import data_config
 from tests.support import ROOT, environment
-
-if TYPE_CHECKING:
-    from dualtok.data.config import DataConfig
 
 PASSAGES, CHUNK = 360, 50
 CHILD = """
@@ -30,6 +30,7 @@ groups.RUN_DOCUMENTS, groups.RANGE_RECORDS = 2 * staged.CHUNK_DOCUMENTS, 20 * st
 verb = sys.argv[4]
 sync = os.fsync
 def slow_disk(descriptor):
+    os.write(1, b".")
     time.sleep(delay)
     sync(descriptor)
 os.fsync = slow_disk
@@ -47,7 +48,10 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 def child(
     section: dict[str, Any], verb: str = "prepare", *, chunk: int = CHUNK, delay: float = 0
 ) -> subprocess.Popen[str]:
-    """Start ``prepare``, a part ``i/n`` or ``finish`` in a process of its own: small chunks, perhaps a slow disk."""
+    """Start ``prepare``, a part ``i/n`` or ``finish`` in a process of its own: small chunks, perhaps a slow disk.
+
+    It prints a dot before each of its writes reaches the disk.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, json.dumps(section), str(chunk), str(delay), verb], env=environment(), cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -58,7 +62,7 @@ def finish(process: subprocess.Popen[str]) -> int:
     """Wait for a preparation, and return its peak memory in kB."""
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return int(output)
+    return int(output.lstrip("."))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -85,4 +89,5 @@ def settings_of(folder: Path, source: Path, **changes: Any) -> DataConfig:
 
 def section_of(config: DataConfig) -> dict[str, Any]:
     """Return a configuration as :func:`child` takes it."""
-    return {key: value for key, value in vars(config).items() if not key.startswith("_")}
+    section: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
+    return section
