@@ -19,6 +19,7 @@ import numpy as np
 from dualtok.data.config import MIX_PERIOD
 from dualtok.data.manifest import Manifest, load_manifest, split_entry
 from dualtok.data.rank_batches import Batch, rank_batches
+from dualtok.data.remote import Place, place_of
 from dualtok.data.stream import BlockStream
 from dualtok.errors import DataError
 
@@ -39,6 +40,8 @@ class Source:
     """One prepared folder of a mixture."""
 
     dir: str
+    place: Place
+    """Where ``dir`` is."""
     weight: float
     """Its share of the samples."""
     manifest: Manifest
@@ -55,8 +58,13 @@ def load_sources(data: DataConfig, split: str) -> list[Source]:
         DataError: a folder is not prepared, lacks the split, or has another tokenizer, block length or number of lanes
             than ``data.dir``; or its split has fewer blocks than lanes.
     """
-    main = Source(data.dir, 1.0 - sum(other.weight for other in data.mix), load_manifest(data.dir))
-    sources = [main, *(Source(other.dir, other.weight, load_manifest(other.dir)) for other in data.mix)]
+
+    def load(folder: str, weight: float) -> Source:
+        place = place_of(folder, data.stream)
+        return Source(folder, place, weight, load_manifest(place))
+
+    main = load(data.dir, 1.0 - sum(other.weight for other in data.mix))
+    sources = [main, *(load(other.dir, other.weight) for other in data.mix)]
     for source in sources[1:]:
         for name in ("tokenizer_fingerprint", "block_length", "lanes"):
             theirs, ours = getattr(source.manifest, name), getattr(main.manifest, name)
@@ -121,7 +129,7 @@ class Mixture:
 
     def __init__(self, streams: Sequence[BlockStream], weights: Sequence[float], *, seed: int) -> None:
         self.streams, self.seed = list(streams), seed
-        self.split, self.lanes = streams[0].split, streams[0].lanes
+        self.split, self.lanes, self.block_length = streams[0].split, streams[0].lanes, streams[0].block_length
         self.quotas = quotas(weights)
         assert len(self.quotas) == len(self.streams)
         assert all(stream.lanes == self.lanes <= len(stream) for stream in self.streams)

@@ -77,7 +77,7 @@ class Shard:
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
-            ids, segments = _only_chunk(table, "input_ids"), _only_chunk(table, "segments")
+            ids, segments = only_chunk(table, "input_ids"), only_chunk(table, "segments")
             self.input_ids: NDArray[np.int32] = ids.flatten().to_numpy(zero_copy_only=True).reshape(len(ids), -1)
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
@@ -106,7 +106,7 @@ class Shard:
         return np.unique(np.searchsorted(self._offsets, hits, side="right") - 1)
 
 
-def _only_chunk(table: pa.Table, name: str) -> pa.Array:
+def only_chunk(table: pa.Table, name: str) -> pa.Array:
     """Return a column as it lies in the file; ``combine_chunks`` would copy even a single chunk into memory."""
     column = table.column(name)
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from dualtok.data.remote import place_of
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dualtok.data.manifest import Manifest
+    from dualtok.data.remote import Place, RemoteFolder
+
 END_OF_TEXT = "<|endoftext|>"
+FOLDER = "tokenizer"
+FETCHING, STALE_SECONDS = ".fetching-", 86_400
+KNOWN_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+"""What a tokenizer's folder may hold, for web servers, which cannot be asked for names."""
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -32,13 +46,58 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if path.suffix == ".model":
         return _from_sentencepiece(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the library raises a dozen unrelated classes for "cannot be had"
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{source}: the tokenizer brings Python code of its own (auto_map), which dualtok never runs; save it "
+                "as a fast tokenizer (tokenizer.json) and give that folder (data.tokenizer)"
+            ) from None
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{source}: not a tokenizer that can be read: {reason} (data.tokenizer)") from None
     if tokenizer.eos_token_id is None:
         raise DataError(f"{source}: the tokenizer has no end-of-sequence token, which must close every document")
     return tokenizer
+
+
+def load_data_tokenizer(data_dir: str | Place, manifest: Manifest) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that data was prepared with; from an address by way of the host's cache.
+
+    Raises:
+        DataError: it cannot be read, or is not the manifest's.
+    """
+    place = place_of(data_dir)
+    if isinstance(place, Path):
+        return load_tokenizer(place / FOLDER)
+    tokenizer = load_tokenizer(_fetched_tokenizer(place, manifest.tokenizer_fingerprint))
+    if fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        raise DataError(f"{place}/{FOLDER}: not the tokenizer that the manifest names; upload the folder again")
+    return tokenizer
+
+
+def _fetched_tokenizer(place: RemoteFolder, its_fingerprint: str) -> Path:
+    """Return a local copy of an address's tokenizer; whole or absent, whoever fetches it at the same time."""
+    key = hashlib.sha256(f"{place}\n{its_fingerprint}".encode()).hexdigest()
+    folder = place.cache_root / "tokenizers" / key
+    if folder.is_dir():
+        return folder
+    storage = place.storage
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{FETCHING}*"):  # by a process that was killed
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=FETCHING, ignore_cleanup_errors=True) as temporary:
+        copy = Path(temporary) / "tokenizer"
+        copy.mkdir()
+        for name in storage.names(FOLDER) if storage.can_list else KNOWN_FILES:
+            with suppress(FileNotFoundError):
+                (copy / name).write_bytes(storage.read(f"{FOLDER}/{name}", patient=storage.can_list))
+        if not any(copy.iterdir()):
+            raise DataError(f"{place}/{FOLDER}: no tokenizer there; upload the whole prepared folder")
+        with suppress(OSError):  # another process was there first
+            copy.rename(folder)
+    return folder
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

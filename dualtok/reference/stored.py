@@ -7,13 +7,18 @@ block, and ``scores.json`` (written last) with the fingerprint's parts and every
 from __future__ import annotations
 
 import json
+import re
+from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from dualtok.data.remote import Place, RemoteFile, RemoteFolder, place_of
+from dualtok.data.shards import only_chunk
+from dualtok.data.storage import BadShardError
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, file_sha256
 from dualtok.reference.fingerprint import Fingerprint
@@ -21,6 +26,7 @@ from dualtok.reference.fingerprint import Fingerprint
 if TYPE_CHECKING:
     from dualtok.data.manifest import Manifest, ShardEntry
 
+SCORES = "scores"
 COLUMN = "loss"
 SHARD_KEY = b"shard_sha256"
 INDEX = "scores.json"
@@ -28,7 +34,7 @@ INDEX = "scores.json"
 
 def scores_folder(data_dir: str | Path, fingerprint: Fingerprint) -> Path:
     """Return where the scores of a fingerprint lie."""
-    return Path(data_dir) / "scores" / fingerprint.digest
+    return Path(data_dir) / SCORES / fingerprint.digest
 
 
 def score_path(folder: Path, split: str, shard_file: str) -> Path:
@@ -84,29 +90,45 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: it is missing or malformed.
     """
-    path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        Fingerprint(**index["fingerprint"])
+        return parse_index((folder / INDEX).read_bytes(), f"{folder}/{INDEX}")
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: missing, so scoring did not finish; run `dualtok score` again to continue it"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: malformed ({error}); delete the folder and run `dualtok score` again") from None
+        raise DataError(_unfinished(f"{folder}/{INDEX}")) from None
+
+
+def parse_index(content: bytes, origin: str) -> dict[str, Any]:
+    """Return the content of a ``scores.json``.
+
+    Raises:
+        DataError: it is malformed.
+    """
+    try:
+        index: dict[str, Any] = json.loads(content.decode("utf-8"))
+        Fingerprint(**index["fingerprint"])
+        if not all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in index["files"].values()):
+            raise ValueError("a checksum is none")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{origin}: malformed ({error}); delete the folder and run `dualtok score` again") from None
     return index
 
 
+def _unfinished(index: str) -> str:
+    return f"{index}: missing, so scoring did not finish; run `dualtok score` again to continue it"
+
+
 class StoredScores:
-    """The reference losses of one split, checked against the manifest before the first is used.
+    """The reference losses of one split, each file checked against the index and the manifest.
+
+    Those of a local folder are checked before the first is used, those at an address as each arrives.
 
     Args:
-        data_dir: the prepared data.
+        data_dir: the prepared data, or its address.
         manifest: its manifest.
         split: the split to read.
         expected: the fingerprint that the run's reference model must have.
-        rank: this rank; it hashes every ``world_size``-th file, so that the job as a whole hashes each file once.
+        rank: this rank; it hashes every ``world_size``-th local file, so that the job as a whole hashes each once.
         world_size: ranks of the job.
+        on_bad_shard: ``skip`` leaves errors about single files to :meth:`read`, which then hashes each that it opens.
 
     Raises:
         DataError: scores are missing, of another reference, tokenizer, precision or shard, truncated or altered.
@@ -114,60 +136,139 @@ class StoredScores:
 
     def __init__(
         self,
-        data_dir: str | Path,
+        data_dir: str | Place,
         manifest: Manifest,
         split: str,
         expected: Fingerprint,
         *,
         rank: int = 0,
         world_size: int = 1,
+        on_bad_shard: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self.folder = scores_folder(data_dir, expected)
-        if not self.folder.is_dir():
-            raise DataError(_no_such_scores(Path(data_dir), split, expected))
-        index = read_index(self.folder)
-        self._maps: dict[str, np.ndarray] = {}
-        self._files: dict[str, Path] = {}
-        for number, shard in enumerate(manifest.splits[split].shards):
-            path = score_path(self.folder, split, shard.file)
-            checksum = index["files"].get(f"{split}/{path.name}")
-            self._check(path, shard, checksum, split, hashed=number % world_size == rank)
-            self._files[Path(shard.file).stem] = path
-
-    @staticmethod
-    def _check(path: Path, shard: ShardEntry, checksum: str | None, split: str, *, hashed: bool) -> None:
-        again = "run `dualtok score` again"
-        if checksum is None or not path.is_file():
-            raise DataError(f"{path}: no reference losses for shard {split}/{shard.file}; {again}")
-        if hashed and file_sha256(path) != checksum:
-            raise DataError(f"{path}: checksum differs from {INDEX}, the scores of shard {shard.file} were altered; "
-                            f"delete the file and {again}")  # fmt: skip
-        if not is_scored(path, shard):
-            raise DataError(f"{path}: these scores were made from another version of shard {shard.file}; "
-                            f"delete the file and {again}")  # fmt: skip
+        self._place = place_of(data_dir)
+        name = f"{SCORES}/{expected.digest}"
+        index = _index_of(self._place, name, split, expected)
+        self._skips = on_bad_shard == "skip"
+        self._shards = {shard.stem: shard for shard in manifest.splits[split].shards}
+        checksums = index["files"]
+        self._files = {
+            stem: RemoteFile(f"{name}/{split}/{stem}.arrow", checksums.get(f"{split}/{stem}.arrow", ""))
+            for stem in self._shards
+        }
+        self._open: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._most_open = manifest.lanes + 1
+        for number, stem in enumerate(self._shards):
+            try:
+                self._check(stem, hashed=number % world_size == rank)
+            except BadShardError:
+                if not self._skips:
+                    raise
 
     def read(self, shard_stem: str, rows: np.ndarray) -> np.ndarray:
-        """Return the losses [len(rows), block_length] float32 of some rows of a shard; memory-mapped."""
-        if shard_stem not in self._maps:
-            with pa.memory_map(str(self._files[shard_stem])) as source:
-                column = pa.ipc.open_file(source).read_all().column(COLUMN).combine_chunks()
-            flat = column.flatten().to_numpy(zero_copy_only=True)
-            self._maps[shard_stem] = flat.reshape(len(column), -1)
-        return self._maps[shard_stem][rows]
+        """Return the losses [len(rows), block_length] float32 of some rows of a shard; memory-mapped.
+
+        Raises:
+            BadShardError: they are missing, or not those of this shard.
+            DataError: they cannot be read.
+        """
+        if shard_stem not in self._open:
+            while len(self._open) >= self._most_open:
+                self._open.popitem(last=False)
+            self._open[shard_stem] = self._map(shard_stem)
+        self._open.move_to_end(shard_stem)
+        return self._open[shard_stem][rows]
+
+    def prefetch(self, shard_stem: str) -> None:
+        """Fetch a shard's losses in the background, if they lie at an address."""
+        if isinstance(self._place, RemoteFolder) and self._files[shard_stem].sha256:
+            self._place.prefetch(self._files[shard_stem])
+
+    def _check(self, stem: str, *, hashed: bool) -> None:
+        """Check a file as far as that costs no transfer."""
+        file, shard = self._files[stem], self._shards[stem]
+        path = f"{self._place}/{file.name}"
+        again = "run `dualtok score` again"
+        is_local = isinstance(self._place, Path)
+        if not file.sha256 or (is_local and not Path(path).is_file()):
+            raise BadShardError(f"{path}: no reference losses for shard {shard.file}; {again}")
+        if is_local and hashed and file_sha256(path) != file.sha256:
+            raise BadShardError(f"{path}: checksum differs from {INDEX}, the scores of shard {shard.file} were "
+                                f"altered; delete the file and {again}")  # fmt: skip
+        if is_local and not is_scored(Path(path), shard):
+            raise BadShardError(f"{path}: these scores were made from another version of shard {shard.file}; "
+                                f"delete the file and {again}")  # fmt: skip
+
+    def _map(self, stem: str) -> np.ndarray:
+        file = self._files[stem]
+        if isinstance(self._place, Path):
+            if self._skips:
+                self._check(stem, hashed=True)
+            return _read_losses(self._place / file.name)
+        self._check(stem, hashed=True)
+        return self._place.open(file, lambda path: self._arrived(stem, path))
+
+    def _arrived(self, stem: str, path: Path) -> np.ndarray:
+        if not is_scored(path, self._shards[stem]):
+            raise BadShardError(
+                f"{self._place}/{self._files[stem].name}: these scores were made from another version of shard "
+                f"{self._shards[stem].file}; run `dualtok score` again"
+            )
+        return _read_losses(path)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave memory maps behind: a data worker opens its own."""
+        return {**self.__dict__, "_open": OrderedDict()}
 
 
-def _no_such_scores(data_dir: Path, split: str, expected: Fingerprint) -> str:
+def _read_losses(path: Path) -> np.ndarray:
+    with pa.memory_map(str(path)) as source:
+        column = only_chunk(pa.ipc.open_file(source).read_all(), COLUMN)
+    flat: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(len(column), -1)
+
+
+def _index_of(place: Place, name: str, split: str, expected: Fingerprint) -> dict[str, Any]:
+    """Return the index of the expected scores.
+
+    Raises:
+        DataError: there are no such scores, or not all of them.
+    """
+    if isinstance(place, Path):
+        if not (place / name).is_dir():
+            raise DataError(_no_such_scores(place, split, expected))
+        return read_index(place / name)
+    try:
+        return parse_index(place.storage.read(f"{name}/{INDEX}", patient=False), f"{place}/{name}/{INDEX}")
+    except FileNotFoundError:
+        if place.storage.can_list and place.storage.names(name):
+            raise DataError(_unfinished(f"{place}/{name}/{INDEX}")) from None
+        raise DataError(_no_such_scores(place, split, expected)) from None
+
+
+def _other_indices(place: Place) -> list[dict[str, Any]]:
+    """Return the indices of all finished scores, as far as their names can be had."""
+    storage = place.storage if isinstance(place, RemoteFolder) else None
+    if storage is None:
+        names = sorted(folder.name for folder in (Path(str(place)) / SCORES).glob("*/"))
+    else:
+        names = storage.names(SCORES) if storage.can_list else []
+    found: list[dict[str, Any]] = []
+    for name in (f"{SCORES}/{name}/{INDEX}" for name in names):
+        try:
+            content = Path(f"{place}/{name}").read_bytes() if storage is None else storage.read(name, patient=False)
+            found.append(parse_index(content, name))
+        except (DataError, OSError):
+            continue
+    return found
+
+
+def _no_such_scores(place: Place, split: str, expected: Fingerprint) -> str:
     """Say that scores are missing, and if there are others, in what they differ."""
     found = []
-    for folder in sorted((data_dir / "scores").glob("*/")):
-        try:
-            index = read_index(folder)
-        except DataError:
-            continue
+    for index in _other_indices(place):
         parts = ", ".join(Fingerprint(**index["fingerprint"]).differences(expected))
         found.append(f"those of {index['model']} differ in: {parts}")
     others = f" ({'; '.join(found)})" if found else ""
     return (
-        f"{data_dir}: no reference losses of this run's reference model for split {split!r}{others}; "
-        "run `dualtok score`"
+        f"{place}: no reference losses of this run's reference model for split {split!r}{others}; run `dualtok score`"
     )
