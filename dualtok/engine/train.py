@@ -11,7 +11,8 @@ import yaml
 from dualtok.data.manifest import split_entry
 from dualtok.data.mixture import Mixture, load_sources
 from dualtok.data.stream import BlockStream
-from dualtok.data.tokenizer import load_tokenizer
+from dualtok.data.remote import prepared
+from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.engine.build import build_engine
 from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.checkpoint_files import COMPLETE
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from dualtok.data.mixture import TrainingStream
     from dualtok.engine.checkpoint import SavedCheckpoint
     from dualtok.engine.config import TrainConfig
+    from dualtok.data.remote import Place
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.distributed import Ranks
     from dualtok.model.adapters import Adapters
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
 Resume = Literal["never", "always", "if_any"]
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.yaml"
-FREE_ON_RESUME = ("monitor", "audit", "output_dir", "data.processes", "data.source", "train.data_workers",
+FREE_ON_RESUME = ("monitor", "audit", "output_dir", "data.processes", "data.source", "data.stream",
+                  "data.on_bad_shard", "train.data_workers",
                   "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every", "train.checkpoint_keep",
                   "train.checkpoint_in_background", "train.engine", "train.pipeline", "train.deepspeed",
                   "train.loss_backend", "train.loss_memory_mib", "train.guard",
@@ -88,7 +91,7 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
     stream, validation = ranks.together(lambda: open_streams(run, manifest, (settings.split, "validation"), ranks))
     total_steps = count_steps(settings, len(stream))
     reference_folder = _check_reference(run, manifest, ranks)
-    adapters = _plan_adapters(run, model, deepspeed_config, ranks)
+    adapters = _plan_adapters(run, model, manifest, deepspeed_config, ranks)
     folder = _start_folder(run, model, manifest, adapters, ranks, resumed=saved is not None)
     reference: LiveReference | None = None
     if run.reference is not None and reference_folder is not None:
@@ -134,7 +137,7 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
     """
     for split in splits:
         split_entry(manifest, split, run.data.dir)
-    reference, share = run.reference, {"rank": ranks.rank, "world_size": ranks.world_size}
+    reference = run.reference
     expected: Fingerprint | None = None
     scored: tuple[str, ...] = ()
     if reference is not None and not reference.is_live:
@@ -145,20 +148,24 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
                 f"reference.splits: has no {splits[0]!r}, which this run trains on; add it and score again"
             )
 
-    def open_split(folder: str, manifest: Manifest, split: str) -> BlockStream:
+    def open_split(place: Place, manifest: Manifest, split: str) -> BlockStream:
         losses: StoredScores | None = None
         if expected is not None and split in scored:
             own = replace(expected, blocks=blocks_digest(manifest))
-            losses = StoredScores(folder, manifest, split, own, **share)
+            losses = StoredScores(
+                place, manifest, split, own, rank=ranks.rank, world_size=ranks.world_size,
+                on_bad_shard=run.data.on_bad_shard,
+            )  # fmt: skip
         return BlockStream(
-            folder, split, seed=run.seed, scores=losses, verify_rank=ranks.rank, verify_world_size=ranks.world_size
-        )
+            place, split, seed=run.seed, scores=losses, verify_rank=ranks.rank, verify_world_size=ranks.world_size,
+            on_bad_shard=run.data.on_bad_shard,
+        )  # fmt: skip
 
-    main, *others = (open_split(run.data.dir, manifest, split) for split in splits)
+    main, *others = (open_split(prepared(run.data), manifest, split) for split in splits)
     if not run.data.mix:
         return [main, *others]
     sources = load_sources(run.data, splits[0])
-    mixed = [main, *(open_split(source.dir, source.manifest, splits[0]) for source in sources[1:])]
+    mixed = [main, *(open_split(source.place, source.manifest, splits[0]) for source in sources[1:])]
     return [Mixture(mixed, [source.weight for source in sources], seed=run.seed), *others]
 
 
@@ -172,10 +179,12 @@ def _check_reference(run: RunConfig, manifest: Manifest, ranks: Ranks) -> Path |
     reference = run.reference
     if reference is None or reference.mode in ("stored", "adapter"):
         return None
-    return Path(ranks.first_does(lambda: check_reference(reference, run.data.dir, manifest)))
+    return Path(ranks.first_does(lambda: check_reference(reference, prepared(run.data), manifest)))
 
 
-def _plan_adapters(run: RunConfig, model: ModelConfig, deepspeed_config: Json, ranks: Ranks) -> Adapters | None:
+def _plan_adapters(
+    run: RunConfig, model: ModelConfig, manifest: Manifest, deepspeed_config: Json, ranks: Ranks
+) -> Adapters | None:
     """Check the run's LoRA adapters against its base model."""
     if model.lora is None:
         return None
@@ -187,7 +196,7 @@ def _plan_adapters(run: RunConfig, model: ModelConfig, deepspeed_config: Json, r
     base = model.path or str(Path(run.output_dir) / START_FOLDER)
 
     def plan() -> Adapters:
-        vocabulary = len(load_tokenizer(Path(run.data.dir) / "tokenizer"))
+        vocabulary = len(load_data_tokenizer(prepared(run.data), manifest))
         return plan_adapters(lora, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
 
     return ranks.together(plan)
@@ -211,7 +220,7 @@ def _start_folder(
     def prepare() -> Path:
         output = Path(run.output_dir)
         start = output / START_FOLDER
-        tokenizer = load_tokenizer(Path(run.data.dir) / "tokenizer")
+        tokenizer = load_data_tokenizer(prepared(run.data), manifest)
         config = starting_config(model, len(tokenizer))
         origin = str(model.path or "model.config")
         check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length, origin=origin)

@@ -19,8 +19,9 @@ from dualtok.audit.report_data import AuditFigures
 from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
 from dualtok.audit.table import comparison_table
 from dualtok.data.manifest import load_manifest
+from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
-from dualtok.data.tokenizer import load_tokenizer
+from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.engine.distributed import Ranks, join_ranks
 from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
@@ -54,12 +55,13 @@ def audit(run: RunConfig) -> list[ModelAudit]:
     settings = run.audit
     if not settings.models:
         raise ConfigError("audit.models: name at least one model folder to audit, e.g. {dual: models/dual}")
-    manifest = load_manifest(run.data.dir)
+    place = prepared(run.data)
+    manifest = load_manifest(place)
     ranks = join_ranks()
     folders = {name: model_folder(path) for name, path in settings.models.items()}
     if settings.attack_reference is not None:
         folders[ATTACKER] = model_folder(settings.attack_reference)
-    vocabulary = len(load_tokenizer(Path(run.data.dir) / "tokenizer"))
+    vocabulary = len(load_data_tokenizer(place, manifest))
     for name, folder in folders.items():
         check_fits(read_model_config(folder), vocabulary=vocabulary, block_length=manifest.block_length,
                    origin=f"audit: {name}")  # fmt: skip
@@ -85,7 +87,7 @@ def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> list[
     settings = run.audit
     contexts = {}
     for split in (settings.members, settings.non_members):
-        table = BlockStream(run.data.dir, split, seed=run.seed, verify=False).document_table()
+        table = BlockStream(prepared(run.data), split, seed=run.seed, verify=False).document_table()
         sizes = dict(zip(table["doc"].to_pylist(), table["zlib_bytes"].to_pylist(), strict=True))
         reference = signals[ATTACKER][split] if ATTACKER in signals else None
         contexts[split] = AttackContext(reference=reference, zlib_bytes=sizes)
@@ -131,7 +133,7 @@ def _model_pass(
     settings = run.audit
     stream = ranks.together(
         lambda: BlockStream(
-            run.data.dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
+            prepared(run.data), split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
         )
     )
     table = stream.document_table()
