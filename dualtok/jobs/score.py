@@ -21,16 +21,16 @@ from dualtok.engine.distributed import join_ranks
 from dualtok.engine.reference import check_reference
 from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
-from dualtok.files import file_sha256
+from dualtok.jobs.score_files import ScoreFiles
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import blocks_digest, fingerprint
-from dualtok.reference.stored import INDEX, is_scored, read_index, score_path, scores_folder, write_index, write_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dualtok.data.manifest import ShardEntry
     from dualtok.data.mixture import Source
+    from dualtok.data.remote import Place
     from dualtok.engine.distributed import Ranks
     from dualtok.model.losses import Batch
     from dualtok.reference.config import ReferenceConfig
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class ScoreSummary:
     """What a scoring job did on all ranks."""
 
-    folder: Path
+    folder: str
     """Where the scores of ``data.dir`` are; those of the folders of ``data.mix`` are in their own."""
     shards: int
     """Shards that belong to the fingerprint, of all folders."""
@@ -54,21 +54,15 @@ class ScoreSummary:
 
 @dataclass(frozen=True)
 class _Task:
-    data_dir: str
+    source: Source
+    files: ScoreFiles
     split: str
     shard: ShardEntry
-    path: Path
-    """The score file."""
-
-    @property
-    def target(self) -> Path:
-        """The folder of all scores of ``data_dir`` under this fingerprint."""
-        return self.path.parent.parent
 
     @property
     def name(self) -> str:
         """The score file's name in the index."""
-        return f"{self.split}/{self.path.name}"
+        return f"{self.split}/{self.shard.stem}.arrow"
 
 
 def score(run: RunConfig) -> ScoreSummary:
@@ -88,53 +82,53 @@ def score(run: RunConfig) -> ScoreSummary:
     sources = load_sources(run.data, trained)
     manifest = sources[0].manifest
     ranks = join_ranks()
-    folder = Path(ranks.first_does(lambda: check_reference(reference, run.data.dir, manifest)))
+    folder = Path(ranks.first_does(lambda: check_reference(reference, sources[0].place, manifest)))
     expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
+    targets = ranks.together(lambda: [_score_files(source, expected) for source in sources])
     tasks: list[_Task] = []
-    targets: dict[Path, Fingerprint] = {}
-    for number, source in enumerate(sources):
-        own = replace(expected, blocks=blocks_digest(source.manifest))
-        target = scores_folder(source.dir, own)
-        targets[target] = own
-        tasks += _tasks(source, (trained,) if number else reference.splits, target)
-    missing = _missing(tasks, ranks)
+    for number, (source, files) in enumerate(zip(sources, targets, strict=True)):
+        tasks += _tasks(source, (trained,) if number else reference.splits, files)
+    checksums = _checksums(tasks, ranks)
+    missing = [i for i in range(len(tasks)) if i not in checksums]
     rate = 0.0
     if missing:
         forward = build_forward_only(
             folder, precision=reference.precision, batch_size=reference.batch_size,
             deepspeed_json=reference.deepspeed, ranks=ranks,
         )  # fmt: skip
-        rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
-    mine = [(task.target, task.name, file_sha256(task.path)) for task in tasks[ranks.rank :: ranks.world_size]]
-    hashed = [entry for part in ranks.gather_objects(mine) for entry in part]
+        scored, rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
+        checksums |= dict(zip(missing, scored, strict=True))
 
     def write_indices() -> None:
-        for target, own in targets.items():
-            files = {name: digest for folder, name, digest in hashed if folder == target}
-            write_index(target, own, reference.origin, files)
+        for files in targets:
+            own = {task.name: checksums[i] for i, task in enumerate(tasks) if task.files is files}
+            files.finish(reference.origin, own)
 
     ranks.first_does(write_indices)
-    return ScoreSummary(scores_folder(run.data.dir, expected), len(tasks), len(missing), rate)
+    return ScoreSummary(str(targets[0]), len(tasks), len(missing), rate)
 
 
-def _missing(tasks: list[_Task], ranks: Ranks) -> list[int]:
-    """Return the tasks that are still to do: without scores, or with scores that were altered."""
-    known = {
-        folder: read_index(folder)["files"] if (folder / INDEX).is_file() else {}
-        for folder in {task.target for task in tasks}
-    }
-
-    def is_done(task: _Task) -> bool:
-        checksum = known[task.target].get(task.name)
-        return is_scored(task.path, task.shard) and checksum in (None, file_sha256(task.path))
-
-    mine = [i for i in range(ranks.rank, len(tasks), ranks.world_size) if not is_done(tasks[i])]
-    return sorted(i for part in ranks.gather_objects(mine) for i in part)
+def _score_files(source: Source, expected: Fingerprint) -> ScoreFiles:
+    return ScoreFiles(source.place, replace(expected, blocks=blocks_digest(source.manifest)))
 
 
-def _tasks(source: Source, splits: Sequence[str], folder: Path) -> list[_Task]:
+def _checksums(tasks: list[_Task], ranks: Ranks) -> dict[int, str]:
+    """Return the checksums of the scores that are there; the ranks share the looking."""
+
+    def look() -> dict[int, str]:
+        mine = {
+            i: tasks[i].files.checksum(tasks[i].split, tasks[i].shard)
+            for i in range(ranks.rank, len(tasks), ranks.world_size)
+        }
+        return {i: checksum for i, checksum in mine.items() if checksum is not None}
+
+    found = ranks.together(look)
+    return {i: checksum for part in ranks.gather_objects(found) for i, checksum in part.items()}
+
+
+def _tasks(source: Source, splits: Sequence[str], files: ScoreFiles) -> list[_Task]:
     return [
-        _Task(source.dir, split, shard, score_path(folder, split, shard.file))
+        _Task(source, files, split, shard)
         for split in splits
         for shard in split_entry(source.manifest, split, source.dir).shards
     ]
@@ -142,33 +136,38 @@ def _tasks(source: Source, splits: Sequence[str], folder: Path) -> list[_Task]:
 
 def _score_shards(
     run: RunConfig, tasks: list[_Task], forward: Callable[[Batch], torch.Tensor], batch_size: int, ranks: Ranks
-) -> float:
-    """Score shards, rank r every world_size-th of them; returns positions per second over all ranks."""
+) -> tuple[list[str], float]:
+    """Score shards, rank r every world_size-th of them.
+
+    Returns:
+        The checksum of each one's scores, and positions per second over all ranks.
+    """
     mine = tasks[ranks.rank :: ranks.world_size]
     calls = [-(-task.shard.rows // batch_size) for task in mine]
     most_calls = max(ranks.gather_objects(sum(calls)))
     streams = ranks.together(
         lambda: {
-            (data_dir, split): BlockStream(
-                data_dir, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
+            (place, split): BlockStream(
+                place, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
             )
-            for data_dir, split in {(task.data_dir, task.split) for task in tasks}
+            for place, split in {(task.source.place, task.split) for task in tasks}
         }
     )
     started = time.perf_counter()
     positions = 0
+    checksums: list[str] = []
     last: Batch | None = None
     with RunProgress("score", most_calls, active=ranks.is_first, plain_every=max(1, most_calls // 20)) as progress:
         for task in mine:
             losses = []
             for first in range(0, task.shard.rows, batch_size):
                 rows = np.arange(first, min(first + batch_size, task.shard.rows))
-                last = streams[task.data_dir, task.split].read_rows(task.shard.file, rows)
+                last = streams[task.source.place, task.split].read_rows(task.shard.file, rows)
                 # Filled up, so that every rank calls each layer equally often, chunk by chunk, under ZeRO-3.
                 losses.append(forward(pad_rows(last, batch_size))[: len(rows)].float().cpu().numpy())
                 positions += last["input_ids"].numel()
                 progress.advance(1, f"{positions / (time.perf_counter() - started):,.0f} tokens/s on this rank")
-            write_scores(task.path, np.concatenate(losses), task.shard.sha256)
+            checksums.append(task.files.write(task.split, task.shard, np.concatenate(losses)))
         last = last if last is not None else _any_batch(streams, tasks[0])
         for _ in range(most_calls - sum(calls)):
             forward(
@@ -176,8 +175,10 @@ def _score_shards(
             )  # under ZeRO-3 a rank that stopped early would leave the others waiting for its weights
     seconds = time.perf_counter() - started
     total = float(ranks.sum(torch.tensor(float(positions), dtype=torch.float64, device=ranks.device)))
-    return total / max(ranks.gather_objects(seconds))
+    everyone = ranks.gather_objects(checksums)
+    in_order = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(tasks))]
+    return in_order, total / max(ranks.gather_objects(seconds))
 
 
-def _any_batch(streams: dict[tuple[str, str], BlockStream], task: _Task) -> Batch:
-    return streams[task.data_dir, task.split].read_rows(task.shard.file, np.arange(1))
+def _any_batch(streams: dict[tuple[Place, str], BlockStream], task: _Task) -> Batch:
+    return streams[task.source.place, task.split].read_rows(task.shard.file, np.arange(1))
