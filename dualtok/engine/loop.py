@@ -223,6 +223,8 @@ class TrainingLoop:
         totals = StepTotals(self.ranks.device)
         histogram = self.run.monitor.histogram_every
         window = [next(batches) for _ in range(self.train.gradient_accumulation)]
+        for batch in window:
+            totals.take_skipped(batch)
         skipped, limit = self.engine.skipped_steps(), self.guard.limit()
         if self.engine.model.limit is not None:
             self.engine.model.limit.begin(limit, len(window))
@@ -247,13 +249,14 @@ class TrainingLoop:
             left_out = "spike"
         elif self.engine.skipped_steps() > skipped or not math.isfinite(total["loss"] + plain + norm):
             left_out = "nan"
-        else:
+        elif total["plain_count"]:
             self.guard.good(plain)
         self.state.step = step
         self.state.samples_seen += self.train.batch_size
         seconds = time.perf_counter() - started
         return step_metrics(
             total, step=step, left_out=left_out, gradient_norm=norm, learning_rate=learning_rate,
+            skipped_blocks=round(total["skipped_blocks"] / self.layout.stages),
             tokens_per_second=total["plain_count"] / seconds, peak_memory_gib=peak_memory_gib(self.ranks.device),
         )  # fmt: skip
 
@@ -301,6 +304,7 @@ def step_scalars(metrics: StepMetrics, objective: str) -> dict[str, float | None
         "loss/memorised": metrics.memorised_loss,
         "loss/plain": metrics.plain_loss,
         **{f"share/{name}": share for name, share in metrics.shares.items()},
+        "data/skipped_blocks": metrics.skipped_blocks,
         "optimiser/learning_rate": metrics.learning_rate,
         "optimiser/gradient_norm": metrics.gradient_norm,
         "throughput/tokens_per_second": metrics.tokens_per_second,

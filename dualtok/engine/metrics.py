@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualtok.data.stream import SKIPPED
 from dualtok.files import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dualtok.engine.distributed import Ranks
+    from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss
 
 
@@ -36,6 +38,8 @@ class StepMetrics:
     memorised_tokens: int
     tokens: int
     """Predicted tokens."""
+    skipped_blocks: int
+    """Blocks of bad shards, which were empty; see ``data.on_bad_shard``."""
     gradient_norm: float
     """Norm of the global gradient before clipping."""
     learning_rate: float
@@ -60,6 +64,7 @@ class StepTotals:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
         self._asked_to_end = torch.zeros(1, dtype=torch.float64, device=device)
+        self._skipped_blocks = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, outcome: DualLoss) -> None:
         """Add the objective's result on this rank for one micro-batch."""
@@ -69,11 +74,17 @@ class StepTotals:
         """Let all ranks know that this one was told to end."""
         self._asked_to_end += 1
 
+    def take_skipped(self, batch: Batch) -> None:
+        """Count the blocks of a micro-batch that are empty for want of their shard; takes the mark out of it."""
+        if (mark := batch.pop(SKIPPED, None)) is not None:
+            self._skipped_blocks += int(mark.sum())
+
     def reduce(self, ranks: Ranks, losses: int) -> dict[str, float]:
-        """Return the totals over all ranks, and ``asked_to_end``, how many of them were told to end; ``loss`` is the
-        mean over ``losses``, those of all micro-batches and replicas."""
-        sums = ranks.sum(torch.cat([self._sums, self._asked_to_end])).tolist()
-        total = dict(zip((*self.FIELDS, "asked_to_end"), sums, strict=True))
+        """Return the totals over all ranks; ``asked_to_end``, how many of them were told to end; ``skipped_blocks``,
+        which each stage of a pipeline counts. ``loss`` is the mean over ``losses``, those of all micro-batches and
+        replicas."""
+        sums = ranks.sum(torch.cat([self._sums, self._asked_to_end, self._skipped_blocks])).tolist()
+        total = dict(zip((*self.FIELDS, "asked_to_end", "skipped_blocks"), sums, strict=True))
         total["loss"] /= losses
         return total
 

@@ -20,7 +20,7 @@ from dualtok.data.remote import Place, RemoteFile, RemoteFolder, place_of
 from dualtok.data.shards import only_chunk
 from dualtok.data.storage import BadShardError
 from dualtok.errors import DataError
-from dualtok.files import atomic_file, file_sha256
+from dualtok.files import atomic_file, file_sha256, write_text
 from dualtok.reference.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
@@ -79,9 +79,13 @@ def write_index(folder: Path, fingerprint: Fingerprint, model: str, files: dict[
     """Write ``scores.json``: the parts of the fingerprint and the checksum of each ``split/file``; merged with an
     earlier one of other splits."""
     known = read_index(folder).get("files", {}) if (folder / INDEX).is_file() else {}
-    index = {"fingerprint": asdict(fingerprint), "model": model, "files": {**known, **files}}
-    with atomic_file(folder / INDEX) as stream:
-        stream.write(json.dumps(index, indent=1, sort_keys=True).encode())
+    write_text(folder / INDEX, index_of_scores(fingerprint, model, {**known, **files}))
+
+
+def index_of_scores(fingerprint: Fingerprint, model: str, files: dict[str, str]) -> str:
+    """Return the content of ``scores.json``."""
+    index = {"fingerprint": asdict(fingerprint), "model": model, "files": files}
+    return json.dumps(index, indent=1, sort_keys=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

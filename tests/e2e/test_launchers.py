@@ -72,6 +72,7 @@ def test_a_dual_run_can_be_watched(small_corpus: dict[str, Any], tmp_path: Path)
     columns = {
         "loss/dual": "loss", "loss/hard": "hard_loss", "loss/plain": "plain_loss",
         "optimiser/learning_rate": "learning_rate", "optimiser/gradient_norm": "gradient_norm",
+        "data/skipped_blocks": "skipped_blocks",
         "throughput/tokens_per_second": "tokens_per_second", "memory/peak_gib": "peak_memory_gib",
     }  # fmt: skip
     for tag, column in columns.items():
