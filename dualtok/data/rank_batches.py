@@ -1,8 +1,14 @@
-"""One rank's share of each micro-batch, read by itself or by data workers, and what it needs soon fetched ahead."""
+"""One rank's share of each micro-batch, read by itself or by data workers, and what it needs soon fetched ahead.
+
+A data worker reads and hands over several micro-batches at once, a window: a hand-over costs about a millisecond,
+whatever its size. Windows grow from one micro-batch, so that the first step waits for no more than it needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, count
 from typing import Protocol
 
 import torch
@@ -12,11 +18,15 @@ from dualtok.errors import DataError
 
 Batch = dict[str, torch.Tensor]
 LOOK_AHEAD = 16
-"""Micro-batches that the search for shards to fetch goes on per micro-batch read."""
+"""Windows that the search for shards to fetch goes on per window read."""
+WINDOW_TOKENS = 2**17
+"""Tokens of the largest window that holds more than one micro-batch; about 3 MB in shared memory."""
 
 
 class Reader(Protocol):
     """What reads samples by their numbers."""
+
+    block_length: int
 
     def read(self, samples: Sequence[int]) -> Batch:
         """Return the batch of some samples, in their order."""
@@ -38,36 +48,61 @@ def rank_batches(
     :meth:`~dualtok.data.stream.BlockStream.batches`."""
     if global_micro_batch % world_size:
         raise DataError(f"a micro-batch of {global_micro_batch} blocks cannot be shared by {world_size} ranks")
-    dataset = _RankBatches(stream, start_sample, global_micro_batch, rank, global_micro_batch // world_size)
-    if workers == 0:
-        return iter(dataset)
-    return iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+    share = global_micro_batch // world_size
+    largest = max(1, WINDOW_TOKENS // (share * stream.block_length)) if workers else 1
+    dataset = _RankWindows(stream, start_sample + rank * share, global_micro_batch, share, largest)
+    windows: Iterable[Batch] = DataLoader(dataset, batch_size=None, num_workers=workers) if workers else dataset
+    return chain.from_iterable(_micro_batches(window, share) for window in windows)
 
 
-class _RankBatches(IterableDataset[Batch]):
-    """The endless batches of one rank; data worker w of W makes every W-th."""
+def _micro_batches(window: Batch, rows: int) -> Iterator[Batch]:
+    for first in range(0, len(window["input_ids"]), rows):
+        yield {name: tensor[first : first + rows] for name, tensor in window.items()}
 
-    def __init__(self, stream: Reader, start: int, global_micro_batch: int, rank: int, share: int) -> None:
-        self._stream, self._start, self._stride = stream, start, global_micro_batch
-        self._rank, self._share = rank, share
+
+class _RankWindows(IterableDataset[Batch]):
+    """The endless micro-batches of one rank, those of a window stacked; data worker w of W makes every W-th window.
+
+    Args:
+        stream: what reads.
+        start: first sample of the rank.
+        stride: samples from one of its micro-batches to the next.
+        share: its samples of each.
+        largest: micro-batches of the largest window.
+    """
+
+    def __init__(self, stream: Reader, start: int, stride: int, share: int, largest: int) -> None:
+        self._stream, self._start, self._stride, self._share, self._largest = stream, start, stride, share, largest
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        number, every = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        ahead = number
+        windows = self._windows()
+        upcoming: deque[range] = deque()
+        fetched = 0  # how many of them prefetch what they need
         self._stream.forget_prefetched()
         while True:
-            ahead = max(ahead, number)
             for _ in range(LOOK_AHEAD):
+                if fetched == len(upcoming):
+                    upcoming.append(next(windows))
+                window = upcoming[fetched]
                 # Within an epoch of samples every shard has been seen.
-                too_far = (ahead - number) * self._stride >= len(self._stream)
-                if too_far or not self._stream.prefetch(self._samples(ahead)):
+                too_far = (window.start - upcoming[0].start) * self._stride >= len(self._stream)
+                if too_far or not self._stream.prefetch(self._samples(window)):
                     break
-                ahead += every
-            yield self._stream.read(self._samples(number))
-            number += every
+                fetched += 1
+            yield self._stream.read(self._samples(upcoming.popleft()))
+            fetched = max(0, fetched - 1)
 
-    def _samples(self, number: int) -> range:
-        """Return this rank's samples of the ``number``-th micro-batch from the start."""
-        first = self._start + number * self._stride + self._rank * self._share
-        return range(first, first + self._share)
+    def _windows(self) -> Iterator[range]:
+        """Yield this worker's windows as the numbers of their micro-batches."""
+        worker = get_worker_info()
+        mine, every = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        first = 0
+        for turn in count():
+            window = range(first, first + min(1 + turn, self._largest))
+            if turn % every == mine:
+                yield window
+            first = window.stop
+
+    def _samples(self, window: range) -> list[int]:
+        firsts = (self._start + number * self._stride for number in window)
+        return [sample for first in firsts for sample in range(first, first + self._share)]

@@ -134,7 +134,7 @@ class BlockStream:
     def read(self, samples: Sequence[int]) -> Batch:
         """Return the batch of some samples, in their order."""
         places = [self.locate(sample)[1:] for sample in samples]
-        batch, _, skipped = self._read_places(places)
+        batch, skipped = self._read_places(places)
         if self._skips:
             batch[SKIPPED] = torch.tensor(skipped, dtype=torch.int64)[:, None]
         return batch
@@ -209,9 +209,10 @@ class BlockStream:
         for call in range(self._calls(len(places), batch_size, world_size)):
             first = (call * world_size + rank) * batch_size
             mine = places[first : first + batch_size]
-            batch, segments, _ = self._read_places(mine or places[:1])
+            batch, _ = self._read_places(mine or places[:1])
+            segments = [[] if file in self._bad else self._shard(file).segments(row) for file, row in mine]
             if not mine:
-                batch["labels"], segments = torch.full_like(batch["labels"], IGNORED_LABEL), [[]]
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
             yield pad_rows(batch, batch_size), segments + [[]] * (batch_size - len(segments))
 
     def sequential_batches(
@@ -248,18 +249,16 @@ class BlockStream:
         rows = blocks - np.concatenate([[0], ends])[shards]
         return [(files[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
-    def _read_places(self, places: Sequence[tuple[str, int]]) -> tuple[Batch, list[list[Segment]], list[bool]]:
-        """Return the batch, the pieces of each row, and whether each row had to be left empty."""
+    def _read_places(self, places: Sequence[tuple[str, int]]) -> tuple[Batch, list[bool]]:
+        """Return the batch, and whether each row had to be left empty."""
         shards = {file: self._readable(file) for file in dict.fromkeys(file for file, _ in places)}
         ids = np.full((len(places), self.block_length), PADDING_ID, dtype=np.int32)
         lengths: list[NDArray[np.int32]] = [np.array([self.block_length], dtype=np.int32)] * len(places)
-        segments: list[list[Segment]] = [[] for _ in places]
         losses = np.zeros(ids.shape, dtype=np.float32)
         for number, (file, row) in enumerate(places):
             shard = shards[file]
             if shard is not None:
                 ids[number], lengths[number] = shard.input_ids[row], shard.lengths(row)
-                segments[number] = shard.segments(row)
                 if self._scores is not None:
                     losses[number] = self._scores.read(Path(file).stem, np.array([row]))[0]
         batch = model_inputs(ids, lengths)
@@ -267,7 +266,7 @@ class BlockStream:
         batch["labels"][torch.tensor(skipped)] = IGNORED_LABEL
         if self._scores is not None:
             batch["reference_loss"] = torch.where(batch["labels"] == IGNORED_LABEL, 0.0, torch.from_numpy(losses))
-        return batch, segments, skipped
+        return batch, skipped
 
     def _readable(self, file: str) -> Shard | None:
         """Return a shard whose reference losses, if the stream has any, can be read too; None if it is skipped."""
