@@ -35,6 +35,16 @@ def write_text(path: str | Path, text: str) -> None:
         stream.write(text.encode("utf-8"))
 
 
+def grant_as_umask_does(path: Path) -> None:
+    """Give a file the mode of any other new file: safetensors makes its own for their owner alone, and a copy has that
+    of its original."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with probe.open("wb") as stream:  # asking for the umask would change it for a moment, in all threads
+        mode = os.fstat(stream.fileno()).st_mode & 0o777
+    probe.unlink()
+    path.chmod(mode)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -81,6 +81,11 @@ class RunConfig:
             raise ValueError(
                 "selection.alpha: has no effect with objective 'selective', which never unlearns; remove it"
             )
+        if self.model is not None and self.model.trust_remote_code and engine != "zero":
+            raise ValueError(
+                f"model.trust_remote_code: train.engine={engine} cuts only architectures of transformers itself into "
+                "stages; use engine=zero"
+            )
         if self.data.mix and self.train is not None and self.train.epochs is not None:
             raise ValueError(
                 "train.epochs: folders mixed in by data.mix come round at different times; give train.steps instead"
@@ -146,7 +151,7 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
     try:
         tree = yaml.load(text, Loader=_RunLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_without_content(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a run is a mapping of sections such as 'data:' and 'train:'")
     for override in overrides:
@@ -178,7 +183,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"override {key}: the value is not YAML: {_without_content(error)}") from None
+
+
+def _without_content(error: yaml.YAMLError) -> str:
+    """Return what PyYAML found and where, without the line itself, which may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return "a character that YAML does not allow"
+    mark = error.problem_mark
+    return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _explain(error: ValidationError) -> str:
@@ -195,7 +208,8 @@ def _explain(error: ValidationError) -> str:
         message = first["msg"].removeprefix("Value error, ")
         text = message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
     else:
-        text = f"{key}: {first['msg']}, got {first['input']!r}"
+        secret = key.startswith("data.stream.storage")
+        text = f"{key}: {first['msg']}" + ("" if secret else f", got {first['input']!r}")
     more = len(problems) - 1
     return " ".join(text.split()) + (f" (and {more} more problem{'s' * (more > 1)})" if more else "")
 

@@ -21,6 +21,9 @@ class AuditConfig:
     """Row of the report -> folder or hub name of a Hugging Face model, e.g. ``{dual: models/dual, base:
     models/base}``."""
 
+    trust_remote_code: bool = False
+    """Run Python code that the audited models bring, with all your rights. Read it first."""
+
     attack_reference: str | None = None
     """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the
     defender used. Without it the attack ``ref`` is not run."""

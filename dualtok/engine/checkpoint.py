@@ -8,6 +8,7 @@ the others.
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
@@ -205,6 +206,8 @@ def _pointed(root: Path, name: str) -> str | None:
 
 def _candidates(root: Path, which: str) -> list[str]:
     tag = _pointed(root, which) if which in (LATEST, BEST) else which
+    if tag is not None and re.fullmatch(r"step-\d+", tag) is None:
+        raise CheckpointError(f"{root}: {tag!r} is no checkpoint's name; choose latest, best or one like {tag_of(100)}")
     newest_first = sorted((folder.name for folder in root.glob("step-*")), reverse=True) if which == LATEST else []
     return [*([tag] if tag else []), *newest_first]
 

@@ -35,7 +35,10 @@ def check_reference(reference: ReferenceConfig, data_dir: str | Place, manifest:
     """
     folder = model_folder(reference.origin)
     tokenizer = load_data_tokenizer(data_dir, manifest)
-    check_fits(read_model_config(folder), vocabulary=len(tokenizer), block_length=manifest.block_length,
+    config = read_model_config(
+        folder, trust_remote_code=reference.trust_remote_code, setting="reference.trust_remote_code"
+    )
+    check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length,
                origin=f"reference.model {reference.origin}")  # fmt: skip
     check_same_vocabulary(folder, tokenizer, origin=f"reference.model {reference.origin}")
     weight_files(folder)
@@ -65,8 +68,9 @@ def build_reference(reference: ReferenceConfig, folder: Path, layout: Layout) ->
     if reference.mode == "offload":
         config = offload_json(reference.deepspeed, on_accelerator=ranks.device.type != "cpu")
     forward = build_forward_only(
-        folder, precision=reference.precision, batch_size=reference.batch_size, deepspeed_json=config, ranks=ranks
-    )
+        folder, precision=reference.precision, batch_size=reference.batch_size, deepspeed_json=config, ranks=ranks,
+        trust_remote_code=reference.trust_remote_code,
+    )  # fmt: skip
     return WindowReference(forward, reference.batch_size, share)
 
 
@@ -88,5 +92,7 @@ def _background(reference: ReferenceConfig, folder: Path, share: Share) -> Backg
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = share_cores(reference.cores, int(os.environ.get("LOCAL_RANK", "0")), local_ranks)
     threads = reference.threads or (1 if cores is None else len(cores))
-    settings = WorkerSettings(str(folder), reference.precision, reference.batch_size, threads, cores)
+    settings = WorkerSettings(
+        str(folder), reference.precision, reference.batch_size, threads, cores, reference.trust_remote_code
+    )
     return BackgroundReference(settings, reference.prefetch, share)

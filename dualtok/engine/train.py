@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,8 +11,8 @@ import yaml
 
 from dualtok.data.manifest import split_entry
 from dualtok.data.mixture import Mixture, load_sources
-from dualtok.data.stream import BlockStream
 from dualtok.data.remote import prepared
+from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.engine.build import build_engine
 from dualtok.engine.checkpoint import find_checkpoint
@@ -26,6 +27,7 @@ from dualtok.files import write_text
 from dualtok.model.adapters import plan_adapters, save_settings
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import check_fits, starting_config
+from dualtok.model.weights import model_folder
 from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, fingerprint
 from dualtok.reference.live import AdapterReference
@@ -36,9 +38,9 @@ if TYPE_CHECKING:
 
     from dualtok.data.manifest import Manifest
     from dualtok.data.mixture import TrainingStream
+    from dualtok.data.remote import Place
     from dualtok.engine.checkpoint import SavedCheckpoint
     from dualtok.engine.config import TrainConfig
-    from dualtok.data.remote import Place
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.distributed import Ranks
     from dualtok.model.adapters import Adapters
@@ -227,6 +229,9 @@ def _start_folder(
         if model.path is None and not resumed:
             write_fresh_weights(config, run.seed, start)
         config.save_pretrained(start)
+        if model.trust_remote_code and model.path is not None:  # an export is nothing without it
+            for file in model_folder(model.path).glob("*.py"):
+                shutil.copyfile(file, start / file.name)
         tokenizer.save_pretrained(start)
         if adapters is not None:
             save_settings(adapters, start / ADAPTER_FOLDER)

@@ -149,7 +149,7 @@ def build_zero_engine(
     keep_alive = _partition_while_loading(config)
     causal_lm = load_causal_lm(
         folder, attention=model.attention, activation_checkpointing=model.activation_checkpointing,
-        quantise=model.quantise,
+        quantise=model.quantise, trust_remote_code=model.trust_remote_code,
     )  # fmt: skip
     if adapters is not None:
         adapters.put_into(causal_lm)
@@ -171,6 +171,7 @@ def build_forward_only(
     deepspeed_json: str | Json | None,
     ranks: Ranks,
     signals: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] | None = None,
+    trust_remote_code: bool = False,
 ) -> Callable[[Batch], Any]:
     """Return a function from a batch to token losses [b, t], or to the audit's signals when ``signals`` is given.
 
@@ -182,10 +183,11 @@ def build_forward_only(
             keeps a whole copy on every rank. With it every rank must make the same number of calls.
         ranks: the job's ranks.
         signals: function of (logits [b, t, v], labels [b, t]) that is kept per token instead of the loss.
+        trust_remote_code: run Python code that the model brings.
     """
     config = None if deepspeed_json is None else inference_config(deepspeed_json, precision, batch_size)
     keep_alive = None if config is None else _partition_while_loading(config)
-    causal_lm = load_causal_lm(folder, precision=precision)
+    causal_lm = load_causal_lm(folder, precision=precision, trust_remote_code=trust_remote_code)
     del keep_alive  # or the next model, e.g. the one in training, would be partitioned by this one's settings
     wrapped = TokenLossModel(causal_lm) if signals is None else SignalModel(causal_lm, signals)
     if config is None:

@@ -63,8 +63,10 @@ def audit(run: RunConfig) -> list[ModelAudit]:
         folders[ATTACKER] = model_folder(settings.attack_reference)
     vocabulary = len(load_data_tokenizer(place, manifest))
     for name, folder in folders.items():
-        check_fits(read_model_config(folder), vocabulary=vocabulary, block_length=manifest.block_length,
-                   origin=f"audit: {name}")  # fmt: skip
+        config = read_model_config(
+            folder, trust_remote_code=settings.trust_remote_code, setting="audit.trust_remote_code"
+        )
+        check_fits(config, vocabulary=vocabulary, block_length=manifest.block_length, origin=f"audit: {name}")
     signals = {name: _signals_of(run, manifest, name, folder, ranks) for name, folder in folders.items()}
     audits = ranks.first_does(lambda: _attack_all(run, signals))
     ranks.barrier()
@@ -116,7 +118,7 @@ def _signals_of(run: RunConfig, manifest: Manifest, name: str, folder: Path, ran
     if not ranks.from_first(all(file.is_file() for file in files.values())):
         forward = build_forward_only(
             folder, precision=settings.precision, batch_size=settings.batch_size, deepspeed_json=settings.deepspeed,
-            ranks=ranks, signals=token_signals,
+            ranks=ranks, signals=token_signals, trust_remote_code=settings.trust_remote_code,
         )  # fmt: skip
         for split, file in files.items():
             builder = _model_pass(run, split, forward, f"audit {name}, {split}", ranks)

@@ -12,7 +12,7 @@ import torch
 from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.train import ADAPTER_FOLDER, CHECKPOINTS, RUN_FILE, START_FOLDER
 from dualtok.errors import CheckpointError, ConfigError
-from dualtok.files import sync_folder, write_text
+from dualtok.files import grant_as_umask_does, sync_folder, write_text
 from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
 from dualtok.model.load import DTYPES
 
@@ -62,7 +62,7 @@ def export(
     for file in start.iterdir():
         weights_file = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
         if file.is_file() and not weights_file and not (adapter is not None and file.name in MODEL_FILES):
-            shutil.copy2(file, temporary)
+            shutil.copyfile(file, temporary / file.name)
     reader = saved.reader()
     if adapter is None:
         _write_weights(reader, temporary, DTYPES[precision], shard_size)
@@ -85,12 +85,15 @@ def _merge(folder: Path, run_dir: Path, dtype: torch.dtype, shard_size: str) -> 
     from dualtok.model.load import load_causal_lm
 
     run = yaml.safe_load((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-    base = load_causal_lm(run["model"]["path"] or run_dir / START_FOLDER)
+    trusted = bool(run["model"].get("trust_remote_code"))
+    base = load_causal_lm(run["model"]["path"] or run_dir / START_FOLDER, trust_remote_code=trusted)
     merged = peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         (folder / name).unlink()
     merged.config.use_cache = True
     merged.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    for file in folder.glob("*.safetensors"):
+        grant_as_umask_does(file)
 
 
 def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
@@ -102,6 +105,7 @@ def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype, s
     for file, members in plan.filename_to_tensors.items():
         # One file's parameters at a time: memory is bounded by the larger of shard_size and the largest parameter.
         save_file({name: reader.whole(name).to(dtype) for name in members}, folder / file, metadata={"format": "pt"})
+        grant_as_umask_does(folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True))

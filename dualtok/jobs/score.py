@@ -94,7 +94,7 @@ def score(run: RunConfig) -> ScoreSummary:
     if missing:
         forward = build_forward_only(
             folder, precision=reference.precision, batch_size=reference.batch_size,
-            deepspeed_json=reference.deepspeed, ranks=ranks,
+            deepspeed_json=reference.deepspeed, ranks=ranks, trust_remote_code=reference.trust_remote_code,
         )  # fmt: skip
         scored, rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
         checksums |= dict(zip(missing, scored, strict=True))

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from dualtok.errors import ConfigError, did_you_mean
+from dualtok.files import grant_as_umask_does
+from dualtok.model.own_code import has_own_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -217,7 +219,8 @@ def read_adapter_settings(folder: Path, config: PretrainedConfig) -> peft.LoraCo
         raise ConfigError(f"reference.adapter: {folder} cannot be read as a peft adapter: {reason}") from None
     if not isinstance(settings, peft.LoraConfig):
         raise ConfigError(f"reference.adapter: {folder} holds a {settings.peft_type} adapter; only LoRA is supported")
-    extras = [key for key in ("modules_to_save", "use_dora", "trainable_token_indices", "target_parameters")
+    extras = [key for key in ("modules_to_save", "use_dora", "trainable_token_indices", "target_parameters",
+                              "megatron_config")  # peft imports whatever module it names
               if getattr(settings, key, None)]  # fmt: skip
     if extras or settings.bias != "none":
         raise ConfigError(
@@ -280,7 +283,8 @@ def write_adapter(weights: dict[str, torch.Tensor], settings: Path, folder: Path
     from safetensors.torch import save_file
 
     save_file({name: value.clone() for name, value in weights.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
-    shutil.copy2(settings / CONFIG_FILE, folder)
+    grant_as_umask_does(folder / WEIGHTS_FILE)
+    shutil.copyfile(settings / CONFIG_FILE, folder / CONFIG_FILE)
 
 
 def save_settings(adapters: Adapters, folder: Path) -> None:
@@ -315,4 +319,4 @@ def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=has_own_class(config))

@@ -37,6 +37,10 @@ class ModelConfig:
     """Hugging Face configuration of a model made from scratch, e.g. ``{model_type: llama, hidden_size: 256, ...}``.
     ``vocab_size`` may be left out: it is the tokenizer's. Weights are drawn once from ``seed``, whatever the ranks."""
 
+    trust_remote_code: bool = False
+    """Run Python code that the folder or hub repository ``path`` brings, with all your rights; only for
+    ``train.engine: zero``. Read the code first."""
+
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation; each of them stops at the document boundaries of packed blocks."""
 
@@ -55,6 +59,8 @@ class ModelConfig:
         """Require exactly one origin of the weights."""
         if (self.path is None) == (self.config is None):
             raise ValueError("model: give exactly one of 'path' (pretrained) and 'config' (from scratch)")
+        if self.trust_remote_code and self.path is None:
+            raise ValueError("model.trust_remote_code: has no effect without model.path; remove it")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config: needs 'model_type', e.g. llama")
         if self.quantise is not None and self.lora is None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dualtok.errors import ConfigError
-from dualtok.files import write_text
+from dualtok.files import grant_as_umask_does, write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -83,6 +83,7 @@ def write_fresh_weights(
         for file in {plan.tensor_to_filename[name] for name in group.names}:
             if len(waiting[file]) == len(plan.filename_to_tensors[file]):
                 save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+                grant_as_umask_does(folder / file)
     assert not waiting, f"files never completed: {sorted(waiting)}"
     if plan.is_sharded:
         parameters = sum(tensor.numel() for tensor in saved.values())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dualtok.errors import ConfigError, did_you_mean
+from dualtok.model.own_code import needs_own_code, refusal
+from dualtok.model.weights import model_folder, weight_map
 from dualtok.objective.linear_cross_entropy import LogitScaling
 
 if TYPE_CHECKING:
@@ -20,21 +23,33 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def read_model_config(path: str | Path) -> PretrainedConfig:
+def read_model_config(
+    path: str | Path, *, trust_remote_code: bool = False, setting: str = "model.trust_remote_code"
+) -> PretrainedConfig:
     """Read the ``config.json`` of a Hugging Face folder or hub name.
 
+    Args:
+        path: the folder or name.
+        trust_remote_code: run Python code that it brings.
+        setting: what allows that, for the error.
+
     Raises:
-        ConfigError: there is no such folder or hub model, or its config is not one that transformers knows.
+        ConfigError: there is no such folder or hub model, its config is not one that transformers knows, or it needs
+            code that is not trusted.
     """
     from transformers import AutoConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{path}: not a Hugging Face model folder (no config.json); write one with `dualtok export`")
     try:
-        return AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if needs_own_code(error):
+            raise refusal(path, setting) from None
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: neither a model folder nor a hub model that can be read: {reason}") from None
+    config._attn_implementation = None  # it may name a kernel, that is code, on the hub; the run's setting counts alone
+    return config
 
 
 def check_fits(config: PretrainedConfig, *, vocabulary: int, block_length: int, origin: str) -> None:
@@ -75,7 +90,15 @@ def check_same_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, *, o
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return
-    theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    except ValueError as error:
+        if not needs_own_code(error):
+            raise
+        raise ConfigError(
+            f"{origin}: its tokenizer brings Python code of its own, which dualtok never runs; save it as a fast "
+            "tokenizer (tokenizer.json), or remove it from the folder if the blocks were made with it"
+        ) from None
     for token, index in tokenizer.get_vocab().items():
         if theirs.get(token) != index:
             raise ConfigError(
@@ -96,7 +119,7 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
         ConfigError: the folder cannot be read, or ``model.config`` has an unknown architecture, key or value.
     """
     if model.path is not None:
-        return read_model_config(model.path)
+        return read_model_config(model.path, trust_remote_code=model.trust_remote_code)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -118,7 +141,7 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
 
 def load_causal_lm(
     path: Path | str, *, precision: str = "fp32", attention: str = "sdpa", activation_checkpointing: bool = False,
-    quantise: str | None = None,
+    quantise: str | None = None, trust_remote_code: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model that honours the position-based document boundaries of packed blocks.
 
@@ -130,18 +153,31 @@ def load_causal_lm(
         attention: attention implementation.
         activation_checkpointing: recompute each layer's activations in the backward pass.
         quantise: ``nf4`` keeps the weights of linear layers in 4 bits; they cannot be trained then.
+        trust_remote_code: run Python code that the model brings.
 
     Raises:
-        ConfigError: the model cannot be read, its architecture takes no ``position_ids``, or bitsandbytes is missing.
+        ConfigError: the model cannot be read or needs code that is not trusted, its architecture takes no
+            ``position_ids``, or bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
 
     extra = {} if quantise is None else {"quantization_config": _nf4(precision)}
+    # A local folder: transformers would ask a service of the hub to convert pickled weights of a hub name.
+    folder = model_folder(path)
+    weight_map(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[precision], attn_implementation=attention, **extra
-        )
+            folder, dtype=DTYPES[precision], attn_implementation=attention, trust_remote_code=trust_remote_code,
+            weights_only=True, **extra,
+        )  # fmt: skip
+    except UnpicklingError:
+        raise ConfigError(
+            f"{path}: its pickled weights (*.bin) hold more than tensors, which may run code; they are not read. Get "
+            "the model as safetensors"
+        ) from None
     except (OSError, ValueError, ImportError) as error:
+        if needs_own_code(error):
+            raise refusal(path, "trust_remote_code of its section") from None
         raise ConfigError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:240]}") from None
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ConfigError(

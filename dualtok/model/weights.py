@@ -31,10 +31,29 @@ def model_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", *WEIGHT_PATTERNS, "*.model"]))
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.py", *WEIGHT_PATTERNS, "*.model"]))
     except Exception as error:  # the hub client raises a dozen unrelated classes for "cannot be had"
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"{path}: neither a model folder nor a hub model that can be read: {reason}") from None
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Return tensor name -> file of a model of several safetensors; empty for a model without an index.
+
+    Raises:
+        ConfigError: the index is malformed, or names a file outside the folder.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        outside = next((file for file in files.values() if Path(file).is_absolute() or ".." in Path(file).parts), None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path}: malformed; save the model again with transformers' save_pretrained") from None
+    if outside is not None:
+        raise ConfigError(f"{path}: names {outside!r}, which is outside the model's folder; do not trust this model")
+    return files
 
 
 class WeightFiles:
@@ -50,14 +69,13 @@ class WeightFiles:
 
     def __init__(self, path: Path | str, model: PreTrainedModel) -> None:
         self.folder = model_folder(path)
-        if (self.folder / INDEX).is_file():
-            files: dict[str, str] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        elif (self.folder / SINGLE).is_file():
+        files = weight_map(self.folder)
+        if not files and (self.folder / SINGLE).is_file():
             from safetensors import safe_open
 
             with safe_open(self.folder / SINGLE, framework="pt") as content:
                 files = dict.fromkeys(content.keys(), SINGLE)
-        else:
+        if not files:
             raise ConfigError(
                 f"{path}: no {SINGLE} or {INDEX}; a pipeline stage reads its own weights alone, which needs "
                 "safetensors: save the model again with transformers' save_pretrained"

@@ -48,6 +48,8 @@ class WorkerSettings:
     threads: int
     cores: tuple[int, ...] | None = None
     """Host cores it is pinned to; None leaves it where the training process runs."""
+    trust_remote_code: bool = False
+    """Run Python code that the model brings."""
 
 
 class BackgroundReference:
@@ -230,7 +232,10 @@ def _load(settings: WorkerSettings) -> Callable[[Batch], torch.Tensor]:
     from dualtok.model.load import load_causal_lm
     from dualtok.model.losses import TokenLossModel, probe_batch, require_faithful
 
-    model = TokenLossModel(load_causal_lm(settings.model, precision=settings.precision), CHUNK_TOKENS).eval()
+    causal_lm = load_causal_lm(
+        settings.model, precision=settings.precision, trust_remote_code=settings.trust_remote_code
+    )
+    model = TokenLossModel(causal_lm, CHUNK_TOKENS).eval()
     checked = False
 
     @torch.no_grad()

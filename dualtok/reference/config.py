@@ -13,10 +13,10 @@ from dualtok.data.config import SplitName
 Mode = Literal["stored", "offload", "cpu", "resident", "adapter"]
 
 USED: dict[str, tuple[str, ...]] = {
-    "stored": ("model", "splits", "precision", "batch_size", "deepspeed"),
-    "offload": ("model", "precision", "batch_size", "deepspeed"),
-    "cpu": ("model", "precision", "batch_size", "prefetch", "threads", "cores"),
-    "resident": ("model", "precision", "batch_size", "deepspeed"),
+    "stored": ("model", "trust_remote_code", "splits", "precision", "batch_size", "deepspeed"),
+    "offload": ("model", "trust_remote_code", "precision", "batch_size", "deepspeed"),
+    "cpu": ("model", "trust_remote_code", "precision", "batch_size", "prefetch", "threads", "cores"),
+    "resident": ("model", "trust_remote_code", "precision", "batch_size", "deepspeed"),
     "adapter": ("adapter",),
 }
 """Mode -> the settings that have an effect in it."""
@@ -29,6 +29,9 @@ class ReferenceConfig:
     model: str | None = None
     """Folder or hub name of the reference model, e.g. one that ``dualtok export`` wrote. Every mode but ``adapter``
     needs it."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the folder or hub repository ``model`` brings, with all your rights. Read it first."""
 
     mode: Mode = "stored"
     """``stored``: scored once by ``dualtok score`` and read back beside the tokens, at no cost in the training step.

@@ -52,14 +52,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_digest(path: str | Path) -> str:
-    """Return the SHA-256 over a model's weight files and ``config.json``, in the order of their names.
+    """Return the SHA-256 over a model's ``config.json``, weight files and own code, in the order of their names.
 
     Raises:
         ConfigError: the folder holds no weights.
     """
     folder = model_folder(path)
     whole = hashlib.sha256()
-    for file in [folder / "config.json", *weight_files(folder)]:
+    for file in [folder / "config.json", *weight_files(folder), *sorted(folder.glob("*.py"))]:
         with file.open("rb") as stream:
             whole.update(file.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()
