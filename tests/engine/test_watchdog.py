@@ -1,0 +1,47 @@
+"""A process that makes no progress reports where it stands and ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support import ROOT
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from dualtok.engine.watchdog import Watchdog
+import dualtok.engine.watchdog as module
+module.GRACE_SECONDS = 0.1
+
+def stuck_here(): time.sleep(60)
+
+with Watchdog(0.6, Path(sys.argv[1]), 3) as watchdog:
+    for step in range(4):
+        watchdog.beat(f"in step {step}")
+        time.sleep(0.3)
+    {last}
+"""
+
+
+def run(folder: Path, last: str) -> subprocess.CompletedProcess[str]:
+    code = HANGING.replace("{last}", last)
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=50,
+                          check=False, cwd=ROOT)  # fmt: skip
+
+
+def test_a_hang_ends_with_the_stacks_on_disk(tmp_path: Path) -> None:
+    started = time.monotonic()
+    ended = run(tmp_path / "stacks", "stuck_here()")
+    assert ended.returncode == 70
+    assert time.monotonic() - started < 30
+    assert "rank 3: no progress for 1 s while in step 3; its main thread is in stuck_here" in ended.stderr
+    assert "stuck_here" in (tmp_path / "stacks" / "rank-00003.txt").read_text()
+
+
+def test_progress_keeps_it_quiet(tmp_path: Path) -> None:
+    ended = run(tmp_path / "stacks", "pass")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert not (tmp_path / "stacks").exists()

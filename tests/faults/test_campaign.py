@@ -1,0 +1,19 @@
+"""Whatever strikes, a run that is started again ends as the undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import Campaign
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_under_faults_ends_as_the_undisturbed_one(
+    small_corpus: dict[str, Any], tmp_path: Path, seed: int
+) -> None:
+    Campaign(tmp_path, small_corpus, seed=seed, faults=3).carry_out()
