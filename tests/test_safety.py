@@ -10,13 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dualtok.data.config import DataConfig
+from dualtok.data.documents import read_documents
 from dualtok.data.manifest import MANIFEST, load_manifest
 from dualtok.data.prepare import prepare
+from dualtok.data.splits import assign_split, content_digest
+from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dualtok.errors import CheckpointError, ConfigError, DataError
 from dualtok.model.adapters import read_adapter_settings
@@ -26,7 +32,16 @@ from dualtok.model.weights import WeightFiles
 from dualtok.reference.fingerprint import weights_digest
 from dualtok.run import load_run, parse_run
 from tests.data.support import SHARES, whole_documents, write_prepared
-from tests.support import VOCABULARY, save_model, tiny_llama_config
+from tests.support import (
+    BLOCK_LENGTH,
+    VOCABULARY,
+    dualtok,
+    error_line,
+    save_model,
+    succeed,
+    tiny_llama_config,
+    write_run,
+)
 
 OWN_CODE = """
 import os
@@ -247,3 +262,99 @@ def test_an_error_about_settings_repeats_no_secret(tmp_path: Path) -> None:
             parse_run({"data": {"dir": "s3://bucket/a", "stream": stream}})
         assert "hunter2" not in str(caught.value)
         assert "data.stream" in str(caught.value)
+
+
+CANARY = "zquillplover"
+"""A word of private documents alone."""
+SECRET = "zqsecret5f3a"
+"""The value of environment variables that hold credentials."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "%s", }', b'{"text": "%s', b'["%s"]', b'{"%s is all that it says": 1}', b'{"text": ["%s"]}',
+        b'{"text": "%s \\ud800"}', b'{"text": "%s \xe9"}',
+    ],
+)  # fmt: skip
+def test_an_error_about_a_document_repeats_none_of_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(content % CANARY.encode())
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: ") as caught:
+        prepare(DataConfig(str(tmp_path / "data"), source=str(tmp_path / "corpus.jsonl")), progress=False)
+    assert CANARY not in str(caught.value)
+
+
+def test_an_error_about_a_row_of_parquet_or_a_dataset_repeats_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = CANARY.encode() + b"\xff"
+    offsets = np.array([0, len(text)], np.int32)
+    column = pa.StringArray.from_buffers(1, pa.py_buffer(offsets), pa.py_buffer(text))
+    pq.write_table(pa.table({"text": column}), tmp_path / "corpus.parquet")
+    with pytest.raises(DataError, match=r"corpus\.parquet: row 0: not UTF-8") as caught:
+        list(read_documents(DataConfig("data", source=str(tmp_path / "corpus.parquet"))))
+    assert CANARY not in str(caught.value)
+
+    class Dataset:
+        column_names = ("text",)
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            yield {"text": "one"}
+            raise ValueError(f"cannot cast {CANARY}")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset())
+    with pytest.raises(DataError, match=r"somebody/corpus: cannot be read after row 0 \(ValueError\)") as caught:
+        list(read_documents(DataConfig("data", source="somebody/corpus")))
+    assert CANARY not in str(caught.value)
+
+
+def private_corpus(path: Path, shares: dict[str, float]) -> Path:
+    """Write 200 documents, of which those that will be members hold the canary."""
+    lines = []
+    for number in range(200):
+        draw = np.random.default_rng(number)
+        text = " ".join(f"word{draw.integers(100)}" for _ in range(40))
+        private = f"{text} {CANARY} {text}"
+        member = assign_split(content_digest(private), shares, 0) == "train"
+        lines.append(json.dumps({"text": private if member else text}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.slow
+def test_no_output_of_a_whole_run_holds_text_or_secrets(tmp_path: Path) -> None:
+    shares = {"train": 0.4, "reference": 0.2, "validation": 0.2, "held_out": 0.2}
+    root, before = tmp_path / "all", os.umask(0o027)
+    try:
+        root.mkdir()
+        source = private_corpus(tmp_path / "corpus.jsonl", shares)
+        data = {"dir": str(root / "data"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 2,
+                "vocab_size": VOCABULARY, "near_duplicate_threshold": None, "shares": shares}  # fmt: skip
+        reference, exported = save_model(tmp_path / "reference", seed=1), root / "exported"
+        run = write_run(
+            root / "run.yaml", data, model={"config": tiny_llama_config()}, monitor={"log_every": 1},
+            reference={"model": str(reference)},
+            train={"learning_rate": 1e-3, "batch_size": 4, "steps": 1, "precision": "fp32", "evaluation_blocks": 8},
+            audit={"models": {"dual": str(exported)}, "attack_reference": str(reference),
+                   "runs": {"dual": str(root / "run")}, "bootstrap_resamples": 100, "fpr_targets": [0.5]},
+        )  # fmt: skip
+        secrets: dict[str, Any] = {"AWS_SECRET_ACCESS_KEY": SECRET, "HF_TOKEN": SECRET, "MY_PASSWORD": SECRET}
+        said = []
+        for arguments in (["prepare", run], ["score", run], ["train", run], ["export", root / "run", exported],
+                          ["audit", run], ["report", run]):  # fmt: skip
+            result = dualtok(*arguments, **secrets)
+            said += [succeed(result), result.stderr]
+        failed = dualtok("train", run, f"output_dir={root / 'failed'}", "train.learning_rate=1e30", "train.steps=3",
+                         "train.gradient_clipping=0", **secrets)  # fmt: skip
+        said.append(error_line(failed) + failed.stdout)
+        for word in (CANARY, SECRET):
+            assert word not in "".join(said)
+            holders = [path for path in root.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
+            assert holders == []
+        tokenizer = load_tokenizer(root / "data" / "tokenizer")
+        trained_on = BlockStream(root / "data", "train", seed=0).read(range(20))["input_ids"]
+        assert CANARY in tokenizer.decode(trained_on.flatten()), "there was nothing to be found"
+        assert wrong_modes(root, 0o027) == []
+        assert {"events", "report", "audit", "checkpoints", "start"} <= {path.name for path in (root / "run").iterdir()}
+    finally:
+        os.umask(before)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 1024
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
 class Document(NamedTuple):
@@ -202,6 +203,8 @@ def _read_parquet(
                     if wanted(row) else None
                 )  # fmt: skip
                 row += 1
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: row {row}: not UTF-8; convert the file to UTF-8") from None
     except (pa.ArrowInvalid, OSError) as error:
         after = f" after row {row}" if row else ""
         raise DataError(f"{path}: not a readable Parquet file{after}: {_reason(error)}") from None
@@ -235,7 +238,11 @@ def _stream_dataset(config: DataConfig, wanted: Wanted) -> Iterator[Document | N
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{name}: cannot be read after row {number}: {_reason(error)}") from None
+        # Not the library's own words, which may repeat what stands in the row.
+        raise DataError(
+            f"{name}: cannot be read after row {number} ({type(error).__name__}); read it with the datasets library "
+            "to see why"
+        ) from None
 
 
 def _decode(raw: bytes, origin: str) -> str:
@@ -269,5 +276,8 @@ def _reason(error: Exception) -> str:
 
 
 def _no_field(field: str, known: list[str], origin: str) -> str:
-    fields = ", ".join(map(str, known))
-    return f"{origin}: no field {field!r}{did_you_mean(field, known)}; fields are {fields} (data.field)"
+    # A JSON object may have texts for keys, which no message must repeat.
+    names = [name for name in map(str, known) if NAME.fullmatch(name)]
+    others = len(known) - len(names)
+    fields = ", ".join([*names, *([f"{others} that are no names"] if others else [])])
+    return f"{origin}: no field {field!r}{did_you_mean(field, names)}; fields are {fields} (data.field)"
