@@ -149,7 +149,7 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        tree = yaml.load(text, Loader=_RunLoader)
+        tree = yaml.load(text, Loader=_RunLoader)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_without_content(error)}") from None
     if not isinstance(tree, dict):
