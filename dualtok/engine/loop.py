@@ -99,8 +99,8 @@ class TrainingLoop:
         state = LoopState(**load_checkpoint(self.engine, saved))
         if state.blocks != self.state.blocks:
             raise CheckpointError(
-                f"{saved.folder}: trained on other blocks than {self.run.data.dir} (or a folder of data.mix) holds now; "
-                "restore them"
+                f"{saved.folder}: trained on other blocks than {self.run.data.dir} (or a folder of data.mix) holds "
+                "now; restore them"
             )
         self._restore_guard(state)
         self.state = state
