@@ -7,6 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from dualtok.data.remote import RemoteFolder
+from dualtok.data.storage import READ_ONLY
+from dualtok.errors import ConfigError
 from dualtok.files import file_sha256
 from dualtok.reference.stored import (
     INDEX,
@@ -38,9 +41,14 @@ class ScoreFiles:
     Args:
         place: the prepared data.
         fingerprint: of the losses.
+
+    Raises:
+        ConfigError: nothing can be written to the address.
     """
 
     def __init__(self, place: Place, fingerprint: Fingerprint) -> None:
+        if isinstance(place, RemoteFolder) and place.storage.is_web_server:
+            raise ConfigError(READ_ONLY.format(place))
         self._place, self._fingerprint = place, fingerprint
         self._name = f"{SCORES}/{fingerprint.digest}"
         self._known = self._read_index()
@@ -82,10 +90,13 @@ class ScoreFiles:
     def finish(self, model: str, files: dict[str, str]) -> None:
         """Write the index: the checksum of each ``split/file``; those of other splits stay in it."""
         if isinstance(self._place, Path):
-            write_index(scores_folder(self._place, self._fingerprint), self._fingerprint, model, files)
+            folder = scores_folder(self._place, self._fingerprint)
+            for left in folder.glob("*/.*.tmp"):  # by a rank that was killed while it wrote
+                left.unlink(missing_ok=True)
+            write_index(folder, self._fingerprint, model, files)
             return
-        with TemporaryDirectory(prefix="dualtok-") as folder:
-            index = Path(folder) / INDEX
+        with TemporaryDirectory(prefix="dualtok-") as temporary:
+            index = Path(temporary) / INDEX
             index.write_text(index_of_scores(self._fingerprint, model, {**self._read_index(), **files}))
             self._place.storage.put(index, f"{self._name}/{INDEX}")
 

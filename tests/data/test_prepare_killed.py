@@ -35,7 +35,7 @@ def kill_at(section: dict[str, Any], verb: str, write: int, draw: random.Random)
     time.sleep(draw.uniform(0, 2 * SLOW_DISK))
     assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)  # a worker that lives on would hold the pipe
     assert process.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import torch
 
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
-from tests.support import dualtok, error_line, partitioned_json, save_model, succeed, write_run
+from tests.support import ROOT, dualtok, environment, error_line, partitioned_json, save_model, succeed, write_run
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,44 @@ def test_scoring_goes_on_where_it_stopped(small_corpus: dict[str, Any], tmp_path
     again = read_scores(data["dir"])
     assert all(np.array_equal(again[name], whole[name]) for name in whole)
     assert f"{len(files)} shards scored (0 now" in succeed(dualtok("score", run))
+
+
+@pytest.mark.slow
+def test_scoring_killed_at_random_moments_gives_the_same_bytes(
+    small_corpus: dict[str, Any], tmp_path: Path, model: Path
+) -> None:
+    draw = random.Random(0)
+    whole, broken = (own_copy(small_corpus, tmp_path / name) for name in ("whole", "broken"))
+    reference = {"model": str(model), "batch_size": 1}
+    succeed(dualtok("score", write_run(tmp_path / "whole.yaml", whole, reference=reference)))
+    run = write_run(tmp_path / "broken.yaml", broken, reference=reference)
+    shards = len(list(Path(whole["dir"]).glob("scores/*/*/*.arrow")))
+    done = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dualtok", "score", str(run)], env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        wanted, deadline = done + draw.randrange(1, shards // 3), time.monotonic() + 240
+        while (done := len(list(Path(broken["dir"]).glob("scores/*/*/shard*.arrow")))) < wanted:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not list(Path(broken["dir"]).glob("scores/*/scores.json"))
+    (folder,) = Path(broken["dir"]).glob("scores/*/train")
+    (folder / ".shard-00000-00000.arrow.1.tmp").write_bytes(b"left by a rank that was killed while it wrote")
+    done = len(list(Path(broken["dir"]).glob("scores/*/*/shard*.arrow")))
+    assert f"{shards} shards scored ({shards - done} now" in succeed(dualtok("score", run))
+
+    def contents(data: dict[str, Any]) -> dict[str, bytes]:
+        files = (path for path in (Path(data["dir"]) / "scores").rglob("*") if path.is_file())
+        return {str(path.relative_to(data["dir"])): path.read_bytes() for path in files}
+
+    assert contents(broken) == contents(whole)
 
 
 def test_a_reference_that_does_not_fit_is_refused(small_corpus: dict[str, Any], tmp_path: Path) -> None:
