@@ -95,10 +95,13 @@ class BlockStream:
         self._scores, self._skips = scores, on_bad_shard == "skip"
         self._entries = {shard.file: shard for shard in entry.shards}
         self._lane_shards: list[list[ShardEntry]] = [[] for _ in range(self.lanes)]
+        self._numbers: dict[str, int] = {}
+        """Which shard of its lane a file is."""
         self._bad: set[str] = set()
         self._sound: set[str] = set()
         """Local shards that this reader need not hash again; kept under ``skip`` alone."""
         for number, shard in enumerate(entry.shards):
+            self._numbers[shard.file] = len(self._lane_shards[shard.lane])
             self._lane_shards[shard.lane].append(shard)
             if isinstance(self._place, Path):
                 self._check(self._place, shard, hashed=verify and number % verify_world_size == verify_rank)
@@ -328,7 +331,7 @@ class BlockStream:
 
     def _draw_row_order(self, epoch: int, file: str) -> NDArray[np.int64]:
         entry = self._entries[file]
-        number = self._lane_shards[entry.lane].index(entry)
+        number = self._numbers[file]
         return np.random.default_rng([self.seed, epoch, entry.lane, number + 1]).permutation(entry.rows)
 
     def __getstate__(self) -> dict[str, object]:
