@@ -173,7 +173,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
                              tmp_path / f"{documents}.jsonl")  # fmt: skip
         section = {
             "dir": str(tmp_path / str(documents)), "source": str(source), "block_length": 256, "lanes": 4,
-            "vocab_size": 2000, "near_duplicate_threshold": None, "rows_per_shard": 256,
+            "vocab_size": 2000, "rows_per_shard": 256,
             "shares": {"train": 0.88, "reference": 0.02, "held_out": 0.1},
         }  # fmt: skip
         peaks.append(finish(child(section, chunk=100)))
