@@ -55,7 +55,7 @@ class StreamConfig:
     cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 64.0
     """Most GiB that the cache keeps; what was used longest ago goes first."""
 
-    prefetch: Annotated[int, Field(ge=0)] = 8
+    prefetch: Annotated[int, Field(ge=0)] = 32
     """Shards that each reader (a rank, or each of its data workers) fetches in the background before it needs them."""
 
     attempts: Count = 8
@@ -110,8 +110,8 @@ def require_no_secret(address: str, setting: str) -> None:
     Raises:
         ValueError: it has one.
     """
-    parts = urlsplit(address)
-    if "@" in parts.netloc or parts.query:
+    # A password may hold a slash, so that it is not all in the part before the first; hf:// has "@" before a revision.
+    if ("@" in address and not address.startswith("hf://")) or urlsplit(address).query:
         raise ValueError(
             f"{setting}: the address holds a user name or a query, which would be written to run.yaml; leave them out "
             "and give credentials by data.stream.storage_environment"

@@ -28,7 +28,7 @@ class Connection:
     """
 
     def __init__(self, address: str, settings: StreamConfig) -> None:
-        import fsspec
+        import fsspec.asyn
 
         protocol = address.partition("://")[0]
         if protocol not in fsspec.available_protocols():
@@ -45,6 +45,9 @@ class Connection:
             raise ConfigError(f"data.dir: {address}: {' '.join(str(error).split())[:120]}{hint}") from None
         if protocol == "s3":
             self.fs.retries = 1  # its own attempts would multiply with ours
+        if hasattr(self.fs, "set_session"):
+            # Now, by one thread: it takes seconds of work, which are no silence of the server's.
+            fsspec.asyn.sync(self.fs.loop, self.fs.set_session)
 
     def path(self, name: str) -> str:
         """Return an object's path within the file system."""

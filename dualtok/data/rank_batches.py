@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dualtok.errors import DataError
+from dualtok.errors import DataError, DualtokError
 
 Batch = dict[str, torch.Tensor]
 LOOK_AHEAD = 16
@@ -51,8 +51,19 @@ def rank_batches(
     share = global_micro_batch // world_size
     largest = max(1, WINDOW_TOKENS // (share * stream.block_length)) if workers else 1
     dataset = _RankWindows(stream, start_sample + rank * share, global_micro_batch, share, largest)
-    windows: Iterable[Batch] = DataLoader(dataset, batch_size=None, num_workers=workers) if workers else dataset
+    windows: Iterable[Batch] = dataset
+    if workers:
+        windows = _from_workers(DataLoader(dataset, batch_size=None, num_workers=workers))
     return chain.from_iterable(_micro_batches(window, share) for window in windows)
+
+
+def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Yield what workers read; their errors as if raised here, where the loader would show the worker's traceback."""
+    try:
+        yield from loader
+    except DualtokError as error:
+        last_line = str(error).rstrip().rpartition("\n")[2]
+        raise type(error)(last_line.partition(": ")[2]) from None
 
 
 def _micro_batches(window: Batch, rows: int) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -68,7 +69,8 @@ class RemoteFolder:
     def prefetch(self, file: RemoteFile) -> None:
         """Fetch a file in the background. A failure is left to :meth:`open`, which tries again."""
         if self._fetchers is None or self._fetchers[0] != os.getpid():
-            self.storage.connect()  # once, before several threads would
+            with suppress(Exception):  # it is tried again, and told, by whoever needs it
+                self.storage.connect()  # once, before several threads would
             threads = min(self.settings.prefetch, MOST_THREADS)
             self._fetchers = os.getpid(), _Fetchers(self._keep, threads)
         self._fetchers[1].submit(file)

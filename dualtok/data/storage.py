@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 LOG = logging.getLogger(__name__)
 LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of this host's disk, not of the remote."""
+READ_ONLY = "{}: nothing can be written there; use a copy in a local folder or an object store"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
@@ -66,9 +67,9 @@ class Storage:
         self._connected: tuple[int, Connection] | None = None
 
     @property
-    def can_list(self) -> bool:
-        """Whether the names of objects can be asked for; a web server has no such question."""
-        return not self.address.startswith(("http://", "https://"))
+    def is_web_server(self) -> bool:
+        """Whether names cannot be asked for and nothing can be written."""
+        return self.address.startswith(("http://", "https://"))
 
     def read(self, name: str, *, patient: bool = True) -> bytes:
         """Return a small object.
@@ -128,6 +129,9 @@ class Storage:
             ConfigError: nothing can be written to this address.
         """
 
+        if self.is_web_server:
+            raise ConfigError(READ_ONLY.format(self.address))
+
         def attempt() -> None:
             connection = self.connect()
             connection.fs.put_file(str(source), connection.path(name))
@@ -136,7 +140,7 @@ class Storage:
             self._persist(name, attempt, final=(NotImplementedError, PermissionError))
         except _GivenUp as problem:
             if isinstance(problem.cause, NotImplementedError):
-                raise ConfigError(f"{self.address}: nothing can be written there; use a local copy of it") from None
+                raise ConfigError(READ_ONLY.format(self.address)) from None
             raise DataError(str(problem)) from None
 
     def names(self, folder: str) -> list[str]:
@@ -197,7 +201,7 @@ class Storage:
             return str(error)
         text = " ".join(str(error).split())
         text = re.sub(r"\?[^\s'\")]+", "?...", text)
-        text = re.sub(r"//[^/@\s]+@", "//...@", text)
+        text = re.sub(r"//\S+@", "//...@", text)
         for variable in self._settings.storage_environment.values():
             if value := os.environ.get(variable):
                 text = text.replace(value, "...")

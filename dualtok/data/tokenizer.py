@@ -90,9 +90,9 @@ def _fetched_tokenizer(place: RemoteFolder, its_fingerprint: str) -> Path:
     with TemporaryDirectory(dir=folder.parent, prefix=FETCHING, ignore_cleanup_errors=True) as temporary:
         copy = Path(temporary) / "tokenizer"
         copy.mkdir()
-        for name in storage.names(FOLDER) if storage.can_list else KNOWN_FILES:
+        for name in KNOWN_FILES if storage.is_web_server else storage.names(FOLDER):
             with suppress(FileNotFoundError):
-                (copy / name).write_bytes(storage.read(f"{FOLDER}/{name}", patient=storage.can_list))
+                (copy / name).write_bytes(storage.read(f"{FOLDER}/{name}", patient=not storage.is_web_server))
         if not any(copy.iterdir()):
             raise DataError(f"{place}/{FOLDER}: no tokenizer there; upload the whole prepared folder")
         with suppress(OSError):  # another process was there first

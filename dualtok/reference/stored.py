@@ -244,7 +244,7 @@ def _index_of(place: Place, name: str, split: str, expected: Fingerprint) -> dic
     try:
         return parse_index(place.storage.read(f"{name}/{INDEX}", patient=False), f"{place}/{name}/{INDEX}")
     except FileNotFoundError:
-        if place.storage.can_list and place.storage.names(name):
+        if not place.storage.is_web_server and place.storage.names(name):
             raise DataError(_unfinished(f"{place}/{name}/{INDEX}")) from None
         raise DataError(_no_such_scores(place, split, expected)) from None
 
@@ -255,7 +255,7 @@ def _other_indices(place: Place) -> list[dict[str, Any]]:
     if storage is None:
         names = sorted(folder.name for folder in (Path(str(place)) / SCORES).glob("*/"))
     else:
-        names = storage.names(SCORES) if storage.can_list else []
+        names = [] if storage.is_web_server else storage.names(SCORES)
     found: list[dict[str, Any]] = []
     for name in (f"{SCORES}/{name}/{INDEX}" for name in names):
         try:

@@ -1,9 +1,10 @@
-"""A prepared folder with duplicates among its documents, made once per test process."""
+"""A prepared folder with duplicates among its documents, and an S3 server, each made once per test process."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dualtok.data import staged
 from dualtok.data.corpora import sotu_passages, write_jsonl
 from dualtok.data.prepare import prepare
 from tests.data.preparing import CHUNK, PASSAGES, settings_of
+from tests.data.servers import CREDENTIALS, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +41,24 @@ def prepared(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
         patch.setattr(staged, "CHUNK_DOCUMENTS", CHUNK)
         prepare(settings_of(folder / "prepared", source), progress=False)
     return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """Return the URL of moto's S3 server."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the credentials that moto takes, and keep the host's own out."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeat failed attempts at once, nearly."""
+    monkeypatch.setattr("dualtok.data.storage.FIRST_PAUSE", 0.01)
