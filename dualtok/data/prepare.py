@@ -100,7 +100,7 @@ def prepare_part(config: DataConfig, part: Part, *, progress: bool = True) -> No
     mine = part.folder(staging)
     was_there = mine.is_dir()
     try:
-        with claimed(mine, f"part {part}"), Workers(config.processes) as workers:
+        with Workers(config.processes) as workers:
             _stage(config, part, settings, workers, progress=progress)
     except BaseException:
         if not was_there and not staged_files(mine):
@@ -150,15 +150,16 @@ def summary(manifest: Manifest) -> str:
 def _stage(config: DataConfig, part: Part, settings: dict[str, Any], workers: Workers, *, progress: bool) -> None:
     staging = Path(config.dir) / STAGING
     folder = part.folder(staging)
-    if (folder / COMPLETE).is_file():
-        require_same_part(part, settings, staging)
-        return
-    _sweep(folder)
-    reader = PartReader(config, part)
-    begin_part(config, part, staging, settings, reader.listing())
-    name = "documents" if part == ALONE else f"documents of part {part}"
-    with RunProgress(f"prepare: {name} read", None, active=progress) as bar:
-        stage_part(config, reader, folder, workers, progress=bar)
+    with claimed(folder, f"part {part}"):
+        if (folder / COMPLETE).is_file():
+            require_same_part(part, settings, staging)
+            return
+        _sweep(folder)
+        reader = PartReader(config, part)
+        begin_part(config, part, staging, settings, reader.listing())
+        name = "documents" if part == ALONE else f"documents of part {part}"
+        with RunProgress(f"prepare: {name} read", None, active=progress) as bar:
+            stage_part(config, reader, folder, workers, progress=bar)
 
 
 def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Workers, *, progress: bool) -> Manifest:
@@ -227,15 +228,19 @@ def _work_on(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _removed_if_hopeless(folder: Path, staged: Path, *, keep_parts: bool = False) -> Iterator[None]:
-    """After an error remove what another start could not continue, so that nothing half-written stays."""
+    """After an error remove what another start could not continue, so that nothing half-written stays.
+
+    Args:
+        folder: ``data.dir``.
+        staged: a part's folder; or the staging folder, where with ``keep_parts`` the parts themselves don't count.
+        keep_parts: whether to leave the parts.
+    """
     try:
         yield
     except BaseException as error:
-        if keep_parts:
-            if isinstance(error, UnusableCorpusError):
-                _forget(folder, keep_parts=True)
-        elif isinstance(error, UnusableCorpusError) or not (staged_files(staged) or (staged / COMPLETE).is_file()):
-            _forget(folder)
+        made = [*staged.glob("documents-*"), *staged.glob(COMPLETE), *staged.glob("keys-*")]
+        if isinstance(error, UnusableCorpusError) or not made:
+            _forget(folder, keep_parts=keep_parts)
         raise
 
 

@@ -176,6 +176,8 @@ def test_what_only_the_end_needs_may_still_change_and_a_hopeless_end_keeps_the_p
     assert {name: digest for name, digest in contents(folder).items() if not name.endswith("lock")} == {
         name: digest for name, digest in before.items() if not name.endswith("lock")
     }
+    with pytest.raises(DataError, match=r"absent.*data\.tokenizer"):
+        finish(settings_of(folder, source, tokenizer="./absent", vocab_size=None), progress=False)
     assert finish(settings_of(folder, source, seed=5), progress=False).seed == 5
 
 
