@@ -27,7 +27,7 @@ def write_small_corpus(folder: Path) -> dict[str, Any]:
     from dualtok.data.prepare import prepare
 
     source = write_jsonl(islice(sotu_passages(), 300), folder / "sotu.jsonl")
-    section = {
+    section: dict[str, Any] = {
         "dir": str(folder / "prepared"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 8,
         "vocab_size": VOCABULARY, "processes": 1,
         "shares": {"train": 0.5, "reference": 0.12, "attack_reference": 0.1, "probe": 0.05, "validation": 0.1,

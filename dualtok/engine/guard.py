@@ -15,10 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import nn
-
     from dualtok.engine.config import GuardAction, GuardConfig
     from dualtok.engine.distributed import Ranks
     from dualtok.objective.loss import DualLoss
@@ -51,15 +47,6 @@ class LossLimit:
             return 1.0
         total, count = self._ranks.sum(self._sums).tolist()
         return math.nan if count and total / count > self._limit else 1.0
-
-
-def leave_out_if_not_finite(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], norm: float) -> None:
-    """Do at ZeRO-0 what DeepSpeed's own optimisers do: change nothing when the gradient is not finite."""
-    broken = not math.isfinite(norm)
-    optimizer.overflow = broken  # type: ignore[attr-defined]  # by which the engine counts, and holds the schedule
-    if broken:
-        for parameter in parameters:
-            parameter.grad = None
 
 
 STATE = ("losses", "strikes", "roll_backs", "alpha_scale")

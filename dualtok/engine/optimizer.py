@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dualtok.engine.config import TrainConfig
+
+
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that leaves out a step whose gradient is not finite.
+
+    DeepSpeed's own optimisers do so by themselves; at ZeRO-0 in fp32 it steps with this one, asks for ``overflow``
+    afterwards, counts the step as skipped and holds the schedule.
+    """
+
+    overflow = False
+
+    def judge(self, norm: float) -> None:
+        """Decide about the next step by the norm of the whole gradient."""
+        self.overflow = not math.isfinite(norm)
+
+    def step(self, closure: Any = None) -> Any:
+        """Change the parameters, unless the gradient is not finite."""
+        return None if self.overflow else super().step(closure)
 
 
 def build_adamw(model: torch.nn.Module, train: TrainConfig, *, on_host: bool) -> torch.optim.Optimizer:
@@ -37,7 +56,7 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig, *, on_host: bool) ->
         host_optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         return host_optimizer
     # One pass over each parameter and its states; torch's default off the GPU is a loop of elementwise operations.
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    return SkippingAdamW(groups, fused=True, **settings)
 
 
 def build_schedule(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:

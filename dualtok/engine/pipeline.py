@@ -18,7 +18,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
-from dualtok.engine.guard import leave_out_if_not_finite
 from dualtok.engine.objective_model import ObjectiveModel
 from dualtok.engine.states import states_of
 from dualtok.model.losses import probe_batch, require_faithful
@@ -148,7 +147,7 @@ class StageEngine(PipelineEngine):
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         if not self.zero_optimization():
             self._global_grad_norm = self._norm_of_whole_gradient()
-            leave_out_if_not_finite(self.optimizer, self.module.parameters(), float(self._global_grad_norm))
+            self.optimizer.judge(float(self._global_grad_norm))
         super()._exec_optimizer_step(lr_kwargs)
 
     def _norm_of_whole_gradient(self) -> torch.Tensor:

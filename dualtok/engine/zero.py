@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualtok.engine.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
-from dualtok.engine.guard import leave_out_if_not_finite
 from dualtok.engine.objective_model import ObjectiveModel
 from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.engine.states import states_of
@@ -85,7 +84,7 @@ class ZeroEngine:
         self.engine.backward(loss)
         if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
             self._norm = _gradient_norm(self.model)
-            leave_out_if_not_finite(self.engine.optimizer, self.model.parameters(), self._norm)
+            self.engine.optimizer.judge(self._norm)
         self.engine.step()
         outcome, self.model.outcome = self.model.outcome, None
         assert outcome is not None
