@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from dualtok.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
     from pathlib import Path
+
+    from fsspec.callbacks import Callback
 
     from dualtok.data.config import StreamConfig
 
@@ -18,6 +21,8 @@ EXTRAS = {"s3": "dualtok[s3]", "http": "dualtok[http]", "https": "dualtok[http]"
           "az": "adlfs", "abfs": "adlfs"}  # fmt: skip
 """What to install for a protocol whose package is missing."""
 POLL_SECONDS = 0.5
+SLOWEST_UPLOAD = 2**16
+"""Bytes per second; an upload of one piece does not tell how far it is."""
 
 
 class Connection:
@@ -49,40 +54,67 @@ class Connection:
             # Now, by one thread: it takes seconds of work, which are no silence of the server's.
             fsspec.asyn.sync(self.fs.loop, self.fs.set_session)
 
-    def path(self, name: str) -> str:
-        """Return an object's path within the file system."""
-        return f"{self._root}/{name}" if name else self._root
-
     def download(self, name: str, target: Path) -> None:
         """Write an object to a local file, as it arrives.
 
         Raises:
             TimeoutError: no byte came for ``timeout_seconds``. (File systems that are not asynchronous have time-outs
-                of their own.)
+                of their own; so for the other methods.)
             Exception: whatever the file system raises.
         """
+        if not self.fs.async_impl:
+            self.fs.get_file(self._path(name), str(target))
+            return
+        self._finish(lambda arrived: self.fs._get_file(self._path(name), str(target), callback=arrived), self._timeout)
+
+    def upload(self, source: Path, name: str) -> None:
+        """Write a local file as one object.
+
+        Raises:
+            TimeoutError: it takes longer than ``timeout_seconds`` and what its bytes need at ``SLOWEST_UPLOAD``.
+            Exception: whatever the file system raises.
+        """
+        if not self.fs.async_impl:
+            self.fs.put_file(str(source), self._path(name))
+            return
+        patience = self._timeout + source.stat().st_size / SLOWEST_UPLOAD
+        self._finish(lambda sent: self.fs._put_file(str(source), self._path(name), callback=sent), patience)
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names right under a folder.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            Exception: whatever the file system raises.
+        """
+        path = self._path(folder)
+        if self.fs.async_impl:
+            found = self._finish(lambda _: self.fs._ls(path, detail=False), self._timeout)
+        else:
+            found = self.fs.ls(path, detail=False)
+        return [str(each).rstrip("/").rsplit("/", 1)[-1] for each in found]
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _finish(self, operation: Callable[[Callback], Coroutine[Any, Any, Any]], patience: float) -> Any:
+        """Return an operation's result, given up when its callback counts no byte for ``patience`` seconds."""
         from fsspec.callbacks import Callback
 
-        if not self.fs.async_impl:
-            self.fs.get_file(self.path(name), str(target))
-            return
-        arrived = Callback()
-        transfer = self.fs._get_file(self.path(name), str(target), callback=arrived)
-        future = asyncio.run_coroutine_threadsafe(transfer, self.fs.loop)
-        seen, since = arrived.value, time.monotonic()
+        moved = Callback()
+        future = asyncio.run_coroutine_threadsafe(operation(moved), self.fs.loop)
+        seen, since = moved.value, time.monotonic()
         while True:
             try:
-                future.result(timeout=min(POLL_SECONDS, self._timeout))
+                return future.result(timeout=min(POLL_SECONDS, self._timeout))
             except TimeoutError:
                 if future.done():  # the file system's own
                     raise
-            else:
-                return
-            if arrived.value != seen:
-                seen, since = arrived.value, time.monotonic()
-            elif time.monotonic() - since >= self._timeout:
+            if moved.value != seen:
+                seen, since = moved.value, time.monotonic()
+            elif time.monotonic() - since >= patience:
                 future.cancel()
-                raise TimeoutError(f"no byte for {self._timeout:g} s")
+                raise TimeoutError(f"no byte for {patience:g} s")
 
 
 def _options(protocol: str, settings: StreamConfig) -> dict[str, Any]:

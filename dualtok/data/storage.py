@@ -132,12 +132,9 @@ class Storage:
         if self.is_web_server:
             raise ConfigError(READ_ONLY.format(self.address))
 
-        def attempt() -> None:
-            connection = self.connect()
-            connection.fs.put_file(str(source), connection.path(name))
-
         try:
-            self._persist(name, attempt, final=(NotImplementedError, PermissionError))
+            self._persist(name, lambda: self.connect().upload(source, name),
+                          final=(NotImplementedError, PermissionError))  # fmt: skip
         except _GivenUp as problem:
             if isinstance(problem.cause, NotImplementedError):
                 raise ConfigError(READ_ONLY.format(self.address)) from None
@@ -146,17 +143,11 @@ class Storage:
     def names(self, folder: str) -> list[str]:
         """Return the names right under a folder, sorted; none if there is no such folder."""
 
-        def attempt() -> list[str]:
-            connection = self.connect()
-            try:
-                found = connection.fs.ls(connection.path(folder), detail=False)
-            except FileNotFoundError:
-                return []
-            return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
-
         try:
-            return self._persist(folder, attempt)
+            return sorted(self._persist(folder, lambda: self.connect().names(folder), final=(FileNotFoundError,)))
         except _GivenUp as problem:
+            if isinstance(problem.cause, FileNotFoundError):
+                return []
             raise DataError(str(problem)) from None
 
     def _persist(self, name: str, action: Callable[[], Result], *, final: tuple[type[Exception], ...] = ()) -> Result:

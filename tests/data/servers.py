@@ -73,9 +73,10 @@ class FaultServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request; HTTP/1.0, so that each has a connection of its own."""
+    """Answers one request per connection."""
 
     owner: FaultServer
+    protocol_version = "HTTP/1.1"  # clients that send "Expect: 100-continue" wait for it
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
@@ -96,13 +97,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        self.close_connection = True
         path = unquote(urlsplit(self.path).path)
         is_download = self.command == "GET" and "list-type" not in self.path
         fault = self.owner.fault(path) if is_download else None
         if is_download and self.owner.delay:
             time.sleep(self.owner.delay)
         if fault == "dropped":
-            self.close_connection = True
             return
         status, headers, body = self._from_folder(path) if isinstance(self.owner.upstream, Path) else self._forwarded()
         if fault == "500":
@@ -120,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         # The answer to HEAD has the length of the body that it does not have.
         self.send_header("Content-Length", headers["Content-Length"] if self.command == "HEAD" else str(len(body)))
+        self.send_header("Connection", "close")
         self.end_headers()
         self._send(body, fault)
 
@@ -151,7 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(target.hostname, target.port, timeout=30)
         try:
             content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            connection.request(self.command, self.path, content, dict(self.headers))
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+            connection.request(self.command, self.path, content, headers)
             answer = connection.getresponse()
             return answer.status, {"Content-Length": "0", **dict(answer.getheaders())}, answer.read()
         finally:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import multiprocessing
 import pickle
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -154,6 +155,17 @@ def test_written_objects_are_whole(uploaded: str, s3: str, tmp_path: Path, folde
     assert storage.names("scores/none") == []
     with fault_server(folder) as server, pytest.raises(ConfigError, match="nothing can be written there"):
         Storage(server.url, stream_config(tmp_path)).put(tmp_path / "file", "file")
+
+
+def test_a_server_that_never_answers_holds_nobody_up(uploaded: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT[:1000])
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        storage = Storage(uploaded, stream_config(tmp_path, endpoint, timeout_seconds=0.5, attempts=2))
+        for action in (lambda: storage.put(tmp_path / "file", "x"), lambda: storage.names("train"),
+                       lambda: storage.read("x")):  # fmt: skip
+            with pytest.raises(DataError, match="given up after 2 attempts"):
+                action()
 
 
 def test_a_full_disk_is_not_a_bad_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
