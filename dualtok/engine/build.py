@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from dualtok.engine.deepspeed_config import offloads_optimizer
+from dualtok.engine.deepspeed_config import offloads_optimizer, zero_stage
 from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.engine.zero import build_zero_engine, quiet_deepspeed
 from dualtok.model.load import DTYPES, read_model_config
@@ -108,7 +108,7 @@ def build_pipeline(
     module = StagesModule(stage, layout)
     if tied_weights(causal_lm) and adapters is None:  # frozen copies stay equal by themselves
         module.tie(_shared_weight(causal_lm, layout), layout)
-    optimizer = build_adamw(module, train, on_host=offloads_optimizer(config))
+    optimizer = build_adamw(module, train, on_host=offloads_optimizer(config), alone=zero_stage(config) == 0)
     with redirect_stdout(StringIO()):  # it prints the sizes of the stages
         engine = engine_class(
             args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),

@@ -171,19 +171,19 @@ class TrainingLoop:
         """
         spike = outcome.left_out == "spike"
         action = self.guard.bad(spike=spike)
-        what = (
-            f"step {outcome.step}: mean token loss {outcome.plain_loss:.4g}, gradient norm {outcome.gradient_norm:.4g}"
-        )
+        seen = f"mean token loss {outcome.plain_loss:.4g}, gradient norm {outcome.gradient_norm:.4g}"
         if action == "stop":
             raise DualtokError(
-                f"{what}: training diverged; lower train.learning_rate or selection.alpha and resume from the last "
-                f"checkpoint in {self.checkpoints}, or see train.guard"
+                f"step {outcome.step}: training diverged ({seen}); lower train.learning_rate or selection.alpha and "
+                f"resume from the last checkpoint in {self.checkpoints}, or see train.guard"
             )
         if action == "lower_alpha":
             self.engine.model.scale_alpha(self.train.guard.alpha_factor)
         if action == "roll_back":
             self._roll_back()
-        progress.note(f"{what}: {'a spike' if spike else 'not finite'}; {action.replace('_', ' ')}")
+        progress.note(
+            f"step {outcome.step}: {seen}: {'a spike' if spike else 'not finite'}; {action.replace('_', ' ')}"
+        )
         return action
 
     def _roll_back(self) -> None:

@@ -31,13 +31,16 @@ class SkippingAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-def build_adamw(model: torch.nn.Module, train: TrainConfig, *, on_host: bool) -> torch.optim.Optimizer:
+def build_adamw(
+    model: torch.nn.Module, train: TrainConfig, *, on_host: bool, alone: bool = False
+) -> torch.optim.Optimizer:
     """Return AdamW with weight decay on matrices only.
 
     Args:
         model: its parameters may be partitioned by ZeRO-3.
         train: learning rate, betas, epsilon and decay.
         on_host: take DeepSpeed's CPU Adam, for states that live in host memory.
+        alone: no optimiser of DeepSpeed's will stand before it (ZeRO-0 in fp32).
     """
 
     def dimensions(parameter: torch.nn.Parameter) -> int:
@@ -56,7 +59,7 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig, *, on_host: bool) ->
         host_optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         return host_optimizer
     # One pass over each parameter and its states; torch's default off the GPU is a loop of elementwise operations.
-    return SkippingAdamW(groups, fused=True, **settings)
+    return (SkippingAdamW if alone else torch.optim.AdamW)(groups, fused=True, **settings)
 
 
 def build_schedule(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:

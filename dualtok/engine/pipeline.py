@@ -19,6 +19,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
 from dualtok.engine.objective_model import ObjectiveModel
+from dualtok.engine.optimizer import SkippingAdamW
 from dualtok.engine.states import states_of
 from dualtok.model.losses import probe_batch, require_faithful
 from dualtok.model.stages import tied_weights
@@ -147,7 +148,8 @@ class StageEngine(PipelineEngine):
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         if not self.zero_optimization():
             self._global_grad_norm = self._norm_of_whole_gradient()
-            self.optimizer.judge(float(self._global_grad_norm))
+            if isinstance(self.optimizer, SkippingAdamW):
+                self.optimizer.judge(float(self._global_grad_norm))
         super()._exec_optimizer_step(lr_kwargs)
 
     def _norm_of_whole_gradient(self) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from dualtok.engine.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
 from dualtok.engine.objective_model import ObjectiveModel
-from dualtok.engine.optimizer import build_adamw, build_schedule
+from dualtok.engine.optimizer import SkippingAdamW, build_adamw, build_schedule
 from dualtok.engine.states import states_of
 from dualtok.model.load import load_causal_lm
 from dualtok.model.loss_backends import load_backend
@@ -84,7 +84,8 @@ class ZeroEngine:
         self.engine.backward(loss)
         if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
             self._norm = _gradient_norm(self.model)
-            self.engine.optimizer.judge(self._norm)
+            if isinstance(self.engine.optimizer, SkippingAdamW):
+                self.engine.optimizer.judge(self._norm)
         self.engine.step()
         outcome, self.model.outcome = self.model.outcome, None
         assert outcome is not None
@@ -155,7 +156,7 @@ def build_zero_engine(
     gather = RankGather(ranks.gather, ranks.world_size) if ranks.world_size > 1 else None
     kernel = load_backend(train.loss_backend, causal_lm, ranks.device, train.precision)
     wrapped = ObjectiveModel(causal_lm, objective, gather, memory_mib=train.loss_memory_mib, kernel=kernel)
-    optimizer = build_adamw(wrapped, train, on_host=offloads_optimizer(config))
+    optimizer = build_adamw(wrapped, train, on_host=offloads_optimizer(config), alone=zero_stage(config) == 0)
     engine, _, _, _ = deepspeed.initialize(
         model=wrapped, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps), config=config
     )

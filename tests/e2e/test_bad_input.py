@@ -155,7 +155,7 @@ def test_missing_and_foreign_scores_are_refused(corpus_copy: dict[str, Any], tmp
     assert score.name in line
     assert "altered" in line
     score.unlink()
-    assert f"no reference losses for shard train/{score.name}" in error_line(dualtok("train", run))
+    assert f"train/{score.name}: no reference losses for shard" in error_line(dualtok("train", run))
 
 
 @pytest.mark.slow

@@ -152,6 +152,22 @@ def test_a_step_without_any_sound_block_changes_nothing(scored: Path, model: Pat
     assert all(step["left_out"] is None for step in steps)
 
 
+def test_the_stages_of_a_pipeline_count_a_skipped_block_once(scored: Path, model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(scored, copy)
+    stream = BlockStream(scored, "train", seed=SEED)
+    lost = stream.locate(BATCH)[1]
+    (copy / "train" / lost).unlink()
+    run = run_file(
+        tmp_path / "run.yaml", {"dir": str(copy), "on_bad_shard": "skip"}, model, steps=4, engine="pipeline",
+        pipeline={"stages": 2},
+    )  # fmt: skip
+    succeed(dualtok("train", run, ranks=2))
+    files = [[stream.locate(sample)[1] for sample in range(BATCH * step, BATCH * (step + 1))] for step in range(4)]
+    assert [step["skipped_blocks"] for step in history(run)] == [names.count(lost) for names in files]
+    assert sum(names.count(lost) for names in files) > 0
+
+
 def test_scores_are_written_to_s3_and_gone_on_with(
     scored: Path, proxy: FaultServer, model: Path, tmp_path: Path
 ) -> None:
