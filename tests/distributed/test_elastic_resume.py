@@ -35,9 +35,6 @@ CHAINS = {
     "pipeline-zero2-offload": ({"zero": 1, **PIPELINE}, {"zero": 2}, {"offload": True}),
     "offload-pipeline-zero1": ({"offload": True}, {"zero": 0, **PIPELINE}, {"zero": 1}),
 }
-HALF = "bf16"
-HALF_CHAIN = ({"zero": 1}, {"zero": 3}, {"zero": 1})
-"""Under bf16 ZeRO-1 is another optimiser of DeepSpeed's; the master weights and moments are float32 all the same."""
 
 
 def launch(ranks: int, *segments: str) -> None:
@@ -86,19 +83,14 @@ def test_every_chain_of_layouts_trains_the_undisturbed_run(small_corpus: dict[st
     succeed(dualtok("score", whole))
     succeed(dualtok("train", whole))
     runs = {name: write_run(tmp_path / f"{name}.yaml", small_corpus, **settings) for name in CHAINS}
-    half = {**settings, "train": {**settings["train"], "precision": "bf16"}}
-    succeed(dualtok("train", write_run(tmp_path / "whole-bf16.yaml", small_corpus, **half)))
-    runs[HALF] = write_run(tmp_path / f"{HALF}.yaml", small_corpus, **half)
     for leg, (ranks, stop) in enumerate(((2, FIRST), (4, SECOND), (1, STEPS))):
         for name, run in runs.items():
-            set_layout(run, {**CHAINS, HALF: HALF_CHAIN}[name][leg], tmp_path)
+            set_layout(run, CHAINS[name][leg], tmp_path)
         launch(ranks, *(f"{run}:{stop}" for run in runs.values()))
         for run in runs.values():
             assert history(run)[-1]["step"] == stop, "the run did not end where it was told to"
     succeed(dualtok("export", whole.with_suffix(""), tmp_path / "whole.hf", "--checkpoint", "latest"))
     expected = read_weights(tmp_path / "whole.hf")
-    for step, other in zip(history(runs.pop(HALF)), history(tmp_path / "whole-bf16.yaml"), strict=True):
-        assert step["plain_loss"] == pytest.approx(other["plain_loss"], rel=5e-3)
     for name, run in runs.items():
         for step, other in zip(history(run), history(whole), strict=True):
             assert step["loss"] == pytest.approx(other["loss"], rel=1e-4), name
