@@ -210,7 +210,7 @@ def test_a_cache_smaller_than_the_data_gives_the_same_batches(
     assert sum(path.stat().st_size for path in objects) <= max(shards, 1.5) * size
 
 
-@pytest.mark.parametrize("fault", ["500", "truncated", "slow", "gone"])
+@pytest.mark.parametrize("fault", ["500", "truncated", "gone", pytest.param("slow", marks=pytest.mark.slow)])
 def test_faults_on_the_way_change_nothing(at_s3: tuple[Opener, FaultServer], folder: Path, fault: str) -> None:
     stream, server = at_s3[0](), at_s3[1]
     for number in range(4):

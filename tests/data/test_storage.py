@@ -86,7 +86,9 @@ REASONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", REASONS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow if fault == "hang" else ()) for fault in REASONS]
+)
 def test_a_lasting_fault_ends_in_an_error_that_tells_bad_objects_from_a_bad_connection(
     remote: tuple[Storage, FaultServer], fault: str, tmp_path: Path
 ) -> None:
@@ -161,7 +163,7 @@ def test_a_server_that_never_answers_holds_nobody_up(uploaded: str, tmp_path: Pa
     (tmp_path / "file").write_bytes(CONTENT[:1000])
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        storage = Storage(uploaded, stream_config(tmp_path, endpoint, timeout_seconds=0.5, attempts=2))
+        storage = Storage(uploaded, stream_config(tmp_path, endpoint, timeout_seconds=0.3, attempts=2))
         for action in (lambda: storage.put(tmp_path / "file", "x"), lambda: storage.names("train"),
                        lambda: storage.read("x")):  # fmt: skip
             with pytest.raises(DataError, match="given up after 2 attempts"):
