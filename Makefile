@@ -17,10 +17,10 @@ demo: $(RUNTIME)
 	$(BIN)/dualtok demo
 
 test: $(DEV) system-packages
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The whole matrix of layouts that must train alike; `make test` runs a part of it.
 test-parity: $(DEV)

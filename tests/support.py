@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -129,6 +130,18 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         weights.update(load_file(file))
     assert weights, f"no weights in {folder}"
     return weights
+
+
+def history(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return what a run, given as its YAML file or its folder, noted step by step."""
+    lines = (run.with_suffix("") / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def measured(run: Path, name: str = "metrics.jsonl") -> list[str]:
+    """Return a history without clock and memory, as text: NaN equals NaN there."""
+    clock = ("tokens_per_second", "peak_memory_gib")
+    return [json.dumps({key: row[key] for key in row if key not in clock}) for row in history(run, name)]
 
 
 def relative_distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -166,10 +166,10 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     os.environ.update(complete_environment(os.environ))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         clear_the_way()
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            get_accelerator().communication_backend_name(), verbose=False, timeout=timedelta(minutes=timeout_minutes)
-        )
+        _join_again(get_accelerator().communication_backend_name(), timeout)
+        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=timeout)
     accelerator = get_accelerator()
     device = torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type != "cpu":
@@ -178,6 +178,23 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
         device = torch.device("cpu")
         _unlink_shared_buffer()
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _join_again(backend: str, timeout: timedelta) -> None:
+    """Join the process group of a job that torchrun has restarted, under names of this attempt's own.
+
+    torch 2.13 takes the store of a restarted job for a new one, but on one host it is the one of the attempt before:
+    ranks would read the addresses of dead processes, and wait for them for ever. With several hosts each agent has a
+    count of restarts of its own, so that it names no attempt; there torch's way is left as it is.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    named = dist.PrefixStore(f"attempt_{attempt}", store)
+    dist.init_process_group(backend, store=named, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _unlink_shared_buffer() -> None:

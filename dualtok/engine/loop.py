@@ -15,7 +15,6 @@ from dualtok.engine.evaluation import Evaluation, evaluate
 from dualtok.engine.guard import Guard, LossLimit
 from dualtok.engine.metrics import History, StepMetrics, StepTotals, peak_memory_gib, step_metrics
 from dualtok.engine.preemption import PreemptionNotice
-from dualtok.engine.watchdog import Watchdog
 from dualtok.errors import CheckpointError, DualtokError, Preempted
 from dualtok.monitor.events import EventWriter, fixed_bins
 from dualtok.monitor.progress import RunProgress
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from dualtok.engine.checkpoint import SavedCheckpoint
     from dualtok.engine.config import GuardAction, TrainConfig
     from dualtok.engine.protocol import TrainingEngine
+    from dualtok.engine.watchdog import Watchdog
     from dualtok.model.losses import Batch
     from dualtok.reference.live import LiveReference
     from dualtok.run import RunConfig
@@ -65,6 +65,7 @@ class TrainingLoop:
         total_steps: optimiser steps of the whole run.
         state: where the run stands.
         reference: computes the reference losses while training, if they are not stored.
+        watchdog: is told of progress.
     """
 
     run: RunConfig
@@ -74,6 +75,7 @@ class TrainingLoop:
     total_steps: int
     state: LoopState = field(default_factory=LoopState)
     reference: LiveReference | None = None
+    watchdog: Watchdog | None = None
 
     def __post_init__(self) -> None:
         """Name the parts that every method uses."""
@@ -90,7 +92,6 @@ class TrainingLoop:
             self.checkpoints, self.run.as_dict(), keep=self.train.checkpoint_keep,
             background=self.train.checkpoint_in_background,
         )  # fmt: skip
-        self.watchdog = Watchdog(self.run.monitor.hang_seconds, self.folder / "stacks", self.ranks.rank)
         self.notice = PreemptionNotice()
         self._asked_to_end = False
 
@@ -118,7 +119,7 @@ class TrainingLoop:
             DualtokError: training diverged, and the guard does not go on.
             Preempted: the job was asked to end; a checkpoint of the last step is complete.
         """
-        with self.watchdog, self.notice:
+        with self.notice:
             self._fit()
         return self.state
 
@@ -136,9 +137,9 @@ class TrainingLoop:
         )  # fmt: skip
         with progress:
             while self.state.step < self.total_steps:
-                self.watchdog.beat(f"in step {self.state.step + 1}")
+                self._beat(f"in step {self.state.step + 1}")
                 outcome = self.step(batches, events)
-                self.watchdog.beat(f"after step {outcome.step}")
+                self._beat(f"after step {outcome.step}")
                 self.writer.check()
                 if outcome.left_out is not None and self._answer(outcome, progress) == "roll_back":
                     progress.rewind(self.state.step)
@@ -162,6 +163,11 @@ class TrainingLoop:
                                     f"is in {self.checkpoints}, resume with --resume")  # fmt: skip
         self.writer.wait()
         events.close()
+
+    def _beat(self, doing: str) -> None:
+        """Report progress, if somebody watches."""
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
 
     def _answer(self, outcome: StepMetrics, progress: RunProgress) -> GuardAction:
         """Do what the guard says about a bad step.
@@ -268,7 +274,7 @@ class TrainingLoop:
         every, step = self.train.evaluate_every, self.state.step
         if step != self.total_steps and not (every and step % every == 0):
             return None
-        self.watchdog.beat(f"evaluating after step {step}")
+        self._beat(f"evaluating after step {step}")
         rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.layout.data_parallel.world_size)
         evaluation = evaluate(
             self.engine, self.stream, self.validation, blocks=self.train.evaluation_blocks, batch_size=rows, step=step,
@@ -291,7 +297,7 @@ class TrainingLoop:
         due = step % every == 0 if every else evaluation is not None
         if not (due or improved or step == self.total_steps or self._asked_to_end):
             return
-        self.watchdog.beat(f"writing the checkpoint of step {step}")
+        self._beat(f"writing the checkpoint of step {step}")
         self.state.guard = self.guard.state()
         self.writer.save(self.engine, step, asdict(self.state), best=improved)
 

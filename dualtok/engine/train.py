@@ -22,6 +22,7 @@ from dualtok.engine.distributed import join_ranks
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
 from dualtok.engine.reference import build_reference, check_reference
+from dualtok.engine.watchdog import Watchdog
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
 from dualtok.model.adapters import plan_adapters, save_settings
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dualtok.data.manifest import Manifest
-    from dualtok.data.mixture import TrainingStream
+    from dualtok.data.mixture import Source, TrainingStream
     from dualtok.data.remote import Place
     from dualtok.engine.checkpoint import SavedCheckpoint
     from dualtok.engine.config import TrainConfig
@@ -79,11 +80,22 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
         CheckpointError: there is a run in ``output_dir`` already, or none to resume.
         Preempted: the job was asked to end, and has saved its work.
     """
-    model: ModelConfig = run.need("model", "train")
+    run.need("model", "train")
     settings: TrainConfig = run.need("train", "train")
     sources = load_sources(run.data, settings.split)
-    manifest = sources[0].manifest
     ranks = join_ranks()
+    with Watchdog(run.monitor.hang_seconds, Path(run.output_dir) / "stacks", ranks.rank) as watchdog:
+        return _train(run, sources, ranks, watchdog, resume)
+
+
+def _train(
+    run: RunConfig, sources: Sequence[Source], ranks: Ranks, watchdog: Watchdog, resume: Resume
+) -> LoopState:  # fmt: skip
+    """Check all, build the engine and let the loop run."""
+    model, settings = run.model, run.train
+    assert model is not None
+    assert settings is not None
+    manifest = sources[0].manifest
     layout = build_layout(ranks, settings.stages)
     deepspeed_config = training_config(settings, layout.data_parallel.world_size)
     saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, ranks=ranks, resume=resume)
@@ -112,7 +124,7 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
         assert adapters is not None
         reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.model))
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
-    loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference)
+    loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog)
     if saved is not None:
         loop.resume(saved)
     else:

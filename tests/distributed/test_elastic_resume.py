@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.support import (
     deepspeed_json,
     dualtok,
     environment,
+    history,
     partitioned_json,
     read_weights,
     relative_distance,
@@ -61,11 +61,6 @@ def set_layout(run: Path, layout: dict[str, Any], folder: Path) -> None:
         tree["train"]["deepspeed"] = deepspeed_json(f"zero{stage}")
     tree["train"].update(settings)
     run.write_text(yaml.safe_dump(tree, sort_keys=False))
-
-
-def history(run: Path) -> list[dict[str, Any]]:
-    lines = (run.with_suffix("") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from dualtok.engine.checkpoint import find_checkpoint
 from tests.distributed.test_elastic_resume import PIPELINE, SHARDED, launch, set_layout
-from tests.support import dualtok, save_model, succeed, tiny_llama_config, write_run
+from tests.support import dualtok, history, save_model, succeed, tiny_llama_config, write_run
 
 STEPS, BROKEN = 10, 5
 LAYOUTS = {"one": (1, {"zero": 0}), "zero3": (2, {"zero": 3}), "zero1": (2, {"zero": 1}),
@@ -46,10 +45,6 @@ def runs(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
         # Beyond the last step, so that nothing is preempted.
         launch(ranks, *(f"{run}:{STEPS + 9}:{0 if case == 'spike' else BROKEN}" for case, run in mine))
     return made
-
-
-def history(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ CELLS = [
 CHOSEN = [cell for cell in CELLS if cell.ci or ALL]
 
 # One worker trains all cells, for all tests; the first of them waits for that.
-pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(3000)]
+pytestmark = pytest.mark.timeout(3000)
 
 
 def run_file(folder: Path, corpus: dict[str, Any], cell: Cell) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import dualtok, partitioned_json, save_model, succeed, tiny_llama_config, write_run
+from tests.support import dualtok, history, partitioned_json, save_model, succeed, tiny_llama_config, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,10 +15,6 @@ TRAIN = {"learning_rate": 1e-2, "batch_size": 8, "gradient_accumulation": 2, "st
          "gradient_clipping": 0.05, "evaluation_blocks": 12}  # fmt: skip
 PIPELINE = {"engine": "pipeline", "pipeline": {"stages": 2}}
 SHARDED = {"engine": "sharded_pipeline", "pipeline": {"stages": 2}}
-
-
-def history(run: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.with_suffix("") / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare import prepare
 from dualtok.data.stream import BlockStream
 from tests.data.servers import CREDENTIALS, FaultServer, fault_server, s3_server, upload
-from tests.support import dualtok, error_line, save_model, succeed, tiny_llama_config, write_run
+from tests.support import dualtok, error_line, history, measured, save_model, succeed, tiny_llama_config, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SEED, STEPS, BATCH = 5, 12, 8
@@ -68,15 +67,6 @@ def at_address(address: str, proxy: FaultServer, cache: Path, **stream: Any) -> 
     return {"dir": address, "stream": {"endpoint_url": proxy.url, "cache_dir": str(cache), **stream}}
 
 
-def history(run: Path) -> list[dict[str, Any]]:
-    """Return all that each step measured, but for the clock and the memory."""
-    lines = (run.with_suffix("") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        del row["tokens_per_second"], row["peak_memory_gib"]
-    return rows
-
-
 def test_training_from_s3_is_training_from_the_folder(
     scored: Path, address: str, proxy: FaultServer, model: Path, tmp_path: Path
 ) -> None:
@@ -98,7 +88,7 @@ def test_training_from_s3_is_training_from_the_folder(
 
     assert len(history(local)) == STEPS
     for run in (plain, faulty):
-        assert history(run) == history(local)
+        assert measured(run) == measured(local)
         evaluations = [file.with_suffix("") / "evaluations.jsonl" for file in (run, local)]
         assert evaluations[0].read_text() == evaluations[1].read_text()
 
@@ -134,7 +124,7 @@ def test_a_shard_that_goes_in_mid_epoch_stops_the_job_or_is_skipped_and_counted(
     assert [step["skipped_blocks"] for step in steps] == [
         sum(sample // BATCH == number for sample in samples) for number in range(STEPS)
     ]
-    assert steps[: len(history(stopped))] == history(stopped)
+    assert measured(skipping)[: len(history(stopped))] == measured(stopped)
 
 
 def test_a_step_without_any_sound_block_changes_nothing(scored: Path, model: Path, tmp_path: Path) -> None:

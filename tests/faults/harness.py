@@ -21,7 +21,7 @@ import torch
 from dualtok.data.manifest import load_manifest
 from dualtok.engine.checkpoint import find_checkpoint
 from tests.faults.worker import FAULT, SAMPLES, Fault
-from tests.support import ROOT, environment, tiny_llama_config, write_run
+from tests.support import ROOT, environment, measured, tiny_llama_config, write_run
 
 RANKS, STEPS, EVERY = 2, 24, 3
 NOTICE_SECONDS = 60
@@ -201,17 +201,10 @@ class Campaign:
         for name in readers[0].parameters:
             assert torch.equal(readers[0].whole(name), readers[1].whole(name)), name
         for file in ("metrics.jsonl", "evaluations.jsonl"):
-            assert _measured(self.output / file) == _measured(undisturbed / file)
+            assert measured(self.output, file) == measured(undisturbed, file)
         blocks = [_blocks(self.folder / name) for name in ("samples-hit", "samples-whole")]
         assert len(blocks[1]) == STEPS
         assert blocks[0] == blocks[1], "a block was lost or repeated"
-
-
-def _measured(path: Path) -> list[str]:
-    """Return what each line measured, but for the clock and the memory, as text: NaN equals NaN there."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    clock = ("tokens_per_second", "peak_memory_gib")
-    return [json.dumps({key: value for key, value in row.items() if key not in clock}) for row in rows]
 
 
 def _blocks(folder: Path) -> dict[int, list[list[int]]]:

@@ -16,4 +16,6 @@ from tests.faults.harness import Campaign
 def test_a_run_under_faults_ends_as_the_undisturbed_one(
     small_corpus: dict[str, Any], tmp_path: Path, seed: int
 ) -> None:
-    Campaign(tmp_path, small_corpus, seed=seed, faults=3).carry_out()
+    campaign = Campaign(tmp_path, small_corpus, seed=seed, faults=3)
+    campaign.carry_out()  # asserts after each fault, and at the end
+    assert len(campaign.log) == 3

@@ -1,16 +1,18 @@
-"""Single faults with answers of their own: a hang, odd surroundings, a folder that cannot be written."""
+"""Single faults: a restart by torchrun, a hang, odd surroundings, a folder that cannot be written."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.harness import RANKS, train
-from tests.faults.worker import Fault
-from tests.support import dualtok, error_line, succeed, tiny_llama_config, write_run
+from tests.faults.worker import FAULT, SAMPLES, Fault
+from tests.support import ROOT, dualtok, environment, error_line, succeed, tiny_llama_config, write_run
 
 
 def run_file(data: dict[str, Any], path: Path, **monitor: Any) -> Path:
@@ -19,6 +21,23 @@ def run_file(data: dict[str, Any], path: Path, **monitor: Any) -> Path:
         train={"learning_rate": 5e-3, "batch_size": 8, "steps": 6, "precision": "fp32", "checkpoint_every": 2},
         monitor={"log_every": 1, **monitor},
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_job_that_torchrun_restarts_goes_on_from_its_checkpoint(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    run = run_file(small_corpus, tmp_path / "run.yaml")
+    fault = Fault("kill", rank=1, step=4, mark=str(tmp_path / "mark"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
+               "--max-restarts=2", "-m", "tests.faults.worker", "train", str(run), "--auto-resume"]  # fmt: skip
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    variables = {FAULT: fault.as_json(), SAMPLES: str(samples), "LOCAL_SIZE": str(RANKS)}
+    ended = subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300,
+                           check=False)  # fmt: skip
+    assert (tmp_path / "mark").exists()
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    steps = [json.loads(line)["step"] for line in (samples / "rank-1.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3, 4, 5, 6], "rank 1 died before step 4, and the last checkpoint was that of step 2"
 
 
 @pytest.mark.slow

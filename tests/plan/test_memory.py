@@ -197,7 +197,6 @@ def test_a_layers_activations_are_what_autograd_keeps(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("measured_plan")
 def test_the_model_states_are_those_of_real_engines_on_two_ranks(measured: list[dict[str, Any]]) -> None:
     held = read_shape(AutoConfig.for_model(**LLAMA)).stage((3,), 0)
     for case, found in zip(CASES, measured, strict=True):

@@ -43,7 +43,6 @@ def test_a_sharded_pipeline_gathers_for_every_pass_or_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("measured_plan")
 def test_the_bytes_are_those_of_the_collectives_of_real_engines(measured: list[dict[str, Any]]) -> None:
     shape = read_shape(AutoConfig.for_model(**LLAMA))
     for case, found in zip(CASES, measured, strict=True):
