@@ -12,12 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dualtok.data.remote import Place, RemoteFolder, place_of
 from dualtok.data.storage import BadShardError
 from dualtok.errors import DataError
-from dualtok.files import file_sha256, write_text
+from dualtok.files import FileName, file_sha256, write_text
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""No folders: nothing in a manifest leads out of its own."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -16,16 +16,16 @@ import platform
 import zlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 
 from dualtok.engine.states import KINDS
 from dualtok.errors import CheckpointError
-from dualtok.files import atomic_file, sync_folder, write_text
+from dualtok.files import FileName, atomic_file, sync_folder, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -38,8 +38,6 @@ FORMAT_VERSION = 2
 FILE_BYTES = 1 << 28
 """Size from which a rank begins another file: what writing and reading hold in memory beside the values."""
 PACKAGES = ("dualtok", "torch", "deepspeed", "transformers")
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""A plain name: no manifest can point out of its folder."""
 
 
 class _Entry(BaseModel):
