@@ -35,6 +35,8 @@ from dualtok.objective.head import IGNORED_LABEL
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dualtok.data.folds import LeaveOut
+
 LOG = logging.getLogger(__name__)
 DOCUMENTS = "documents.arrow"
 SKIPPED = "skipped"
@@ -76,6 +78,7 @@ class BlockStream:
         verify_world_size: readers that open the same split at once.
         on_bad_shard: ``skip`` gives the blocks of a shard that is missing or altered as empty ones, whose labels are
             all ignored, and marks them in a column ``skipped``; each reader then hashes every shard that it opens.
+        leave_out: a fold whose documents are not to be learned: their labels are ignored. They stay in their blocks.
 
     Raises:
         DataError: the split does not exist, or a shard is missing, truncated or altered (and not to be skipped).
@@ -84,6 +87,7 @@ class BlockStream:
     def __init__(
         self, data_dir: str | Place, split: str, *, seed: int, scores: Scores | None = None, verify: bool = True,
         verify_rank: int = 0, verify_world_size: int = 1, on_bad_shard: Literal["stop", "skip"] = "stop",
+        leave_out: LeaveOut | None = None,
     ) -> None:  # fmt: skip
         self._place = place_of(data_dir)
         manifest = load_manifest(self._place)
@@ -93,6 +97,7 @@ class BlockStream:
         self._blocks = entry.blocks
         self._documents_sha256 = entry.documents_sha256
         self._scores, self._skips = scores, on_bad_shard == "skip"
+        self._leave_out = leave_out
         self._entries = {shard.file: shard for shard in entry.shards}
         self._lane_shards: list[list[ShardEntry]] = [[] for _ in range(self.lanes)]
         self._numbers: dict[str, int] = {}
@@ -170,6 +175,10 @@ class BlockStream:
     def read_rows(self, shard_file: str, rows: NDArray[np.int64]) -> Batch:
         """Return the batch of some rows of one shard."""
         return self._read_places([(shard_file, int(row)) for row in rows])[0]
+
+    def pieces(self, shard_file: str, rows: NDArray[np.int64]) -> list[list[Segment]]:
+        """Return the pieces of some rows of one shard."""
+        return [self._shard(shard_file).segments(int(row)) for row in rows]
 
     def batches(
         self, start_sample: int, global_micro_batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
@@ -267,9 +276,22 @@ class BlockStream:
         batch = model_inputs(ids, lengths)
         skipped = [shards[file] is None for file, _ in places]
         batch["labels"][torch.tensor(skipped)] = IGNORED_LABEL
+        if self._leave_out is not None:
+            pieces = [[] if (shard := shards[file]) is None else shard.segments(row) for file, row in places]
+            self._ignore_fold(batch["labels"], pieces, self._leave_out)
         if self._scores is not None:
             batch["reference_loss"] = torch.where(batch["labels"] == IGNORED_LABEL, 0.0, torch.from_numpy(losses))
         return batch, skipped
+
+    @staticmethod
+    def _ignore_fold(labels_bt: torch.Tensor, pieces: list[list[Segment]], leave_out: LeaveOut) -> None:
+        """Ignore the labels of the fold's documents."""
+        for labels_t, row in zip(labels_bt, pieces, strict=True):
+            left = leave_out.leaves([piece.doc for piece in row])
+            ends = np.cumsum([piece.length for piece in row])
+            for out, end, piece in zip(left, ends, row, strict=True):
+                if out:
+                    labels_t[end - piece.length : end] = IGNORED_LABEL
 
     def _readable(self, file: str) -> Shard | None:
         """Return a shard whose reference losses, if the stream has any, can be read too; None if it is skipped."""

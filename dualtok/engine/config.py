@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from dualtok.data.config import SplitName
+from dualtok.data.folds import LeaveOut
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -101,6 +102,10 @@ class TrainConfig:
 
     split: SplitName = "train"
     """Split to learn: ``reference`` and ``attack_reference`` for the models of those names."""
+
+    leave_out: LeaveOut | None = None
+    """Fold of documents that are not learned, for a reference model that is to judge them without having seen them
+    (``reference.folds``), e.g. ``{fold: 0, folds: 2}``."""
 
     gradient_accumulation: Count = 1
     """Micro-batches per optimiser step. ``selection.scope`` says whether tokens are ranked per micro-batch or per

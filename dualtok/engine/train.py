@@ -30,7 +30,7 @@ from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import check_fits, starting_config
 from dualtok.model.weights import model_folder
 from dualtok.objective.loss import build_objective
-from dualtok.reference.fingerprint import blocks_digest, fingerprint
+from dualtok.reference.fingerprint import blocks_digest, reference_fingerprint
 from dualtok.reference.live import AdapterReference
 from dualtok.reference.stored import StoredScores
 
@@ -156,7 +156,7 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
     scored: tuple[str, ...] = ()
     if reference is not None and not reference.is_live:
         scored = reference.splits
-        expected = ranks.first_does(lambda: fingerprint(reference.origin, manifest, reference.precision))
+        expected = ranks.first_does(lambda: reference_fingerprint(reference, manifest))
         if splits[0] not in reference.splits:
             raise ConfigError(
                 f"reference.splits: has no {splits[0]!r}, which this run trains on; add it and score again"
@@ -173,6 +173,7 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
         return BlockStream(
             place, split, seed=run.seed, scores=losses, verify_rank=ranks.rank, verify_world_size=ranks.world_size,
             on_bad_shard=run.data.on_bad_shard,
+            leave_out=run.train.leave_out if run.train is not None and split == splits[0] else None,
         )  # fmt: skip
 
     main, *others = (open_split(prepared(run.data), manifest, split) for split in splits)

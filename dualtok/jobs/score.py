@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dualtok.data.folds import fold_of
 from dualtok.data.manifest import split_entry
 from dualtok.data.mixture import load_sources
 from dualtok.data.stream import BlockStream, pad_rows
@@ -23,7 +24,8 @@ from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
 from dualtok.jobs.score_files import ScoreFiles
 from dualtok.monitor.progress import RunProgress
-from dualtok.reference.fingerprint import blocks_digest, fingerprint
+from dualtok.reference.fingerprint import blocks_digest, cross_fitted, fingerprint
+from dualtok.reference.stored import StoredScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,6 +70,9 @@ class _Task:
 def score(run: RunConfig) -> ScoreSummary:
     """Score the splits of ``reference.splits`` that are not scored yet; of ``data.mix`` the split to train on alone.
 
+    With ``reference.folds`` every model scores all blocks, and each document's losses are then taken from the model
+    that left it out.
+
     Raises:
         ConfigError: there is no section ``reference``, or its model does not fit the blocks.
         DataError: a shard is missing or altered, or the reference gives a loss that is not finite.
@@ -80,14 +85,38 @@ def score(run: RunConfig) -> ScoreSummary:
         )
     trained = run.train.split if run.train is not None else "train"
     sources = load_sources(run.data, trained)
-    manifest = sources[0].manifest
+    splits = [reference.splits, *[(trained,)] * (len(sources) - 1)]
     ranks = join_ranks()
-    folder = Path(ranks.first_does(lambda: check_reference(reference, sources[0].place, manifest)))
-    expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
+    jobs = [
+        _score_with(model, run, reference, list(zip(sources, splits, strict=True)), ranks) for model in reference.models
+    ]
+    if not reference.folds:
+        return jobs[0][0]
+    expected = cross_fitted([fingerprint for _, fingerprint in jobs])
     targets = ranks.together(lambda: [_score_files(source, expected) for source in sources])
-    tasks: list[_Task] = []
-    for number, (source, files) in enumerate(zip(sources, targets, strict=True)):
-        tasks += _tasks(source, (trained,) if number else reference.splits, files)
+    tasks = _all_tasks(sources, splits, targets)
+    checksums = _checksums(tasks, ranks)
+    missing = [i for i in range(len(tasks)) if i not in checksums]
+    mine = missing[ranks.rank :: ranks.world_size]
+    folds = [fingerprint for _, fingerprint in jobs]
+    written = ranks.together(lambda: {i: _cross_fit(tasks[i], folds) for i in mine})
+    for part in ranks.gather_objects(written):
+        checksums |= part
+    _write_indices(tasks, targets, checksums, " + ".join(reference.folds), ranks)
+    rate = sum(summary.tokens_per_second for summary, _ in jobs) / len(jobs)
+    return ScoreSummary(str(targets[0]), len(tasks), len(missing), rate)
+
+
+def _score_with(
+    model: str, run: RunConfig, reference: ReferenceConfig, sources: list[tuple[Source, Sequence[str]]], ranks: Ranks
+) -> tuple[ScoreSummary, Fingerprint]:
+    """Score what one model has not scored yet."""
+    place, manifest = sources[0][0].place, sources[0][0].manifest
+    one = replace(reference, model=model, folds=())
+    folder = Path(ranks.first_does(lambda: check_reference(one, place, manifest)))
+    expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
+    targets = ranks.together(lambda: [_score_files(source, expected) for source, _ in sources])
+    tasks = _all_tasks([source for source, _ in sources], [splits for _, splits in sources], targets)
     checksums = _checksums(tasks, ranks)
     missing = [i for i in range(len(tasks)) if i not in checksums]
     rate = 0.0
@@ -98,14 +127,38 @@ def score(run: RunConfig) -> ScoreSummary:
         )  # fmt: skip
         scored, rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
         checksums |= dict(zip(missing, scored, strict=True))
+    _write_indices(tasks, targets, checksums, model, ranks)
+    return ScoreSummary(str(targets[0]), len(tasks), len(missing), rate), expected
 
-    def write_indices() -> None:
+
+def _write_indices(
+    tasks: list[_Task], targets: list[ScoreFiles], checksums: dict[int, str], model: str, ranks: Ranks
+) -> None:
+    def write() -> None:
         for files in targets:
-            own = {task.name: checksums[i] for i, task in enumerate(tasks) if task.files is files}
-            files.finish(reference.origin, own)
+            files.finish(model, {task.name: checksums[i] for i, task in enumerate(tasks) if task.files is files})
 
-    ranks.first_does(write_indices)
-    return ScoreSummary(str(targets[0]), len(tasks), len(missing), rate)
+    ranks.first_does(write)
+
+
+def _cross_fit(task: _Task, folds: list[Fingerprint]) -> str:
+    """Write a shard's losses, each document's from the model that left its fold out; returns their SHA-256."""
+    stream = BlockStream(task.source.place, task.split, seed=0, verify=False)
+    rows = np.arange(task.shard.rows)
+    digest = blocks_digest(task.source.manifest)
+    everyone = np.stack([
+        StoredScores(task.source.place, task.source.manifest, task.split, replace(fold, blocks=digest),
+                     rank=-1).read(task.shard.stem, rows)
+        for fold in folds
+    ])  # fmt: skip
+    losses = np.zeros(everyone.shape[1:], dtype=np.float32)
+    for row, pieces in enumerate(stream.pieces(task.shard.file, rows)):
+        chosen, column = fold_of([piece.doc for piece in pieces], len(folds)), 0
+        for fold, piece in zip(chosen, pieces, strict=True):
+            here = slice(column, column + piece.length)
+            losses[row, here] = everyone[fold, row, here]
+            column += piece.length
+    return task.files.write(task.split, task.shard, losses)
 
 
 def _score_files(source: Source, expected: Fingerprint) -> ScoreFiles:
@@ -124,6 +177,14 @@ def _checksums(tasks: list[_Task], ranks: Ranks) -> dict[int, str]:
 
     found = ranks.together(look)
     return {i: checksum for part in ranks.gather_objects(found) for i, checksum in part.items()}
+
+
+def _all_tasks(
+    sources: Sequence[Source], splits: Sequence[Sequence[str]], targets: Sequence[ScoreFiles]
+) -> list[_Task]:
+    """Return one task per shard of the splits that are scored of each source."""
+    every = zip(sources, splits, targets, strict=True)
+    return [task for source, names, files in every for task in _tasks(source, names, files)]
 
 
 def _tasks(source: Source, splits: Sequence[str], files: ScoreFiles) -> list[_Task]:

@@ -13,7 +13,7 @@ from dualtok.data.config import SplitName
 Mode = Literal["stored", "offload", "cpu", "resident", "adapter"]
 
 USED: dict[str, tuple[str, ...]] = {
-    "stored": ("model", "trust_remote_code", "splits", "precision", "batch_size", "deepspeed"),
+    "stored": ("model", "folds", "trust_remote_code", "splits", "precision", "batch_size", "deepspeed"),
     "offload": ("model", "trust_remote_code", "precision", "batch_size", "deepspeed"),
     "cpu": ("model", "trust_remote_code", "precision", "batch_size", "prefetch", "threads", "cores"),
     "resident": ("model", "trust_remote_code", "precision", "batch_size", "deepspeed"),
@@ -29,6 +29,10 @@ class ReferenceConfig:
     model: str | None = None
     """Folder or hub name of the reference model, e.g. one that ``dualtok export`` wrote. Every mode but ``adapter``
     needs it."""
+
+    folds: tuple[str, ...] = ()
+    """Only ``stored``: models that each left one fold of the documents out (``train.leave_out``), fold 0 first. Each
+    document is judged by the model that did not see it. Takes the place of ``model``."""
 
     trust_remote_code: bool = False
     """Run Python code that the folder or hub repository ``model`` brings, with all your rights. Read it first."""
@@ -72,8 +76,12 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         """Require what the mode needs, and refuse what has no effect in it."""
-        if "model" in USED[self.mode] and self.model is None:
+        if "model" in USED[self.mode] and self.model is None and not self.folds:
             raise ValueError("reference.model: missing; give the folder or hub name of the reference model")
+        if self.folds and self.model is not None:
+            raise ValueError("reference.folds: takes the place of reference.model; remove one of them")
+        if len(self.folds) == 1:
+            raise ValueError("reference.folds: name one model per fold of the documents, at least 2")
         for field in fields(self):
             idle = field.name not in ("mode", *USED[self.mode])
             if idle and getattr(self, field.name) != field.default:
@@ -86,6 +94,11 @@ class ReferenceConfig:
     def is_live(self) -> bool:
         """Whether the losses are computed while training, and not read back."""
         return self.mode != "stored"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Folder or hub name of every model that gives losses: one, or one per fold."""
+        return self.folds or (self.origin,)
 
     @property
     def origin(self) -> str:

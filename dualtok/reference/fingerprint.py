@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from dualtok.errors import ConfigError
 from dualtok.model.weights import WEIGHT_PATTERNS, model_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from dualtok.data.manifest import Manifest
+    from dualtok.reference.config import ReferenceConfig
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,22 @@ def blocks_digest(*manifests: Manifest) -> str:
         for manifest in manifests
     ]  # fmt: skip
     return hashlib.sha256("\n\n".join(folders).encode()).hexdigest()
+
+
+def reference_fingerprint(reference: ReferenceConfig, manifest: Manifest) -> Fingerprint:
+    """Fingerprint the losses that a run's reference, of one model or cross-fitted, gives to the blocks.
+
+    Raises:
+        ConfigError: a model has no weights.
+    """
+    models = [fingerprint(model, manifest, reference.precision) for model in reference.models]
+    return models[0] if len(models) == 1 else cross_fitted(models)
+
+
+def cross_fitted(folds: Sequence[Fingerprint]) -> Fingerprint:
+    """Return the fingerprint of losses that come from several models, fold by fold of the documents."""
+    weights = hashlib.sha256("\n".join(["cross-fitted", *(fold.weights for fold in folds)]).encode()).hexdigest()
+    return replace(folds[0], weights=weights)
 
 
 def fingerprint(model: str | Path, manifest: Manifest, precision: str) -> Fingerprint:

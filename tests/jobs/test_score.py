@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dualtok.data.folds import fold_of
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
 from tests.support import ROOT, dualtok, environment, error_line, partitioned_json, save_model, succeed, write_run
@@ -31,9 +32,9 @@ def own_copy(small_corpus: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"dir": str(folder)}
 
 
-def read_scores(data_dir: str) -> dict[str, np.ndarray]:
+def read_scores(data_dir: str, folder: str = "*") -> dict[str, np.ndarray]:
     losses = {}
-    for file in sorted(Path(data_dir).glob("scores/*/*/*.arrow")):
+    for file in sorted(Path(data_dir).glob(f"scores/{folder}/*/*.arrow")):
         with pa.memory_map(str(file)) as source:
             column = pa.ipc.open_file(source).read_all().column("loss").combine_chunks()
         losses[f"{file.parent.name}/{file.stem}"] = column.flatten().to_numpy().reshape(len(column), -1)
@@ -151,3 +152,32 @@ def test_a_reference_that_does_not_fit_is_refused(small_corpus: dict[str, Any], 
     assert "max_position_embeddings is 32" in error_line(dualtok("score", run))
     line = error_line(dualtok("score", run, "reference.model=/absent/model"))
     assert "/absent/model: neither a model folder nor a hub model" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_each_document_is_judged_by_the_model_that_left_it_out(
+    small_corpus: dict[str, Any], tmp_path: Path, model: Path, ranks: int
+) -> None:
+    data = own_copy(small_corpus, tmp_path / "data")
+    models = [model, save_model(tmp_path / "other", seed=2)]
+    run = write_run(tmp_path / "run.yaml", data, reference={"folds": [str(model) for model in models]})
+    output = succeed(dualtok("score", run, ranks=ranks))
+    found = read_scores(data["dir"], Path(output.strip().rsplit(" in ", maxsplit=1)[1]).name)
+    expected = [expected_losses(data["dir"], model) for model in models]
+    assert found.keys() == expected[0].keys()
+    taken = set()
+    for name, losses in found.items():
+        split, stem = name.split("/")
+        pieces = BlockStream(data["dir"], split, seed=0).pieces(f"{stem}.arrow", np.arange(len(losses)))
+        for row, in_row in enumerate(pieces):
+            column = 0
+            for piece in in_row:
+                fold = int(fold_of([piece.doc], 2)[0])
+                taken.add(fold)
+                here = slice(column, column + piece.length)
+                np.testing.assert_allclose(losses[row, here], expected[fold][name][row, here], rtol=1e-5, atol=1e-5)
+                column += piece.length
+    assert taken == {0, 1}
+    shards = len(found)
+    assert f"{shards} shards scored (0 now" in succeed(dualtok("score", run))
