@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from dualtok.data.manifest import load_manifest
 from dualtok.engine.checkpoint import find_checkpoint
+from tests.data.servers import CREDENTIALS, fault_server, s3_server, upload
 from tests.faults.worker import FAULT, SAMPLES, Fault
 from tests.support import ROOT, environment, measured, tiny_llama_config, write_run
 
@@ -28,8 +29,10 @@ NOTICE_SECONDS = 60
 """From a fault to the end of the whole job."""
 DEADLINE_SECONDS = 600
 """For a job: a hang is a failure."""
-KINDS = ("kill", "sigterm", "disk_full", "bad_shard", "notice")
-"""``bad_shard`` is done to the files before a start, ``notice`` is SIGTERM to the launcher, as schedulers send it."""
+KINDS = ("kill", "sigterm", "disk_full", "bad_shard", "notice", "remote")
+"""``bad_shard`` is done to the files before a start, ``notice`` is SIGTERM to the launcher, as schedulers send it,
+``remote`` is the object store at fault: a campaign that may draw it trains from S3, through a proxy that spoils."""
+PASSING = ("500", "truncated", "short", "flipped", "slow", "dropped", "gone")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def small_disk(folder: Path, mebibytes: int = 48) -> Iterator[Path]:
 def train(run: Path, samples: Path, *, fault: Fault | None = None, notice_after: float | None = None) -> Ended:
     """Run one job to its end: from the last checkpoint, or from the start."""
     samples.mkdir(exist_ok=True)
-    variables = {SAMPLES: str(samples), "LOCAL_SIZE": str(RANKS)}
+    variables = {SAMPLES: str(samples), "LOCAL_SIZE": str(RANKS), **CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
     if fault is not None:
         variables[FAULT] = fault.as_json()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m",
@@ -99,8 +102,8 @@ class Campaign:
         """Write the run, and the undisturbed one to compare it with."""
         self.draw = random.Random(self.seed)
         self.disk = self.folder / "disk"
-        own = self.folder / "data"
-        shutil.copytree(self.data["dir"], own)
+        self.own = self.folder / "data"
+        shutil.copytree(self.data["dir"], self.own)
         settings: dict[str, Any] = {
             "seed": 5, "objective": "causal_lm", "model": {"config": tiny_llama_config()},
             "train": {"learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS,
@@ -109,9 +112,13 @@ class Campaign:
                       "deepspeed": str(ROOT / "ds_configs" / "zero3.json")},
             "monitor": {"log_every": 1},
         }  # fmt: skip
-        self.run = write_run(self.folder / "hit.yaml", {**self.data, "dir": str(own)}, **settings)
-        self.run.write_text(self.run.read_text().replace(str(self.run.with_suffix("")), str(self.disk / "run")))
+        self.settings = settings
+        self.run = self.folder / "hit.yaml"
         self.whole = write_run(self.folder / "whole.yaml", self.data, **settings)
+
+    def _write_run(self, data: dict[str, Any]) -> None:
+        write_run(self.run, {**self.data, **data}, **self.settings)
+        self.run.write_text(self.run.read_text().replace(str(self.run.with_suffix("")), str(self.disk / "run")))
 
     @property
     def output(self) -> Path:
@@ -122,7 +129,11 @@ class Campaign:
         """Let every fault strike, finish the run, and compare."""
         whole = train(self.whole, self.folder / "samples-whole")
         assert whole.status == 0, whole.output[-4000:]
-        with small_disk(self.disk):
+        with ExitStack() as stack:
+            stack.enter_context(small_disk(self.disk))
+            self._write_run({"dir": str(self.own)})
+            if "remote" in self.kinds:
+                self._serve(stack)
             steps = sorted(self.draw.randint(1, STEPS) for _ in range(self.faults))
             for number, step in enumerate(steps):
                 self._strike(number, self.draw.choice(self.kinds), step)
@@ -131,27 +142,46 @@ class Campaign:
             assert last.status == 0, last.output[-4000:]
             self._compare()
 
+    def _serve(self, stack: ExitStack) -> None:
+        """Let the run read its data from S3, through a proxy that spoils what it is told to."""
+        server = stack.enter_context(s3_server())
+        self.proxy = stack.enter_context(fault_server(server))
+        self.cache = self.folder / "cache"
+        stream = {"endpoint_url": self.proxy.url, "cache_dir": str(self.cache), "retry_seconds": 30, "attempts": 5}
+        self._write_run({"dir": upload(self.own, server, "data"), "stream": stream})
+
     def _strike(self, number: int, kind: str, step: int) -> None:
-        samples, mark = self.folder / "samples-hit", self.folder / f"mark-{number}"
+        samples, mark, drawn = self.folder / "samples-hit", self.folder / f"mark-{number}", kind
+        moment = "save" if kind == "disk_full" else self.draw.choice(("step", "save", "seal"))
+        if kind == "remote":
+            shutil.rmtree(self.cache, ignore_errors=True)  # else nothing would be fetched
+            if self.draw.random() < 0.5:
+                kind = "bad_shard"
+            else:  # the retries must hide these; a kill ends the job, so that more can follow
+                for shard in self.draw.sample(self._shards(), 3):
+                    self.proxy.spoil(f"train/{shard.name}", self.draw.choice(PASSING), self.draw.randint(1, 3))
+                kind, moment = "kill", "step"
         if kind == "bad_shard":
-            self._damage_a_shard(samples)
+            struck = self._damage_a_shard(samples)
         elif kind == "notice":
             # Somewhere between the first import and the last step.
             ended = train(self.run, samples, notice_after=self.draw.uniform(1, 20))
             assert "Traceback (most recent call last)" not in ended.output.split("torch/distributed", maxsplit=1)[0]
+            struck = ended.status != 0
         else:
-            moment = "save" if kind == "disk_full" else self.draw.choice(("step", "save", "seal"))
             if moment != "step":
                 step = max(EVERY, step // EVERY * EVERY)
             rank = 0 if moment == "seal" else self.draw.randrange(RANKS)
             fault = Fault(kind, rank, step, moment, str(mark), str(self.disk / "ballast"))  # type: ignore[arg-type]
             ended = train(self.run, samples, fault=fault)
             (self.disk / "ballast").unlink(missing_ok=True)
-            if mark.exists():  # the step may lie before the last checkpoint
+            struck = mark.exists()  # the step may lie before the last checkpoint
+            if struck:
                 self._judge(fault, ended, ended.at - float(mark.read_text()))
             else:
                 assert ended.status == 0, ended.output[-4000:]
-        self.log.append(f"fault {number}: {kind} at step {step}")
+        if struck:
+            self.log.append(f"fault {number}: {drawn} at step {step}")
 
     def _judge(self, fault: Fault, ended: Ended, seconds: float) -> None:
         """Check how a job ended that was hit."""
@@ -172,10 +202,26 @@ class Campaign:
             assert "No space left on device" in ended.output, ended.output[-3000:]
             assert "dualtok: error:" in ended.output
 
-    def _damage_a_shard(self, samples: Path) -> None:
-        """Alter one byte, or take the file away: the job must name it. Then restore it."""
-        folder = self.folder / "data"
-        shard = folder / "train" / self.draw.choice(load_manifest(folder).splits["train"].shards).file
+    def _shards(self) -> list[Path]:
+        return [self.own / "train" / shard.file for shard in load_manifest(self.own).splits["train"].shards]
+
+    def _damage_a_shard(self, samples: Path) -> bool:
+        """Spoil a shard: the job must name it, if it reads it at all. Then restore it."""
+        shard = self.draw.choice(self._shards())
+        if "remote" in self.kinds:
+            shutil.rmtree(self.cache, ignore_errors=True)
+            self.proxy.spoil(f"train/{shard.name}", self.draw.choice(("gone", "500", "flipped", "truncated")))
+            ended = train(self.run, samples)
+            self.proxy.heal()
+            named = f"train/{shard.name}: given up after 5 attempts"
+        else:
+            ended = self._train_with_damaged(shard, samples)
+            named = f"{shard}: shard "
+        assert ended.status == 0 or named in ended.output, ended.output[-3000:]
+        return ended.status != 0
+
+    def _train_with_damaged(self, shard: Path, samples: Path) -> Ended:
+        """Alter one byte, or take the file away, for as long as the job takes."""
         kept = shard.read_bytes()
         if self.draw.random() < 0.5:
             shard.unlink()
@@ -184,8 +230,7 @@ class Campaign:
             shard.write_bytes(kept[:place] + bytes([kept[place] ^ 1]) + kept[place + 1 :])
         ended = train(self.run, samples)
         shard.write_bytes(kept)
-        assert ended.status != 0
-        assert f"{shard}: shard " in ended.output, ended.output[-3000:]
+        return ended
 
     def _no_checkpoint_is_torn(self) -> None:
         root = self.output / "checkpoints"

@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.harness import Campaign
+from tests.faults.harness import KINDS, Campaign
 from tests.support import write_small_corpus
 
 FAULTS = 5
 """Of each campaign."""
+LOCAL = tuple(kind for kind in KINDS if kind != "remote")
 
 
 def main() -> None:
@@ -26,9 +27,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = write_small_corpus(Path(scratch))
         while True:
-            campaign = Campaign(Path(scratch) / f"seed-{seed}", data, seed, FAULTS)
+            # Every other campaign trains from an object store, at fault half of the time.
+            kinds = (*KINDS, "remote", "remote", "remote") if seed % 2 else LOCAL
+            campaign = Campaign(Path(scratch) / f"seed-{seed}", data, seed, FAULTS, kinds)
             campaign.carry_out()
-            struck.update(line.split()[2] for line in campaign.log)
+            struck.update(line.split()[2] for line in campaign.log)  # "fault 3: kill at step 7"
             minutes = (time.monotonic() - started) / 60
             counts = ", ".join(f"{kind} {count}" for kind, count in sorted(struck.items()))
             print(f"seed {seed}: {struck.total()} faults in {minutes:.1f} min ({counts}); every run ended as the "

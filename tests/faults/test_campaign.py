@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import Campaign
+from tests.faults.harness import KINDS, Campaign
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("seed", "kinds"), [(1, KINDS[:-1]), (2, ("remote", "kill"))])
 def test_a_run_under_faults_ends_as_the_undisturbed_one(
-    small_corpus: dict[str, Any], tmp_path: Path, seed: int
+    small_corpus: dict[str, Any], tmp_path: Path, seed: int, kinds: tuple[str, ...]
 ) -> None:
-    campaign = Campaign(tmp_path, small_corpus, seed=seed, faults=3)
+    campaign = Campaign(tmp_path, small_corpus, seed=seed, faults=3, kinds=kinds)
     campaign.carry_out()  # asserts after each fault, and at the end
     assert len(campaign.log) == 3
