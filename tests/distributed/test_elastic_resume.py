@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -25,6 +25,9 @@ from tests.support import (
     write_run,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 STEPS, FIRST, SECOND = 12, 4, 8
 PIPELINE = {"engine": "pipeline", "pipeline": {"stages": 2}}
 SHARDED = {"engine": "sharded_pipeline", "pipeline": {"stages": 2}}
@@ -34,7 +37,10 @@ CHAINS = {
     "zero3-zero1-zero3": ({"zero": 3}, {"zero": 1}, {"zero": 3}),
     "pipeline-zero2-offload": ({"zero": 1, **PIPELINE}, {"zero": 2}, {"offload": True}),
     "offload-pipeline-zero1": ({"offload": True}, {"zero": 0, **PIPELINE}, {"zero": 1}),
+    "adapter": ({"zero": 3}, {"zero": 1, **PIPELINE}, {"zero": 2}),
 }
+ADAPTER = "adapter"
+"""The chain that trains a LoRA adapter, with its own base as a live reference."""
 
 
 def launch(ranks: int, *segments: str) -> None:
@@ -63,6 +69,13 @@ def set_layout(run: Path, layout: dict[str, Any], folder: Path) -> None:
     run.write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run's last checkpoint, of a LoRA run its adapter's."""
+    target = run.with_suffix(".hf")
+    succeed(dualtok("export", run.with_suffix(""), target, "--checkpoint", "latest"))
+    return read_weights(target)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_chain_of_layouts_trains_the_undisturbed_run(small_corpus: dict[str, Any], tmp_path: Path) -> None:
@@ -74,23 +87,27 @@ def test_every_chain_of_layouts_trains_the_undisturbed_run(small_corpus: dict[st
                   "precision": "fp32", "warmup_steps": 2, "gradient_clipping": 0.05, "checkpoint_every": 100,
                   "checkpoint_in_background": True},
     }  # fmt: skip
+    adapted = {**settings, "model": {"path": str(reference), "lora": {"rank": 4, "alpha": 8}},
+               "reference": {"mode": "adapter"}}  # fmt: skip
+    kinds = {name: adapted if name == ADAPTER else settings for name in CHAINS}
     whole = write_run(tmp_path / "whole.yaml", small_corpus, **settings)
     succeed(dualtok("score", whole))
-    succeed(dualtok("train", whole))
-    runs = {name: write_run(tmp_path / f"{name}.yaml", small_corpus, **settings) for name in CHAINS}
+    whole_adapter = write_run(tmp_path / "whole_adapter.yaml", small_corpus, **adapted)
+    for run in (whole, whole_adapter):
+        succeed(dualtok("train", run))
+    runs = {name: write_run(tmp_path / f"{name}.yaml", small_corpus, **kinds[name]) for name in CHAINS}
     for leg, (ranks, stop) in enumerate(((2, FIRST), (4, SECOND), (1, STEPS))):
         for name, run in runs.items():
             set_layout(run, CHAINS[name][leg], tmp_path)
         launch(ranks, *(f"{run}:{stop}" for run in runs.values()))
         for run in runs.values():
             assert history(run)[-1]["step"] == stop, "the run did not end where it was told to"
-    succeed(dualtok("export", whole.with_suffix(""), tmp_path / "whole.hf", "--checkpoint", "latest"))
-    expected = read_weights(tmp_path / "whole.hf")
+    expected = {run: exported(run) for run in (whole, whole_adapter)}
     for name, run in runs.items():
-        for step, other in zip(history(run), history(whole), strict=True):
+        undisturbed = whole_adapter if name == ADAPTER else whole
+        for step, other in zip(history(run), history(undisturbed), strict=True):
             assert step["loss"] == pytest.approx(other["loss"], rel=1e-4), name
             assert step["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3), name
             assert step["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-9), name
             assert (step["hard_tokens"], step["memorised_tokens"]) == (other["hard_tokens"], other["memorised_tokens"])
-        succeed(dualtok("export", run.with_suffix(""), tmp_path / f"{name}.hf", "--checkpoint", "latest"))
-        assert relative_distance(expected, read_weights(tmp_path / f"{name}.hf")) < 1e-4, name
+        assert relative_distance(expected[undisturbed], exported(run)) < 1e-4, name

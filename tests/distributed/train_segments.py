@@ -34,7 +34,7 @@ def train_segment(path: Path, stop: int, broken: int = 0) -> None:
         train_step, compute, taken = engine.train_step, engine.model.compute, 0
 
         def compute_nan(batch: Any) -> Any:
-            return compute(batch) * (float("nan") if taken == broken else 1.0)
+            return compute(batch) * (float("nan") if broken and taken == broken else 1.0)
 
         def counting(window: Any) -> Any:
             nonlocal taken
