@@ -122,9 +122,9 @@ def audit(run_file: RunFile, overrides: Overrides = None) -> None:
     from dualtok.run import load_run
 
     _quiet_libraries()
-    models = run_audit(load_run(run_file, overrides or []))
+    figures = run_audit(load_run(run_file, overrides or []))
     if is_first_rank():
-        print_figures(models)
+        print_figures(figures)
 
 
 @app.command()

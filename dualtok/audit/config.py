@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from dualtok.data.config import SplitName
 
-AttackName = Literal["loss", "ref", "zlib", "min_k", "min_k_plus_plus"]
+AttackName = Literal[
+    "loss", "ref", "zlib", "min_k", "min_k_plus_plus", "pushed_above", "ref_classifier", "ref_forest"
+]  # fmt: skip
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -44,8 +46,19 @@ class AuditConfig:
     """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank
     holds the whole model."""
 
-    attacks: tuple[AttackName, ...] = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
-    """Attacks to run. ``ref`` needs the attacker's reference model."""
+    attacks: tuple[AttackName, ...] = get_args(AttackName)
+    """Attacks to run. ``ref``, and those that know the defence (``pushed_above``, ``ref_classifier``, ``ref_forest``),
+    need the attacker's reference model."""
+
+    collections: tuple[Annotated[int, Field(ge=2)], ...] = (10, 50, 500)
+    """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out."""
+
+    permutations: Annotated[int, Field(ge=99)] = 999
+    """Permutations of the membership labels behind the p-value of the strongest attack."""
+
+    null_model: str | None = None
+    """Key of a model in ``models`` that has seen no member, e.g. ``base``: attacks must find nothing in it, or the
+    audit warns that members and non-members differ by themselves."""
 
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples of the documents behind every interval. Below about 1000 the ends of a 95 % interval move
@@ -77,6 +90,8 @@ class AuditConfig:
             raise ValueError("audit.models: 'attack_reference' is the name of the attacker's model; use another name")
         if self.members == self.non_members:
             raise ValueError(f"audit.members: {self.members!r} is also audit.non_members; choose two splits")
+        if self.null_model is not None and self.null_model not in self.models:
+            raise ValueError(f"audit.null_model: {self.null_model!r} is none of audit.models")
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):
             raise ValueError("audit.attacks: name at least one attack, and each only once")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):

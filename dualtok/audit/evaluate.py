@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.attacks import ATTACKS, Attack, AttackContext
+from dualtok.audit.attacks import ATTACKS, AttackContext
+from dualtok.audit.checks import strongest_p_value
+from dualtok.audit.collection import collection_tests, holm, learned_scores
 from dualtok.audit.config import AuditConfig
 from dualtok.audit.metrics import (
     FEW_FALSE_POSITIVES,
@@ -23,6 +25,7 @@ from dualtok.audit.metrics import (
 from dualtok.audit.ragged import ROUNDING
 from dualtok.audit.report_data import (
     AttackResult,
+    Collections,
     Estimate,
     ModelAudit,
     RocPoints,
@@ -30,6 +33,7 @@ from dualtok.audit.report_data import (
     TokenHistogram,
     TprAtFpr,
 )
+from dualtok.audit.scores import FEWEST_TO_LEARN, attack_scores, label_of
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dualtok.audit.scores import PairOfScores
     from dualtok.audit.signals import Signals
 
 # The same bins for every model, in nats, so that panels can be compared; a bin's edge lies on 0, the threshold tau.
@@ -85,11 +90,10 @@ def audit_model(
         for context in (member_context, non_member_context)
     )
     available = contexts[0].has & contexts[1].has
-    chosen = [ATTACKS[attack] for attack in config.attacks]
-    runnable = [attack for attack in chosen if attack.needs <= available]
-    if not runnable:
+    scores, not_run = attack_scores(targets, (contexts[0], contexts[1]), config)
+    if not scores:
         raise DataError(f"audit of {name!r}: none of the attacks {list(config.attacks)} can run; add 'loss'")
-    outcomes = [_attack(attack, targets, (contexts[0], contexts[1]), config, len(runnable)) for attack in runnable]
+    outcomes = [_result(attack, pair, config, len(scores)) for attack, pair in scores.items()]
     return ModelAudit(
         name=name,
         step=step,
@@ -101,12 +105,10 @@ def audit_model(
         perplexity_non_members=targets[1].perplexity,
         loss_gap=_token_mean_loss(targets[1]) - _token_mean_loss(targets[0]),
         attacks=[result for result, _ in outcomes],
-        not_run={
-            attack.label: f"needs {' and '.join(sorted(attack.needs - available))}"
-            for attack in chosen
-            if attack not in runnable
-        },
+        not_run=not_run,
         strongest=_strongest(outcomes),
+        strongest_p_value=strongest_p_value(scores, permutations=config.permutations, seed=config.seed),
+        collections=_collections(scores, config),
         calibrated=_calibrated(targets, (contexts[0], contexts[1])) if "reference" in available else None,
     )
 
@@ -115,15 +117,26 @@ def _token_mean_loss(target: Signals) -> float:
     return -float(np.mean(target.log_prob, dtype=np.float64))
 
 
-def _attack(
-    attack: Attack,
-    targets: tuple[Signals, Signals],
-    contexts: tuple[AttackContext, AttackContext],
-    config: AuditConfig,
-    n_attacks: int,
-) -> tuple[AttackResult, Estimate]:
+def _collections(scores: dict[str, PairOfScores], config: AuditConfig) -> list[Collections]:
+    """Test collections by the Ref attack (or the first there is) and by what a linear model makes of all attacks."""
+    name = "ref" if "ref" in scores else next(iter(scores))
+    named = {label_of(name): scores[name]}
+    single = [pair for attack, pair in scores.items() if attack in ATTACKS]
+    if len(single) > 1 and min(map(len, single[0])) >= FEWEST_TO_LEARN:
+        stacked = [np.stack([pair[side] for pair in single], axis=1) for side in (0, 1)]
+        named["all, learned"] = learned_scores(stacked[0], stacked[1], config.seed)
+    found = [(label, test) for label, pair in named.items()
+             for test in collection_tests(*pair, config.collections, config.seed)]  # fmt: skip
+    together = holm([test.p_value for _, test in found])
+    return [
+        Collections(label=label, size=test.size, p_value=test.p_value, p_holm=p_holm, collections=test.collections,
+                    rejected=test.rejected)
+        for (label, test), p_holm in zip(found, together, strict=True)
+    ]  # fmt: skip
+
+
+def _result(name: str, scores: PairOfScores, config: AuditConfig, n_attacks: int) -> tuple[AttackResult, Estimate]:
     """Return an attack's result, and its two-sided AUC with the interval that holds for ``n_attacks`` at once."""
-    scores = attack(targets[0], contexts[0]), attack(targets[1], contexts[1])
     n_non_members = len(scores[1])
     measurable = [fpr for fpr in config.fpr_targets if fpr * n_non_members >= 1 - ROUNDING]
     draws = bootstrap(
@@ -154,8 +167,8 @@ def _attack(
         )
     drawn = curve.thinned(keep=measurable)
     result = AttackResult(
-        name=attack.name,
-        label=attack.label,
+        name=name,
+        label=label_of(name),
         auc=Estimate(value=auc, low=low, high=high),
         auc_two_sided=_two_sided(auc, low, high),
         tpr=rates,

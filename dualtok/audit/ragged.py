@@ -5,6 +5,8 @@ Legend: n documents, k values of all documents together; ``offsets`` is int64 [n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +27,32 @@ def segment_sum(values: NDArray[np.generic], offsets: Offsets) -> Floats:
     return sums
 
 
+def segment_mean(values: NDArray[np.generic], offsets: Offsets) -> Floats:
+    """Return the float64 mean [n] of each segment of ``values`` [k]; every segment must have a value."""
+    return segment_sum(values, offsets) / np.diff(offsets)
+
+
+def segment_quantiles(values: NDArray[np.floating], offsets: Offsets, shares: Sequence[float]) -> Floats:
+    """Return quantiles [n, len(shares)] of each segment, linear between the two nearest values as ``np.quantile``.
+
+    Every segment must have a value.
+    """
+    in_order = _sorted_within(values, offsets)
+    lengths, first = np.diff(offsets)[:, None], offsets[:-1][:, None]
+    place = np.asarray(shares)[None, :] * (lengths - 1)
+    below = np.floor(place).astype(np.int64)
+    above = np.minimum(below + 1, lengths - 1)
+    low, high = in_order[first + below], in_order[first + above]
+    quantiles: Floats = low + (high - low) * (place - below)
+    return quantiles
+
+
+def _sorted_within(values: NDArray[np.floating], offsets: Offsets) -> Floats:
+    """Return the values, ascending within each segment."""
+    segment = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return values[np.lexsort((values, segment))].astype(np.float64)
+
+
 def lowest_mean(values: NDArray[np.floating], offsets: Offsets, share: float) -> Floats:
     """Return the mean [n] of the lowest ``share`` of each segment: floor(share * length) values, but at least one.
 
@@ -32,7 +60,7 @@ def lowest_mean(values: NDArray[np.floating], offsets: Offsets, share: float) ->
     """
     lengths = np.diff(offsets)
     segment = np.repeat(np.arange(len(lengths)), lengths)
-    in_order = values[np.lexsort((values, segment))].astype(np.float64)
+    in_order = _sorted_within(values, offsets)
     rank = np.arange(len(values)) - offsets[:-1][segment]
     taken = np.maximum(1, np.floor(share * lengths + ROUNDING))
     return segment_sum(np.where(rank < taken[segment], in_order, 0.0), offsets) / taken

@@ -11,8 +11,10 @@ import jinja2
 from markupsafe import Markup
 
 from dualtok.audit import figures, table
+from dualtok.audit.adaptive import CLASSIFIERS
 from dualtok.audit.attacks import ATTACKS
 from dualtok.audit.report_data import AuditReport, Estimate
+from dualtok.audit.scores import source_of
 from dualtok.errors import DataError
 from dualtok.files import write_text
 
@@ -72,6 +74,12 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
                 if rate.tpr is not None:
                     line |= _cells(rate.tpr) | {"attained_fpr": rate.attained_fpr}
                 yield line
+        for test in row.collections:
+            collection = model | {"attack": f"{test.label}, {test.size} documents"}
+            for metric in ("p_value", "p_holm", "rejected"):
+                yield collection | {"metric": f"collection_{metric}", "value": getattr(test, metric)}
+        if row.strongest_p_value is not None:
+            yield model | {"metric": "strongest_p_value", "value": row.strongest_p_value}
         yield (
             model
             | {"metric": "strongest_auc_two_sided", "note": row.strongest.label}
@@ -101,9 +109,13 @@ def render_html(report: AuditReport) -> str:
     measured = {
         rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
     }
+    known = {*ATTACKS, *CLASSIFIERS}
     return environment.get_template("report.html.j2").render(
-        report=report, measured=measured, attacks=table.attack_columns(report.rows), sources=ATTACKS, **_figures(report)
-    )
+        report=report, measured=measured, attacks=table.attack_columns(report.rows),
+        tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
+        sources={name: source_of(name) for name in table.attack_columns(report.rows) if name in known},
+        **_figures(report),
+    )  # fmt: skip
 
 
 def _figures(report: AuditReport) -> dict[str, Any]:

@@ -69,6 +69,34 @@ class Strongest(Record):
     """The interval holds for the maximum over all attacks (Bonferroni)."""
 
 
+class Collections(Record):
+    """Whether collections of members can be told from collections of non-members by one score."""
+
+    label: str
+    """The score."""
+    size: Count
+    """Documents in a collection."""
+    p_value: Share
+    """Two-sided permutation p-value of one collection, drawn with ``audit.seed``."""
+    p_holm: Share
+    """The same, holding for all collections of the model together (Holm 1979)."""
+    collections: Count
+    """Disjoint collections that there are documents for."""
+    rejected: Share
+    """Share of them with a p-value below .05."""
+
+
+class Checks(Record):
+    """What must not be found if members and non-members are one distribution."""
+
+    blind_auc: Estimate
+    """AUC of a bag of words, which saw no model."""
+    shared_passages: Share
+    """Share of the non-members that share a passage of about 200 characters with a member."""
+    warnings: list[str] = Field(default_factory=list)
+    """What makes the audit's figures doubtful; empty if nothing does."""
+
+
 class TokenHistogram(Record):
     """How s(t) = CE(theta; t) - CE(theta_ref; t) is distributed; the outer bins hold all that lies beyond."""
 
@@ -103,11 +131,18 @@ class ModelAudit(Record):
     not_run: dict[str, str] = Field(default_factory=dict)
     """Label of an attack -> why it was not run."""
     strongest: Strongest
+    strongest_p_value: Share | None = None
+    """Of the largest |AUC - 1/2| of all attacks, by permuting the labels of documents in all attacks alike."""
+    collections: list[Collections] = Field(default_factory=list)
     calibrated: TokenHistogram | None = None
 
     def attack(self, name: str) -> AttackResult | None:
         """Return the result of the attack with this name, or None if it was not run."""
         return next((attack for attack in self.attacks if attack.name == name), None)
+
+    def collection(self, label: str, size: int) -> Collections | None:
+        """Return the test of collections of so many documents by this score, or None if there was none."""
+        return next((test for test in self.collections if (test.label, test.size) == (label, size)), None)
 
 
 class AuditFigures(Record):
@@ -115,6 +150,7 @@ class AuditFigures(Record):
 
     settings: AuditConfig
     models: list[ModelAudit]
+    checks: Checks | None = None
 
 
 class SelectionSeries(Record):
@@ -165,6 +201,7 @@ class AuditReport(Record):
     """What was audited, e.g. {"data": "...", "members": "split train", "seed": "0"}; shown in the header."""
     settings: AuditConfig = Field(default_factory=AuditConfig)
     rows: list[ModelAudit]
+    checks: Checks | None = None
     selection: list[SelectionSeries] = Field(default_factory=list)
     training: list[TrainingSeries] = Field(default_factory=list)
     configs: dict[str, str] = Field(default_factory=dict)

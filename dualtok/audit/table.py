@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from dualtok.audit.adaptive import CLASSIFIERS
 from dualtok.audit.attacks import ATTACKS
 
 if TYPE_CHECKING:
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
     from dualtok.audit.report_data import Estimate, ModelAudit
 
 
+PUBLISHED = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
+"""Attacks of the first table: the paper's four and Min-K%++."""
+
+
 def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
-    """Return name -> label of every attack that any of the rows ran, in the order of :data:`ATTACKS`."""
+    """Return name -> label of every attack that any of the rows ran, in the order of the settings' default."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
-    order = {name: place for place, name in enumerate(ATTACKS)}
+    order = {name: place for place, name in enumerate((*ATTACKS, *CLASSIFIERS))}
     return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
 
 
@@ -40,14 +45,15 @@ def perplexity(value: float) -> str:
 def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
     """Return one line per model: held-out perplexity, loss gap, AUC of each attack, strongest one two-sided.
 
-    With all five attacks it needs about 110 columns of terminal.
+    It has the attacks of :data:`PUBLISHED` alone and needs about 110 columns of terminal; :func:`adaptive_table` has
+    the others.
     """
     caption = (
         "AUC one-sided, with intervals; strongest: max(AUC, 1 - AUC), its interval corrected for the number of attacks"
     )
     table = Table(title=title, caption=caption, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
-    columns = attack_columns(rows)
+    columns = {name: label for name, label in attack_columns(rows).items() if name in PUBLISHED}
     for label in ("held-out\nPPL", "loss\ngap", *columns.values(), "strongest"):
         table.add_column(label, justify="right", no_wrap=True)
     for row in rows:
@@ -60,6 +66,26 @@ def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
         ppl = perplexity(row.perplexity_non_members)
         # A model's own name may hold brackets, which rich would read as markup.
         table.add_row(escape(row.name), ppl, f"{row.loss_gap:+.3f}", *cells)
+    return table
+
+
+def adaptive_table(rows: Sequence[ModelAudit], title: str = "Attacks that know the defence, and collections") -> Table:
+    """Return one line per model: AUC of the other attacks, p-value of the strongest, p-values of collections."""
+    caption = (
+        "AUC one-sided; p: of the strongest attack of all; then p-values of collections of so many documents, by each "
+        "score, corrected for their number (Holm)"
+    )
+    table = Table(title=title, caption=caption, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    columns = {name: label for name, label in attack_columns(rows).items() if name not in PUBLISHED}
+    tests = list(dict.fromkeys((test.label, test.size) for row in rows for test in row.collections))
+    for label in (*columns.values(), "p", *(f"{label}\n{size}" for label, size in tests)):
+        table.add_column(label, justify="right", no_wrap=True)
+    for row in rows:
+        found = {(test.label, test.size): f"{share(test.p_holm)}" for test in row.collections}
+        cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
+        p_value = "n/a" if row.strongest_p_value is None else share(row.strongest_p_value)
+        table.add_row(escape(row.name), *cells, p_value, *(found.get(test, "n/a") for test in tests))
     return table
 
 

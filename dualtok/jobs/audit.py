@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
 from rich.console import Console
 
 from dualtok.audit.attacks import AttackContext
+from dualtok.audit.checks import PASSAGE_CHARACTERS, blind_baseline, shared_passages, warnings_of
 from dualtok.audit.evaluate import audit_model, choose_documents
-from dualtok.audit.report_data import AuditFigures
+from dualtok.audit.report_data import AuditFigures, Checks, Estimate
 from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
-from dualtok.audit.table import comparison_table
+from dualtok.audit.table import adaptive_table, comparison_table
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from numpy.typing import NDArray
+
     from dualtok.audit.report_data import ModelAudit
     from dualtok.data.manifest import Manifest
     from dualtok.data.packing import Segment
@@ -45,8 +49,10 @@ AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
 
 
-def audit(run: RunConfig) -> list[ModelAudit]:
+def audit(run: RunConfig) -> AuditFigures:
     """Audit every model of ``audit.models`` and write ``<output_dir>/audit/audit.json``.
+
+    On ranks other than the first the figures are the same.
 
     Raises:
         ConfigError: no models are named, or one does not fit the blocks.
@@ -68,15 +74,19 @@ def audit(run: RunConfig) -> list[ModelAudit]:
         )
         check_fits(config, vocabulary=vocabulary, block_length=manifest.block_length, origin=f"audit: {name}")
     signals = {name: _signals_of(run, manifest, name, folder, ranks) for name, folder in folders.items()}
-    audits = ranks.first_does(lambda: _attack_all(run, signals))
+    figures: AuditFigures = ranks.first_does(lambda: _attack_all(run, signals))
     ranks.barrier()
-    return list(audits)
+    return figures
 
 
-def print_figures(models: list[ModelAudit]) -> None:
-    """Print the comparison table; where there is no terminal, as wide as it needs to be."""
+def print_figures(figures: AuditFigures) -> None:
+    """Print the tables and warnings; where there is no terminal, as wide as they need to be."""
     console = Console()
-    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(comparison_table(models))
+    console = console if console.is_terminal else Console(width=TABLE_WIDTH)
+    console.print(comparison_table(figures.models))
+    console.print(adaptive_table(figures.models))
+    for warning in figures.checks.warnings if figures.checks is not None else ():
+        console.print(f"warning: {warning}", markup=False)
 
 
 def audit_folder(run: RunConfig) -> Path:
@@ -84,7 +94,7 @@ def audit_folder(run: RunConfig) -> Path:
     return Path(run.output_dir) / "audit"
 
 
-def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> list[ModelAudit]:
+def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> AuditFigures:
     """Attack every model (on rank 0) and write the figures."""
     settings = run.audit
     contexts = {}
@@ -104,9 +114,38 @@ def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> list[
         )
         for name in settings.models
     ]
-    figures = AuditFigures(settings=settings, models=audits)
+    figures = AuditFigures(settings=settings, models=audits, checks=_check(run, audits, signals))
     write_text(audit_folder(run) / AUDIT_FILE, figures.model_dump_json(indent=1))
-    return audits
+    return figures
+
+
+def _check(run: RunConfig, audits: list[ModelAudit], signals: dict[str, dict[str, Signals]]) -> Checks:
+    """Look for differences between members and non-members that no model is needed to see."""
+    settings = run.audit
+    audited = next(iter(settings.models))
+    streams = [BlockStream(prepared(run.data), split, seed=run.seed, verify=False)
+               for split in (settings.members, settings.non_members)]  # fmt: skip
+    texts = [_token_ids(stream, signals[audited][stream.split].document, settings.batch_size) for stream in streams]
+    blind = blind_baseline(texts[0], texts[1], seed=settings.seed, confidence=settings.confidence)
+    table = streams[0].document_table()
+    tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
+    shared = shared_passages(texts[0], texts[1], max(1, round(PASSAGE_CHARACTERS * tokens_per_character)))
+    null = next((model for model in audits if model.name == settings.null_model), None)
+    return Checks(
+        blind_auc=Estimate(value=blind.auc, low=blind.low, high=blind.high), shared_passages=shared,
+        warnings=warnings_of(blind, shared, null),
+    )  # fmt: skip
+
+
+def _token_ids(stream: BlockStream, documents: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Return the token ids of some documents of a split, in their order."""
+    pieces: dict[int, dict[int, NDArray[np.int64]]] = {int(document): {} for document in documents}
+    for batch, segments in stream.sequential(batch_size, documents=documents):
+        for ids, row in zip(batch["input_ids"].numpy(), segments, strict=True):
+            for document, start, length, column in _with_columns(row):
+                if document in pieces:
+                    pieces[document][start] = ids[column : column + length]
+    return [np.concatenate([parts[start] for start in sorted(parts)]) for parts in pieces.values()]
 
 
 def _signals_of(run: RunConfig, manifest: Manifest, name: str, folder: Path, ranks: Ranks) -> dict[str, Signals]:

@@ -72,7 +72,7 @@ def run_demo(folder: Path, processes: int) -> Path:
     _say(stages, stages, "write the report", started)
     run = parse_run(yaml.safe_load((folder / "audit.yaml").read_text(encoding="utf-8")), source="audit.yaml")
     report = write_run_report(run)
-    print_figures(read_figures(run).models)
+    print_figures(read_figures(run))
     print(f"finished after {(time.monotonic() - started) / 60:.1f} minutes\nreport: {report}", flush=True)
     return report
 

@@ -42,6 +42,7 @@ def write_run_report(run: RunConfig) -> Path:
         },
         settings=figures.settings,
         rows=figures.models,
+        checks=figures.checks,
         selection=[
             s for name, folder in run.audit.runs.items() if (s := _selection(name, Path(folder), histories[name]))
         ],

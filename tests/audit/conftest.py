@@ -10,7 +10,14 @@ import pytest
 from dualtok.audit.attacks import AttackContext
 from dualtok.audit.config import AuditConfig
 from dualtok.audit.evaluate import audit_model
-from dualtok.audit.report_data import AuditReport, ModelAudit, SelectionSeries, TrainingSeries
+from dualtok.audit.report_data import (
+    AuditReport,
+    Checks,
+    Estimate,
+    ModelAudit,
+    SelectionSeries,
+    TrainingSeries,
+)
 from dualtok.audit.signals import Signals
 
 MakeSignals = Callable[..., Signals]
@@ -70,6 +77,7 @@ def report(model_rows: list[ModelAudit]) -> AuditReport:
         identity={"data": "sotu, 60 members and 60 non-members", "seed": "0"},
         settings=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001]),
         rows=model_rows,
+        checks=Checks(blind_auc=Estimate(value=0.52, low=0.47, high=0.57), shared_passages=0.01),
         selection=[SelectionSeries(run="dual", steps=steps, hard=hard, memorised=memorised)],
         training=[
             TrainingSeries(run="plain", figure="loss_gap", steps=steps, values=[step / 500 for step in steps]),

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from dualtok.audit.adaptive import CLASSIFIERS
 from dualtok.audit.attacks import ATTACKS, AttackContext
 from dualtok.audit.config import AuditConfig
 from dualtok.audit.evaluate import CALIBRATED_EDGES, audit_model, choose_documents
 from dualtok.audit.metrics import bootstrap_interval, roc_auc, roc_curve, tpr_of_counts, two_sided_interval
+from dualtok.audit.scores import attack_scores
 from dualtok.audit.signals import Signals
 from dualtok.errors import DataError
 
@@ -42,9 +44,9 @@ def test_a_row_states_what_the_parts_compute(make_signals: MakeSignals) -> None:
     assert (row.perplexity_members, row.perplexity_non_members) == (members.perplexity, others.perplexity)
     assert row.loss_gap == pytest.approx(np.log(others.perplexity) - np.log(members.perplexity), rel=1e-9)
     assert row.loss_gap > 0
-    assert [attack.name for attack in row.attacks] == list(ATTACKS)
+    assert [attack.name for attack in row.attacks] == [*ATTACKS, *CLASSIFIERS]
     assert row.not_run == {}
-    for result in row.attacks:
+    for result in row.attacks[: len(ATTACKS)]:
         scores = tuple(
             ATTACKS[result.name](signals, replace(context, min_k_share=0.3))
             for signals, context in zip((members, others), both.values(), strict=True)
@@ -72,13 +74,12 @@ def test_the_strongest_attack_is_corrected_for_the_number_of_attacks(make_signal
     best = max(row.attacks, key=lambda attack: attack.auc_two_sided.value)
     strongest = row.strongest.auc_two_sided
     assert (row.strongest.label, strongest.value) == (best.label, best.auc_two_sided.value)
-    ends = []
-    for attack in ("loss", "ref", "zlib", "min_k", "min_k_plus_plus"):
-        scores = [
-            ATTACKS[attack](signals, replace(context, min_k_share=0.3))
-            for signals, context in zip((members, others), contexts(make_signals).values(), strict=True)
-        ]
-        ends.append(two_sided_interval(*bootstrap_interval(*scores, resamples=150, seed=3, confidence=0.99)))
+    pair = tuple(replace(context, min_k_share=0.3) for context in contexts(make_signals).values())
+    scores, _ = attack_scores((members, others), (pair[0], pair[1]), CONFIG)
+    corrected = 1 - 0.05 / len(scores)
+    ends = [two_sided_interval(*bootstrap_interval(*values, resamples=150, seed=3, confidence=corrected))
+            for values in scores.values()]  # fmt: skip
+    assert len(scores) == len(ATTACKS) + len(CLASSIFIERS)
     assert (strongest.low, strongest.high) == (max(low for low, _ in ends), max(high for _, high in ends))
     alone = audit_model(
         "plain", members, others, config=replace(CONFIG, attacks=(best.name,)), **contexts(make_signals)
@@ -100,7 +101,8 @@ def test_attacks_without_what_they_need_are_named(make_signals: MakeSignals) -> 
     members, others = classes(make_signals)
     row = audit_model("base", members, others, config=CONFIG)
     assert [attack.name for attack in row.attacks] == ["loss", "min_k", "min_k_plus_plus"]
-    assert row.not_run == {"Ref": "needs reference", "Zlib": "needs zlib"}
+    without = dict.fromkeys(("Ref", "Above ref", "Classifier", "Forest"), "needs reference")
+    assert row.not_run == {**without, "Zlib": "needs zlib"}
     assert row.calibrated is None
     assert row.attack("ref") is None
     one_sided = contexts(make_signals) | {"non_member_context": AttackContext()}

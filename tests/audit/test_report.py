@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dualtok.audit.config import AuditConfig
 from dualtok.audit.report import CSV_COLUMNS, load_report, render_csv, render_html, write_report
 from dualtok.audit.report_data import AuditReport
+from dualtok.audit.scores import label_of
 from dualtok.audit.table import interval, share
 from dualtok.errors import DataError
 
@@ -64,6 +66,9 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+ATTACK_NAMES = AuditConfig().attacks
+
+
 @pytest.fixture(scope="module")
 def html(report: AuditReport) -> str:
     return render_html(report)
@@ -112,18 +117,29 @@ def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report:
                     assert (line["value"], line["attained_fpr"]) == ("", "")
                 else:
                     assert (float(line["value"]), float(line["attained_fpr"])) == (rate.tpr.value, rate.attained_fpr)
+        for test in row.collections:
+            for metric in ("p_value", "p_holm", "rejected"):
+                line = by_key.pop((row.name, f"{test.label}, {test.size} documents", f"collection_{metric}", ""))
+                assert float(line["value"]) == getattr(test, metric)
+        assert float(by_key.pop((row.name, "", "strongest_p_value", ""))["value"]) == row.strongest_p_value
     assert by_key == {}
 
 
 def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
     page = Page(html)
     assert page.open == []
-    auc, two_sided, *rates = page.tables[:4]  # two of the three targets can be measured
-    assert auc[0] == ["model", "held-out PPL", "training PPL", "loss gap", "Loss", "Ref", "Zlib", "Min-K%", "Min-K%++"]
+    auc, two_sided, collections, *rates = page.tables[:5]  # two of the three targets can be measured
+    labels = [label_of(name) for name in ATTACK_NAMES]
+    assert auc[0] == ["model", "held-out PPL", "training PPL", "loss gap", *labels]
     for index, row in enumerate(report.rows):
         assert auc[index + 1][0] == two_sided[index + 1][0] == row.name
         assert auc[index + 1][1] == f"{row.perplexity_non_members:.3f}"
-        for column, name in enumerate(("loss", "ref", "zlib", "min_k", "min_k_plus_plus")):
+        assert collections[index + 1][0] == row.name
+        cells = dict(zip(collections[0], collections[index + 1], strict=True))
+        for test in row.collections:
+            shown = f"{share(test.p_value)}{share(test.p_holm)}; {share(test.rejected, 2)} of {test.collections}"
+            assert cells[f"{test.label}, {test.size}"] == shown
+        for column, name in enumerate(ATTACK_NAMES):
             result = row.attack(name)
             if result is None:
                 assert auc[index + 1][4 + column] == two_sided[index + 1][3 + column] == "n/a"
@@ -133,18 +149,18 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
             assert two_sided[index + 1][3 + column] == cell
             assert [rate.tpr is None for rate in result.tpr] == [False, False, True]
             for table, rate in zip(rates, result.tpr, strict=False):
-                shown = table[index + 1][1 + column]
+                entry = table[index + 1][1 + column]
                 assert rate.tpr is not None
-                assert shown.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
-                assert shown.endswith(f" at {rate.attained_fpr:.3g}")
+                assert entry.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
+                assert entry.endswith(f" at {rate.attained_fpr:.3g}")
     assert all(page.captions)
-    assert len(page.captions) == len(page.tables) == 2 + 2 + 1
+    assert len(page.captions) == len(page.tables) == 2 + 1 + 2 + 1
 
 
 def test_an_n_a_says_why(html: str) -> None:
     assert "TPR at an FPR of at most 0.001: n/a for every model, with fewer than 1/0.001 non-members." in html
     assert 'title="needs reference">n/a' in html
-    assert "base: not run were Ref (needs reference), Zlib (needs zlib)." in html
+    assert "base: not run were Ref (needs reference), Zlib (needs zlib), Above ref (needs reference)" in html
 
 
 def test_nothing_is_fetched_and_the_browser_is_told_so(html: str) -> None:
@@ -177,9 +193,19 @@ def test_conventions_are_stated(report: AuditReport, html: str) -> None:
 
 
 def test_figures_are_those_of_the_data(html: str) -> None:
-    # 5 attacks, s(t) of the two models with a reference, one run's selection, loss gap and Ref AUC.
-    assert Page(html).figures == 5 + 2 + 1 + 2
+    # The attacks, s(t) of the two models with a reference, one run's selection, loss gap and Ref AUC.
+    assert Page(html).figures == len(ATTACK_NAMES) + 2 + 1 + 2
     assert "Left out" not in html
+
+
+def test_what_makes_the_figures_doubtful_comes_first(report: AuditReport) -> None:
+    assert report.checks is not None
+    assert "Checks of this audit" in render_html(report)
+    warned = report.checks.model_copy(update={"warnings": ["a bag of words <tells> them apart"]})
+    page = render_html(report.model_copy(update={"checks": warned}))
+    assert "These figures are doubtful" in page
+    assert "a bag of words &lt;tells&gt; them apart" in page
+    assert page.index("a bag of words &lt;tells") < page.index('<table id="auc">')
 
 
 def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport) -> None:
@@ -188,7 +214,7 @@ def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport
     page = Page(render_html(bare))
     html = render_html(bare)
     assert page.figures == len(row.attacks) == 3
-    assert len(page.tables) == 2 + 2
+    assert len(page.tables) == 2 + 1 + 2
     for sentence in (
         "Left out: no reference model was given to the audit.",
         "Left out: no training log with selected tokens was given.",

@@ -1,16 +1,30 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from dualtok.audit.report_data import Estimate, ModelAudit
-from dualtok.audit.table import attack_columns, comparison_table, interval, perplexity, share
+from dualtok.audit.table import (
+    PUBLISHED,
+    adaptive_table,
+    attack_columns,
+    comparison_table,
+    interval,
+    perplexity,
+    share,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
 
 
-def rendered(rows: list[ModelAudit]) -> str:
+def rendered(rows: list[ModelAudit], make: Callable[[list[ModelAudit]], Table] = comparison_table) -> str:
     console = Console(file=io.StringIO(), width=200, color_system=None)
-    console.print(comparison_table(rows))
+    console.print(make(rows))
     output = console.file
     assert isinstance(output, io.StringIO)
     return output.getvalue()
@@ -27,12 +41,25 @@ def test_every_model_and_attack_is_in_the_table(model_rows: list[ModelAudit]) ->
     for row in model_rows:
         assert row.name in text
         assert perplexity(row.perplexity_non_members) in text
-        for attack in row.attacks:
+        for attack in (attack for attack in row.attacks if attack.name in PUBLISHED):
             assert share(attack.auc.value) in text
             assert f"{share(attack.auc.low, 2)}-{share(attack.auc.high, 2)}" in text
     assert text.count("n/a") == 2
     # The order is that of the attacks, not of the first row, which may lack a reference.
-    assert list(attack_columns(model_rows[::-1]).values()) == ["Loss", "Ref", "Zlib", "Min-K%", "Min-K%++"]
+    assert list(attack_columns(model_rows[::-1]).values())[:5] == ["Loss", "Ref", "Zlib", "Min-K%", "Min-K%++"]
+
+
+def test_what_knows_the_defence_and_collections_have_a_table_of_their_own(model_rows: list[ModelAudit]) -> None:
+    text = rendered(model_rows, adaptive_table)
+    for row in model_rows:
+        assert row.name in text
+        for attack in (attack for attack in row.attacks if attack.name not in PUBLISHED):
+            assert f"{share(attack.auc.low, 2)}-{share(attack.auc.high, 2)}" in text
+        for test in row.collections:
+            assert share(test.p_holm) in text
+        assert row.strongest_p_value is not None
+        assert share(row.strongest_p_value) in text
+    assert "Forest" in text
 
 
 def test_a_name_in_brackets_is_printed_as_it_stands(model_rows: list[ModelAudit]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from dualtok.audit.attacks import ATTACKS
+from dualtok.audit.config import AuditConfig
 from tests.support import dualtok, error_line, partitioned_json, save_model, succeed, write_run
 
 
@@ -41,9 +43,17 @@ def test_two_ranks_find_what_one_finds(small_corpus: dict[str, Any], tmp_path: P
     (one,), (two,) = figures(alone)["models"], figures(shared)["models"]
     assert one["perplexity_non_members"] == pytest.approx(two["perplexity_non_members"], rel=1e-6)
     assert one["loss_gap"] == pytest.approx(two["loss_gap"], rel=1e-4, abs=1e-6)
-    assert [attack["name"] for attack in one["attacks"]] == ["loss", "ref", "zlib", "min_k", "min_k_plus_plus"]
+    assert [attack["name"] for attack in one["attacks"]] == list(AuditConfig().attacks)
     for first, second in zip(one["attacks"], two["attacks"], strict=True):
-        assert first["auc"]["value"] == pytest.approx(second["auc"]["value"], abs=2e-3)
+        # A tree may split elsewhere for the last digit of a feature.
+        close = 2e-3 if first["name"] in ATTACKS else 0.05
+        assert first["auc"]["value"] == pytest.approx(second["auc"]["value"], abs=close)
+    assert "Attacks that know the defence" in shown
+    checks = figures(alone)["checks"]
+    assert checks == figures(shared)["checks"]
+    assert 0 <= checks["shared_passages"] < 0.1
+    assert checks["blind_auc"]["low"] <= 0.5 <= checks["blind_auc"]["high"]
+    assert checks["warnings"] == []
 
 
 @pytest.mark.slow
