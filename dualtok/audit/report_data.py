@@ -90,7 +90,7 @@ class Checks(Record):
     """What must not be found if members and non-members are one distribution."""
 
     blind_auc: Estimate
-    """AUC of a bag of words, which saw no model."""
+    """AUC of a bag of words, which saw no model, with its 99 % interval."""
     shared_passages: Share
     """Share of the non-members that share a passage of about 200 characters with a member."""
     warnings: list[str] = Field(default_factory=list)

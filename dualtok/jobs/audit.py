@@ -126,7 +126,7 @@ def _check(run: RunConfig, audits: list[ModelAudit], signals: dict[str, dict[str
     streams = [BlockStream(prepared(run.data), split, seed=run.seed, verify=False)
                for split in (settings.members, settings.non_members)]  # fmt: skip
     texts = [_token_ids(stream, signals[audited][stream.split].document, settings.batch_size) for stream in streams]
-    blind = blind_baseline(texts[0], texts[1], seed=settings.seed, confidence=settings.confidence)
+    blind = blind_baseline(texts[0], texts[1], seed=settings.seed)
     table = streams[0].document_table()
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
     shared = shared_passages(texts[0], texts[1], max(1, round(PASSAGE_CHARACTERS * tokens_per_character)))

@@ -19,13 +19,13 @@ def documents(seed: int, count: int, ids: range) -> list[np.ndarray]:
 
 
 def test_a_bag_of_words_cannot_tell_two_samples_of_one_distribution() -> None:
-    baseline = blind_baseline(documents(0, 60, range(200)), documents(1, 60, range(200)), seed=0, confidence=0.95)
+    baseline = blind_baseline(documents(0, 60, range(200)), documents(1, 60, range(200)), seed=0)
     assert baseline.low <= 0.5 <= baseline.high
     assert not baseline.is_void
 
 
 def test_a_bag_of_words_sees_a_split_by_subject() -> None:
-    baseline = blind_baseline(documents(0, 60, range(150)), documents(1, 60, range(50, 200)), seed=0, confidence=0.95)
+    baseline = blind_baseline(documents(0, 60, range(150)), documents(1, 60, range(50, 200)), seed=0)
     assert baseline.is_void
     assert baseline.auc > 0.9
 
