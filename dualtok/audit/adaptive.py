@@ -1,87 +1,114 @@
 """Attacks that know the defence: they look at how a document's calibrated losses are spread, not at their mean alone.
 
-The dual loss holds the mean of s(t) over a member's tokens near the reference's level. What it cannot hide at once is
-how: tokens pushed above the reference, and the shape of the distribution. The attacker has a reference model of their
-own, and, for the classifiers, knows of half the documents whether they are members.
+The dual loss learns tokens that lie above the reference and unlearns those below it. That holds a member's mean s(t)
+near the reference's level; how s(t) is spread is another matter: tokens pushed above the reference, others still
+below. The attacker has a reference model of their own; two of the attacks are also told of half the documents whether
+they are members, and judge the other half.
 
-Legend: n documents, k tokens of all documents together, f features.
+The sign-flipped Ref is no attack of its own here: its AUC is 1 - AUC, and every attack's two-sided figure counts it.
+
+Legend: n documents (members), m non-members, k tokens of all documents together, f features.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.stats
 
-from dualtok.audit.ragged import Floats, Offsets, segment_mean, segment_quantiles
+from dualtok.audit.crossfit import FEWEST, FOLDS, WIDENING, cross_fitted_scores, folds
+from dualtok.audit.ragged import lowest_mean, segment_mean, segment_quantiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from sklearn.base import ClassifierMixin
 
     from dualtok.audit.signals import Signals
 
-Kind = Literal["logistic", "forest"]
+    Floats = NDArray[np.float64]
+    Offsets = NDArray[np.int64]
+    PairOfScores = tuple[Floats, Floats]
+
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
+BELOW = (0.0, -0.5, -1.0, -2.0)
+ABOVE = (0.0, 1.0)
+TAIL = 0.1
+"""Share of a document's tokens with the highest s(t) that the tail's mean is over."""
+MIN_K = 0.2
+SIGMA_FLOOR = 1e-4
 FEATURES = (
     *(f"quantile {share:g}" for share in QUANTILES),
-    "mean", "deviation", "share below 0", "share below -1", "share above 1", "mean part above 0", "mean part below 0",
-    "run length below 0", "autocorrelation", "mean loss", "deviation of the loss", "mean standardised log p",
+    *(f"share below {threshold:g}" for threshold in BELOW),
+    *(f"share above {threshold:g}" for threshold in ABOVE),
+    "mean", "deviation", "mean part above 0", "mean part below 0", "mean of those above 0", "mean of the tail",
+    "mean run below 0", "longest run below 0", "autocorrelation",
+    "mean loss", "deviation of the loss", "min-k", "min-k++",
 )  # fmt: skip
 """Names of the columns of :func:`features`."""
-FOLDS = 2
-CLASSIFIERS: dict[str, tuple[Kind, str, str]] = {
-    "ref_classifier": ("logistic", "Classifier", "logistic regression on how a document's calibrated losses are "
-                       "spread, trained on the other half of the documents (dualtok)"),
-    "ref_forest": ("forest", "Forest", "a random forest on the same"),
-}  # fmt: skip
-"""Name -> kind, label in tables and source of the attacks that learn from documents whose membership is known."""
 
 
 def calibrated(target: Signals, reference: Signals) -> Floats:
-    """Return s(t) = CE(theta; t) - CE(theta_ref; t) of every token [k] in nats; the two must be aligned."""
-    return reference.log_prob.astype(np.float64) - target.log_prob.astype(np.float64)
+    """Return s(t) = CE(theta; t) - CE(theta_ref; t) of every token [k] in nats.
+
+    Raises:
+        ValueError: the two do not hold the same documents, token by token.
+    """
+    same = np.array_equal(target.document, reference.document) and np.array_equal(target.offsets, reference.offsets)
+    if not same:
+        raise ValueError("target and reference signals are of other documents or tokens; align them with select()")
+    return reference.log_prob.astype(np.float64) - target.log_prob
 
 
-def pushed_above(target: Signals, reference: Signals) -> Floats:
-    """Return the mean part of s(t) above 0 of each document [n]: what unlearning leaves behind; less in members that
-    were merely learned, more in those that were unlearned past the reference."""
-    return segment_mean(np.maximum(calibrated(target, reference), 0.0), target.offsets)
+def features(target: Signals, reference: Signals) -> Floats:
+    """Return :data:`FEATURES` of each document [n, f]: how its s(t) is spread and follows itself, and its loss.
 
-
-def features(target: Signals, reference: Signals) -> NDArray[np.float64]:
-    """Return :data:`FEATURES` of each document [n, f]; every document must have a token."""
-    offsets = target.offsets
-    s = calibrated(target, reference)
-    loss = -target.log_prob.astype(np.float64)
-    sigma = np.sqrt(np.maximum(target.var_log_prob.astype(np.float64), 1e-8))
-    standardised = (target.log_prob.astype(np.float64) - target.mean_log_prob) / sigma
-    mean = segment_mean(s, offsets)
+    Raises:
+        ValueError: the two are not aligned.
+        DataError: a document has no predicted token.
+    """
+    target.require_tokens()
+    offsets, s = target.offsets, calibrated(target, reference)
+    log_p = target.log_prob.astype(np.float64)
+    sigma = np.maximum(np.sqrt(target.var_log_prob.astype(np.float64)), SIGMA_FLOOR)
+    mean, above = segment_mean(s, offsets), s > 0
+    part_above, share_above = segment_mean(np.maximum(s, 0), offsets), segment_mean(above, offsets)
     columns = [
         *segment_quantiles(s, offsets, QUANTILES).T,
-        mean, _deviation(s, mean, offsets),
-        *(segment_mean(part, offsets) for part in (s < 0, s < -1, s > 1, np.maximum(s, 0), np.minimum(s, 0))),
-        _run_length(s < 0, offsets), _autocorrelation(s, mean, offsets),
-        segment_mean(loss, offsets), _deviation(loss, segment_mean(loss, offsets), offsets),
-        segment_mean(standardised, offsets),
+        *(segment_mean(s < threshold, offsets) for threshold in BELOW),
+        *(segment_mean(s > threshold, offsets) for threshold in ABOVE),
+        mean, _deviation(s, mean, offsets), part_above, segment_mean(np.minimum(s, 0), offsets),
+        _ratio(part_above, share_above), -lowest_mean(-s, offsets, TAIL),
+        *_runs(s < 0, offsets), _autocorrelation(s, mean, offsets),
+        target.mean_loss, _deviation(log_p, -target.mean_loss, offsets), lowest_mean(log_p, offsets, MIN_K),
+        lowest_mean((log_p - target.mean_log_prob) / sigma, offsets, MIN_K),
     ]  # fmt: skip
     return np.stack(columns, axis=1)
 
 
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """Return numerator / denominator, and 0 where both are 0."""
+    ratio: Floats = np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)
+    return ratio
+
+
 def _deviation(values: Floats, means: Floats, offsets: Offsets) -> Floats:
-    centred = values - np.repeat(means, np.diff(offsets))
-    return np.sqrt(segment_mean(centred**2, offsets))
+    return np.sqrt(segment_mean((values - np.repeat(means, np.diff(offsets))) ** 2, offsets))
 
 
-def _run_length(below: NDArray[np.bool_], offsets: Offsets) -> Floats:
-    """Return the mean length [n] of a document's runs of tokens below 0; 0 where there are none."""
-    starts = below.copy()
-    starts[1:] &= ~below[:-1]
-    firsts = offsets[:-1]
-    starts[firsts] = below[firsts]  # a run does not reach over from the document before
-    runs = segment_mean(starts, offsets)
-    return np.divide(segment_mean(below, offsets), runs, out=np.zeros(len(runs)), where=runs > 0)
+def _runs(below: NDArray[np.bool_], offsets: Offsets) -> tuple[Floats, Floats]:
+    """Return the mean and the greatest length [n] of a document's runs of tokens below 0; 0 where there are none."""
+    n = len(offsets) - 1
+    is_first = np.zeros(len(below), dtype=bool)
+    is_first[offsets[:-1]] = True  # a run does not reach over from the document before
+    starts = np.flatnonzero(below & (is_first | ~np.roll(below, 1)))
+    ends = np.flatnonzero(below & (np.roll(is_first, -1) | ~np.roll(below, -1)))
+    lengths = (ends - starts + 1).astype(np.float64)
+    document = np.searchsorted(offsets, starts, side="right") - 1
+    longest = np.zeros(n)
+    np.maximum.at(longest, document, lengths)
+    in_runs = np.bincount(document, weights=lengths, minlength=n).astype(np.float64)
+    return _ratio(in_runs, np.bincount(document, minlength=n).astype(np.float64)), longest
 
 
 def _autocorrelation(s: Floats, means: Floats, offsets: Offsets) -> Floats:
@@ -89,51 +116,121 @@ def _autocorrelation(s: Floats, means: Floats, offsets: Offsets) -> Floats:
     centred = s - np.repeat(means, np.diff(offsets))
     product = np.zeros_like(s)
     product[1:] = centred[1:] * centred[:-1]
-    product[offsets[:-1]] = 0.0
-    variance = segment_mean(centred**2, offsets)
-    return np.divide(segment_mean(product, offsets), variance, out=np.zeros(len(means)), where=variance > 0)
+    product[offsets[:-1]] = 0.0  # a document's first token has no neighbour before it
+    return _ratio(segment_mean(product, offsets), segment_mean(centred**2, offsets))
 
 
-def classifier_scores(
-    members: NDArray[np.float64], non_members: NDArray[np.float64], kind: Kind, seed: int
-) -> tuple[Floats, Floats]:
-    """Return how member-like each document is to a classifier that was not trained on it.
+@dataclass(frozen=True)
+class AdaptiveAttack:
+    """One attack that knows the defence: a function of the features of members and non-members, and a seed."""
 
-    The documents are cut at random into two halves, each judged by a classifier of the other. A half's scores are
-    replaced by their ranks within it, in (0, 1), since two classifiers' outputs are not on one scale.
+    name: str
+    label: str
+    """Name in tables."""
+    source: str
+    """One line: the score, and where it comes from."""
+    score: Callable[[Floats, Floats, int], PairOfScores]
+    fewest: int = 1
+    """Members, and non-members, that it needs."""
+    widening: float = 1.0
+    """Factor of the deviations in its intervals and p-values; see :mod:`dualtok.audit.crossfit`."""
+
+
+def _column(name: str) -> Callable[[Floats, Floats, int], PairOfScores]:
+    place = FEATURES.index(name)
+    return lambda members, non_members, _seed: (members[:, place], non_members[:, place])
+
+
+def distance_scores(members: Floats, non_members: Floats, seed: int) -> PairOfScores:
+    """Return how far each document's mean s(t) lies from the non-members' median, in nats, to either side.
+
+    The median is that of the other half's non-members: an attacker may know non-members, not the ones they judge.
 
     Args:
         members: features [n, f].
         non_members: features [m, f].
-        kind: ``logistic`` (regression on standardised features) or ``forest`` (a random forest).
-        seed: of the halves and of the forest.
-
-    Returns:
-        Scores of members [n] and of non-members [m].
-
-    Raises:
-        ValueError: a class has fewer documents than halves.
+        seed: of the halves.
     """
-    if min(len(members), len(non_members)) < FOLDS:
-        raise ValueError(f"a classifier needs at least {FOLDS} members and non-members")
-    x = np.concatenate([members, non_members])
-    is_member = np.arange(len(x)) < len(members)
-    draw = np.random.default_rng(seed)
-    fold = np.concatenate([draw.permutation(np.arange(len(rows)) % FOLDS) for rows in (members, non_members)])
-    scores = np.empty(len(x))
-    for number in range(FOLDS):
-        test = fold == number
-        model = _classifier(kind, seed).fit(x[~test], is_member[~test])
-        scores[test] = scipy.stats.rankdata(model.predict_proba(x[test])[:, 1]) / (np.count_nonzero(test) + 1)
-    return scores[: len(members)], scores[len(members) :]
+    place, n = FEATURES.index("mean"), len(members)
+    mean, fold = np.concatenate([members[:, place], non_members[:, place]]), folds(n, len(non_members), seed)
+    centre = np.array([np.median(mean[n:][fold[n:] != number]) for number in range(FOLDS)])
+    distance = np.abs(mean - centre[fold])
+    return distance[:n], distance[n:]
 
 
-def _classifier(kind: Kind, seed: int) -> ClassifierMixin:
-    from sklearn.ensemble import RandomForestClassifier
+def _learned(make: Callable[[int], Any]) -> Callable[[Floats, Floats, int], PairOfScores]:
+    def score(members: Floats, non_members: Floats, seed: int) -> PairOfScores:
+        return cross_fitted_scores(make(seed), np.concatenate([members, non_members]), len(members), seed)
+
+    return score
+
+
+def logistic(seed: int) -> Any:
+    """Return a regression on standardised features; ``seed`` changes nothing."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if kind == "forest":
-        return RandomForestClassifier(n_estimators=200, min_samples_leaf=5, random_state=seed)
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+
+
+def forest(seed: int) -> Any:
+    """Return extremely randomised trees: as good as a random forest on these features, in a fifth of its time."""
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    return ExtraTreesClassifier(n_estimators=200, min_samples_leaf=5, random_state=seed)
+
+
+_TOLD = "told of half the documents, judges the other half (dualtok)"
+_ALL = (
+    AdaptiveAttack("ref_distance", "|Ref|", "distance of the mean s(t) from the non-members' median, to either side "
+                   "(dualtok)", distance_scores, fewest=FOLDS),
+    AdaptiveAttack("above_share", "Above", "share of tokens with s(t) > 0: what was unlearned lies above the reference "
+                   "(dualtok)", _column(f"share above {ABOVE[0]:g}")),
+    AdaptiveAttack("above_mean", "Height", "mean s(t) of the tokens with s(t) > 0 (dualtok)",
+                   _column("mean of those above 0")),
+    AdaptiveAttack("above_tail", "Tail", f"mean of the {TAIL:.0%} highest s(t) (dualtok)", _column("mean of the tail")),
+    AdaptiveAttack("ref_classifier", "Logistic", f"logistic regression on how s(t) and the loss are spread; {_TOLD}",
+                   _learned(logistic), fewest=FEWEST, widening=WIDENING),
+    AdaptiveAttack("ref_forest", "Forest", f"extremely randomised trees on the same; {_TOLD}",
+                   _learned(forest), fewest=FEWEST, widening=WIDENING),
+)  # fmt: skip
+ADAPTIVE: dict[str, AdaptiveAttack] = {attack.name: attack for attack in _ALL}
+"""Every attack of this file; all need the attacker's reference."""
+
+
+def adaptive_scores(
+    members: Signals,
+    non_members: Signals,
+    reference_members: Signals,
+    reference_non_members: Signals,
+    seed: int,
+    *,
+    names: Sequence[str] = tuple(ADAPTIVE),
+) -> dict[str, PairOfScores]:
+    """Run the attacks that know the defence; those that the documents are too few for are left out.
+
+    Args:
+        members: the model's signals over documents it was trained on, each with a predicted token.
+        non_members: the same over documents that it was not trained on.
+        reference_members: signals of the attacker's reference over the members, token by token aligned with them.
+        reference_non_members: likewise over the non-members.
+        seed: of halves and trees.
+        names: the attacks to run, of :data:`ADAPTIVE`.
+
+    Returns:
+        Name -> scores of the members [n] and of the non-members [m], higher = member. Scores of ``ref_classifier`` and
+        ``ref_forest`` are out-of-fold ranks; multiply deviations of their figures by the attack's ``widening``.
+
+    Raises:
+        ValueError: target and reference are not aligned.
+        DataError: a document has no predicted token.
+    """
+    known = features(members, reference_members), features(non_members, reference_non_members)
+    return scores_of(known[0], known[1], seed, names)
+
+
+def scores_of(members: Floats, non_members: Floats, seed: int, names: Sequence[str]) -> dict[str, PairOfScores]:
+    """Return :func:`adaptive_scores` of features [n, f] and [m, f] that are known already."""
+    enough = min(len(members), len(non_members))
+    return {name: ADAPTIVE[name].score(members, non_members, seed) for name in names if ADAPTIVE[name].fewest <= enough}

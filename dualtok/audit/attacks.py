@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtok.audit.adaptive import pushed_above
 from dualtok.audit.ragged import lowest_mean
 from dualtok.errors import DataError
 
@@ -128,11 +127,6 @@ def min_k_plus_plus_score(target: Signals, context: AttackContext) -> Scores:
     return lowest_mean(normalised, target.offsets, context.min_k_share)
 
 
-def pushed_above_score(target: Signals, context: AttackContext) -> Scores:
-    """Minus the mean part of s(t) above 0: :func:`~dualtok.audit.adaptive.pushed_above`."""
-    return -pushed_above(target, context.reference_for(target))
-
-
 _ALL = (
     Attack("loss", "Loss", frozenset(), "minus the mean loss (Yeom et al. 2018)", loss_score),
     Attack(
@@ -162,14 +156,6 @@ _ALL = (
         frozenset(),
         "the same after standardising each log-probability over the vocabulary (Zhang et al. 2024)",
         min_k_plus_plus_score,
-    ),
-    Attack(
-        "pushed_above",
-        "Above ref",
-        frozenset({"reference"}),
-        "minus the mean excess of the loss over the reference's, of tokens where it exceeds it; reversed it finds what "
-        "was unlearned (dualtok)",
-        pushed_above_score,
     ),
 )
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}

@@ -5,15 +5,18 @@ Legend: n members, m non-members, f attacks, r permutations.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.sparse
 import scipy.stats
 
-from dualtok.audit.adaptive import FOLDS
+from dualtok.audit.crossfit import FEWEST, WIDENING, cross_fitted_scores
 from dualtok.audit.metrics import bootstrap_interval, roc_auc
+from dualtok.audit.report_data import Checks, Estimate, NullModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,15 +25,22 @@ if TYPE_CHECKING:
 
     from dualtok.audit.report_data import ModelAudit
 
+    Floats = NDArray[np.float64]
+    TokenIds = NDArray[np.int64]
+
 PASSAGE_CHARACTERS = 200
 """Length of a passage that two documents do not share by chance: the 50 tokens of Lee et al. 2022 (arXiv 2107.06499) at
 about 4 characters each."""
 BLIND_CONFIDENCE = 0.99
 """Of the blind baseline's interval: one sound audit in 200 is called void."""
 MOST_SHARED = 0.1
-"""Share of such non-members above which the audit warns."""
+"""Share of non-members with such a passage above which the audit warns."""
+MOST_DUPLICATES = 0.01
+"""Share of non-members equal to a member above which the audit warns."""
 BLOCK = 256
 """Permutations at a time."""
+BASE, MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
+"""Two odd 64-bit numbers of splitmix64 (Steele et al. 2014)."""
 
 
 @dataclass(frozen=True)
@@ -47,47 +57,136 @@ class BlindBaseline:
         return self.low > 0.5
 
 
-def blind_baseline(
-    members: Sequence[NDArray[np.int64]], non_members: Sequence[NDArray[np.int64]], *, seed: int
-) -> BlindBaseline:
-    """Judge documents by their token ids alone: tf-idf and logistic regression, trained on the other documents.
+def check_audit(
+    members: Sequence[TokenIds],
+    non_members: Sequence[TokenIds],
+    *,
+    passage_tokens: int,
+    null_model: ModelAudit | None,
+    seed: int,
+) -> Checks:
+    """Look for differences between members and non-members that the audited model has not made.
+
+    Args:
+        members: token ids of each member.
+        non_members: token ids of each non-member.
+        passage_tokens: length of a passage that two documents do not share by chance.
+        null_model: the audit of a model that saw no member, if there is one.
+        seed: of the blind baseline's halves and bootstrap.
+    """
+    blind = blind_baseline(members, non_members, seed=seed)
+    repeated, shared = duplicates(members, non_members), shared_passages(members, non_members, passage_tokens)
+    return Checks(
+        blind_auc=None if blind is None else Estimate(value=blind.auc, low=blind.low, high=blind.high),
+        null_model=None if null_model is None else NullModel(
+            name=null_model.name, strongest=null_model.strongest, p_value=null_model.strongest_p_value
+        ),
+        duplicates=repeated,
+        shared_passages=shared,
+        warnings=warnings_of(blind, repeated, shared, null_model),
+    )  # fmt: skip
+
+
+def blind_baseline(members: Sequence[TokenIds], non_members: Sequence[TokenIds], *, seed: int) -> BlindBaseline | None:
+    """Judge documents by their token ids alone: tf-idf and logistic regression, trained on the other half.
+
+    Audits whose members and non-members came from different sources were found out by just that (Das, Zhang and Tramer
+    2024, arXiv 2406.16201; Meeus et al. 2024, arXiv 2406.17975).
 
     Args:
         members: token ids of each member.
         non_members: token ids of each non-member.
         seed: of the halves and of the bootstrap.
+
+    Returns:
+        The out-of-fold AUC and its interval; None where there are too few documents to learn from.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
 
-    texts = np.array([" ".join(map(str, ids)) for ids in (*members, *non_members)], dtype=object)
-    is_member = np.arange(len(texts)) < len(members)
-    scores = np.empty(len(texts))
-    for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(texts, is_member):
-        words = TfidfVectorizer(token_pattern=r"\d+", sublinear_tf=True, min_df=2)
-        model = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(texts[train], is_member[train])
-        scores[test] = scipy.stats.rankdata(model.predict_proba(texts[test])[:, 1]) / (len(test) + 1)
-    inside, outside = scores[: len(members)], scores[len(members) :]
-    low, high = bootstrap_interval(inside, outside, confidence=BLIND_CONFIDENCE, seed=seed)
-    return BlindBaseline(roc_auc(inside, outside), low, high)
+    if min(len(members), len(non_members)) < FEWEST:
+        return None
+    documents = [*members, *non_members]
+    ids, offsets = np.concatenate(documents), np.cumsum([0, *map(len, documents)])
+    counts = scipy.sparse.csr_matrix((np.ones(len(ids)), ids, offsets), shape=(len(documents), int(ids.max()) + 1))
+    counts.sum_duplicates()
+    model = make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(max_iter=1000))
+    scores = cross_fitted_scores(model, counts, len(members), seed)
+    low, high = bootstrap_interval(*scores, confidence=BLIND_CONFIDENCE, seed=seed, widening=WIDENING)
+    return BlindBaseline(roc_auc(*scores), low, high)
 
 
-def warnings_of(blind: BlindBaseline, shared: float, null_model: ModelAudit | None) -> list[str]:
+def duplicates(members: Sequence[TokenIds], non_members: Sequence[TokenIds]) -> float:
+    """Return the share of non-members that are, token by token, a member."""
+    known = {_digest(ids) for ids in members}
+    return float(np.mean([_digest(ids) in known for ids in non_members])) if non_members else 0.0
+
+
+def _digest(ids: TokenIds) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def shared_passages(members: Sequence[TokenIds], non_members: Sequence[TokenIds], tokens: int) -> float:
+    """Return the share of non-members that have a run of so many token ids which some member has too.
+
+    A document shorter than that counts when a member contains all of it; an empty one is left out.
+    """
+    lengths = np.array([min(tokens, len(ids)) for ids in non_members], dtype=np.int64)
+    shared = np.zeros(len(lengths), dtype=bool)
+    known, asked = _Runs(members), _Runs(non_members)
+    for length in np.unique(lengths[lengths > 0]).tolist():
+        hashes, document = asked.of(length)
+        here = lengths[document] == length
+        found = np.intersect1d(known.of(length)[0], hashes[here])
+        shared[document[here][np.isin(hashes[here], found)]] = True
+    return float(shared[lengths > 0].mean()) if (lengths > 0).any() else 0.0
+
+
+class _Runs:
+    """64-bit hashes of all runs of token ids inside documents, each length in one pass.
+
+    A run from place i is hashed to the sum of mix(id) * BASE^j over its tokens, divided by BASE^i, modulo 2^64 (numpy's
+    integers wrap around). Two of 10^7 runs are taken for equal by mistake with a chance of about 10^-5.
+    """
+
+    def __init__(self, documents: Sequence[TokenIds]) -> None:
+        sizes = [len(ids) for ids in documents]
+        self.document = np.repeat(np.arange(len(sizes)), sizes)
+        ids = np.concatenate([*documents, np.zeros(0, np.int64)]).astype(np.uint64) + np.uint64(1)
+        mixed = (ids ^ (ids << np.uint64(31))) * np.uint64(MIX)
+        mixed ^= mixed >> np.uint64(29)
+        powers = np.cumprod(np.full(len(ids), BASE, np.uint64))
+        self.sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed * powers, dtype=np.uint64)])
+        self.inverse = np.cumprod(np.full(len(ids), pow(BASE, -1, 2**64), np.uint64))
+
+    def of(self, length: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the hash of every run of ``length`` ids inside a document, and that document's place in the list."""
+        count = max(len(self.document) - length + 1, 0)
+        first, last = self.document[:count], self.document[length - 1 :]
+        hashes = (self.sums[length : length + count] - self.sums[:count]) * self.inverse[:count]
+        return hashes[first == last], first[first == last]
+
+
+def warnings_of(
+    blind: BlindBaseline | None, repeated: float, shared: float, null_model: ModelAudit | None
+) -> list[str]:
     """Return what makes an audit's figures doubtful.
 
     Args:
-        blind: the bag of words' success.
+        blind: the bag of words' success, if there were enough documents.
+        repeated: of :func:`duplicates`.
         shared: of :func:`shared_passages`.
         null_model: the audit of a model that saw no member, if there is one.
     """
     found = []
-    if blind.is_void:
+    if blind is not None and blind.is_void:
         found.append(
-            f"a bag of words tells members from non-members without any model (AUC {blind.auc:.3f}, from "
+            f"void: a bag of words tells members from non-members without any model (AUC {blind.auc:.3f}, from "
             f"{blind.low:.3f}): the two differ by themselves, and no attack's figure means anything; split at random"
         )
+    if repeated > MOST_DUPLICATES:
+        found.append(f"{repeated:.1%} of the non-members are members word for word: run `dualtok prepare` on raw data")
     if shared > MOST_SHARED:
         found.append(
             f"{shared:.1%} of the non-members share a passage of {PASSAGE_CHARACTERS} characters with a member: remove "
@@ -101,51 +200,36 @@ def warnings_of(blind: BlindBaseline, shared: float, null_model: ModelAudit | No
     return found
 
 
-def shared_passages(
-    members: Sequence[NDArray[np.int64]], non_members: Sequence[NDArray[np.int64]], tokens: int
-) -> float:
-    """Return the share of non-members that have a run of so many token ids which some member has too.
-
-    A document shorter than that counts when a member contains all of it.
-    """
-    lengths = {min(tokens, len(ids)) for ids in non_members if len(ids)}
-    known = {length: {gram for ids in members for gram in _grams(ids, length)} for length in lengths}
-    shared = [
-        any(gram in known[min(tokens, len(ids))] for gram in _grams(ids, min(tokens, len(ids))))
-        for ids in non_members
-        if len(ids)
-    ]
-    return float(np.mean(shared)) if shared else 0.0
-
-
-def _grams(ids: NDArray[np.int64], length: int) -> set[bytes]:
-    raw = np.ascontiguousarray(ids, dtype=np.int64)
-    return {raw[i : i + length].tobytes() for i in range(len(raw) - length + 1)}
-
-
 def strongest_p_value(
-    scores: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], *, permutations: int, seed: int
+    scores: Mapping[str, tuple[Floats, Floats]],
+    *,
+    permutations: int,
+    seed: int,
+    widening: Mapping[str, float] | None = None,
 ) -> float:
     """Return the p-value of the strongest attack, however many were tried.
 
-    The statistic is the largest |AUC - 1/2| of all attacks. Its null distribution comes from giving the membership
-    labels to the documents anew, the same labels in every attack, so that attacks that agree are not counted twice
-    (Westfall and Young 1993).
+    The statistic is the largest |AUC - 1/2| / widening of all attacks. Its null distribution comes from giving the
+    membership labels to the documents anew, the same labels in every attack, so that attacks that agree are not counted
+    twice (Westfall and Young 1993). Cross-fitted scores have learned from the labels, and would have to learn again
+    from every permutation; instead their deviation, which is larger than that of fixed scores, is divided by it.
 
     Args:
         scores: attack -> scores of members [n] and of non-members [m], the same documents in each.
         permutations: r; the smallest p-value is 1 / (r + 1).
         seed: of the permutations.
+        widening: attack -> :data:`~dualtok.audit.crossfit.WIDENING` for cross-fitted ones; 1 for those not named.
     """
     pairs = list(scores.values())
     n = len(pairs[0][0])
+    factors = np.array([(widening or {}).get(name, 1.0) for name in scores])
     ranks = np.stack([scipy.stats.rankdata(np.concatenate(pair)) for pair in pairs])  # [f, n + m]
     total = ranks.shape[1]
     lowest, pairings = n * (n + 1) / 2, n * (total - n)
 
-    def strongest(labels: NDArray[np.float64]) -> NDArray[np.float64]:
+    def strongest(labels: Floats) -> Floats:
         auc = (labels @ ranks.T - lowest) / pairings
-        return np.asarray(np.abs(auc - 0.5).max(axis=1))
+        return np.asarray((np.abs(auc - 0.5) / factors).max(axis=1))
 
     truth = (np.arange(total) < n).astype(np.float64)[None, :]
     observed = strongest(truth)[0]

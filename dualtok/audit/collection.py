@@ -4,7 +4,7 @@ The question is whether a collection that a data owner names was trained on. Its
 those of as many documents that certainly were not. A p-value comes from permuting the labels of exactly these
 documents; a figure such as the AUC between groups that are drawn again and again from one finite pool would not be
 .5 even for a model that saw no member (.64 to .70 in trials), since the groups share what sets the pools apart by
-chance.
+chance. How often such a test succeeds is measured on disjoint collections alone, for the same reason.
 
 Legend: n members, m non-members, f scores per document.
 """
@@ -20,6 +20,8 @@ import scipy.stats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 LEVEL = 0.05
 PERMUTATIONS = 999
@@ -38,19 +40,24 @@ class CollectionTest:
     collections: int
     """Disjoint collections that were tested: as many as the documents suffice for, up to 100."""
     rejected: float
-    """Share of them with a p-value below .05; about .05 where nothing is given away."""
+    """Share of them with a p-value of at most .05; about .05 where nothing is given away."""
+    rejected_low: float
+    """Lower end of the exact 95 % interval of that share (Clopper and Pearson 1934)."""
+    rejected_high: float
+    """Upper end."""
 
 
 def collection_tests(
-    members: NDArray[np.float64], non_members: NDArray[np.float64], sizes: Sequence[int], seed: int
+    members: Floats, non_members: Floats, sizes: Sequence[int], seed: int, *, permutations: int = PERMUTATIONS
 ) -> list[CollectionTest]:
     """Test for each size whether collections of members have another mean score than collections of non-members.
 
     Args:
-        members: one score per document [n].
+        members: one score per document [n]; the score must not have been fitted to these documents.
         non_members: likewise [m].
         sizes: documents per collection; those that there are too few documents for are left out.
         seed: of the collections and of the permutations.
+        permutations: of the labels, behind each p-value; 1 / (permutations + 1) is about the smallest one-sided.
 
     Returns:
         One result per remaining size, in their order.
@@ -62,50 +69,51 @@ def collection_tests(
         count = min(min(len(members), len(non_members)) // size, MOST_COLLECTIONS)
         if count == 0:
             continue
-        p_values = [
-            _p_value(*(scores[i * size : (i + 1) * size] for scores in shuffled), draw=draw) for i in range(count)
-        ]
-        results.append(CollectionTest(size, p_values[0], count, float(np.mean(np.array(p_values) < LEVEL))))
+        pairs = [tuple(scores[i * size : (i + 1) * size] for scores in shuffled) for i in range(count)]
+        p_values = [mean_difference_p_value(a, b, permutations, draw) for a, b in pairs]
+        found = sum(p_value <= LEVEL for p_value in p_values)
+        low, high = scipy.stats.binomtest(found, count).proportion_ci(method="exact")
+        results.append(CollectionTest(size, p_values[0], count, found / count, float(low), float(high)))
     return results
 
 
-def _p_value(a: NDArray[np.float64], b: NDArray[np.float64], *, draw: np.random.Generator) -> float:
-    """Return the two-sided permutation p-value of a difference in means."""
+def mean_difference_p_value(a: Floats, b: Floats, permutations: int, draw: np.random.Generator) -> float:
+    """Return the two-sided p-value of a difference between two means, by giving the labels to the documents anew."""
 
-    def difference(x: NDArray[np.float64], y: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    def difference(x: Floats, y: Floats, axis: int) -> Floats:
         return np.asarray(np.mean(x, axis=axis) - np.mean(y, axis=axis))
 
     result = scipy.stats.permutation_test(
-        (a, b), difference, n_resamples=PERMUTATIONS, vectorized=True, alternative="two-sided", rng=draw
+        (a, b), difference, n_resamples=permutations, vectorized=True, alternative="two-sided", rng=draw
     )
     return float(result.pvalue)
 
 
-def learned_scores(
-    members: NDArray[np.float64], non_members: NDArray[np.float64], seed: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return one score per document of the second halves, the combination of all scores that the first halves taught.
+def learned_scores(members: Floats, non_members: Floats, seed: int) -> tuple[Floats, Floats]:
+    """Return one score per document of the second halves: the combination of all scores that the first halves taught.
 
-    As Maini et al.: a linear model of many attacks' scores is fitted on documents A, and applied to documents B alone.
+    As Maini et al.: a linear model of many scores is fitted on documents A, and applied to documents B alone. The
+    halves are drawn at random and never change sides, so that scores of B are independent of each other given A.
 
     Args:
-        members: scores of every attack [n, f], finite.
+        members: scores of every attack, or other features [n, f], finite.
         non_members: likewise [m, f].
         seed: of the halves.
 
     Returns:
-        Combined scores of the members and non-members in B.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+        Combined scores of the members and of the non-members in B, higher = member.
 
-    draw = np.random.default_rng(seed)
-    halves = [np.array_split(draw.permutation(rows), 2) for rows in (members, non_members)]
-    (known_in, test_in), (known_out, test_out) = halves
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    model.fit(np.concatenate([known_in, known_out]), np.arange(len(known_in) + len(known_out)) < len(known_in))
-    return model.decision_function(test_in), model.decision_function(test_out)
+    Raises:
+        ValueError: a class has fewer than two documents.
+    """
+    from dualtok.audit.adaptive import logistic
+    from dualtok.audit.crossfit import folds
+
+    n, x = len(members), np.concatenate([members, non_members])
+    known = folds(n, len(non_members), seed) == 0
+    is_member = np.arange(len(x)) < n
+    model = logistic(seed).fit(x[known], is_member[known])
+    return model.decision_function(x[~known & is_member]), model.decision_function(x[~known & ~is_member])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 from dualtok.data.config import SplitName
 
 AttackName = Literal[
-    "loss", "ref", "zlib", "min_k", "min_k_plus_plus", "pushed_above", "ref_classifier", "ref_forest"
+    "loss", "ref", "zlib", "min_k", "min_k_plus_plus",
+    "ref_distance", "above_share", "above_mean", "above_tail", "ref_classifier", "ref_forest",
 ]  # fmt: skip
 
 
@@ -47,8 +48,8 @@ class AuditConfig:
     holds the whole model."""
 
     attacks: tuple[AttackName, ...] = get_args(AttackName)
-    """Attacks to run. ``ref``, and those that know the defence (``pushed_above``, ``ref_classifier``, ``ref_forest``),
-    need the attacker's reference model."""
+    """Attacks to run. ``ref``, and those that know the defence (``ref_distance`` to ``ref_forest``), need the
+    attacker's reference model."""
 
     collections: tuple[Annotated[int, Field(ge=2)], ...] = (10, 50, 500)
     """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out."""

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.attacks import ATTACKS, AttackContext
+from dualtok.audit.attacks import AttackContext
 from dualtok.audit.checks import strongest_p_value
 from dualtok.audit.collection import collection_tests, holm, learned_scores
 from dualtok.audit.config import AuditConfig
+from dualtok.audit.crossfit import FEWEST
 from dualtok.audit.metrics import (
     FEW_FALSE_POSITIVES,
     auc_of_counts,
@@ -33,7 +34,7 @@ from dualtok.audit.report_data import (
     TokenHistogram,
     TprAtFpr,
 )
-from dualtok.audit.scores import FEWEST_TO_LEARN, attack_scores, label_of
+from dualtok.audit.scores import attack_scores, label_of, widening_of
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dualtok.audit.scores import PairOfScores
+    from dualtok.audit.scores import PairOfScores, Scored
     from dualtok.audit.signals import Signals
 
 # The same bins for every model, in nats, so that panels can be compared; a bin's edge lies on 0, the threshold tau.
@@ -90,7 +91,8 @@ def audit_model(
         for context in (member_context, non_member_context)
     )
     available = contexts[0].has & contexts[1].has
-    scores, not_run = attack_scores(targets, (contexts[0], contexts[1]), config)
+    scored = attack_scores(targets, (contexts[0], contexts[1]), config)
+    scores = scored.scores
     if not scores:
         raise DataError(f"audit of {name!r}: none of the attacks {list(config.attacks)} can run; add 'loss'")
     outcomes = [_result(attack, pair, config, len(scores)) for attack, pair in scores.items()]
@@ -105,10 +107,15 @@ def audit_model(
         perplexity_non_members=targets[1].perplexity,
         loss_gap=_token_mean_loss(targets[1]) - _token_mean_loss(targets[0]),
         attacks=[result for result, _ in outcomes],
-        not_run=not_run,
+        not_run=scored.not_run,
         strongest=_strongest(outcomes),
-        strongest_p_value=strongest_p_value(scores, permutations=config.permutations, seed=config.seed),
-        collections=_collections(scores, config),
+        strongest_p_value=strongest_p_value(
+            scores,
+            permutations=config.permutations,
+            seed=config.seed,
+            widening={attack: widening_of(attack) for attack in scores},
+        ),
+        collections=_collections(scored, config),
         calibrated=_calibrated(targets, (contexts[0], contexts[1])) if "reference" in available else None,
     )
 
@@ -117,22 +124,19 @@ def _token_mean_loss(target: Signals) -> float:
     return -float(np.mean(target.log_prob, dtype=np.float64))
 
 
-def _collections(scores: dict[str, PairOfScores], config: AuditConfig) -> list[Collections]:
-    """Test collections by the Ref attack (or the first there is) and by what a linear model makes of all attacks."""
-    name = "ref" if "ref" in scores else next(iter(scores))
-    named = {label_of(name): scores[name]}
-    single = [pair for attack, pair in scores.items() if attack in ATTACKS]
-    if len(single) > 1 and min(map(len, single[0])) >= FEWEST_TO_LEARN:
-        stacked = [np.stack([pair[side] for pair in single], axis=1) for side in (0, 1)]
-        named["all, learned"] = learned_scores(stacked[0], stacked[1], config.seed)
+def _collections(scored: Scored, config: AuditConfig) -> list[Collections]:
+    """Test collections by the Ref attack (or the first there is), and by what was learned on half of the documents."""
+    name = "ref" if "ref" in scored.scores else next(iter(scored.scores))
+    named = {label_of(name): scored.scores[name]}
+    if min(map(len, scored.known)) >= FEWEST:
+        named["learned"] = learned_scores(*scored.known, config.seed)
     found = [(label, test) for label, pair in named.items()
              for test in collection_tests(*pair, config.collections, config.seed)]  # fmt: skip
     together = holm([test.p_value for _, test in found])
     return [
-        Collections(label=label, size=test.size, p_value=test.p_value, p_holm=p_holm, collections=test.collections,
-                    rejected=test.rejected)
+        Collections(label=label, p_holm=p_holm, **dataclasses.asdict(test))
         for (label, test), p_holm in zip(found, together, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _result(name: str, scores: PairOfScores, config: AuditConfig, n_attacks: int) -> tuple[AttackResult, Estimate]:
@@ -146,7 +150,8 @@ def _result(name: str, scores: PairOfScores, config: AuditConfig, n_attacks: int
         seed=config.seed,
     )
     auc = roc_auc(*scores)
-    low, high = percentile_interval(draws[0], auc, config.confidence)
+    widening = widening_of(name)
+    low, high = percentile_interval(draws[0], auc, config.confidence, widening=widening)
     curve = roc_curve(*scores)
     rates = []
     for fpr in config.fpr_targets:
@@ -155,7 +160,7 @@ def _result(name: str, scores: PairOfScores, config: AuditConfig, n_attacks: int
             rates.append(TprAtFpr(target_fpr=fpr, note=note))
             continue
         tpr, attained = curve.tpr_within(fpr)
-        ends = percentile_interval(draws[1 + measurable.index(fpr)], tpr, config.confidence)
+        ends = percentile_interval(draws[1 + measurable.index(fpr)], tpr, config.confidence, widening=widening)
         coarse = fpr * n_non_members < FEW_FALSE_POSITIVES - ROUNDING
         rates.append(
             TprAtFpr(
@@ -174,7 +179,7 @@ def _result(name: str, scores: PairOfScores, config: AuditConfig, n_attacks: int
         tpr=rates,
         roc=RocPoints(fpr=drawn.fpr.tolist(), tpr=drawn.tpr.tolist()),
     )
-    corrected = percentile_interval(draws[0], auc, 1 - (1 - config.confidence) / n_attacks)
+    corrected = percentile_interval(draws[0], auc, 1 - (1 - config.confidence) / n_attacks, widening=widening)
     return result, _two_sided(auc, *corrected)
 
 

@@ -201,11 +201,21 @@ def bootstrap(
     return np.concatenate(values, axis=1)
 
 
-def percentile_interval(values: Floats, estimate: float, confidence: float) -> tuple[float, float]:
-    """Return the central ``confidence`` share of bootstrap values [r], widened to hold the estimate itself."""
+def percentile_interval(
+    values: Floats, estimate: float, confidence: float, *, widening: float = 1.0
+) -> tuple[float, float]:
+    """Return the central ``confidence`` share of bootstrap values [r], widened to hold the estimate itself.
+
+    Args:
+        values: the statistic, a share, over resamples.
+        estimate: the statistic over the documents themselves.
+        confidence: e.g. 0.95.
+        widening: how often the resamples' deviation from the estimate is counted; more than 1 for scores that depend
+            on each other (:mod:`dualtok.audit.crossfit`).
+    """
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return min(float(low), estimate), max(float(high), estimate)
+    low, high = estimate + widening * (np.quantile(values, [tail, 1 - tail]) - estimate)
+    return max(0.0, min(float(low), estimate)), min(1.0, max(float(high), estimate))
 
 
 def bootstrap_interval(
@@ -216,6 +226,7 @@ def bootstrap_interval(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    widening: float = 1.0,
 ) -> tuple[float, float]:
     """Return the stratified percentile-bootstrap interval (low, high) of a rank statistic, by default the AUC.
 
@@ -229,6 +240,7 @@ def bootstrap_interval(
         resamples: bootstrap resamples, at least 1.
         confidence: e.g. 0.95.
         seed: the same seed gives the same interval.
+        widening: as in :func:`percentile_interval`.
 
     Raises:
         ValueError: a list is empty or holds a NaN, or a setting is out of range.
@@ -239,4 +251,4 @@ def bootstrap_interval(
     levels, codes = np.unique(np.concatenate([member_scores, non_member_scores]), return_inverse=True)
     observed = [np.bincount(part, minlength=len(levels))[None, :] for part in np.split(codes, [len(member_scores)])]
     values = bootstrap(member_scores, non_member_scores, [statistic], resamples=resamples, seed=seed)[0]
-    return percentile_interval(values, float(statistic(*observed)[0]), confidence)
+    return percentile_interval(values, float(statistic(*observed)[0]), confidence, widening=widening)

@@ -11,9 +11,9 @@ import jinja2
 from markupsafe import Markup
 
 from dualtok.audit import figures, table
-from dualtok.audit.adaptive import CLASSIFIERS
+from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
-from dualtok.audit.report_data import AuditReport, Estimate
+from dualtok.audit.report_data import AuditReport, Checks, Estimate
 from dualtok.audit.scores import source_of
 from dualtok.errors import DataError
 from dualtok.files import write_text
@@ -76,8 +76,10 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
                 yield line
         for test in row.collections:
             collection = model | {"attack": f"{test.label}, {test.size} documents"}
-            for metric in ("p_value", "p_holm", "rejected"):
+            for metric in ("p_value", "p_holm"):
                 yield collection | {"metric": f"collection_{metric}", "value": getattr(test, metric)}
+            ends = {"low": test.rejected_low, "high": test.rejected_high}
+            yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
         if row.strongest_p_value is not None:
             yield model | {"metric": "strongest_p_value", "value": row.strongest_p_value}
         yield (
@@ -85,6 +87,17 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
             | {"metric": "strongest_auc_two_sided", "note": row.strongest.label}
             | _cells(row.strongest.auc_two_sided)
         )
+    if report.checks is not None:
+        yield from _check_rows(report.checks)
+
+
+def _check_rows(checks: Checks) -> Iterator[dict[str, Any]]:
+    if checks.blind_auc is not None:
+        yield {"metric": "blind_auc"} | _cells(checks.blind_auc)
+    for metric in ("duplicates", "shared_passages"):
+        yield {"metric": metric, "value": getattr(checks, metric)}
+    for warning in checks.warnings:
+        yield {"metric": "warning", "note": warning}
 
 
 def _cells(estimate: Estimate) -> dict[str, float]:
@@ -109,11 +122,14 @@ def render_html(report: AuditReport) -> str:
     measured = {
         rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
     }
-    known = {*ATTACKS, *CLASSIFIERS}
+    known = {*ATTACKS, *ADAPTIVE}
+    attacks = table.attack_columns(report.rows)
     return environment.get_template("report.html.j2").render(
-        report=report, measured=measured, attacks=table.attack_columns(report.rows),
+        report=report, measured=measured, attacks=attacks,
+        published={name: label for name, label in attacks.items() if name not in ADAPTIVE},
+        adaptive={name: label for name, label in attacks.items() if name in ADAPTIVE},
         tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
-        sources={name: source_of(name) for name in table.attack_columns(report.rows) if name in known},
+        sources={name: source_of(name) for name in attacks if name in known},
         **_figures(report),
     )  # fmt: skip
 

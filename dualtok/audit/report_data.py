@@ -83,14 +83,30 @@ class Collections(Record):
     collections: Count
     """Disjoint collections that there are documents for."""
     rejected: Share
-    """Share of them with a p-value below .05."""
+    """Share of them with a p-value of at most .05; about .05 where nothing is given away."""
+    rejected_low: Share
+    """Lower end of that share's exact 95 % interval."""
+    rejected_high: Share
+
+
+class NullModel(Record):
+    """What the attacks found in a model that saw no member."""
+
+    name: str
+    strongest: Strongest
+    p_value: Share | None
+    """Of the strongest attack; small ones mean that members and non-members differ by themselves."""
 
 
 class Checks(Record):
     """What must not be found if members and non-members are one distribution."""
 
-    blind_auc: Estimate
-    """AUC of a bag of words, which saw no model, with its 99 % interval."""
+    blind_auc: Estimate | None
+    """AUC of a bag of words, which saw no model, with its 99 % interval; None with too few documents to learn from."""
+    null_model: NullModel | None = None
+    """Of ``audit.null_model``; None if no such model was named."""
+    duplicates: Share
+    """Share of the non-members that are a member, token by token."""
     shared_passages: Share
     """Share of the non-members that share a passage of about 200 characters with a member."""
     warnings: list[str] = Field(default_factory=list)

@@ -1,52 +1,65 @@
-"""All attacks on one model at once: those that are functions of a document's signals, and those that learn."""
+"""All attacks on one model at once: functions of a document's signals, and those that know the defence."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dualtok.audit.adaptive import CLASSIFIERS, classifier_scores, features
+from dualtok.audit.adaptive import ADAPTIVE, features, scores_of
 from dualtok.audit.attacks import ATTACKS, AttackContext
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from dualtok.audit.config import AuditConfig
     from dualtok.audit.signals import Signals
 
-PairOfScores = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Scores of members and of non-members, higher = member."""
+    Floats = NDArray[np.float64]
+    PairOfScores = tuple[Floats, Floats]
 
-FEWEST_TO_LEARN = 20
-"""Members, and non-members, below which no classifier is trained: its figure would say nothing."""
+
+@dataclass(frozen=True)
+class Scored:
+    """What all attacks found on one model's members and non-members."""
+
+    scores: dict[str, PairOfScores]
+    """Name of every attack that could run -> scores of the members and of the non-members, higher = member."""
+    not_run: dict[str, str]
+    """Label of every other attack -> the reason."""
+    known: tuple[Floats, Floats]
+    """All that was computed of each document without knowing of its membership, [n, f] and [m, f]: to learn from."""
 
 
 def attack_scores(
     targets: tuple[Signals, Signals], contexts: tuple[AttackContext, AttackContext], config: AuditConfig
-) -> tuple[dict[str, PairOfScores], dict[str, str]]:
-    """Run the attacks of ``config`` on the members' and non-members' signals of a model.
-
-    Returns:
-        Name -> scores of every attack that could run, and label -> reason of the others.
-    """
+) -> Scored:
+    """Run the attacks of ``config`` on the members' and non-members' signals of a model."""
     available = contexts[0].has & contexts[1].has
-    enough = min(target.n_documents for target in targets) >= FEWEST_TO_LEARN
-    scores: dict[str, PairOfScores] = {}
+    enough = min(target.n_documents for target in targets)
+    found: dict[str, PairOfScores] = {}
     not_run: dict[str, str] = {}
-    known: list[NDArray[np.float64]] = []
+    adaptive: list[str] = []
     for name in config.attacks:
         missing = needs_of(name) - available
         if missing:
             not_run[label_of(name)] = f"needs {' and '.join(sorted(missing))}"
         elif name in ATTACKS:
-            scores[name] = ATTACKS[name](targets[0], contexts[0]), ATTACKS[name](targets[1], contexts[1])
-        elif not enough:
-            not_run[label_of(name)] = f"needs {FEWEST_TO_LEARN} members and non-members to learn from"
+            found[name] = ATTACKS[name](targets[0], contexts[0]), ATTACKS[name](targets[1], contexts[1])
+        elif enough < ADAPTIVE[name].fewest:
+            not_run[label_of(name)] = f"needs {ADAPTIVE[name].fewest} members and non-members to learn from"
         else:
-            known = known or [features(target, context.reference_for(target))
-                              for target, context in zip(targets, contexts, strict=True)]  # fmt: skip
-            scores[name] = classifier_scores(known[0], known[1], CLASSIFIERS[name][0], config.seed)
-    return scores, not_run
+            adaptive.append(name)
+    blocks = [np.stack([pair[side] for pair in found.values()] or [np.zeros(targets[side].n_documents)], axis=1)
+              for side in (0, 1)]  # fmt: skip
+    if "reference" in available:
+        spread = [features(target, context.reference_for(target))
+                  for target, context in zip(targets, contexts, strict=True)]  # fmt: skip
+        found |= scores_of(spread[0], spread[1], config.seed, adaptive)
+        blocks = [np.concatenate(pair, axis=1) for pair in zip(blocks, spread, strict=True)]
+    ordered: dict[str, PairOfScores] = {name: found[name] for name in config.attacks if name in found}
+    return Scored(scores=ordered, not_run=not_run, known=(blocks[0], blocks[1]))
 
 
 def needs_of(attack: str) -> frozenset[str]:
@@ -56,9 +69,14 @@ def needs_of(attack: str) -> frozenset[str]:
 
 def label_of(attack: str) -> str:
     """Return an attack's name in tables."""
-    return ATTACKS[attack].label if attack in ATTACKS else CLASSIFIERS[attack][1]
+    return ATTACKS[attack].label if attack in ATTACKS else ADAPTIVE[attack].label
 
 
 def source_of(attack: str) -> str:
     """Return one line: the score, and where it was published."""
-    return ATTACKS[attack].source if attack in ATTACKS else CLASSIFIERS[attack][2]
+    return ATTACKS[attack].source if attack in ATTACKS else ADAPTIVE[attack].source
+
+
+def widening_of(attack: str) -> float:
+    """Return how often the deviations of an attack's figures are counted; see :mod:`dualtok.audit.crossfit`."""
+    return ADAPTIVE[attack].widening if attack in ADAPTIVE else 1.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from dualtok.audit.adaptive import CLASSIFIERS
+from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ PUBLISHED = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
 def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
     """Return name -> label of every attack that any of the rows ran, in the order of the settings' default."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
-    order = {name: place for place, name in enumerate((*ATTACKS, *CLASSIFIERS))}
+    order = {name: place for place, name in enumerate((*ATTACKS, *ADAPTIVE))}
     return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
 
 
@@ -46,16 +46,13 @@ def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
     """Return one line per model: held-out perplexity, loss gap, AUC of each attack, strongest one two-sided.
 
     It has the attacks of :data:`PUBLISHED` alone and needs about 110 columns of terminal; :func:`adaptive_table` has
-    the others.
+    the others, but the strongest is of all.
     """
     caption = (
         "AUC one-sided, with intervals; strongest: max(AUC, 1 - AUC), its interval corrected for the number of attacks"
     )
-    table = Table(title=title, caption=caption, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
     columns = {name: label for name, label in attack_columns(rows).items() if name in PUBLISHED}
-    for label in ("held-out\nPPL", "loss\ngap", *columns.values(), "strongest"):
-        table.add_column(label, justify="right", no_wrap=True)
+    table = _by_model(title, caption, ["held-out\nPPL", "loss\ngap", *columns.values(), "strongest"])
     for row in rows:
         cells = []
         for name in columns:
@@ -69,23 +66,39 @@ def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
     return table
 
 
-def adaptive_table(rows: Sequence[ModelAudit], title: str = "Attacks that know the defence, and collections") -> Table:
-    """Return one line per model: AUC of the other attacks, p-value of the strongest, p-values of collections."""
-    caption = (
-        "AUC one-sided; p: of the strongest attack of all; then p-values of collections of so many documents, by each "
-        "score, corrected for their number (Holm)"
-    )
-    table = Table(title=title, caption=caption, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
-    columns = {name: label for name, label in attack_columns(rows).items() if name not in PUBLISHED}
-    tests = list(dict.fromkeys((test.label, test.size) for row in rows for test in row.collections))
-    for label in (*columns.values(), "p", *(f"{label}\n{size}" for label, size in tests)):
-        table.add_column(label, justify="right", no_wrap=True)
+def adaptive_table(rows: Sequence[ModelAudit], title: str = "Attacks that know the defence") -> Table:
+    """Return one line per model: AUC of the attacks that know the defence, and the p-value of all attacks."""
+    caption = "AUC one-sided, with intervals; p: of the strongest attack of all, permuting the labels"
+    columns = {name: label for name, label in attack_columns(rows).items() if name in ADAPTIVE}
+    table = _by_model(title, caption, [*columns.values(), "p"])
     for row in rows:
-        found = {(test.label, test.size): f"{share(test.p_holm)}" for test in row.collections}
         cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
         p_value = "n/a" if row.strongest_p_value is None else share(row.strongest_p_value)
-        table.add_row(escape(row.name), *cells, p_value, *(found.get(test, "n/a") for test in tests))
+        table.add_row(escape(row.name), *cells, p_value)
+    return table
+
+
+def collection_table(rows: Sequence[ModelAudit], title: str = "Collections of documents") -> Table:
+    """Return one line per model: can collections be told from non-members, by each score and at each size?"""
+    caption = (
+        "p-value of one collection of so many documents, corrected for all of the model (Holm), over the share of "
+        "disjoint collections with p <= .05"
+    )
+    tests = list(dict.fromkeys((test.label, test.size) for row in rows for test in row.collections))
+    table = _by_model(title, caption, [f"{label}\n{size}" for label, size in tests])
+    for row in rows:
+        found = [row.collection(label, size) for label, size in tests]
+        cells = ["n/a" if test is None else f"{share(test.p_holm)}\n{share(test.rejected, 2)} of {test.collections}"
+                 for test in found]  # fmt: skip
+        table.add_row(escape(row.name), *cells)
+    return table
+
+
+def _by_model(title: str, caption: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, caption=caption, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    for label in columns:
+        table.add_column(label, justify="right", no_wrap=True)
     return table
 
 

@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from dualtok.audit.attacks import AttackContext
-from dualtok.audit.checks import PASSAGE_CHARACTERS, blind_baseline, shared_passages, warnings_of
+from dualtok.audit.checks import PASSAGE_CHARACTERS, check_audit
 from dualtok.audit.evaluate import audit_model, choose_documents
-from dualtok.audit.report_data import AuditFigures, Checks, Estimate
+from dualtok.audit.report_data import AuditFigures
 from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
-from dualtok.audit.table import adaptive_table, comparison_table
+from dualtok.audit.table import adaptive_table, collection_table, comparison_table
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dualtok.audit.report_data import ModelAudit
+    from dualtok.audit.report_data import Checks, ModelAudit
     from dualtok.data.manifest import Manifest
     from dualtok.data.packing import Segment
     from dualtok.run import RunConfig
@@ -83,8 +83,8 @@ def print_figures(figures: AuditFigures) -> None:
     """Print the tables and warnings; where there is no terminal, as wide as they need to be."""
     console = Console()
     console = console if console.is_terminal else Console(width=TABLE_WIDTH)
-    console.print(comparison_table(figures.models))
-    console.print(adaptive_table(figures.models))
+    for table in (comparison_table, adaptive_table, collection_table):
+        console.print(table(figures.models))
     for warning in figures.checks.warnings if figures.checks is not None else ():
         console.print(f"warning: {warning}", markup=False)
 
@@ -126,15 +126,11 @@ def _check(run: RunConfig, audits: list[ModelAudit], signals: dict[str, dict[str
     streams = [BlockStream(prepared(run.data), split, seed=run.seed, verify=False)
                for split in (settings.members, settings.non_members)]  # fmt: skip
     texts = [_token_ids(stream, signals[audited][stream.split].document, settings.batch_size) for stream in streams]
-    blind = blind_baseline(texts[0], texts[1], seed=settings.seed)
     table = streams[0].document_table()
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
-    shared = shared_passages(texts[0], texts[1], max(1, round(PASSAGE_CHARACTERS * tokens_per_character)))
+    passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
     null = next((model for model in audits if model.name == settings.null_model), None)
-    return Checks(
-        blind_auc=Estimate(value=blind.auc, low=blind.low, high=blind.high), shared_passages=shared,
-        warnings=warnings_of(blind, shared, null),
-    )  # fmt: skip
+    return check_audit(texts[0], texts[1], passage_tokens=passage, null_model=null, seed=settings.seed)
 
 
 def _token_ids(stream: BlockStream, documents: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:

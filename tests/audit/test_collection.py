@@ -8,26 +8,46 @@ import scipy.stats
 
 from dualtok.audit.collection import collection_tests, holm, learned_scores
 
+TRIALS = 300
+
+
+def is_uniform(p_values: list[float]) -> None:
+    low, high = scipy.stats.binom.ppf([0.001, 0.999], len(p_values), 0.05)
+    assert low <= sum(p_value <= 0.05 for p_value in p_values) <= high
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 1e-3
+
 
 def test_p_values_are_uniform_without_a_difference() -> None:
     p_values = []
-    for trial in range(120):
+    for trial in range(TRIALS):
         draw = np.random.default_rng(trial)
-        (test,) = collection_tests(draw.normal(size=60), draw.normal(size=60), [20], seed=trial)
+        (test,) = collection_tests(draw.normal(size=60), draw.normal(size=60), [20], seed=trial, permutations=199)
         assert (test.size, test.collections) == (20, 3)
         p_values.append(test.p_value)
-    assert scipy.stats.kstest(p_values, "uniform").pvalue > 1e-3
+    is_uniform(p_values)
+
+
+def test_p_values_of_learned_scores_are_uniform_where_there_is_nothing_to_learn() -> None:
+    p_values = []
+    for trial in range(TRIALS):
+        draw = np.random.default_rng(trial)
+        scores = learned_scores(draw.normal(size=(40, 12)), draw.normal(size=(40, 12)), seed=trial)
+        (test,) = collection_tests(*scores, [20], seed=trial, permutations=199)
+        p_values.append(test.p_value)
+    is_uniform(p_values)
 
 
 def test_a_finite_pool_does_not_make_a_model_look_guilty() -> None:
     """Two pools differ by chance; the share of disjoint collections that are rejected must not grow with that."""
-    rejected = []
+    found, tested, held = 0.0, 0, []
     for trial in range(25):
         draw = np.random.default_rng(trial)
-        (test,) = collection_tests(draw.normal(size=200), draw.normal(size=200), [10], seed=trial)
-        rejected.append(test.rejected)
-    # 25 pools of 20 disjoint collections: five standard deviations of a share of .05.
-    assert np.mean(rejected) < 0.05 + 5 * np.sqrt(0.05 * 0.95 / (25 * 20))
+        (test,) = collection_tests(draw.normal(size=200), draw.normal(size=200), [10], seed=trial, permutations=199)
+        found, tested = found + test.rejected * test.collections, tested + test.collections
+        held.append(test.rejected_low <= 0.05 <= test.rejected_high)
+    low, high = scipy.stats.binom.ppf([0.001, 0.999], tested, 0.05)
+    assert low <= found <= high
+    assert np.mean(held) > 0.85
 
 
 def test_a_weak_hint_per_document_is_certain_in_a_large_collection() -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from dualtok.audit.adaptive import CLASSIFIERS
+from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS, AttackContext
 from dualtok.audit.config import AuditConfig
 from dualtok.audit.evaluate import CALIBRATED_EDGES, audit_model, choose_documents
 from dualtok.audit.metrics import bootstrap_interval, roc_auc, roc_curve, tpr_of_counts, two_sided_interval
-from dualtok.audit.scores import attack_scores
+from dualtok.audit.scores import attack_scores, label_of, widening_of
 from dualtok.audit.signals import Signals
 from dualtok.errors import DataError
 
@@ -44,7 +44,7 @@ def test_a_row_states_what_the_parts_compute(make_signals: MakeSignals) -> None:
     assert (row.perplexity_members, row.perplexity_non_members) == (members.perplexity, others.perplexity)
     assert row.loss_gap == pytest.approx(np.log(others.perplexity) - np.log(members.perplexity), rel=1e-9)
     assert row.loss_gap > 0
-    assert [attack.name for attack in row.attacks] == [*ATTACKS, *CLASSIFIERS]
+    assert [attack.name for attack in row.attacks] == [*ATTACKS, *ADAPTIVE]
     assert row.not_run == {}
     for result in row.attacks[: len(ATTACKS)]:
         scores = tuple(
@@ -75,11 +75,15 @@ def test_the_strongest_attack_is_corrected_for_the_number_of_attacks(make_signal
     strongest = row.strongest.auc_two_sided
     assert (row.strongest.label, strongest.value) == (best.label, best.auc_two_sided.value)
     pair = tuple(replace(context, min_k_share=0.3) for context in contexts(make_signals).values())
-    scores, _ = attack_scores((members, others), (pair[0], pair[1]), CONFIG)
+    scores = attack_scores((members, others), (pair[0], pair[1]), CONFIG).scores
     corrected = 1 - 0.05 / len(scores)
-    ends = [two_sided_interval(*bootstrap_interval(*values, resamples=150, seed=3, confidence=corrected))
-            for values in scores.values()]  # fmt: skip
-    assert len(scores) == len(ATTACKS) + len(CLASSIFIERS)
+    ends = [
+        two_sided_interval(
+            *bootstrap_interval(*values, resamples=150, seed=3, confidence=corrected, widening=widening_of(attack))
+        )
+        for attack, values in scores.items()
+    ]
+    assert len(scores) == len(ATTACKS) + len(ADAPTIVE)
     assert (strongest.low, strongest.high) == (max(low for low, _ in ends), max(high for _, high in ends))
     alone = audit_model(
         "plain", members, others, config=replace(CONFIG, attacks=(best.name,)), **contexts(make_signals)
@@ -101,7 +105,7 @@ def test_attacks_without_what_they_need_are_named(make_signals: MakeSignals) -> 
     members, others = classes(make_signals)
     row = audit_model("base", members, others, config=CONFIG)
     assert [attack.name for attack in row.attacks] == ["loss", "min_k", "min_k_plus_plus"]
-    without = dict.fromkeys(("Ref", "Above ref", "Classifier", "Forest"), "needs reference")
+    without = dict.fromkeys(["Ref", *map(label_of, ADAPTIVE)], "needs reference")
     assert row.not_run == {**without, "Zlib": "needs zlib"}
     assert row.calibrated is None
     assert row.attack("ref") is None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dualtok.audit.adaptive import ADAPTIVE
+from dualtok.audit.attacks import ATTACKS
 from dualtok.audit.config import AuditConfig
 from dualtok.audit.report import CSV_COLUMNS, load_report, render_csv, render_html, write_report
 from dualtok.audit.report_data import AuditReport
@@ -122,15 +124,20 @@ def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report:
                 line = by_key.pop((row.name, f"{test.label}, {test.size} documents", f"collection_{metric}", ""))
                 assert float(line["value"]) == getattr(test, metric)
         assert float(by_key.pop((row.name, "", "strongest_p_value", ""))["value"]) == row.strongest_p_value
+    assert report.checks is not None
+    assert report.checks.blind_auc is not None
+    assert float(by_key.pop(("", "", "blind_auc", ""))["high"]) == report.checks.blind_auc.high
+    for metric in ("duplicates", "shared_passages"):
+        assert float(by_key.pop(("", "", metric, ""))["value"]) == getattr(report.checks, metric)
     assert by_key == {}
 
 
 def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
     page = Page(html)
     assert page.open == []
-    auc, two_sided, collections, *rates = page.tables[:5]  # two of the three targets can be measured
-    labels = [label_of(name) for name in ATTACK_NAMES]
-    assert auc[0] == ["model", "held-out PPL", "training PPL", "loss gap", *labels]
+    auc, two_sided, adaptive, collections, *rates = page.tables[:6]  # two of the three targets can be measured
+    assert auc[0] == ["model", "held-out PPL", "training PPL", "loss gap", *map(label_of, ATTACKS)]
+    assert adaptive[0] == ["model", *map(label_of, ADAPTIVE)]
     for index, row in enumerate(report.rows):
         assert auc[index + 1][0] == two_sided[index + 1][0] == row.name
         assert auc[index + 1][1] == f"{row.perplexity_non_members:.3f}"
@@ -139,7 +146,15 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
         for test in row.collections:
             shown = f"{share(test.p_value)}{share(test.p_holm)}; {share(test.rejected, 2)} of {test.collections}"
             assert cells[f"{test.label}, {test.size}"] == shown
-        for column, name in enumerate(ATTACK_NAMES):
+        best, p_value = row.strongest, row.strongest_p_value
+        assert p_value is not None
+        shown = f"{share(best.auc_two_sided.value)} {best.label}{interval(best.auc_two_sided)}; p {share(p_value)}"
+        assert two_sided[index + 1][-1] == shown
+        for column, name in enumerate(ADAPTIVE):
+            result = row.attack(name)
+            shown = "n/a" if result is None else share(result.auc.value) + interval(result.auc)
+            assert adaptive[index + 1][1 + column] == shown
+        for column, name in enumerate(ATTACKS):
             result = row.attack(name)
             if result is None:
                 assert auc[index + 1][4 + column] == two_sided[index + 1][3 + column] == "n/a"
@@ -154,13 +169,13 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
                 assert entry.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
                 assert entry.endswith(f" at {rate.attained_fpr:.3g}")
     assert all(page.captions)
-    assert len(page.captions) == len(page.tables) == 2 + 1 + 2 + 1
+    assert len(page.captions) == len(page.tables) == 3 + 1 + 2 + 1
 
 
 def test_an_n_a_says_why(html: str) -> None:
     assert "TPR at an FPR of at most 0.001: n/a for every model, with fewer than 1/0.001 non-members." in html
     assert 'title="needs reference">n/a' in html
-    assert "base: not run were Ref (needs reference), Zlib (needs zlib), Above ref (needs reference)" in html
+    assert "base: not run were Ref (needs reference), Zlib (needs zlib), |Ref| (needs reference)" in html
 
 
 def test_nothing_is_fetched_and_the_browser_is_told_so(html: str) -> None:

@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from dualtok.audit.attacks import ATTACKS
 from dualtok.audit.config import AuditConfig
 from dualtok.audit.report import write_report
 from dualtok.audit.table import interval, share
@@ -71,7 +72,7 @@ def test_the_loaded_page_shows_every_figure_without_a_complaint(
     assert len(rows) == 1 + len(report.rows)
     for row, line in zip(report.rows, rows[1:], strict=True):
         cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", line, flags=re.DOTALL)]
-        expected = [result and share(result.auc.value) + interval(result.auc) for result in map(row.attack, _NAMES)]
+        expected = [result and share(result.auc.value) + interval(result.auc) for result in map(row.attack, ATTACKS)]
         assert cells[3:] == [cell or "n/a" for cell in expected]
     # The HTML parser kept the drawings as drawings: nothing was torn out of an <svg>.
     drawings = re.findall(r"<svg[^>]*role=\"img\".*?</svg>", dom, flags=re.DOTALL)

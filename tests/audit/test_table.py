@@ -10,6 +10,7 @@ from dualtok.audit.table import (
     PUBLISHED,
     adaptive_table,
     attack_columns,
+    collection_table,
     comparison_table,
     interval,
     perplexity,
@@ -55,11 +56,21 @@ def test_what_knows_the_defence_and_collections_have_a_table_of_their_own(model_
         assert row.name in text
         for attack in (attack for attack in row.attacks if attack.name not in PUBLISHED):
             assert f"{share(attack.auc.low, 2)}-{share(attack.auc.high, 2)}" in text
-        for test in row.collections:
-            assert share(test.p_holm) in text
         assert row.strongest_p_value is not None
         assert share(row.strongest_p_value) in text
+        collections = rendered(model_rows, collection_table)
+        for test in row.collections:
+            assert share(test.p_holm) in collections
+            assert f"{share(test.rejected, 2)} of {test.collections}" in collections
     assert "Forest" in text
+
+
+def test_tables_fit_a_terminal_of_120_columns(model_rows: list[ModelAudit]) -> None:
+    sizes = [test.model_copy(update={"size": size}) for test in model_rows[0].collections for size in (50, 500)]
+    rows = [row.model_copy(update={"collections": [*row.collections, *sizes]}) for row in model_rows]
+    for make in (comparison_table, adaptive_table, collection_table):
+        wide = max(map(len, rendered(rows, make).splitlines()))
+        assert wide <= 120, make
 
 
 def test_a_name_in_brackets_is_printed_as_it_stands(model_rows: list[ModelAudit]) -> None:

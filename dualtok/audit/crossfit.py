@@ -1,0 +1,77 @@
+"""Scores from classifiers that learn which documents are members: every document is judged by one that never saw it.
+
+The documents are cut at random into two halves, each with half the members and half the non-members, and a classifier
+of either half judges the other. Two classifiers' outputs are not on one scale, so that a half's scores are replaced by
+their ranks within it.
+
+The two halves' errors are not independent. If by chance the same direction sets members apart in both halves, either
+classifier profits from the other half's accident; if opposite ones do, both lose. Where there is nothing to find, the
+AUC of such scores spreads up to sqrt(2) times as widely as that of as many fixed scores: as if it came from one half
+alone. An interval that knows nothing of this held .5 in 85 % of simulated audits instead of 95 %. So the deviations of
+cross-fitted figures are counted :data:`WIDENING` times wherever an interval or a p-value is made of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.stats
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+FOLDS = 2
+FEWEST = 20
+"""Members, and non-members, below which no classifier is trained: its figure would say nothing."""
+WIDENING = float(np.sqrt(FOLDS))
+"""How much wider than fixed scores' the deviation of a cross-fitted figure is at most: the deviation of a mean over
+folds is at most the mean of the folds' deviations, and each of those is sqrt(FOLDS) times that of all documents."""
+
+
+def folds(n_members: int, n_non_members: int, seed: int) -> NDArray[np.int64]:
+    """Return the fold, 0 or 1, of each member and then each non-member [n + m]; both classes are cut in half.
+
+    Raises:
+        ValueError: a class has fewer documents than there are folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    if min(n_members, n_non_members) < FOLDS:
+        raise ValueError(f"{n_members} members and {n_non_members} non-members; cutting needs {FOLDS} of each")
+    is_member = np.arange(n_members + n_non_members) < n_members
+    fold = np.empty(len(is_member), dtype=np.int64)
+    halves = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(is_member, is_member)
+    for number, (_, judged) in enumerate(halves):
+        fold[judged] = number
+    return fold
+
+
+def cross_fitted_scores(model: Any, x: Any, n_members: int, seed: int) -> tuple[Floats, Floats]:
+    """Return how member-like each document is to a classifier that was not trained on it.
+
+    Args:
+        model: scikit-learn classifier with ``predict_proba``; it is cloned.
+        x: features [n + m, f], members first; an array or a sparse matrix.
+        n_members: n.
+        seed: of the halves.
+
+    Returns:
+        Ranks within the halves, in (0, 1), higher = member: of members [n] and of non-members [m].
+
+    Raises:
+        ValueError: a class has fewer documents than there are folds.
+    """
+    from sklearn.base import clone
+
+    fold = folds(n_members, x.shape[0] - n_members, seed)
+    is_member = np.arange(len(fold)) < n_members
+    scores = np.empty(len(fold))
+    for number in range(FOLDS):
+        judged = fold == number
+        fitted = clone(model).fit(x[~judged], is_member[~judged])
+        ranks = scipy.stats.rankdata(fitted.predict_proba(x[judged])[:, 1])
+        scores[judged] = ranks / (np.count_nonzero(judged) + 1)
+    return scores[:n_members], scores[n_members:]
