@@ -138,6 +138,8 @@ def test_warnings_name_what_is_wrong(model_rows: list[ModelAudit]) -> None:
     assert "3.0% of the non-members are members" in warnings_of(sound, 0.03, 0.0, None)[0]
     (line,) = warnings_of(sound, 0.0, 0.0, knows)
     assert "finds members in 'plain, last', which saw none" in line
+    by_chance = knows.model_copy(update={"strongest_p_value": 0.06})
+    assert warnings_of(sound, 0.0, 0.0, by_chance) == []
 
 
 def test_all_checks_of_an_audit(model_rows: list[ModelAudit]) -> None:

@@ -76,5 +76,6 @@ def test_signals_are_kept_and_the_report_has_the_settings_of_its_figures(
     assert written["settings"]["fpr_targets"] == [0.4]
     with (report / "report.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert {row["model"] for row in rows} == {"one"}
+    assert {row["model"] for row in rows} == {"one", ""}, "the model, and the audit's own checks"
+    assert [row["metric"] for row in rows if not row["model"]] == ["blind_auc", "duplicates", "shared_passages"]
     assert "<html" in (report / "report.html").read_text()
