@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from dualtok.audit.config import AuditConfig
 from dualtok.data.config import DataConfig
 from dualtok.engine.config import TrainConfig
+from dualtok.engine.privacy import PrivacyConfig
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.model.config import ModelConfig
 from dualtok.monitor.config import MonitorConfig
@@ -55,6 +56,9 @@ class RunConfig:
     goldfish: GoldfishConfig | None = None
     """Drop rate and context of the Goldfish mask; only for the objective ``goldfish``."""
 
+    privacy: PrivacyConfig | None = None
+    """Noise, clipping and accountant of DP-SGD; only with ``train.engine: opacus``."""
+
     reference: ReferenceConfig | None = None
     """The frozen reference model. With the objectives that need none it serves monitoring alone."""
 
@@ -91,9 +95,29 @@ class RunConfig:
                 "train.epochs: folders mixed in by data.mix come round at different times; give train.steps instead"
             )
 
+        self._check_privacy()
         lora = self.model is not None and self.model.lora is not None
         if self.reference is not None and self.reference.mode == "adapter" and not lora:
             raise ValueError("reference.mode: 'adapter' needs the section model.lora, whose base is the reference")
+
+    def _check_privacy(self) -> None:
+        private = self.train is not None and self.train.engine == "opacus"
+        if private != (self.privacy is not None):
+            raise ValueError(
+                "privacy: missing; train.engine=opacus needs a target, e.g. privacy: {epsilon: 8, delta: 1.0e-5}"
+                if private
+                else "privacy: has an effect with train.engine=opacus alone; remove it (privacy=null)"
+            )
+        if not private:
+            return
+        if self.objective != "causal_lm":
+            raise ValueError(f"objective: train.engine=opacus trains plainly; {self.objective!r} is not private there")
+        if self.model is not None and (self.model.quantise or self.model.activation_checkpointing):
+            raise ValueError("model: quantise and activation_checkpointing do not go with train.engine=opacus")
+        if self.data.mix or self.data.on_bad_shard == "skip":
+            raise ValueError("data: train.engine=opacus draws documents of one sound folder; remove mix, on_bad_shard")
+        if self.reference is not None:
+            raise ValueError("reference: has no effect with train.engine=opacus; remove it (reference=null)")
 
     def need(self, section: str, verb: str) -> Any:
         """Return a section that ``verb`` cannot do without.

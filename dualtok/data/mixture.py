@@ -18,6 +18,7 @@ import numpy as np
 
 from dualtok.data.config import MIX_PERIOD
 from dualtok.data.manifest import Manifest, load_manifest, split_entry
+from dualtok.data.poisson import PoissonDocuments
 from dualtok.data.rank_batches import Batch, rank_batches
 from dualtok.data.remote import Place, place_of
 from dualtok.data.stream import BlockStream
@@ -186,5 +187,5 @@ class Mixture:
         return self.streams[0].sequential(batch_size, rank, world_size, max_blocks=max_blocks, documents=documents)
 
 
-TrainingStream = BlockStream | Mixture
+TrainingStream = BlockStream | Mixture | PoissonDocuments
 """What a run trains on: the split of one folder, or of several."""

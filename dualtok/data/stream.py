@@ -176,6 +176,10 @@ class BlockStream:
         """Return the batch of some rows of one shard."""
         return self._read_places([(shard_file, int(row)) for row in rows])[0]
 
+    def shards(self) -> list[tuple[str, int]]:
+        """Return (file, rows) of every shard, in the order of the manifest."""
+        return [(file, entry.rows) for file, entry in self._entries.items()]
+
     def pieces(self, shard_file: str, rows: NDArray[np.int64]) -> list[list[Segment]]:
         """Return the pieces of some rows of one shard."""
         return [self._shard(shard_file).segments(int(row)) for row in rows]

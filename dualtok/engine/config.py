@@ -111,9 +111,10 @@ class TrainConfig:
     """Micro-batches per optimiser step. ``selection.scope`` says whether tokens are ranked per micro-batch or per
     step."""
 
-    engine: Literal["zero", "pipeline", "sharded_pipeline"] = "zero"
+    engine: Literal["zero", "pipeline", "sharded_pipeline", "opacus"] = "zero"
     """How the model is spread over ranks: data-parallel with ZeRO 0-3 (``zero``), in pipeline stages with ZeRO 0-1
-    (``pipeline``), or in pipeline stages that are each sharded by ZeRO-3 (``sharded_pipeline``)."""
+    (``pipeline``), or in pipeline stages that are each sharded by ZeRO-3 (``sharded_pipeline``). ``opacus`` trains with
+    DP-SGD, as a baseline: the model is whole on every rank, and ``batch_size`` counts documents."""
 
     pipeline: PipelineConfig | None = None
     """Number and balance of the stages; for the two pipeline engines."""
@@ -202,10 +203,28 @@ class TrainConfig:
         """Pipeline stages; 1 without a pipeline."""
         return 1 if self.pipeline is None else self.pipeline.stages
 
+    def _check_private(self) -> None:
+        without = {
+            "deepspeed": self.deepspeed is not None, "leave_out": self.leave_out is not None,
+            "data_workers": self.data_workers > 0, "loss_backend": self.loss_backend != "torch",
+            "loss_memory_mib": self.loss_memory_mib is not None, "gradient_clipping": self.gradient_clipping != 1.0,
+            "guard.spike_factor": self.guard.spike_factor is not None,
+        }  # fmt: skip
+        for name, given in without.items():
+            if given:
+                raise ValueError(
+                    f"train.{name}: has no effect with train.engine=opacus, which clips each document's gradient "
+                    "(privacy.max_gradient_norm) on a whole copy of the model; remove it"
+                )
+        if self.precision != "fp32":
+            raise ValueError("train.precision: train.engine=opacus computes in fp32; set precision: fp32")
+
     def _check_engine(self) -> None:
-        if (self.pipeline is None) != (self.engine == "zero"):
+        if self.engine == "opacus":
+            self._check_private()
+        if (self.pipeline is None) != (self.engine in ("zero", "opacus")):
             raise ValueError(
-                "train.pipeline: has no effect with train.engine=zero; remove it"
+                f"train.pipeline: has no effect with train.engine={self.engine}; remove it"
                 if self.pipeline is not None
                 else f"train.pipeline: missing; train.engine={self.engine} needs the number of stages, "
                 "e.g. pipeline: {stages: 2}"

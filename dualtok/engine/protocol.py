@@ -9,11 +9,21 @@ if TYPE_CHECKING:
 
     import torch
 
+    from dualtok.engine.guard import LossLimit
     from dualtok.engine.layout import Layout
-    from dualtok.engine.objective_model import ObjectiveModel
     from dualtok.engine.states import States
     from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss
+
+
+class TrainedModel(Protocol):
+    """What the loop tells the model that an engine trains."""
+
+    limit: LossLimit | None
+    """Looks for spikes, if the run asks for it."""
+
+    def scale_alpha(self, scale: float) -> None:
+        """Unlearn with this share of the alpha that the objective has now."""
 
 
 class TrainingEngine(Protocol):
@@ -22,7 +32,7 @@ class TrainingEngine(Protocol):
     layout: Layout
 
     @property
-    def model(self) -> ObjectiveModel:
+    def model(self) -> TrainedModel:
         """What this rank runs, with its objective: the whole model, or its stage."""
 
     def check(self, batch: Batch, precision: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+from torch import nn
 
 from dualtok.data.manifest import split_entry
 from dualtok.data.mixture import Mixture, load_sources
+from dualtok.data.poisson import PoissonDocuments
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_data_tokenizer
@@ -21,6 +24,8 @@ from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
+from dualtok.engine.privacy import PrivacyAccount
+from dualtok.engine.private import build_private_engine
 from dualtok.engine.reference import build_reference, check_reference
 from dualtok.engine.watchdog import Watchdog
 from dualtok.errors import CheckpointError, ConfigError
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
     from dualtok.engine.config import TrainConfig
     from dualtok.engine.deepspeed_config import Json
     from dualtok.engine.distributed import Ranks
+    from dualtok.engine.protocol import TrainingEngine
     from dualtok.model.adapters import Adapters
     from dualtok.model.config import ModelConfig
     from dualtok.reference.fingerprint import Fingerprint
@@ -97,12 +103,16 @@ def _train(
     assert settings is not None
     manifest = sources[0].manifest
     layout = build_layout(ranks, settings.stages)
-    deepspeed_config = training_config(settings, layout.data_parallel.world_size)
+    private = settings.engine == "opacus"
+    deepspeed_config = {} if private else training_config(settings, layout.data_parallel.world_size)
     saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, ranks=ranks, resume=resume)
     _require_reference(run)
     if saved is not None:
         ranks.first_does(lambda: _require_same_settings(run))
     stream, validation = ranks.together(lambda: open_streams(run, manifest, (settings.split, "validation"), ranks))
+    if private:
+        secret_seed = ranks.from_first(secrets.randbits(62))
+        stream = ranks.together(lambda: draw_documents(run, settings, stream, secret_seed))
     total_steps = count_steps(settings, len(stream))
     reference_folder = _check_reference(run, manifest, ranks)
     adapters = _plan_adapters(run, model, manifest, deepspeed_config, ranks)
@@ -110,19 +120,29 @@ def _train(
     reference: LiveReference | None = None
     if run.reference is not None and reference_folder is not None:
         reference = build_reference(run.reference, reference_folder, layout)
-    engine = build_engine(
-        folder,
-        model,
-        settings,
-        config=deepspeed_config,
-        objective=build_objective(run.objective, run.selection, run.goldfish),
-        total_steps=total_steps,
-        layout=layout,
-        adapters=adapters,
-    )
+    account: PrivacyAccount | None = None
+    engine: TrainingEngine
+    if run.privacy is not None and isinstance(stream, PoissonDocuments):
+        account = PrivacyAccount.plan(run.privacy, rate=stream.rate, steps=total_steps, documents=len(stream),
+                                      truncated=stream.truncated)  # fmt: skip
+        engine = build_private_engine(folder, model, settings, account=account, total_steps=total_steps, layout=layout,
+                                      seed=run.seed, adapters=adapters)  # fmt: skip
+    else:
+        engine = build_engine(
+            folder,
+            model,
+            settings,
+            config=deepspeed_config,
+            objective=build_objective(run.objective, run.selection, run.goldfish),
+            total_steps=total_steps,
+            layout=layout,
+            adapters=adapters,
+        )
     if run.reference is not None and run.reference.mode == "adapter":
+        module = engine.model
         assert adapters is not None
-        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.model))
+        assert isinstance(module, nn.Module)
+        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
     loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog)
     if saved is not None:
@@ -132,8 +152,24 @@ def _train(
     try:
         return loop.fit()
     finally:
+        if account is not None and ranks.is_first:
+            account.write(Path(run.output_dir), loop.state.step)
         if reference is not None:
             reference.close()
+
+
+def draw_documents(run: RunConfig, settings: TrainConfig, stream: TrainingStream, secret_seed: int) -> PoissonDocuments:
+    """Return what DP-SGD learns from: a split's documents, drawn anew for every step.
+
+    ``secret_seed``, the same on all ranks, is of use if ``privacy.secret_seed`` asks for it.
+
+    Raises:
+        DataError: there are fewer documents than ``train.batch_size``.
+    """
+    assert run.privacy is not None
+    assert isinstance(stream, BlockStream)
+    seed = secret_seed if run.privacy.secret_seed else run.seed
+    return PoissonDocuments(stream, batch_size=settings.batch_size, parts=settings.gradient_accumulation, seed=seed)
 
 
 def count_steps(settings: TrainConfig, blocks: int) -> int:
@@ -239,6 +275,8 @@ def _start_folder(
         config = starting_config(model, len(tokenizer))
         origin = str(model.path or "model.config")
         check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length, origin=origin)
+        if run.privacy is not None:
+            config.tie_word_embeddings = False  # as it is trained; see untie()
         if model.path is None and not resumed:
             write_fresh_weights(config, run.seed, start)
         config.save_pretrained(start)

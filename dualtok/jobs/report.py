@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from dualtok.audit.report import write_report
 from dualtok.audit.report_data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
 from dualtok.engine.metrics import read_history
+from dualtok.engine.privacy import stated
 from dualtok.errors import DataError
 from dualtok.jobs.audit import AUDIT_FILE, audit_folder
 
@@ -39,6 +40,7 @@ def write_run_report(run: RunConfig) -> Path:
             "members": f"split {figures.settings.members}",
             "non-members": f"split {figures.settings.non_members}",
             "attacker's reference": figures.settings.attack_reference or "none",
+            **{f"privacy of {name}": told for name, folder in run.audit.runs.items() if (told := stated(Path(folder)))},
         },
         settings=figures.settings,
         rows=figures.models,

@@ -1,0 +1,105 @@
+"""The privacy that DP-SGD spends: settings, noise and what the accountant says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as settings
+
+from dualtok.files import write_text
+
+FILE = "privacy.json"
+
+
+@settings(config=ConfigDict(extra="forbid"))
+class PrivacyConfig:
+    """How private a run with ``train.engine: opacus`` is to be; the unit is the document."""
+
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Target epsilon of the whole run; the noise that it takes is computed. Give this or ``noise_multiplier``."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability with which the guarantee may fail; well below one over the number of documents."""
+
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    """Standard deviation of the noise over ``max_gradient_norm``."""
+
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm that each document's gradient is clipped to."""
+
+    accountant: Literal["prv", "rdp"] = "prv"
+    """Opacus' accountant: ``prv`` (tight) or ``rdp``."""
+
+    secret_seed: bool = False
+    """Draw documents and noise from a seed that is never written down. Without it they follow from ``seed``, so that a
+    run can be repeated and resumed exactly: a guarantee only against those who do not know the seed."""
+
+    def __post_init__(self) -> None:
+        """Require one of the two ways to say how much noise."""
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("privacy: give exactly one of 'epsilon' and 'noise_multiplier'")
+
+
+@dataclass(frozen=True)
+class PrivacyAccount:
+    """What a run promises: every step adds noise to a Poisson sample of clipped gradients, one per document."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    delta: float
+    max_gradient_norm: float
+    accountant: str
+    documents: int
+    truncated_documents: int
+    """Documents of which only the first ``block_length`` tokens are learned."""
+    secret_seed: bool
+
+    @classmethod
+    def plan(cls, privacy: PrivacyConfig, *, rate: float, steps: int, documents: int, truncated: int) -> PrivacyAccount:
+        """Find the noise for the target, or take it as given."""
+        from opacus.accountants.utils import get_noise_multiplier
+
+        noise = privacy.noise_multiplier
+        if noise is None:
+            noise = get_noise_multiplier(
+                target_epsilon=privacy.epsilon, target_delta=privacy.delta, sample_rate=rate, steps=steps,
+                accountant=privacy.accountant,
+            )  # fmt: skip
+        return cls(noise, rate, steps, privacy.delta, privacy.max_gradient_norm, privacy.accountant, documents,
+                   truncated, privacy.secret_seed)  # fmt: skip
+
+    def epsilon(self, steps: int) -> float:
+        """Return what so many steps have spent; infinite without noise."""
+        from opacus.accountants import create_accountant
+
+        if steps == 0:
+            return 0.0
+        if self.noise_multiplier == 0:
+            return float("inf")
+        accountant = create_accountant(mechanism=self.accountant)
+        accountant.history = [(self.noise_multiplier, self.sample_rate, steps)]
+        return float(accountant.get_epsilon(self.delta))
+
+    def write(self, folder: Path, steps: int) -> None:
+        """Write ``privacy.json``: all of this, and epsilon after ``steps``."""
+        facts = {**asdict(self), "steps_done": steps, "epsilon": self.epsilon(steps)}
+        write_text(folder / FILE, json.dumps(facts, indent=1))
+
+
+def stated(folder: Path) -> str | None:
+    """Return what a run's ``privacy.json`` says in one line, or None if it was not trained with DP-SGD."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    known = "" if facts["secret_seed"] else ", against attackers who do not know the seed"
+    return (
+        f"({facts['epsilon']:.3g}, {facts['delta']:g})-DP per document after {facts['steps_done']} steps{known}: noise "
+        f"multiplier {facts['noise_multiplier']:.3g}, clipping norm {facts['max_gradient_norm']:g}, sample rate "
+        f"{facts['sample_rate']:.3g}, accountant {facts['accountant']}"
+    )
