@@ -11,8 +11,16 @@ import pytest
 
 from tests.support import ROOT, environment
 
-ROWS = {"base", "reference alone", "plain", "plain, step 2", "plain, step 4", "plain, step 6", "goldfish 25 %", "dual",
-        "dual, cross-fitted"}  # fmt: skip
+ROWS = {"base", "reference alone", "plain", "plain, step 2", "plain, step 4", "plain, step 6", "goldfish 25 %",
+        "DP-SGD (8, 1e-05)", "dual", "dual, cross-fitted"}  # fmt: skip
+PLAN = """
+import reproduce_paper
+scale = reproduce_paper.SCALES[sys.argv[1]]
+steps = reproduce_paper.plan(scale, Path(sys.argv[2]), list(reproduce_paper.PARTS), None)[1]
+names = {step.name for step in steps}
+missing = {need for step in steps for need in step.needs if need not in names}
+print(json.dumps([len(names), sorted(missing), sorted({step.arguments[0] for step in steps})]))
+"""
 
 
 def reproduce(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -38,10 +46,10 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     assert (tmp_path / "trade-off-sotu.svg").stat().st_size > 1000
 
     steps = len(list(tmp_path.glob("*/done/*")))
-    (tmp_path / "sotu-0" / "done" / "audit").unlink()  # as if it had been stopped there
+    (tmp_path / "sotu-0" / "done" / "audit-headline").unlink()  # as if it had been stopped there
     again = reproduce(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.startswith(f"[{steps}/{steps}] sotu-0/audit"), "a step was done again"
+    assert again.stdout.startswith(f"[{steps}/{steps}] sotu-0/audit-headline"), "a step was done again"
     assert json.loads((tmp_path / "results.json").read_text())["sotu"] == results
 
 
@@ -53,3 +61,17 @@ def test_a_failed_step_ends_the_tool_with_its_log(tmp_path: Path) -> None:
     assert outcome.returncode == 1
     assert "base-sotu/prepare failed with status 2; see" in outcome.stderr
     assert (tmp_path / "base-sotu" / "logs" / "prepare.log").is_file()
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu"])
+def test_the_steps_of_every_part_have_sound_settings_and_needs(tmp_path: Path, scale: str) -> None:
+    """Every run file is parsed as it is written; what a step needs is a step."""
+    program = f"import json, sys; from pathlib import Path; sys.path.insert(0, 'tools')\n{PLAN}"
+    planned = subprocess.run(
+        [sys.executable, "-c", program, scale, str(tmp_path)], env=environment(), cwd=ROOT, capture_output=True,
+        text=True, timeout=120, check=True,
+    )  # fmt: skip
+    count, missing, verbs = json.loads(planned.stdout)
+    assert count == {"smoke": 105, "cpu": 260}[scale]
+    assert missing == []
+    assert verbs == ["audit", "export", "prepare", "score", "tools/paper/dynamics.py", "train"]

@@ -1,0 +1,162 @@
+"""One corpus under one seed: its data, its models, and the commands that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from paper.steps import Step
+
+from dualtok.files import write_text
+from dualtok.run import parse_run
+
+if TYPE_CHECKING:
+    from paper.scales import Scale
+
+Run = dict[str, Any]
+ATTACKER = "attack_reference"
+"""The attacker's reference model, and the split that it is trained on."""
+
+
+class Cell:
+    """The runs of one corpus under one seed, and the steps that carry them out.
+
+    Args:
+        scale: models and lengths.
+        corpus: key of ``scale.shares``.
+        seed: of splits and training.
+        root: folder of all cells.
+        variant: tells apart cells of one corpus and seed that differ in their data; each has its own audit.
+        shares: ``data.shares``; without them those of the scale.
+    """
+
+    def __init__(
+        self, scale: Scale, corpus: str, seed: int, root: Path, *, variant: str = "",
+        shares: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.scale, self.corpus, self.seed, self.root, self.variant = scale, corpus, seed, root, variant
+        self.name = f"{corpus}-{seed}" + (f"-{variant}".replace(" ", "-") if variant else "")
+        self.folder = root / self.name
+        self.shares = shares or scale.shares[corpus]
+        self.steps: list[Step] = []
+        self._models: dict[str, Path] = {}
+        self._exported: list[str] = []
+
+    @property
+    def base_folder(self) -> Path:
+        """Where the base model of this corpus is, shared by its cells."""
+        return self.root / f"base-{self.corpus}"
+
+    @property
+    def data(self) -> Run:
+        """Section ``data``."""
+        scale = self.scale
+        bundled = {"source": str(self.corpus_file(self.corpus)), "near_duplicate_threshold": 0.5}
+        tokenizer = scale.model.get("path") or str(self.base_folder / "data" / "tokenizer")
+        return {"dir": str(self.folder / "data"), **(scale.sources.get(self.corpus) or bundled),
+                "tokenizer": tokenizer, "seed": self.seed, "block_length": scale.block_length, "lanes": 8,
+                "shares": self.shares, "processes": 1}  # fmt: skip
+
+    def corpus_file(self, corpus: str) -> Path:
+        """Return the file of a bundled corpus."""
+        return self.root / "corpora" / f"{corpus}.jsonl"
+
+    def run(self, name: str, objective: str, base: str = "base", **sections: Any) -> Run:
+        """Return a fine-tuning run; ``train`` and ``model`` among the sections change single settings."""
+        changed = sections.pop("train", {})
+        train = {**self.scale.fine_tuning, "evaluate_every": 1_000_000, **changed}
+        if "steps" in train and "epochs" in train:
+            del train["epochs" if "steps" in changed else "steps"]
+        model = {"path": str(self.model(base)), **sections.pop("model", {})}
+        return {
+            "data": self.data, "output_dir": str(self.folder / name), "seed": self.seed, "objective": objective,
+            "model": model, "train": train, "monitor": {"log_every": 20}, **sections,
+        }  # fmt: skip
+
+    def model(self, name: str) -> Path:
+        """Return where a model of this cell is exported to."""
+        if name == "base":
+            path = self.scale.model.get("path")
+            return Path(path) if path else self.base_folder / "models" / "base"
+        return self.folder / "models" / name.replace(" ", "_")
+
+    def reference(self, name: str = "reference", **changes: Any) -> Run:
+        """Return the section ``reference`` that names a model of this cell."""
+        return {"reference": {"model": str(self.model(name)), "batch_size": 16, **changes}}
+
+    def add(self, name: str, arguments: Sequence[str], needs: Sequence[str] = ()) -> str:
+        """Add a step and return its full name."""
+        step = Step(f"{self.name}/{name}", self.folder, tuple(arguments), tuple(needs))
+        self.steps.append(step)
+        return step.name
+
+    def write(self, name: str, run: Run) -> str:
+        """Write a run file and return its path; another one of that name must not have run here."""
+        parse_run(run, source=f"{self.name}/{name}")
+        path = self.folder / f"{name}.yaml"
+        content = yaml.safe_dump(run, sort_keys=False)
+        if path.is_file() and path.read_text(encoding="utf-8") != content:
+            raise SystemExit(f"{path}: ran with other settings; remove {self.folder}, or use another --folder")
+        write_text(path, content)
+        return str(path)
+
+    def prepare(self) -> str:
+        """Add the preparation of the cell's data, after that of its base model."""
+        needs = [] if self.scale.model.get("path") else [f"{self.base_folder.name}/export"]
+        return self.add("prepare", ["prepare", self.write("prepare", {"data": self.data})], needs)
+
+    def train(self, name: str, run: Run, needs: Sequence[str], *, row: str | None = None, which: str = "latest") -> str:
+        """Add training and export of a run; returns the export's step. ``row`` puts the model into the next audit."""
+        slug = name.replace(" ", "_")
+        trained = self.add(f"train {name}", ["train", self.write(slug, run), "--auto-resume"], needs)
+        return self.export(name, run, trained, row=row, which=which)
+
+    def export(self, name: str, run: Run, trained: str, *, row: str | None = None, which: str = "latest") -> str:
+        """Add the export of one checkpoint of a run; adapters are merged."""
+        target = self.model(name)
+        arguments = ["export", run["output_dir"], str(target), "--checkpoint", which]
+        if "lora" in run["model"]:
+            arguments.append("--merge")
+        exported = self.add(f"export {name}", arguments, [trained])
+        if row is not None:
+            self.attack(row, target, exported)
+        return exported
+
+    def attack(self, row: str, model: Path, exported: str) -> None:
+        """Let the next audit attack a model under the name ``row``."""
+        self._models[row] = model
+        self._exported.append(exported)
+
+    def audit(self, part: str, attacker: str, attacker_exported: str, **settings: Any) -> None:
+        """Add the attacks on all models since the last audit, by an attacker with the reference model ``attacker``."""
+        run = {"data": self.data, "output_dir": str(self.folder / f"audit-{part}"), "audit": {
+            "models": {row: str(model) for row, model in self._models.items()},
+            "attack_reference": str(self.model(attacker)), "batch_size": 16, **settings,
+        }}  # fmt: skip
+        name = f"audit-{part}"
+        self.add(name, ["audit", self.write(name, run)], [*self._exported, attacker_exported])
+        self._models, self._exported = {}, []
+
+
+def base_model(scale: Scale, corpus: str, root: Path) -> list[Step]:
+    """Return the steps that pretrain the base model of a corpus on the other bundled one."""
+    if scale.model.get("path"):
+        return []
+    cell = Cell(scale, corpus, 0, root)
+    cell.name, cell.folder = cell.base_folder.name, cell.base_folder
+    data = {"dir": str(cell.folder / "data"), "source": str(cell.corpus_file(OTHER[corpus])),
+            "block_length": scale.block_length, "lanes": 8, "vocab_size": scale.vocabulary, "processes": 1,
+            "shares": scale.pretraining_shares}  # fmt: skip
+    run = {"data": data, "output_dir": str(cell.folder / "run"), "objective": "causal_lm", "model": scale.model,
+           "train": scale.pretraining, "monitor": {"log_every": 20}}  # fmt: skip
+    path = cell.write("base", run)
+    prepared = cell.add("prepare", ["prepare", path])
+    trained = cell.add("train", ["train", path, "--auto-resume"], [prepared])
+    cell.add("export", ["export", run["output_dir"], str(cell.model("base")), "--checkpoint", "latest"], [trained])
+    return cell.steps
+
+
+OTHER = {"sotu": "wikipedia", "wikipedia": "sotu"}
+"""The bundled corpus that the base model of each is pretrained on."""

@@ -1,0 +1,99 @@
+"""Models, data and lengths of each scale of the reproduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Models, data and lengths of one scale."""
+
+    corpora: tuple[str, ...]
+    seeds: tuple[int, ...]
+    shares: dict[str, dict[str, float]]
+    """Of each corpus."""
+    block_length: int
+    vocabulary: int
+    pretraining: dict[str, Any]
+    """Section ``train`` from scratch: of the base model, where ``model`` is no pretrained one, and of the part
+    ``pretraining``."""
+    fine_tuning: dict[str, Any]
+    private: dict[str, Any]
+    """What DP-SGD changes in ``fine_tuning``."""
+    early: int
+    """Steps between evaluations; plain training is also judged as stopped after one, two and three times as many."""
+    reference_epochs: float
+    model: dict[str, Any]
+    """Section ``model`` of the base model."""
+    pretraining_shares: dict[str, float] = field(default_factory=dict)
+    from_scratch: dict[str, float] = field(default_factory=dict)
+    """``data.shares`` of the part ``pretraining``."""
+    auxiliary: tuple[float, ...] = (0.25, 0.5, 2, 4)
+    """Sizes of the reference split in the part ``auxiliary``, over that of the headline part."""
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Corpus -> keys of ``data`` that say where its documents are; without it the bundled corpora."""
+
+
+def llama(width: int, layers: int, block_length: int) -> dict[str, Any]:
+    """Return the section ``model`` of a small Llama."""
+    return {"config": {
+        "model_type": "llama", "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
+        "num_attention_heads": width // 32, "num_key_value_heads": width // 32, "max_position_embeddings": block_length,
+        "tie_word_embeddings": True,
+    }}  # fmt: skip
+
+
+def resized(shares: dict[str, float], factor: float) -> dict[str, float]:
+    """Return the shares with another reference split; the others stay as large as they are."""
+    return {**shares, "reference": shares["reference"] * factor}
+
+
+def _shares(*, train: float, auxiliary: float, held_out: float) -> dict[str, float]:
+    """Return ``data.shares``; the auxiliary splits are equal, at most a quarter of `train`."""
+    small = dict.fromkeys(("reference", "attack_reference", "probe", "validation"), auxiliary)
+    return {"train": train, **small, "held_out": held_out}
+
+
+_CPU_OPTIMISER = {"precision": "fp32", "batch_size": 16}
+SCALES = {
+    "smoke": Scale(
+        corpora=("sotu",), seeds=(0,), block_length=64, vocabulary=512, model=llama(32, 2, 64),
+        shares={"sotu": _shares(train=0.006, auxiliary=0.003, held_out=0.006)},
+        pretraining_shares={"train": 0.02, "reference": 0.05, "validation": 0.005},
+        from_scratch=_shares(train=0.01, auxiliary=0.0025, held_out=0.01), auxiliary=(2,),
+        pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
+        fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},
+        private={"batch_size": 8}, early=2,
+        reference_epochs=1,
+    ),
+    "cpu": Scale(
+        corpora=("sotu", "wikipedia"), seeds=(0, 1, 2), block_length=256, vocabulary=2048, model=llama(128, 3, 256),
+        shares={"sotu": _shares(train=0.039, auxiliary=0.0095, held_out=0.044),
+                "wikipedia": _shares(train=0.1, auxiliary=0.025, held_out=0.1)},
+        pretraining_shares={"train": 0.3, "reference": 0.2, "validation": 0.02},
+        from_scratch=_shares(train=0.2, auxiliary=0.02, held_out=0.04),
+        pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 200, "warmup_steps": 10,
+                     "evaluation_blocks": 64},
+        fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "epochs": 5, "warmup_steps": 10,
+                     "evaluation_blocks": 128},
+        private={"batch_size": 128, "epochs": 10, "learning_rate": 2e-3}, early=12,
+        reference_epochs=8,
+    ),
+    "gpu": Scale(
+        corpora=("wikipedia", "cc_news"), seeds=(0, 1, 2), block_length=1024, vocabulary=50257,
+        model={"path": "openai-community/gpt2"},
+        pretraining={"precision": "bf16", "batch_size": 32, "learning_rate": 6e-4, "steps": 2000, "warmup_steps": 100},
+        from_scratch=_shares(train=0.6, auxiliary=0.06, held_out=0.1),
+        # The paper: 3,000 training documents per data set.
+        shares=dict.fromkeys(("wikipedia", "cc_news"), _shares(train=0.3, auxiliary=0.075, held_out=0.3)),
+        fine_tuning={"precision": "bf16", "batch_size": 16, "learning_rate": 5e-5, "epochs": 5, "warmup_steps": 20},
+        private={"batch_size": 512, "gradient_accumulation": 16, "epochs": 10, "learning_rate": 2e-4}, early=100,
+        reference_epochs=5,
+        sources={
+            "wikipedia": {"source": "wikimedia/wikipedia", "dataset_config": "20231101.en", "max_documents": 10_000},
+            "cc_news": {"source": "vblagoje/cc_news", "max_documents": 10_000},
+        },
+    ),
+}  # fmt: skip
