@@ -18,8 +18,8 @@ from dualtok.audit.evaluate import audit_model
 from dualtok.audit.further import FURTHER
 from dualtok.audit.passes import PassResult
 from dualtok.audit.signals import Signals
-from dualtok.data.prepare import prepare
 from dualtok.data.config import DataConfig
+from dualtok.data.prepare import prepare
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.distributed import ALONE
@@ -106,21 +106,23 @@ def test_lowercase_and_gradient_norm_are_those_of_single_documents(
     audited: tuple[RunConfig, FurtherPasses], split: str
 ) -> None:
     run, _ = audited
-    oracle, tokenizer = Oracle(run.audit.models["one"]), load_tokenizer(Path(run.data.dir) / "tokenizer")
-    texts, end = first_blocks(run, split), tokenizer.eos_token_id
+    oracle, texts = Oracle(run.audit.models["one"]), first_blocks(run, split)
     lower, norms = scores(audited, "lowercase", split), scores(audited, "gradient_norm", split)
     assert len(lower) == 12
-    cut = 0
     for document, score in lower.items():
         ids = texts[document]
-        whole = ids[-1] == end
-        cut += not whole
-        text = tokenizer.decode(ids[:-1] if whole else ids).lower()
-        again = np.array(tokenizer(text)["input_ids"] + [end] * whole)[:BLOCK_LENGTH]
-        assert not np.array_equal(again, ids)
-        assert score == pytest.approx(oracle.losses(again).mean() / oracle.losses(ids).mean(), rel=1e-5)
+        assert len(ids) == BLOCK_LENGTH
+        assert score == pytest.approx(lowercase_ratio(oracle, run, ids), rel=1e-5)
         assert norms[document] == pytest.approx(-oracle.gradient_norm(ids), rel=1e-4)
-    assert 0 < cut < 12, "documents longer and shorter than a block"
+
+
+def lowercase_ratio(oracle: Oracle, run: RunConfig, ids: np.ndarray) -> float:
+    tokenizer = load_tokenizer(Path(run.data.dir) / "tokenizer")
+    whole = ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(ids, skip_special_tokens=True).lower()
+    again = np.array(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * int(whole))[:BLOCK_LENGTH]
+    assert not np.array_equal(again, ids)
+    return float(oracle.losses(again).mean() / oracle.losses(ids).mean())
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -191,9 +193,7 @@ def test_kept_passes_need_no_model_and_their_settings_name_them(
     assert passes.prefixes == {}, "nothing is left out where nothing is put in front"
 
 
-def test_what_cannot_be_run_is_named_with_its_reason(
-    audited: tuple[RunConfig, FurtherPasses], tmp_path: Path
-) -> None:
+def test_what_cannot_be_run_is_named_with_its_reason(audited: tuple[RunConfig, FurtherPasses], tmp_path: Path) -> None:
     run, _ = audited
     sharded = replace(run.audit, deepspeed=partitioned_json(tmp_path), attacks=("loss", "gradient_norm"),
                       passes=PassConfig())  # fmt: skip
@@ -214,7 +214,7 @@ def test_documents_begin_once_where_the_tokenizer_begins_them(tmp_path: Path) ->
 
     from dualtok.data.tokenizer import train_tokenizer
 
-    texts = [f"Sentence {i} is about the Number {i * i}, and Nothing else at all." * (1 + i % 3) for i in range(60)]
+    texts = [f"Sentence {i} is about the Number {i * i}, and Nothing else at all." * (1 + i % 9) for i in range(60)]
     plain = train_tokenizer(texts, 300)
     backend = plain.backend_tokenizer
     backend.add_special_tokens(["<s>"])
@@ -227,7 +227,7 @@ def test_documents_begin_once_where_the_tokenizer_begins_them(tmp_path: Path) ->
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = {"dir": str(tmp_path / "prepared"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 1,
-            "tokenizer": str(tmp_path / "tokenizer"), "processes": 1, "deduplicate": "exact",
+            "tokenizer": str(tmp_path / "tokenizer"), "processes": 1, "near_duplicate_threshold": None,
             "shares": {"train": 0.5, "held_out": 0.5}}  # fmt: skip
     prepare(DataConfig(**data), progress=False)
     run = load_run(audit_yaml(data, tmp_path, "run", attacks=["recall", "lowercase"],
@@ -242,7 +242,9 @@ def test_documents_begin_once_where_the_tokenizer_begins_them(tmp_path: Path) ->
         assert head[0] == bos
         given = oracle.losses(np.concatenate([prefix, head[1:]]))[len(prefix) - 1 :]
         assert score == pytest.approx(given.mean() / oracle.losses(head).mean(), rel=1e-5)
-    assert all(score != 1 for score in scores((run, passes), "lowercase", "held_out").values())
+    for document, score in scores((run, passes), "lowercase", "held_out").items():
+        assert score == pytest.approx(lowercase_ratio(oracle, run, blocks[document]), rel=1e-5)
+    assert {ids[-1] == end for ids in blocks.values()} == {True, False}, "documents longer and shorter than a block"
 
 
 @pytest.mark.slow
