@@ -24,14 +24,14 @@ class PassConfig:
 
     prefix_documents: Annotated[int, Field(ge=1)] = 8
     """ReCaLL, Con-ReCall: documents of a class put in front of every other document, at most half of the class. They
-    are taken out of the whole audit. Xie et al. 2024 tried up to 28; Con-ReCall's code takes 12."""
+    are taken out of the whole audit. The code of Con-ReCall takes 12."""
 
     prefix_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """ReCaLL, Con-ReCall: share of a block's tokens that they may take; a document is judged by as many of its first
     tokens as fit into the rest."""
 
     con_recall_gamma: Annotated[float, Field(ge=0)] = 0.5
-    """Con-ReCall: weight of the log-likelihood given members. Wang et al. 2024 try 0.1 to 1 and name no default."""
+    """Con-ReCall: weight of the log-likelihood given members. The code of Wang et al. 2024 tries 0.1 to 1."""
 
     neighbours: Annotated[int, Field(ge=1)] = 25
     """Neighbourhood: changed texts per document, each of which costs as much as the document itself."""

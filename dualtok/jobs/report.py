@@ -39,6 +39,10 @@ def write_run_report(run: RunConfig) -> Path:
             "members": f"split {figures.settings.members}",
             "non-members": f"split {figures.settings.non_members}",
             "attacker's reference": figures.settings.attack_reference or "none",
+            **{
+                f"left out of {split}": f"{len(documents)}, which attacks put in front of others"
+                for split, documents in figures.prefix_documents.items()
+            },
         },
         settings=figures.settings,
         rows=figures.models,

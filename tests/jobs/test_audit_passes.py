@@ -23,7 +23,9 @@ from dualtok.data.prepare import prepare
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.engine.distributed import ALONE
+from dualtok.errors import DataError
 from dualtok.jobs.audit_passes import FurtherPasses, further_passes
+from dualtok.jobs.report import write_run_report
 from dualtok.run import RunConfig, load_run
 from tests.support import BLOCK_LENGTH, dualtok, partitioned_json, save_model, succeed, write_run
 
@@ -247,6 +249,22 @@ def test_documents_begin_once_where_the_tokenizer_begins_them(tmp_path: Path) ->
     assert {ids[-1] == end for ids in blocks.values()} == {True, False}, "documents longer and shorter than a block"
 
 
+def test_results_that_cannot_be_trusted_are_refused(tmp_path: Path) -> None:
+    result = PassResult(np.array([2, 5, 9]), {"loss": np.array([1.0, 2.0, 3.0])})
+    assert result.of(np.array([9, 2]))["loss"].tolist() == [3.0, 1.0]
+    for document in (1, 3, 10):
+        with pytest.raises(DataError, match=f"1 documents are missing \\(e.g. document {document}\\)"):
+            result.of(np.array([2, document]))
+    with pytest.raises(DataError, match="loss of document 5 is not finite"):
+        PassResult(np.array([2, 5]), {"loss": np.array([1.0, np.nan])})
+    file = tmp_path / "pass.npz"
+    result.save(file)
+    assert PassResult.load(file).of(result.document)["loss"].tolist() == [1.0, 2.0, 3.0]
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(DataError, match="remove it and audit again"):
+        PassResult.load(file)
+
+
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds_and_prefix_documents_are_not_evaluated(
     audited: tuple[RunConfig, FurtherPasses], small_corpus: dict[str, Any], tmp_path: Path
@@ -262,6 +280,8 @@ def test_two_ranks_find_what_one_finds_and_prefix_documents_are_not_evaluated(
     assert (model["n_members"], model["n_non_members"]) == tuple(12 - len(alone.prefixes[s]) for s in alone.prefixes)
     assert [attack["name"] for attack in model["attacks"]] == ["loss", *NAMES[:-1]]
     assert model["not_run"] == {"Grad norm": "needs the whole model on every rank, which audit.deepspeed shards"}
+    page = write_run_report(load_run(shared)).read_text()
+    assert all(label in page for label in ("ReCaLL", "after a prefix of non-members", "left out of held_out"))
     for (_, split), results in alone.results.items():
         for name, result in results.items():
             files = list((folder / "passes").glob(f"*-{name}-{split}.npz"))
