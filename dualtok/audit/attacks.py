@@ -5,7 +5,7 @@ Every attack gives one float64 score per document, and a higher score says "memb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from dualtok.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from dualtok.audit.passes import PassResult
     from dualtok.audit.signals import Signals
 
 Scores = NDArray[np.float64]
@@ -38,10 +39,19 @@ class AttackContext:
     min_k_share: float = 0.2
     """Share of a document's least likely tokens that Min-K% and Min-K%++ average."""
 
+    passes: Mapping[str, PassResult] = field(default_factory=dict)
+    """Name of a further pass -> what it left of (at least) the same documents."""
+
+    missing_passes: Mapping[str, str] = field(default_factory=dict)
+    """Name of a pass that was asked for and could not be made -> the reason."""
+
+    con_recall_gamma: float = 0.5
+    """Weight of the log-likelihood given members in Con-ReCaLL."""
+
     @property
     def has(self) -> frozenset[str]:
-        """The needs of attacks that this context meets: a subset of {"reference", "zlib"}."""
-        given = {"reference": self.reference, "zlib": self.zlib_bytes}
+        """The needs of attacks that this context meets: of "reference" and "zlib", and the names of passes."""
+        given = {"reference": self.reference, "zlib": self.zlib_bytes, **self.passes}
         return frozenset(name for name, value in given.items() if value is not None)
 
     def reference_for(self, target: Signals) -> Signals:
@@ -76,6 +86,16 @@ class AttackContext:
             )
         return sizes
 
+    def pass_for(self, target: Signals, name: str) -> Mapping[str, Scores]:
+        """Return what a further pass left of each of the target's documents: column -> [n].
+
+        Raises:
+            DataError: the pass was not made, or a document is missing.
+        """
+        if name not in self.passes:
+            raise DataError(f"audit: this attack needs the pass {name!r}")
+        return self.passes[name].of(target.document)
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -85,7 +105,7 @@ class Attack:
     label: str
     """Name in tables."""
     needs: frozenset[str]
-    """What the context must have, of "reference" and "zlib"."""
+    """What the context must have, of "reference" and "zlib", and passes."""
     source: str
     """One line: the score, and where it was published."""
     score: Callable[[Signals, AttackContext], Scores]

@@ -14,6 +14,37 @@ AttackName = Literal[
     "loss", "ref", "zlib", "min_k", "min_k_plus_plus",
     "ref_distance", "above_share", "above_mean", "above_tail", "ref_classifier", "ref_forest",
 ]  # fmt: skip
+FurtherAttackName = Literal["lowercase", "recall", "con_recall", "neighbourhood", "gradient_norm"]
+"""Attacks that run each model again, over changed documents; they are run only if named."""
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class PassConfig:
+    """The attacks that run each model again; a setting of one that is not in ``audit.attacks`` is an error."""
+
+    prefix_documents: Annotated[int, Field(ge=1)] = 8
+    """ReCaLL, Con-ReCall: documents of a class put in front of every other document, at most half of the class. They
+    are taken out of the whole audit. The code of Con-ReCall takes 12."""
+
+    prefix_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """ReCaLL, Con-ReCall: share of a block's tokens that they may take; a document is judged by as many of its first
+    tokens as fit into the rest."""
+
+    con_recall_gamma: Annotated[float, Field(ge=0)] = 0.5
+    """Con-ReCall: weight of the log-likelihood given members. The code of Wang et al. 2024 tries 0.1 to 1."""
+
+    neighbours: Annotated[int, Field(ge=1)] = 25
+    """Neighbourhood: changed texts per document, each of which costs as much as the document itself."""
+
+    neighbour_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Neighbourhood: share of a document's tokens that are replaced in each, at least one."""
+
+
+PASS_SETTINGS: dict[str, tuple[FurtherAttackName, ...]] = {
+    "prefix_documents": ("recall", "con_recall"), "prefix_share": ("recall", "con_recall"),
+    "con_recall_gamma": ("con_recall",), "neighbours": ("neighbourhood",), "neighbour_share": ("neighbourhood",),
+}  # fmt: skip
+"""Setting of :class:`PassConfig` -> the attacks that it has an effect on."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -47,9 +78,13 @@ class AuditConfig:
     """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank
     holds the whole model."""
 
-    attacks: tuple[AttackName, ...] = get_args(AttackName)
+    attacks: tuple[AttackName | FurtherAttackName, ...] = get_args(AttackName)
     """Attacks to run. ``ref``, and those that know the defence (``ref_distance`` to ``ref_forest``), need the
-    attacker's reference model."""
+    attacker's reference model. ``lowercase``, ``recall``, ``con_recall``, ``neighbourhood`` and ``gradient_norm`` run
+    each model again and are run only if named."""
+
+    passes: PassConfig = dataclasses.field(default_factory=PassConfig)
+    """Settings of the attacks that run each model again."""
 
     collections: tuple[Annotated[int, Field(ge=2)], ...] = (10, 50, 500)
     """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out."""
@@ -77,7 +112,7 @@ class AuditConfig:
     """Share of a document's least likely tokens that Min-K% and Min-K%++ average; Shi et al. 2024 found 0.2 best."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the bootstrap and of the choice of documents."""
+    """Seed of the bootstrap, of the choice of documents, and of prefixes and neighbours."""
 
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Blocks per forward pass and rank."""
@@ -95,5 +130,8 @@ class AuditConfig:
             raise ValueError(f"audit.null_model: {self.null_model!r} is none of audit.models")
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):
             raise ValueError("audit.attacks: name at least one attack, and each only once")
+        for key, attacks in PASS_SETTINGS.items():
+            if getattr(self.passes, key) != getattr(PassConfig, key) and not set(attacks) & set(self.attacks):
+                raise ValueError(f"audit.passes.{key}: has no effect without {' or '.join(attacks)} in audit.attacks")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):
             raise ValueError("audit.fpr_targets: give at least one rate, and each only once")

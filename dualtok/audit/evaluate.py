@@ -75,7 +75,7 @@ def audit_model(
         non_members: the same over documents of the same distribution that it was not trained on.
         member_context: what the attacker has for the members; an attack is run if both contexts have what it needs.
         non_member_context: the same for the non-members.
-        config: settings; its ``min_k_share`` takes the place of the contexts'.
+        config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
         step: training step of the model, if it is one of several.
 
     Raises:
@@ -87,7 +87,11 @@ def audit_model(
         if target.n_documents == 0:
             raise DataError(f"audit of {name!r}: no {kind} with at least two tokens; give more or longer documents")
     contexts = tuple(
-        dataclasses.replace(context or AttackContext(), min_k_share=config.min_k_share)
+        dataclasses.replace(
+            context or AttackContext(),
+            min_k_share=config.min_k_share,
+            con_recall_gamma=config.passes.con_recall_gamma,
+        )
         for context in (member_context, non_member_context)
     )
     available = contexts[0].has & contexts[1].has

@@ -12,9 +12,8 @@ from markupsafe import Markup
 
 from dualtok.audit import figures, table
 from dualtok.audit.adaptive import ADAPTIVE
-from dualtok.audit.attacks import ATTACKS
 from dualtok.audit.report_data import AuditReport, Checks, Estimate
-from dualtok.audit.scores import source_of
+from dualtok.audit.scores import BY_DOCUMENT, source_of
 from dualtok.errors import DataError
 from dualtok.files import write_text
 
@@ -122,7 +121,7 @@ def render_html(report: AuditReport) -> str:
     measured = {
         rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
     }
-    known = {*ATTACKS, *ADAPTIVE}
+    known = {*BY_DOCUMENT, *ADAPTIVE}
     attacks = table.attack_columns(report.rows)
     return environment.get_template("report.html.j2").render(
         report=report, measured=measured, attacks=attacks,

@@ -167,6 +167,8 @@ class AuditFigures(Record):
     settings: AuditConfig
     models: list[ModelAudit]
     checks: Checks | None = None
+    prefix_documents: dict[str, list[int]] = Field(default_factory=dict)
+    """Split -> documents that attacks put in front of others, and that the audit is therefore not about."""
 
 
 class SelectionSeries(Record):

@@ -9,6 +9,7 @@ import numpy as np
 
 from dualtok.audit.adaptive import ADAPTIVE, features, scores_of
 from dualtok.audit.attacks import ATTACKS, AttackContext
+from dualtok.audit.further import FURTHER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     PairOfScores = tuple[Floats, Floats]
+
+
+BY_DOCUMENT = ATTACKS | FURTHER
+"""Attacks that score each document by itself."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,10 @@ def attack_scores(
     for name in config.attacks:
         missing = needs_of(name) - available
         if missing:
-            not_run[label_of(name)] = f"needs {' and '.join(sorted(missing))}"
-        elif name in ATTACKS:
-            found[name] = ATTACKS[name](targets[0], contexts[0]), ATTACKS[name](targets[1], contexts[1])
+            reasons = [contexts[0].missing_passes.get(need, need) for need in sorted(missing)]
+            not_run[label_of(name)] = f"needs {' and '.join(dict.fromkeys(reasons))}"
+        elif name in BY_DOCUMENT:
+            found[name] = BY_DOCUMENT[name](targets[0], contexts[0]), BY_DOCUMENT[name](targets[1], contexts[1])
         elif enough < ADAPTIVE[name].fewest:
             not_run[label_of(name)] = f"needs {ADAPTIVE[name].fewest} members and non-members to learn from"
         else:
@@ -63,18 +69,18 @@ def attack_scores(
 
 
 def needs_of(attack: str) -> frozenset[str]:
-    """Return what an attack needs, of "reference" and "zlib"."""
-    return ATTACKS[attack].needs if attack in ATTACKS else frozenset({"reference"})
+    """Return what an attack needs, of "reference" and "zlib", and passes."""
+    return BY_DOCUMENT[attack].needs if attack in BY_DOCUMENT else frozenset({"reference"})
 
 
 def label_of(attack: str) -> str:
     """Return an attack's name in tables."""
-    return ATTACKS[attack].label if attack in ATTACKS else ADAPTIVE[attack].label
+    return BY_DOCUMENT[attack].label if attack in BY_DOCUMENT else ADAPTIVE[attack].label
 
 
 def source_of(attack: str) -> str:
     """Return one line: the score, and where it was published."""
-    return ATTACKS[attack].source if attack in ATTACKS else ADAPTIVE[attack].source
+    return BY_DOCUMENT[attack].source if attack in BY_DOCUMENT else ADAPTIVE[attack].source
 
 
 def widening_of(attack: str) -> float:

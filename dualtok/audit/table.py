@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
+from dualtok.audit.further import FURTHER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ PUBLISHED = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
 def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
     """Return name -> label of every attack that any of the rows ran, in the order of the settings' default."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
-    order = {name: place for place, name in enumerate((*ATTACKS, *ADAPTIVE))}
+    order = {name: place for place, name in enumerate((*ATTACKS, *FURTHER, *ADAPTIVE))}
     return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
 
 
@@ -63,6 +64,16 @@ def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
         ppl = perplexity(row.perplexity_non_members)
         # A model's own name may hold brackets, which rich would read as markup.
         table.add_row(escape(row.name), ppl, f"{row.loss_gap:+.3f}", *cells)
+    return table
+
+
+def further_table(rows: Sequence[ModelAudit], title: str = "Attacks with further passes") -> Table:
+    """Return one line per model: AUC of the attacks that run a model again; without a line if none of them ran."""
+    columns = {name: label for name, label in attack_columns(rows).items() if name in FURTHER}
+    table = _by_model(title, "AUC one-sided, with intervals", [*columns.values()])
+    for row in rows if columns else ():
+        cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
+        table.add_row(escape(row.name), *cells)
     return table
 
 

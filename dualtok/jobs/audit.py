@@ -19,7 +19,7 @@ from dualtok.audit.checks import PASSAGE_CHARACTERS, check_audit
 from dualtok.audit.evaluate import audit_model, choose_documents
 from dualtok.audit.report_data import AuditFigures
 from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
-from dualtok.audit.table import adaptive_table, collection_table, comparison_table
+from dualtok.audit.table import adaptive_table, collection_table, comparison_table, further_table
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
@@ -28,6 +28,7 @@ from dualtok.engine.distributed import Ranks, join_ranks
 from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
+from dualtok.jobs.audit_passes import further_passes
 from dualtok.model.load import check_fits, read_model_config
 from dualtok.model.weights import model_folder
 from dualtok.monitor.progress import RunProgress
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from dualtok.audit.report_data import Checks, ModelAudit
     from dualtok.data.manifest import Manifest
     from dualtok.data.packing import Segment
+    from dualtok.jobs.audit_passes import FurtherPasses
     from dualtok.run import RunConfig
 
 ATTACKER = "attack_reference"
@@ -74,7 +76,11 @@ def audit(run: RunConfig) -> AuditFigures:
         )
         check_fits(config, vocabulary=vocabulary, block_length=manifest.block_length, origin=f"audit: {name}")
     signals = {name: _signals_of(run, manifest, name, folder, ranks) for name, folder in folders.items()}
-    figures: AuditFigures = ranks.first_does(lambda: _attack_all(run, signals))
+    passes = further_passes(
+        run, {name: folders[name] for name in settings.models}, ranks, audit_folder(run) / "passes",
+        key=lambda folder: _signals_key(run, manifest, folder),
+    )  # fmt: skip
+    figures: AuditFigures = ranks.first_does(lambda: _attack_all(run, passes.without_prefixes(signals), passes))
     ranks.barrier()
     return figures
 
@@ -83,8 +89,9 @@ def print_figures(figures: AuditFigures) -> None:
     """Print the tables and warnings; where there is no terminal, as wide as they need to be."""
     console = Console()
     console = console if console.is_terminal else Console(width=TABLE_WIDTH)
-    for table in (comparison_table, adaptive_table, collection_table):
-        console.print(table(figures.models))
+    for table in (comparison_table, further_table, adaptive_table, collection_table):
+        if (lines := table(figures.models)).row_count:
+            console.print(lines)
     for warning in figures.checks.warnings if figures.checks is not None else ():
         console.print(f"warning: {warning}", markup=False)
 
@@ -94,7 +101,7 @@ def audit_folder(run: RunConfig) -> Path:
     return Path(run.output_dir) / "audit"
 
 
-def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> AuditFigures:
+def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]], passes: FurtherPasses) -> AuditFigures:
     """Attack every model (on rank 0) and write the figures."""
     settings = run.audit
     contexts = {}
@@ -108,13 +115,15 @@ def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> Audit
             name,
             signals[name][settings.members],
             signals[name][settings.non_members],
-            member_context=contexts[settings.members],
-            non_member_context=contexts[settings.non_members],
+            member_context=passes.known(name, settings.members, contexts[settings.members]),
+            non_member_context=passes.known(name, settings.non_members, contexts[settings.non_members]),
             config=settings,
         )
         for name in settings.models
     ]
-    figures = AuditFigures(settings=settings, models=audits, checks=_check(run, audits, signals))
+    figures = AuditFigures(
+        settings=settings, models=audits, checks=_check(run, audits, signals), prefix_documents=passes.prefixes
+    )
     write_text(audit_folder(run) / AUDIT_FILE, figures.model_dump_json(indent=1))
     return figures
 

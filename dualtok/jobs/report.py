@@ -41,6 +41,10 @@ def write_run_report(run: RunConfig) -> Path:
             "non-members": f"split {figures.settings.non_members}",
             "attacker's reference": figures.settings.attack_reference or "none",
             **{f"privacy of {name}": told for name, folder in run.audit.runs.items() if (told := stated(Path(folder)))},
+            **{
+                f"left out of {split}": f"{len(documents)}, which attacks put in front of others"
+                for split, documents in figures.prefix_documents.items()
+            },
         },
         settings=figures.settings,
         rows=figures.models,
