@@ -17,6 +17,7 @@ from dualtok.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from dualtok.audit.lira import ShadowFit
     from dualtok.audit.signals import Signals
 
 Scores = NDArray[np.float64]
@@ -38,10 +39,13 @@ class AttackContext:
     min_k_share: float = 0.2
     """Share of a document's least likely tokens that Min-K% and Min-K%++ average."""
 
+    shadows: ShadowFit | None = None
+    """What shadow models give to (at least) the same documents."""
+
     @property
     def has(self) -> frozenset[str]:
-        """The needs of attacks that this context meets: a subset of {"reference", "zlib"}."""
-        given = {"reference": self.reference, "zlib": self.zlib_bytes}
+        """The needs of attacks that this context meets: a subset of {"reference", "zlib", "shadows"}."""
+        given = {"reference": self.reference, "zlib": self.zlib_bytes, "shadows": self.shadows}
         return frozenset(name for name, value in given.items() if value is not None)
 
     def reference_for(self, target: Signals) -> Signals:
@@ -85,7 +89,7 @@ class Attack:
     label: str
     """Name in tables."""
     needs: frozenset[str]
-    """What the context must have, of "reference" and "zlib"."""
+    """What the context must have, of "reference", "zlib" and "shadows"."""
     source: str
     """One line: the score, and where it was published."""
     score: Callable[[Signals, AttackContext], Scores]

@@ -11,7 +11,6 @@ import jinja2
 from markupsafe import Markup
 
 from dualtok.audit import figures, table
-from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
 from dualtok.audit.report_data import AuditReport, Checks, Estimate
 from dualtok.audit.scores import source_of
@@ -122,12 +121,12 @@ def render_html(report: AuditReport) -> str:
     measured = {
         rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
     }
-    known = {*ATTACKS, *ADAPTIVE}
+    known = {*ATTACKS, *table.KNOWING}
     attacks = table.attack_columns(report.rows)
     return environment.get_template("report.html.j2").render(
         report=report, measured=measured, attacks=attacks,
-        published={name: label for name, label in attacks.items() if name not in ADAPTIVE},
-        adaptive={name: label for name, label in attacks.items() if name in ADAPTIVE},
+        published={name: label for name, label in attacks.items() if name not in table.KNOWING},
+        adaptive={name: label for name, label in attacks.items() if name in table.KNOWING},
         tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
         sources={name: source_of(name) for name in attacks if name in known},
         **_figures(report),

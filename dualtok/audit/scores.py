@@ -9,6 +9,7 @@ import numpy as np
 
 from dualtok.audit.adaptive import ADAPTIVE, features, scores_of
 from dualtok.audit.attacks import ATTACKS, AttackContext
+from dualtok.audit.lira import LIRA
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     PairOfScores = tuple[Floats, Floats]
+
+SINGLE = ATTACKS | LIRA
+"""Attacks that are functions of one document's signals and the context."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ def attack_scores(
         missing = needs_of(name) - available
         if missing:
             not_run[label_of(name)] = f"needs {' and '.join(sorted(missing))}"
-        elif name in ATTACKS:
-            found[name] = ATTACKS[name](targets[0], contexts[0]), ATTACKS[name](targets[1], contexts[1])
+        elif name in SINGLE:
+            found[name] = SINGLE[name](targets[0], contexts[0]), SINGLE[name](targets[1], contexts[1])
         elif enough < ADAPTIVE[name].fewest:
             not_run[label_of(name)] = f"needs {ADAPTIVE[name].fewest} members and non-members to learn from"
         else:
@@ -63,18 +67,18 @@ def attack_scores(
 
 
 def needs_of(attack: str) -> frozenset[str]:
-    """Return what an attack needs, of "reference" and "zlib"."""
-    return ATTACKS[attack].needs if attack in ATTACKS else frozenset({"reference"})
+    """Return what an attack needs, of "reference", "zlib" and "shadows"."""
+    return SINGLE[attack].needs if attack in SINGLE else frozenset({"reference"})
 
 
 def label_of(attack: str) -> str:
     """Return an attack's name in tables."""
-    return ATTACKS[attack].label if attack in ATTACKS else ADAPTIVE[attack].label
+    return SINGLE[attack].label if attack in SINGLE else ADAPTIVE[attack].label
 
 
 def source_of(attack: str) -> str:
     """Return one line: the score, and where it was published."""
-    return ATTACKS[attack].source if attack in ATTACKS else ADAPTIVE[attack].source
+    return SINGLE[attack].source if attack in SINGLE else ADAPTIVE[attack].source
 
 
 def widening_of(attack: str) -> float:
