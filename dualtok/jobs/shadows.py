@@ -184,15 +184,15 @@ def _note(run: RunConfig, manifest: Manifest, shadow: Shadow) -> dict[str, Any]:
 def _require_same(run: RunConfig, manifest: Manifest, shadow: Shadow) -> None:
     """Refuse a shadow of another recipe or of other documents."""
     again = "remove the folder, or use another output_dir"
+    if is_written(shadow.folder / "data"):
+        before = load_manifest(shadow.folder / "data").config.get("shadow")
+        if before != _note(run, manifest, shadow):
+            raise ConfigError(f"{shadow.folder}: made for other members or non-members, or another seed; {again}")
     if shadow.run_file.is_file():
         earlier = yaml.safe_load(shadow.run_file.read_text(encoding="utf-8"))
         earlier["data"]["dir"] = shadow.run.data.dir
         for key, before, now in changes(earlier, shadow.run.as_dict()):
             raise ConfigError(f"{key}: {now!r}, but the shadow model in {shadow.folder} has {before!r}; {again}")
-    if is_written(shadow.folder / "data"):
-        before = load_manifest(shadow.folder / "data").config.get("shadow")
-        if before != _note(run, manifest, shadow):
-            raise ConfigError(f"{shadow.folder}: a shadow model of other members, non-members or seed; {again}")
 
 
 def _lay_down(run: RunConfig, manifest: Manifest, shadow: Shadow) -> None:
