@@ -115,14 +115,24 @@ def export(
 
 
 @app.command()
-def audit(run_file: RunFile, overrides: Overrides = None) -> None:
+def audit(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    shadows: Annotated[
+        int | None, typer.Option(metavar="N", help="Train N shadow models by the run's recipe, for LiRA.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks that share each shadow's training.")] = 1,
+) -> None:
     """Attack models with membership inference and measure their perplexity."""
     from dualtok.jobs.audit import audit as run_audit
     from dualtok.jobs.audit import print_figures
     from dualtok.run import load_run
 
     _quiet_libraries()
-    figures = run_audit(load_run(run_file, overrides or []))
+    run = load_run(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
+    if processes > 1 and run.audit.shadows is None:
+        raise ConfigError("--processes: has no effect without --shadows; to share the audit itself, use a launcher")
+    figures = run_audit(run, processes=processes)
     if is_first_rank():
         print_figures(figures)
 

@@ -17,6 +17,7 @@ from dualtok.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from dualtok.audit.lira import ShadowFit
     from dualtok.audit.passes import PassResult
     from dualtok.audit.signals import Signals
 
@@ -48,10 +49,13 @@ class AttackContext:
     con_recall_gamma: float = 0.5
     """Weight of the log-likelihood given members in Con-ReCaLL."""
 
+    shadows: ShadowFit | None = None
+    """What shadow models give to (at least) the same documents."""
+
     @property
     def has(self) -> frozenset[str]:
-        """The needs of attacks that this context meets: of "reference" and "zlib", and the names of passes."""
-        given = {"reference": self.reference, "zlib": self.zlib_bytes, **self.passes}
+        """The needs of attacks that this context meets: of "reference", "zlib" and "shadows", and names of passes."""
+        given = {"reference": self.reference, "zlib": self.zlib_bytes, "shadows": self.shadows, **self.passes}
         return frozenset(name for name, value in given.items() if value is not None)
 
     def reference_for(self, target: Signals) -> Signals:
@@ -105,7 +109,7 @@ class Attack:
     label: str
     """Name in tables."""
     needs: frozenset[str]
-    """What the context must have, of "reference" and "zlib", and passes."""
+    """What the context must have, of "reference", "zlib" and "shadows", and passes."""
     source: str
     """One line: the score, and where it was published."""
     score: Callable[[Signals, AttackContext], Scores]

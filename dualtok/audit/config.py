@@ -12,8 +12,10 @@ from dualtok.data.config import SplitName
 
 AttackName = Literal[
     "loss", "ref", "zlib", "min_k", "min_k_plus_plus",
-    "ref_distance", "above_share", "above_mean", "above_tail", "ref_classifier", "ref_forest",
+    "ref_distance", "above_share", "above_mean", "above_tail", "ref_classifier", "ref_forest", "lira", "lira_offline",
 ]  # fmt: skip
+SHADOW_ATTACKS: tuple[AttackName, ...] = ("lira", "lira_offline")
+"""Attacks that need shadow models."""
 FurtherAttackName = Literal["lowercase", "recall", "con_recall", "neighbourhood", "gradient_norm"]
 """Attacks that run each model again, over changed documents; they are run only if named."""
 
@@ -78,13 +80,22 @@ class AuditConfig:
     """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank
     holds the whole model."""
 
-    attacks: tuple[AttackName | FurtherAttackName, ...] = get_args(AttackName)
+    attacks: tuple[AttackName | FurtherAttackName, ...] = tuple(
+        name for name in get_args(AttackName) if name not in SHADOW_ATTACKS
+    )
     """Attacks to run. ``ref``, and those that know the defence (``ref_distance`` to ``ref_forest``), need the
     attacker's reference model. ``lowercase``, ``recall``, ``con_recall``, ``neighbourhood`` and ``gradient_norm`` run
-    each model again and are run only if named."""
+    each model again and are run only if named. ``lira`` and ``lira_offline`` join them with ``shadows``."""
 
     passes: PassConfig = dataclasses.field(default_factory=PassConfig)
     """Settings of the attacks that run each model again."""
+
+    shadows: Annotated[int, Field(ge=2)] | None = None
+    """Shadow models for the attacks ``lira`` and ``lira_offline``, an even number: each is a training run like that of
+    the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of members and non-members."""
+
+    shadow_checkpoint: Literal["best", "latest"] = "best"
+    """Checkpoint of each shadow that is run: the one that was exported of the audited models."""
 
     collections: tuple[Annotated[int, Field(ge=2)], ...] = (10, 50, 500)
     """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out."""
@@ -128,6 +139,7 @@ class AuditConfig:
             raise ValueError(f"audit.members: {self.members!r} is also audit.non_members; choose two splits")
         if self.null_model is not None and self.null_model not in self.models:
             raise ValueError(f"audit.null_model: {self.null_model!r} is none of audit.models")
+        self._check_shadows()
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):
             raise ValueError("audit.attacks: name at least one attack, and each only once")
         for key, attacks in PASS_SETTINGS.items():
@@ -135,3 +147,20 @@ class AuditConfig:
                 raise ValueError(f"audit.passes.{key}: has no effect without {' or '.join(attacks)} in audit.attacks")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):
             raise ValueError("audit.fpr_targets: give at least one rate, and each only once")
+
+    def _check_shadows(self) -> None:
+        """Refuse odd numbers and settings without effect, and let the shadows' attacks join the others."""
+        needing = [name for name in self.attacks if name in SHADOW_ATTACKS]
+        if self.shadows is None:
+            if needing:
+                raise ValueError(f"audit.attacks: {needing[0]!r} needs shadow models; give audit.shadows")
+            if self.shadow_checkpoint != "best":
+                raise ValueError("audit.shadow_checkpoint: has no effect without audit.shadows; remove it")
+            return
+        if self.shadows % 2:
+            raise ValueError(
+                f"audit.shadows: {self.shadows} is odd; every document is in one half of the shadows, so give an even "
+                "number, e.g. 16"
+            )
+        if not needing:
+            self.attacks = (*self.attacks, *SHADOW_ATTACKS)

@@ -125,8 +125,8 @@ def render_html(report: AuditReport) -> str:
     attacks = table.attack_columns(report.rows)
     return environment.get_template("report.html.j2").render(
         report=report, measured=measured, attacks=attacks,
-        published={name: label for name, label in attacks.items() if name not in ADAPTIVE},
-        adaptive={name: label for name, label in attacks.items() if name in ADAPTIVE},
+        published={name: label for name, label in attacks.items() if name not in table.KNOWING},
+        adaptive={name: label for name, label in attacks.items() if name in table.KNOWING},
         tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
         sources={name: source_of(name) for name in attacks if name in known},
         **_figures(report),

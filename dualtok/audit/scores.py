@@ -10,6 +10,7 @@ import numpy as np
 from dualtok.audit.adaptive import ADAPTIVE, features, scores_of
 from dualtok.audit.attacks import ATTACKS, AttackContext
 from dualtok.audit.further import FURTHER
+from dualtok.audit.lira import LIRA
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     PairOfScores = tuple[Floats, Floats]
 
 
-BY_DOCUMENT = ATTACKS | FURTHER
+BY_DOCUMENT = ATTACKS | FURTHER | LIRA
 """Attacks that score each document by itself."""
 
 
@@ -69,7 +70,7 @@ def attack_scores(
 
 
 def needs_of(attack: str) -> frozenset[str]:
-    """Return what an attack needs, of "reference" and "zlib", and passes."""
+    """Return what an attack needs, of "reference", "zlib" and "shadows", and passes."""
     return BY_DOCUMENT[attack].needs if attack in BY_DOCUMENT else frozenset({"reference"})
 
 

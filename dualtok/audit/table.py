@@ -10,6 +10,7 @@ from rich.table import Table
 from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
 from dualtok.audit.further import FURTHER
+from dualtok.audit.lira import LIRA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
 PUBLISHED = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
 """Attacks of the first table: the paper's four and Min-K%++."""
+KNOWING = (*ADAPTIVE, *LIRA)
+"""Attacks of the second table: they know the defence, or how the model was trained."""
 
 
 def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
     """Return name -> label of every attack that any of the rows ran, in the order of the settings' default."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
-    order = {name: place for place, name in enumerate((*ATTACKS, *FURTHER, *ADAPTIVE))}
+    order = {name: place for place, name in enumerate((*ATTACKS, *FURTHER, *ADAPTIVE, *LIRA))}
     return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
 
 
@@ -80,7 +83,7 @@ def further_table(rows: Sequence[ModelAudit], title: str = "Attacks with further
 def adaptive_table(rows: Sequence[ModelAudit], title: str = "Attacks that know the defence") -> Table:
     """Return one line per model: AUC of the attacks that know the defence, and the p-value of all attacks."""
     caption = "AUC one-sided, with intervals; p: of the strongest attack of all, permuting the labels"
-    columns = {name: label for name, label in attack_columns(rows).items() if name in ADAPTIVE}
+    columns = {name: label for name, label in attack_columns(rows).items() if name in KNOWING}
     table = _by_model(title, caption, [*columns.values(), "p"])
     for row in rows:
         cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]

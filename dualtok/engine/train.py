@@ -40,7 +40,7 @@ from dualtok.reference.live import AdapterReference
 from dualtok.reference.stored import StoredScores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from dualtok.data.manifest import Manifest
     from dualtok.data.mixture import Source, TrainingStream
@@ -106,7 +106,7 @@ def _train(
     private = settings.engine == "opacus"
     deepspeed_config = {} if private else training_config(settings, layout.data_parallel.world_size)
     saved = _checkpoint_to_resume(Path(run.output_dir) / CHECKPOINTS, ranks=ranks, resume=resume)
-    _require_reference(run)
+    require_reference(run)
     if saved is not None:
         ranks.first_does(lambda: _require_same_settings(run))
     stream, validation = ranks.together(lambda: open_streams(run, manifest, (settings.split, "validation"), ranks))
@@ -220,7 +220,8 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
     return [Mixture(mixed, [source.weight for source in sources], seed=run.seed), *others]
 
 
-def _require_reference(run: RunConfig) -> None:
+def require_reference(run: RunConfig) -> None:
+    """Raise ConfigError if the objective needs a reference that the run does not have."""
     if run.objective in ("dual", "selective") and run.reference is None:
         raise ConfigError(f"objective {run.objective!r} needs the section 'reference' with the model that was scored")
 
@@ -311,16 +312,19 @@ def _require_same_settings(run: RunConfig) -> None:
     path = Path(run.output_dir) / RUN_FILE
     if not path.is_file():
         return
-    earlier = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-    now = _flat(run.as_dict())
-    for key in sorted(earlier.keys() | now.keys()):
-        if key.startswith(FREE_ON_RESUME):
-            continue
-        if earlier.get(key) != now.get(key):
-            raise ConfigError(
-                f"{key}: {now.get(key)!r}, but the run to resume in {run.output_dir} has {earlier.get(key)!r}; resume "
-                "with its settings, or start another run"
-            )
+    for key, earlier, now in changes(yaml.safe_load(path.read_text(encoding="utf-8")), run.as_dict()):
+        raise ConfigError(
+            f"{key}: {now!r}, but the run to resume in {run.output_dir} has {earlier!r}; resume with its settings, or "
+            "start another run"
+        )
+
+
+def changes(earlier: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the settings that make two runs learn differently: dotted key, earlier and present value."""
+    before, after = _flat(earlier), _flat(now)
+    for key in sorted(before.keys() | after.keys()):
+        if not key.startswith(FREE_ON_RESUME) and before.get(key) != after.get(key):
+            yield key, before.get(key), after.get(key)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

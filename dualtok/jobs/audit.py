@@ -23,12 +23,14 @@ from dualtok.audit.table import adaptive_table, collection_table, comparison_tab
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
+from dualtok.data.subset import token_ids
 from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.engine.distributed import Ranks, join_ranks
 from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.jobs.audit_passes import further_passes
+from dualtok.jobs.shadows import document_losses, fit_losses, train_shadows
 from dualtok.model.load import check_fits, read_model_config
 from dualtok.model.weights import model_folder
 from dualtok.monitor.progress import RunProgress
@@ -38,12 +40,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from numpy.typing import NDArray
-
     from dualtok.audit.report_data import Checks, ModelAudit
     from dualtok.data.manifest import Manifest
     from dualtok.data.packing import Segment
     from dualtok.jobs.audit_passes import FurtherPasses
+    from dualtok.jobs.shadows import DocumentLosses
     from dualtok.run import RunConfig
 
 ATTACKER = "attack_reference"
@@ -51,13 +52,17 @@ AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
 
 
-def audit(run: RunConfig) -> AuditFigures:
+def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     """Audit every model of ``audit.models`` and write ``<output_dir>/audit/audit.json``.
 
     On ranks other than the first the figures are the same.
 
+    Args:
+        run: settings with ``audit.models``.
+        processes: ranks that share the training of each of ``audit.shadows``.
+
     Raises:
-        ConfigError: no models are named, or one does not fit the blocks.
+        ConfigError: no models are named, or one does not fit the blocks; or shadow models cannot be trained.
         DataError: a shard is missing or altered, or a class has no documents.
     """
     settings = run.audit
@@ -65,7 +70,6 @@ def audit(run: RunConfig) -> AuditFigures:
         raise ConfigError("audit.models: name at least one model folder to audit, e.g. {dual: models/dual}")
     place = prepared(run.data)
     manifest = load_manifest(place)
-    ranks = join_ranks()
     folders = {name: model_folder(path) for name, path in settings.models.items()}
     if settings.attack_reference is not None:
         folders[ATTACKER] = model_folder(settings.attack_reference)
@@ -75,12 +79,21 @@ def audit(run: RunConfig) -> AuditFigures:
             folder, trust_remote_code=settings.trust_remote_code, setting="audit.trust_remote_code"
         )
         check_fits(config, vocabulary=vocabulary, block_length=manifest.block_length, origin=f"audit: {name}")
+    # Before this process joins others or touches a device: training has processes of its own.
+    shadows = train_shadows(run, audit_folder(run) / "shadows", processes) if settings.shadows is not None else []
+    ranks = join_ranks()
     signals = {name: _signals_of(run, manifest, name, folder, ranks) for name, folder in folders.items()}
     passes = further_passes(
         run, {name: folders[name] for name in settings.models}, ranks, audit_folder(run) / "passes",
         key=lambda folder: _signals_key(run, manifest, folder),
     )  # fmt: skip
-    figures: AuditFigures = ranks.first_does(lambda: _attack_all(run, passes.without_prefixes(signals), passes))
+    of_shadows = [
+        document_losses(_signals_of(run, manifest, f"shadow {number}", folder, ranks).values())
+        for number, folder in enumerate(shadows)
+    ]
+    figures: AuditFigures = ranks.first_does(
+        lambda: _attack_all(run, passes.without_prefixes(signals), passes, of_shadows)
+    )
     ranks.barrier()
     return figures
 
@@ -101,15 +114,18 @@ def audit_folder(run: RunConfig) -> Path:
     return Path(run.output_dir) / "audit"
 
 
-def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]], passes: FurtherPasses) -> AuditFigures:
+def _attack_all(
+    run: RunConfig, signals: dict[str, dict[str, Signals]], passes: FurtherPasses, of_shadows: list[DocumentLosses]
+) -> AuditFigures:
     """Attack every model (on rank 0) and write the figures."""
     settings = run.audit
+    fit = fit_losses(of_shadows, run.seed) if of_shadows else None
     contexts = {}
     for split in (settings.members, settings.non_members):
         table = BlockStream(prepared(run.data), split, seed=run.seed, verify=False).document_table()
         sizes = dict(zip(table["doc"].to_pylist(), table["zlib_bytes"].to_pylist(), strict=True))
         reference = signals[ATTACKER][split] if ATTACKER in signals else None
-        contexts[split] = AttackContext(reference=reference, zlib_bytes=sizes)
+        contexts[split] = AttackContext(reference=reference, zlib_bytes=sizes, shadows=fit)
     audits = [
         audit_model(
             name,
@@ -134,23 +150,12 @@ def _check(run: RunConfig, audits: list[ModelAudit], signals: dict[str, dict[str
     audited = next(iter(settings.models))
     streams = [BlockStream(prepared(run.data), split, seed=run.seed, verify=False)
                for split in (settings.members, settings.non_members)]  # fmt: skip
-    texts = [_token_ids(stream, signals[audited][stream.split].document, settings.batch_size) for stream in streams]
+    texts = [token_ids(stream, signals[audited][stream.split].document, settings.batch_size) for stream in streams]
     table = streams[0].document_table()
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
     passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
     null = next((model for model in audits if model.name == settings.null_model), None)
     return check_audit(texts[0], texts[1], passage_tokens=passage, null_model=null, seed=settings.seed)
-
-
-def _token_ids(stream: BlockStream, documents: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Return the token ids of some documents of a split, in their order."""
-    pieces: dict[int, dict[int, NDArray[np.int64]]] = {int(document): {} for document in documents}
-    for batch, segments in stream.sequential(batch_size, documents=documents):
-        for ids, row in zip(batch["input_ids"].numpy(), segments, strict=True):
-            for document, start, length, column in _with_columns(row):
-                if document in pieces:
-                    pieces[document][start] = ids[column : column + length]
-    return [np.concatenate([parts[start] for start in sorted(parts)]) for parts in pieces.values()]
 
 
 def _signals_of(run: RunConfig, manifest: Manifest, name: str, folder: Path, ranks: Ranks) -> dict[str, Signals]:

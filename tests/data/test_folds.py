@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtok.data.folds import LeaveOut, fold_of
+from dualtok.data.folds import LeaveOut, fold_of, in_shadow
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
 from dualtok.objective.head import IGNORED_LABEL
@@ -56,3 +56,23 @@ def test_every_document_is_left_out_once(small_corpus: dict[str, Any]) -> None:
 def test_a_fold_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"leave_out.fold: 2 of 2 folds"):
         LeaveOut(fold=2, folds=2)
+
+
+def test_every_document_is_in_half_of_the_shadows() -> None:
+    ids = np.concatenate([np.arange(3000), np.arange(10**9, 10**9 + 3000)])
+    inside = np.stack([in_shadow(ids, shadow, 7) for shadow in range(10)])
+    assert (inside.sum(0) == 5).all()
+    spread = np.sqrt(0.25 / len(ids))
+    assert np.abs(inside.mean(1) - 0.5).max() < 5 * spread
+    # Shadows of different pairs are drawn independently of each other, and of the seed's other draws.
+    for one in range(0, 10, 2):
+        for other in range(one + 2, 10):
+            assert abs((inside[one] == inside[other]).mean() - 0.5) < 5 * spread
+    assert abs((inside[0] == in_shadow(ids, 0, 8)).mean() - 0.5) < 5 * spread
+
+
+def test_the_shadows_of_ids_never_change() -> None:
+    ids = [0, 1, 2, 3, 4, 5, 6, 7, 10**12]
+    assert "".join("01"[int(inside)] for inside in in_shadow(ids, 3, 42)) == "001000111"
+    assert (in_shadow(ids, 2, 42) != in_shadow(ids, 3, 42)).all()
+    assert in_shadow(ids[3:5], 3, 42).tolist() == in_shadow(ids, 3, 42)[3:5].tolist()
