@@ -42,6 +42,9 @@ def prepare(
         str | None, typer.Option(metavar="I/N", help="Read and hash part I of N only, beside others on any host.")
     ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Make shards of what all parts have read.")] = False,
+    canaries: Annotated[
+        int | None, typer.Option(metavar="N", help="Add N canaries for the audit; short for data.canaries.count=N.")
+    ] = None,
 ) -> None:
     """Deduplicate, split, tokenise and pack documents into shards."""
     _refuse_launcher("prepare")
@@ -51,7 +54,8 @@ def prepare(
 
     if part is not None and finish:
         raise ConfigError("--part and --finish: one after the other; `--finish` follows when all parts are complete")
-    data = load_run(run_file, overrides or []).data
+    short_forms = [] if canaries is None else [f"data.canaries.count={canaries}"]
+    data = load_run(run_file, [*(overrides or []), *short_forms]).data
     if part is not None:
         preparation.prepare_part(data, parse_part(part))
     elif finish:

@@ -107,6 +107,17 @@ class AuditConfig:
     """Key of a model in ``models`` that has seen no member, e.g. ``base``: attacks must find nothing in it, or the
     audit warns that members and non-members differ by themselves."""
 
+    canary_candidates: Annotated[int, Field(ge=20)] = 100
+    """Other secrets that each canary's own is ranked among, drawn at random where the space is larger; the models read
+    all of them."""
+
+    canary_guesses: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.25, 0.5, 1.0)
+    """Shares of the canaries whose coins are guessed for the lower bound on epsilon; the best bound is corrected for
+    their number, so that a single one, chosen in advance, is sharper."""
+
+    canary_delta: Annotated[float, Field(ge=0, lt=1)] = 1e-5
+    """Delta of the bound that is stated beside that of delta = 0."""
+
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples of the documents behind every interval. Below about 1000 the ends of a 95 % interval move
     visibly with the seed."""
@@ -145,6 +156,8 @@ class AuditConfig:
         for key, attacks in PASS_SETTINGS.items():
             if getattr(self.passes, key) != getattr(PassConfig, key) and not set(attacks) & set(self.attacks):
                 raise ValueError(f"audit.passes.{key}: has no effect without {' or '.join(attacks)} in audit.attacks")
+        if not self.canary_guesses:
+            raise ValueError("audit.canary_guesses: give at least one share of the canaries")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):
             raise ValueError("audit.fpr_targets: give at least one rate, and each only once")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from markupsafe import Markup
 
 from dualtok.audit import figures, table
 from dualtok.audit.adaptive import ADAPTIVE
-from dualtok.audit.report_data import AuditReport, Checks, Estimate
+from dualtok.audit.report_data import AuditReport, CanaryAudit, Checks, Estimate
 from dualtok.audit.scores import BY_DOCUMENT, source_of
 from dualtok.errors import DataError
 from dualtok.files import write_text
@@ -79,6 +80,8 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
                 yield collection | {"metric": f"collection_{metric}", "value": getattr(test, metric)}
             ends = {"low": test.rejected_low, "high": test.rejected_high}
             yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
+        if row.canaries is not None:
+            yield from (model | line for line in _canary_rows(row.canaries))
         if row.strongest_p_value is not None:
             yield model | {"metric": "strongest_p_value", "value": row.strongest_p_value}
         yield (
@@ -88,6 +91,25 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
         )
     if report.checks is not None:
         yield from _check_rows(report.checks)
+
+
+def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:
+    for metric in ("n_included", "n_excluded", "space_bits", "candidates"):
+        yield {"metric": f"canary_{metric}", "value": getattr(canaries, metric)}
+    for score in canaries.scores:
+        if score.auc is not None:
+            yield {"attack": score.label.lower(), "metric": "canary_auc"} | _cells(score.auc)
+    for side in ("included", "excluded"):
+        for kind in ("ranked", "extrapolated"):
+            exposures = getattr(getattr(canaries, kind), side)
+            if exposures:
+                yield {"metric": f"canary_exposure_{kind}_{side}", "value": statistics.median(exposures)}
+        extracted = getattr(canaries, f"extracted_{side}")
+        if extracted is not None:
+            yield {"metric": f"canary_extracted_{side}"} | _cells(extracted)
+    for bound in canaries.epsilon:
+        note = f"delta {bound.delta:g}: {bound.correct} of {bound.guesses} guesses right, best of {bound.tests}"
+        yield {"attack": bound.label.lower(), "metric": "canary_epsilon", "value": bound.epsilon, "note": note}
 
 
 def _check_rows(checks: Checks) -> Iterator[dict[str, Any]]:
@@ -117,6 +139,7 @@ def render_html(report: AuditReport) -> str:
         "interval": table.interval,
         "perplexity": table.perplexity,
         "heat": _heat,
+        "median_exposure": table.median_exposure,
     }
     measured = {
         rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
@@ -129,6 +152,7 @@ def render_html(report: AuditReport) -> str:
         adaptive={name: label for name, label in attacks.items() if name in table.KNOWING},
         tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
         sources={name: source_of(name) for name in attacks if name in known},
+        with_canaries=[row for row in report.rows if row.canaries is not None],
         **_figures(report),
     )  # fmt: skip
 
@@ -145,6 +169,11 @@ def _figures(report: AuditReport) -> dict[str, Any]:
             Markup(figures.histogram_figure(row.name, row.calibrated, f"s-{index}"))
             for index, row in enumerate(with_s)
             if row.calibrated is not None
+        ],
+        "canary_figures": [
+            Markup(figures.canary_figure(row.name, row.canaries, f"canaries-{index}"))
+            for index, row in enumerate(report.rows)
+            if row.canaries is not None
         ],
         "selection_figures": [
             Markup(figures.selection_figure(series, f"selection-{index}"))

@@ -89,6 +89,57 @@ class Collections(Record):
     rejected_high: Share
 
 
+class CanaryScore(Record):
+    """How well a score tells included canaries from those kept out."""
+
+    label: str
+    auc: Estimate | None
+    """One-sided; None if all coins fell alike."""
+
+
+class EpsilonBound(Record):
+    """What epsilon the guesses about the canaries refute."""
+
+    delta: Share
+    epsilon: Annotated[float, Field(ge=0)]
+    """Lower bound that holds with ``audit.confidence``; 0 if nothing is refuted."""
+    label: str
+    """The score that gave the best bound."""
+    guesses: Count
+    """Coins that were guessed."""
+    correct: Count
+    tests: Count
+    """Scores times numbers of guesses, for which the bound is corrected."""
+
+
+class Exposures(Record):
+    """Exposure of each canary, in bits."""
+
+    included: list[float]
+    excluded: list[float]
+
+
+class CanaryAudit(Record):
+    """What a model gives away of canaries, each of which a fair coin included in its training data."""
+
+    n_included: Count
+    n_excluded: Count
+    scores: list[CanaryScore]
+    epsilon: list[EpsilonBound]
+    """One per delta."""
+    space_bits: float
+    """log2 of the number of secrets that each was drawn from: the largest exposure."""
+    candidates: Count
+    """Secrets that each was ranked among, without its own."""
+    ranked: Exposures
+    """By rank, at most log2(candidates + 1)."""
+    extrapolated: Exposures
+    """By a fit to the candidates' losses, at most ``space_bits``."""
+    extracted_included: Estimate | None
+    """Share of the secrets that greedy decoding gives back after their prefix, with its exact interval."""
+    extracted_excluded: Estimate | None
+
+
 class NullModel(Record):
     """What the attacks found in a model that saw no member."""
 
@@ -151,6 +202,8 @@ class ModelAudit(Record):
     """Of the largest |AUC - 1/2| of all attacks, by permuting the labels of documents in all attacks alike."""
     collections: list[Collections] = Field(default_factory=list)
     calibrated: TokenHistogram | None = None
+    canaries: CanaryAudit | None = None
+    """None if the data was prepared without canaries."""
 
     def attack(self, name: str) -> AttackResult | None:
         """Return the result of the attack with this name, or None if it was not run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -106,6 +107,37 @@ def collection_table(rows: Sequence[ModelAudit], title: str = "Collections of do
                  for test in found]  # fmt: skip
         table.add_row(escape(row.name), *cells)
     return table
+
+
+def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
+    """Return one line per model audited with canaries: AUC, exposure, extracted secrets, lower bounds on epsilon."""
+    found = [(row.name, row.canaries) for row in rows if row.canaries is not None]
+    caption = (
+        "included against kept out by a fair coin; exposure: median in bits, extrapolated, of included / kept out; "
+        "extracted: share of the secrets; epsilon: lower bounds, corrected for the choice of guesses"
+    )
+    labels = list(dict.fromkeys(score.label for _, canaries in found for score in canaries.scores))
+    deltas = list(dict.fromkeys(bound.delta for _, canaries in found for bound in canaries.epsilon))
+    columns = ["included", *labels, "exposure", "extracted", *(f"epsilon\ndelta {delta:g}" for delta in deltas)]
+    table = _by_model(title, caption, columns)
+    for name, canaries in found:
+        aucs = {score.label: score.auc for score in canaries.scores}
+        bounds = {bound.delta: bound for bound in canaries.epsilon}
+        pairs = (canaries.extracted_included, canaries.extracted_excluded)
+        table.add_row(
+            escape(name),
+            f"{canaries.n_included} of {canaries.n_included + canaries.n_excluded}",
+            *("n/a" if (auc := aucs.get(label)) is None else _cell(auc) for label in labels),
+            " / ".join(map(median_exposure, (canaries.extrapolated.included, canaries.extrapolated.excluded))),
+            " / ".join("n/a" if estimate is None else share(estimate.value, 2) for estimate in pairs),
+            *(f"{bounds[delta].epsilon:.2f}\n{bounds[delta].correct} of {bounds[delta].guesses}" for delta in deltas),
+        )
+    return table
+
+
+def median_exposure(exposures: Sequence[float]) -> str:
+    """Return the median of some exposures, in bits."""
+    return f"{statistics.median(exposures):.1f}" if exposures else "n/a"
 
 
 def _by_model(title: str, caption: str, columns: Sequence[str]) -> Table:

@@ -17,6 +17,7 @@ from dualtok.data.decide import fates_path
 from dualtok.data.manifest import ShardEntry, SplitEntry
 from dualtok.data.packing import pack_documents
 from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
+from dualtok.data.splits import content_digest
 from dualtok.data.staged import Chunk, Staged, StagedAt, read_staged, staged_at
 from dualtok.data.stream import DOCUMENTS
 from dualtok.data.tokenizer import encode, load_tokenizer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from dualtok.data.canaries import Canary
     from dualtok.data.parallel import Workers
 
 ENCODED_AT_ONCE = 1 << 20
@@ -40,11 +42,22 @@ DOCUMENT = pa.schema([
 ])  # fmt: skip
 
 
+TO_PACK = pa.schema([("doc", pa.int64()), ("sha256", pa.binary(32)), ("text", pa.large_string())])
+
+
 class TokenizerAt(NamedTuple):
     """A tokenizer's folder and its fingerprint, which tells two apart that lay there one after the other."""
 
     folder: str
     fingerprint: str
+
+
+class _PackTask(NamedTuple):
+    """One chunk to pack."""
+
+    chunk: Chunk
+    canaries: list[Canary]
+    """Documents of the split ``train`` beside the chunk's own."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,11 @@ def split_texts(staged: Staged, chunks: list[Chunk], split: str) -> Iterator[str
 
 def pack_chunks(
     config: DataConfig, staged: Staged, chunks: list[Chunk], tokenizer: TokenizerAt, workers: Workers, *,
-    progress: RunProgress,
+    canaries: dict[int, list[Canary]], progress: RunProgress,
 ) -> None:  # fmt: skip
-    """Tokenise and pack the chunks that are not packed yet."""
+    """Tokenise and pack the chunks that are not packed yet, each with the canaries of its number."""
     work = partial(_pack_chunk, place=staged.at, tokenizer_at=tokenizer, block_length=config.block_length)
-    for _ in workers.map(work, chunks):
+    for _ in workers.map(work, [_PackTask(chunk, canaries.get(chunk.number, [])) for chunk in chunks]):
         progress.advance(1)
 
 
@@ -117,28 +130,46 @@ def _tokenizer_of_process(place: TokenizerAt) -> PreTrainedTokenizerBase:
     return load_tokenizer(place.folder)
 
 
-def _pack_chunk(chunk: Chunk, *, place: StagedAt, tokenizer_at: TokenizerAt, block_length: int) -> None:
+def _pack_chunk(task: _PackTask, *, place: StagedAt, tokenizer_at: TokenizerAt, block_length: int) -> None:
     """Tokenise and pack one chunk, split by split; runs in a worker process."""
+    chunk = task.chunk
     done = place.folder / f"packed-{chunk.number:06d}.done"
     if done.is_file():
         return
     staged, tokenizer = staged_at(place), _tokenizer_of_process(tokenizer_at)
     for split in SPLITS:
-        docs = _documents(staged, chunk, split)
-        if not len(docs):
+        table = _split_of(staged, chunk, split)
+        if split == "train" and task.canaries:
+            table = pa.concat_tables([table, _as_documents(task.canaries)])
+        if not table.num_rows:
             continue
-        table = staged.take(docs, ["sha256", "text"])
-        texts = table["text"].to_pylist()
+        docs, texts = table["doc"].to_pylist(), table["text"].to_pylist()
         ids = _encoded(tokenizer, texts)
-        blocks = pack_documents(list(zip(docs.tolist(), ids, strict=True)), block_length)
+        blocks = pack_documents(list(zip(docs, ids, strict=True)), block_length)
         documents = pa.Table.from_arrays([
-            pa.array(docs), pa.array([digest.hex() for digest in table["sha256"].to_pylist()]),
+            pa.array(docs, pa.int64()), pa.array([digest.hex() for digest in table["sha256"].to_pylist()]),
             pa.array([len(row) for row in ids], pa.int64()), pa.array([len(text) for text in texts], pa.int64()),
             pa.array([len(zlib.compress(text.encode("utf-8"))) for text in texts], pa.int64()),
         ], schema=DOCUMENT)  # fmt: skip
         _write_table(_packed_path(place.folder, chunk, split, "blocks"), blocks_table(blocks, block_length))
         _write_table(_packed_path(place.folder, chunk, split, "table"), documents)
     write_text(done, "")
+
+
+def _split_of(staged: Staged, chunk: Chunk, split: str) -> pa.Table:
+    """Return number, digest and text of a split's documents in a chunk."""
+    docs = _documents(staged, chunk, split)
+    if not len(docs):
+        return TO_PACK.empty_table()
+    return staged.take(docs, ["sha256", "text"]).add_column(0, TO_PACK.field("doc"), pa.array(docs)).cast(TO_PACK)
+
+
+def _as_documents(canaries: list[Canary]) -> pa.Table:
+    docs, texts = [canary.doc for canary in canaries], [canary.text for canary in canaries]
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in
+         zip((docs, [content_digest(text) for text in texts], texts), TO_PACK, strict=True)], schema=TO_PACK,
+    )  # fmt: skip
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int32]]:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from dualtok.data.canary_config import CanaryConfig
 from dualtok.errors import did_you_mean
 
 SplitName = Literal["train", "reference", "attack_reference", "probe", "validation", "held_out"]
@@ -175,6 +176,9 @@ class DataConfig:
 
     permutations: Annotated[int, Field(ge=16)] = 128
     """Hash functions of a MinHash signature."""
+
+    canaries: CanaryConfig | None = None
+    """Made-up documents for the audit, added to ``train`` at random; none by default."""
 
     tokenizer: str | None = None
     """Folder or hub name of a Hugging Face tokenizer, or a SentencePiece ``.model`` file. Without it a byte-level BPE

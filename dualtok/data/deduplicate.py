@@ -51,10 +51,19 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def exact_digest(text: str) -> bytes:
+    """Return the digest of the normalised text, which exact duplicates share."""
+    return _digest(normalised(text).encode("utf-8"))
+
+
+def _digest(plain: bytes) -> bytes:
+    return hashlib.blake2b(plain, digest_size=EXACT_BYTES).digest()
+
+
 def sketch(text: str, config: DataConfig) -> Sketch:
     """Return a document's sketch."""
     plain = normalised(text).encode("utf-8")
-    exact = hashlib.blake2b(plain, digest_size=EXACT_BYTES).digest()
+    exact = _digest(plain)
     if config.near_duplicate_threshold is None:
         return Sketch(exact, None)
     return Sketch(exact, _signature(plain, config.shingle_words, config.permutations))

@@ -54,6 +54,16 @@ class SplitEntry(_Entry):
     """Checksum of the split's table of documents."""
 
 
+class CanariesEntry(_Entry):
+    """The file of the canaries, included and kept out."""
+
+    file: FileName
+    count: int
+    included: int
+    """Those that are documents of the split ``train``."""
+    sha256: Sha256
+
+
 class Manifest(_Entry):
     """A prepared data folder."""
 
@@ -73,6 +83,8 @@ class Manifest(_Entry):
     unused: int
     """Documents in no split."""
     splits: dict[FileName, SplitEntry]
+    canaries: CanariesEntry | None = None
+    """None if the folder was prepared without; they are not among the documents read."""
 
 
 def load_manifest(data_dir: str | Place) -> Manifest:

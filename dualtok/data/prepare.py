@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from dualtok.data.assemble import DOCUMENT, TokenizerAt, pack_chunks, split_texts, write_splits
+from dualtok.data.canaries import CANARIES, Canary, check_canaries, deal, draw_canaries, write_canaries
 from dualtok.data.config import SPLITS, DataConfig, is_address
 from dualtok.data.decide import Decisions, UnusableCorpusError, decide
 from dualtok.data.groups import find_groups, steps
@@ -144,6 +145,9 @@ def summary(manifest: Manifest) -> str:
             f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens in {split.blocks:,} blocks "
             f"({fill:.1%} full), {len(split.shards)} shards"
         )
+    if manifest.canaries is not None:
+        entry = manifest.canaries
+        lines.append(f"  canaries: {entry.included:,} of {entry.count:,} are in train, as {CANARIES} tells")
     return "\n".join(lines)
 
 
@@ -173,20 +177,33 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     decisions.check(config)
     tokenizer = _keep_tokenizer(folder / "tokenizer", lambda: _trained_tokenizer(config, staged, decisions))
     place = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
+    canaries, dealt = _canaries(config, staged, decisions, tokenizer)
     with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
-        pack_chunks(config, staged, decisions.chunks, place, workers, progress=bar)
+        pack_chunks(config, staged, decisions.chunks, place, workers, canaries=dealt, progress=bar)
     splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
     manifest = Manifest(
         config=settings, seed=config.seed, tokenizer_fingerprint=place.fingerprint, vocabulary=len(tokenizer),
         block_length=config.block_length, lanes=config.lanes, documents_read=decisions.read,
         exact_duplicates=decisions.count("exact"), near_duplicates=decisions.count("near"),
         too_short=decisions.count("too_short"), unused=decisions.count("unused"), splits=splits,
+        canaries=write_canaries(canaries, folder) if canaries else None,
     )  # fmt: skip
     _sweep(folder)  # a worker of a killed start may have outlived it for a moment
     save_manifest(manifest, folder)
     shutil.rmtree(staging)
     _say(summary(manifest), active=progress)
     return manifest
+
+
+def _canaries(
+    config: DataConfig, staged: Staged, decisions: Decisions, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Canary], dict[int, list[Canary]]]:
+    """Return the canaries, numbered after the source's documents, and those to pack with each chunk."""
+    if config.canaries is None:
+        return [], {}
+    canaries = draw_canaries(config.canaries, first_document=decisions.read)
+    check_canaries(canaries, config.canaries, staged, tokenizer, config.block_length)
+    return canaries, deal(canaries, config.canaries, decisions.chunks)
 
 
 def _prepared(folder: Path, settings: dict[str, Any], *, progress: bool, sweep: bool = True) -> Manifest | None:

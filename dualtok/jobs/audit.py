@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from dualtok.audit.attacks import AttackContext
+from dualtok.audit.canaries import audit_canaries
 from dualtok.audit.checks import PASSAGE_CHARACTERS, check_audit
 from dualtok.audit.evaluate import audit_model, choose_documents
 from dualtok.audit.report_data import AuditFigures
 from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
-from dualtok.audit.table import adaptive_table, collection_table, comparison_table, further_table
+from dualtok.audit.table import adaptive_table, canary_table, collection_table, comparison_table, further_table
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
@@ -30,6 +31,7 @@ from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.jobs.audit_passes import further_passes
+from dualtok.jobs.canaries import KIND, canary_pass, open_canaries
 from dualtok.jobs.shadows import document_losses, fit_losses, train_shadows
 from dualtok.model.load import check_fits, read_model_config
 from dualtok.model.weights import model_folder
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from dualtok.data.manifest import Manifest
     from dualtok.data.packing import Segment
     from dualtok.jobs.audit_passes import FurtherPasses
+    from dualtok.jobs.canaries import CanarySource
     from dualtok.jobs.shadows import DocumentLosses
     from dualtok.run import RunConfig
 
@@ -82,17 +85,21 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     # Before this process joins others or touches a device: training has processes of its own.
     shadows = train_shadows(run, audit_folder(run) / "shadows", processes) if settings.shadows is not None else []
     ranks = join_ranks()
-    signals = {name: _signals_of(run, manifest, name, folder, ranks) for name, folder in folders.items()}
+    canaries = ranks.together(lambda: open_canaries(run, manifest))
+    signals = {
+        name: _signals_of(run, manifest, name, folder, ranks, canaries=canaries) for name, folder in folders.items()
+    }
     passes = further_passes(
         run, {name: folders[name] for name in settings.models}, ranks, audit_folder(run) / "passes",
         key=lambda folder: _signals_key(run, manifest, folder),
+        left_out=lambda split: set() if canaries is None else canaries.documents(split),
     )  # fmt: skip
     of_shadows = [
-        document_losses(_signals_of(run, manifest, f"shadow {number}", folder, ranks).values())
+        document_losses(_signals_of(run, manifest, f"shadow {number}", folder, ranks, canaries=None).values())
         for number, folder in enumerate(shadows)
     ]
     figures: AuditFigures = ranks.first_does(
-        lambda: _attack_all(run, passes.without_prefixes(signals), passes, of_shadows)
+        lambda: _attack_all(run, passes.without_prefixes(signals), passes, of_shadows, canaries)
     )
     ranks.barrier()
     return figures
@@ -102,7 +109,7 @@ def print_figures(figures: AuditFigures) -> None:
     """Print the tables and warnings; where there is no terminal, as wide as they need to be."""
     console = Console()
     console = console if console.is_terminal else Console(width=TABLE_WIDTH)
-    for table in (comparison_table, further_table, adaptive_table, collection_table):
+    for table in (comparison_table, further_table, adaptive_table, collection_table, canary_table):
         if (lines := table(figures.models)).row_count:
             console.print(lines)
     for warning in figures.checks.warnings if figures.checks is not None else ():
@@ -115,8 +122,9 @@ def audit_folder(run: RunConfig) -> Path:
 
 
 def _attack_all(
-    run: RunConfig, signals: dict[str, dict[str, Signals]], passes: FurtherPasses, of_shadows: list[DocumentLosses]
-) -> AuditFigures:
+    run: RunConfig, signals: dict[str, dict[str, Signals]], passes: FurtherPasses, of_shadows: list[DocumentLosses],
+    canaries: CanarySource | None,
+) -> AuditFigures:  # fmt: skip
     """Attack every model (on rank 0) and write the figures."""
     settings = run.audit
     fit = fit_losses(of_shadows, run.seed) if of_shadows else None
@@ -137,6 +145,10 @@ def _attack_all(
         )
         for name in settings.models
     ]
+    if canaries is not None:
+        texts, reference = canaries.texts(), signals.get(ATTACKER, {}).get(KIND)
+        found = [audit_canaries(signals[model.name][KIND], texts, settings, reference) for model in audits]
+        audits = [model.model_copy(update={"canaries": one}) for model, one in zip(audits, found, strict=True)]
     figures = AuditFigures(
         settings=settings, models=audits, checks=_check(run, audits, signals), prefix_documents=passes.prefixes
     )
@@ -158,29 +170,47 @@ def _check(run: RunConfig, audits: list[ModelAudit], signals: dict[str, dict[str
     return check_audit(texts[0], texts[1], passage_tokens=passage, null_model=null, seed=settings.seed)
 
 
-def _signals_of(run: RunConfig, manifest: Manifest, name: str, folder: Path, ranks: Ranks) -> dict[str, Signals]:
-    """Return a model's signals over members and non-members; only rank 0 gets them, the others an empty dictionary."""
+def _signals_of(
+    run: RunConfig, manifest: Manifest, name: str, folder: Path, ranks: Ranks, *, canaries: CanarySource | None
+) -> dict[str, Signals]:
+    """Return a model's signals over members, non-members and canaries, if there are any; only rank 0 gets them, the
+    others an empty dictionary."""
     settings = run.audit
     splits = (settings.members, settings.non_members)
     key = ranks.first_does(lambda: _signals_key(run, manifest, folder))
-    files = {split: audit_folder(run) / "signals" / f"{key}-{split}.npz" for split in splits}
+    attacker = name == ATTACKER
+    kinds = {split: split for split in splits} | ({} if canaries is None else {KIND: canaries.key(attacker=attacker)})
+    files = {kind: audit_folder(run) / "signals" / f"{key}-{ending}.npz" for kind, ending in kinds.items()}
     if not ranks.from_first(all(file.is_file() for file in files.values())):
         forward = build_forward_only(
             folder, precision=settings.precision, batch_size=settings.batch_size, deepspeed_json=settings.deepspeed,
             ranks=ranks, signals=token_signals, trust_remote_code=settings.trust_remote_code,
         )  # fmt: skip
-        for split, file in files.items():
-            builder = _model_pass(run, split, forward, f"audit {name}, {split}", ranks)
+        for kind, file in files.items():
+            title = f"audit {name}, {kind}"
+            if canaries is not None and kind == KIND:
+                builder = canary_pass(canaries, forward, title, ranks, attacker=attacker)
+            else:
+                builder = _model_pass(run, kind, forward, title, ranks, canaries=canaries)
             if builder is not None:
                 builder.build().save(file)
         ranks.barrier()
-    return {split: Signals.load(file) for split, file in files.items()} if ranks.is_first else {}
+    return {kind: Signals.load(file) for kind, file in files.items()} if ranks.is_first else {}
 
 
 def _model_pass(
-    run: RunConfig, split: str, forward: Callable[[Any], Any], title: str, ranks: Ranks
-) -> SignalsBuilder | None:
-    """Run a model over the chosen documents of a split; returns all ranks' signals on rank 0, None elsewhere."""
+    run: RunConfig,
+    split: str,
+    forward: Callable[[Any], Any],
+    title: str,
+    ranks: Ranks,
+    *,
+    canaries: CanarySource | None,
+) -> SignalsBuilder | None:  # fmt: skip
+    """Run a model over the chosen documents of a split; returns all ranks' signals on rank 0, None elsewhere.
+
+    Canaries are left out: they are of another kind than the other documents, and would be told from them by that.
+    """
     settings = run.audit
     stream = ranks.together(
         lambda: BlockStream(
@@ -188,7 +218,9 @@ def _model_pass(
         )
     )
     table = stream.document_table()
-    lengths = dict(zip(table["doc"].to_pylist(), table["n_tokens"].to_pylist(), strict=True))
+    left_out = set() if canaries is None else canaries.documents(split)
+    lengths = {doc: length for doc, length in zip(table["doc"].to_pylist(), table["n_tokens"].to_pylist(), strict=True)
+               if doc not in left_out}  # fmt: skip
     chosen = choose_documents(np.array(list(lengths)), settings.max_documents, settings.seed)
     builder = SignalsBuilder({int(document): lengths[int(document)] for document in chosen})
     documents = None if settings.max_documents is None else chosen

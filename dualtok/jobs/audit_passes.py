@@ -70,8 +70,9 @@ class FurtherPasses:
 
 
 def further_passes(
-    run: RunConfig, folders: Mapping[str, Path], ranks: Ranks, kept: Path, *, key: Callable[[Path], str]
-) -> FurtherPasses:
+    run: RunConfig, folders: Mapping[str, Path], ranks: Ranks, kept: Path, *, key: Callable[[Path], str],
+    left_out: Callable[[str], set[int]],
+) -> FurtherPasses:  # fmt: skip
     """Make the passes that the audit's attacks need beyond the one that all share; results are on rank 0 alone.
 
     Args:
@@ -80,11 +81,12 @@ def further_passes(
         ranks: the job's ranks, which share the documents.
         kept: where results are kept.
         key: function from a model's folder to a name of its weights, the blocks and the choice of documents.
+        left_out: function from a split to documents of it that are not audited with the others, i.e. canaries.
     """
     wanted = [each for name, each in PASSES.items() if any(name in needs_of(attack) for attack in run.audit.attacks)]
     if not wanted:
         return FurtherPasses()
-    work = ranks.together(lambda: _Work(run, ranks))
+    work = ranks.together(lambda: _Work(run, ranks, left_out))
     missing = {each.name: reason for each in wanted if (reason := work.obstacle(each)) is not None}
     possible = [each for each in wanted if each.name not in missing]
     results: dict[tuple[str, str], dict[str, PassResult]] = {}
@@ -108,7 +110,7 @@ def further_passes(
 class _Work:
     """One audit's documents, and the passes over them."""
 
-    def __init__(self, run: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, run: RunConfig, ranks: Ranks, left_out: Callable[[str], set[int]]) -> None:
         self._run, self._settings, self._ranks = run, run.audit, ranks
         manifest = load_manifest(prepared(run.data))
         self._block_length = manifest.block_length
@@ -116,7 +118,7 @@ class _Work:
         *head, self._eos = encode(self._tokenizer, [""])[0]
         self._bos = head[0] if head else None
         self.lengths: dict[str, dict[int, int]] = {
-            split: self._lengths(split) for split in (run.audit.members, run.audit.non_members)
+            split: self._lengths(split, left_out(split)) for split in (run.audit.members, run.audit.non_members)
         }
         """Split -> document -> its tokens in its first block; documents of one token are left out."""
         self._streams: dict[str, BlockStream] = {}
@@ -205,9 +207,10 @@ class _Work:
     def _budget(self) -> int:
         return prefix_budget(self._settings.passes, self._block_length)
 
-    def _lengths(self, split: str) -> dict[int, int]:
+    def _lengths(self, split: str, left_out: set[int]) -> dict[int, int]:
         table = BlockStream(prepared(self._run.data), split, seed=self._run.seed, verify=False).document_table()
-        lengths = dict(zip(table["doc"].to_pylist(), table["n_tokens"].to_pylist(), strict=True))
+        numbers, tokens = table["doc"].to_pylist(), table["n_tokens"].to_pylist()
+        lengths = {number: length for number, length in zip(numbers, tokens, strict=True) if number not in left_out}
         chosen = choose_documents(np.array(list(lengths)), self._settings.max_documents, self._settings.seed)
         return {number: min(lengths[number], self._block_length) for number in chosen.tolist() if lengths[number] > 1}
 
