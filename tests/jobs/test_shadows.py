@@ -22,7 +22,7 @@ from dualtok.errors import ConfigError, DualtokError
 from dualtok.jobs.export import export
 from dualtok.jobs.shadows import plan_shadows, train_shadows
 from dualtok.run import RunConfig, load_run, parse_run
-from tests.support import BLOCK_LENGTH, VOCABULARY, dualtok, error_line, succeed, tiny_llama_config, write_run
+from tests.support import BLOCK_LENGTH, VOCABULARY, dualtok, succeed, tiny_llama_config, write_run
 
 RECIPE: dict[str, Any] = {
     "objective": "causal_lm",
@@ -62,7 +62,7 @@ def test_a_shadow_is_the_runs_own_recipe_with_as_many_passes(data: dict[str, Any
         assert (shadow.run.objective, shadow.run.reference, shadow.run.model) == ("causal_lm", None, run.model)
         assert shadow.run.train is not None
         assert run.train is not None
-        as_before = {"epochs": 12, "steps": None, "warmup_steps": 4}
+        as_before: dict[str, Any] = {"epochs": 12, "steps": None, "warmup_steps": 4}
         assert replace(shadow.run.train, **as_before) == run.train
         assert shadow.run.train.warmup_steps == round(4 * (members + others) / 2 / members)
         assert shadow.run.data.dir == str(shadow.folder / "data")
@@ -123,7 +123,9 @@ def test_all_is_laid_down_first_and_another_recipe_refused(
 
 
 @pytest.mark.slow
-def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(data: dict[str, Any], tmp_path: Path) -> None:
+def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
+    data: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     target = write_run(tmp_path / "plain.yaml", data, **RECIPE)
     succeed(dualtok("train", target))
     export(target.with_suffix(""), tmp_path / "model", which="latest")
@@ -131,8 +133,8 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(data: dict[str
              "bootstrap_resamples": 100, "fpr_targets": [0.2]}  # fmt: skip
     run = write_run(tmp_path / "audit.yaml", data, **RECIPE, audit=audit)
     folder = run.with_suffix("") / "audit" / "shadows"
-    assert "audit.shadows: 3 is odd" in error_line(dualtok("audit", run, "--shadows", 3))
-    assert "2 of 2 shadow models to train, 50 steps each" in succeed(dualtok("audit", run, "--shadows", 2))
+    train_shadows(load_run(run, ["audit.shadows=2"]), folder, 1)
+    assert "2 of 2 shadow models to train, 50 steps each" in capfd.readouterr().out
     trained = times(folder)
     assert len(trained) == 2
 
