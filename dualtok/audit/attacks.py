@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualtok.audit.ragged import lowest_mean
+from dualtok.audit.token_attacks import dc_pdd_score, error_zone_score, surp_score, wbc_score
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,13 +36,21 @@ class AttackContext:
     zlib_bytes: Mapping[int, int] | None = None
     """Document id -> bytes of its UTF-8 text compressed by zlib."""
 
+    token_ids: Mapping[int, NDArray[np.int64]] | None = None
+    """Document id -> ids of its predicted tokens, in their order."""
+
+    frequencies: NDArray[np.float64] | None = None
+    """Share of each token id in a corpus of the attacker's [v], above 0; see
+    :func:`~dualtok.audit.token_attacks.smoothed_frequencies`."""
+
     min_k_share: float = 0.2
-    """Share of a document's least likely tokens that Min-K% and Min-K%++ average."""
+    """Share of a document's least likely tokens that Min-K%, Min-K%++ and SURP look at."""
 
     @property
     def has(self) -> frozenset[str]:
-        """The needs of attacks that this context meets: a subset of {"reference", "zlib"}."""
-        given = {"reference": self.reference, "zlib": self.zlib_bytes}
+        """The needs of attacks that this context meets, of "reference", "zlib" and "frequencies"."""
+        frequencies = self.frequencies if self.token_ids is not None else None
+        given = {"reference": self.reference, "zlib": self.zlib_bytes, "frequencies": frequencies}
         return frozenset(name for name, value in given.items() if value is not None)
 
     def reference_for(self, target: Signals) -> Signals:
@@ -76,6 +85,28 @@ class AttackContext:
             )
         return sizes
 
+    def tokens_for(self, target: Signals) -> tuple[NDArray[np.int64], Scores]:
+        """Return the ids of the target's predicted tokens [k], and the frequencies [v].
+
+        Raises:
+            DataError: there are none, a document has none or another number of them, or an id has no frequency.
+        """
+        if self.token_ids is None or self.frequencies is None:
+            raise DataError("audit: this attack needs token ids and the frequencies of tokens in a corpus")
+        nothing = np.zeros(0, dtype=np.int64)
+        ids = [self.token_ids.get(int(document), nothing) for document in target.document]
+        lengths = np.array([len(own) for own in ids])
+        differ = np.flatnonzero(lengths != target.lengths)
+        if len(differ):
+            raise DataError(
+                f"audit: document {target.document[differ[0]]} has {target.lengths[differ[0]]} predicted tokens and "
+                f"{lengths[differ[0]]} token ids; run `dualtok prepare` again"
+            )
+        together = np.concatenate([nothing, *ids])
+        if len(together) and together.max() >= len(self.frequencies):
+            raise DataError(f"audit: token {together.max()} is beyond the frequencies of {len(self.frequencies)} ids")
+        return together, self.frequencies
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -85,7 +116,7 @@ class Attack:
     label: str
     """Name in tables."""
     needs: frozenset[str]
-    """What the context must have, of "reference" and "zlib"."""
+    """What the context must have, of "reference", "zlib" and "frequencies"."""
     source: str
     """One line: the score, and where it was published."""
     score: Callable[[Signals, AttackContext], Scores]
@@ -156,6 +187,36 @@ _ALL = (
         frozenset(),
         "the same after standardising each log-probability over the vocabulary (Zhang et al. 2024)",
         min_k_plus_plus_score,
+    ),
+    Attack(
+        "surp",
+        "SURP",
+        frozenset(),
+        "mean log-probability of the least likely tokens where the model is certain (Zhang and Wu 2024)",
+        surp_score,
+    ),
+    Attack(
+        "dc_pdd",
+        "DC-PDD",
+        frozenset({"frequencies"}),
+        "clipped cross-entropy of each token's probability and its frequency in a corpus, first occurrences "
+        "(Zhang et al. 2024, arXiv 2409.14781)",
+        dc_pdd_score,
+    ),
+    Attack(
+        "wbc",
+        "WBC",
+        frozenset({"reference"}),
+        "share of windows of 2 to 40 tokens that the reference predicts worse (Chen et al. 2026, arXiv 2601.02751)",
+        wbc_score,
+    ),
+    Attack(
+        "error_zone",
+        "EZ",
+        frozenset({"reference"}),
+        "gains over losses against the reference where the likeliest token is wrong (Ilic et al. 2026, arXiv "
+        "2601.12104)",
+        error_zone_score,
     ),
 )
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}

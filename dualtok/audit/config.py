@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from dualtok.data.config import SplitName
 
 AttackName = Literal[
-    "loss", "ref", "zlib", "min_k", "min_k_plus_plus",
+    "loss", "ref", "zlib", "min_k", "min_k_plus_plus", "surp", "dc_pdd", "wbc", "error_zone",
     "ref_distance", "above_share", "above_mean", "above_tail", "ref_classifier", "ref_forest",
 ]  # fmt: skip
 
@@ -29,7 +29,7 @@ class AuditConfig:
 
     attack_reference: str | None = None
     """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the
-    defender used. Without it the attack ``ref`` is not run."""
+    defender used. Without it the attacks that compare with a reference are not run."""
 
     runs: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name -> ``output_dir`` of training runs whose selection and evaluations over time the report shows."""
@@ -48,8 +48,9 @@ class AuditConfig:
     holds the whole model."""
 
     attacks: tuple[AttackName, ...] = get_args(AttackName)
-    """Attacks to run. ``ref``, and those that know the defence (``ref_distance`` to ``ref_forest``), need the
-    attacker's reference model."""
+    """Attacks to run. ``ref``, ``wbc``, ``error_zone``, and those that know the defence (``ref_distance`` to
+    ``ref_forest``), need the attacker's reference model; ``dc_pdd`` counts tokens in the split ``attack_reference``, or
+    ``reference`` if there is none."""
 
     collections: tuple[Annotated[int, Field(ge=2)], ...] = (10, 50, 500)
     """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out."""
@@ -74,7 +75,8 @@ class AuditConfig:
     """False-positive rates at which the true-positive rate is given; a rate below one non-member is printed as n/a."""
 
     min_k_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of a document's least likely tokens that Min-K% and Min-K%++ average; Shi et al. 2024 found 0.2 best."""
+    """Share of a document's least likely tokens that Min-K%, Min-K%++ and SURP look at; Shi et al. 2024 found 0.2
+    best."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the bootstrap and of the choice of documents."""

@@ -63,7 +63,7 @@ def attack_scores(
 
 
 def needs_of(attack: str) -> frozenset[str]:
-    """Return what an attack needs, of "reference" and "zlib"."""
+    """Return what an attack needs, of "reference", "zlib" and "frequencies"."""
     return ATTACKS[attack].needs if attack in ATTACKS else frozenset({"reference"})
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 PUBLISHED = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
-"""Attacks of the first table: the paper's four and Min-K%++."""
+"""Attacks of the first table: the paper's four and Min-K%++. All that fits a terminal."""
 
 
 def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
@@ -45,8 +45,8 @@ def perplexity(value: float) -> str:
 def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
     """Return one line per model: held-out perplexity, loss gap, AUC of each attack, strongest one two-sided.
 
-    It has the attacks of :data:`PUBLISHED` alone and needs about 110 columns of terminal; :func:`adaptive_table` has
-    the others, but the strongest is of all.
+    It has the attacks of :data:`PUBLISHED` alone and needs about 110 columns of terminal; :func:`token_table` and
+    :func:`adaptive_table` have the others, but the strongest is of all.
     """
     caption = (
         "AUC one-sided, with intervals; strongest: max(AUC, 1 - AUC), its interval corrected for the number of attacks"
@@ -63,6 +63,16 @@ def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
         ppl = perplexity(row.perplexity_non_members)
         # A model's own name may hold brackets, which rich would read as markup.
         table.add_row(escape(row.name), ppl, f"{row.loss_gap:+.3f}", *cells)
+    return table
+
+
+def token_table(rows: Sequence[ModelAudit], title: str = "Attacks on single tokens") -> Table:
+    """Return one line per model: AUC of the published attacks that are not in the first table."""
+    columns = {name: label for name, label in attack_columns(rows).items() if name not in {*PUBLISHED, *ADAPTIVE}}
+    table = _by_model(title, "AUC one-sided, with intervals", [*columns.values()])
+    for row in rows:
+        cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
+        table.add_row(escape(row.name), *cells)
     return table
 
 

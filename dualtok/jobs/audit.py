@@ -18,8 +18,8 @@ from dualtok.audit.attacks import AttackContext
 from dualtok.audit.checks import PASSAGE_CHARACTERS, check_audit
 from dualtok.audit.evaluate import audit_model, choose_documents
 from dualtok.audit.report_data import AuditFigures
-from dualtok.audit.signals import Piece, Signals, SignalsBuilder, token_signals
-from dualtok.audit.table import adaptive_table, collection_table, comparison_table
+from dualtok.audit.signals import Signals, SignalsBuilder, token_signals
+from dualtok.audit.table import adaptive_table, collection_table, comparison_table, token_table
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
@@ -28,6 +28,7 @@ from dualtok.engine.distributed import Ranks, join_ranks
 from dualtok.engine.zero import build_forward_only
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
+from dualtok.jobs.audit_texts import attacker_frequencies, document_pieces, predicted_ids, with_columns
 from dualtok.model.load import check_fits, read_model_config
 from dualtok.model.weights import model_folder
 from dualtok.monitor.progress import RunProgress
@@ -37,11 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from numpy.typing import NDArray
-
     from dualtok.audit.report_data import Checks, ModelAudit
     from dualtok.data.manifest import Manifest
-    from dualtok.data.packing import Segment
+    from dualtok.jobs.audit_texts import Pieces
     from dualtok.run import RunConfig
 
 ATTACKER = "attack_reference"
@@ -83,7 +82,7 @@ def print_figures(figures: AuditFigures) -> None:
     """Print the tables and warnings; where there is no terminal, as wide as they need to be."""
     console = Console()
     console = console if console.is_terminal else Console(width=TABLE_WIDTH)
-    for table in (comparison_table, adaptive_table, collection_table):
+    for table in (comparison_table, token_table, adaptive_table, collection_table):
         console.print(table(figures.models))
     for warning in figures.checks.warnings if figures.checks is not None else ():
         console.print(f"warning: {warning}", markup=False)
@@ -97,12 +96,21 @@ def audit_folder(run: RunConfig) -> Path:
 def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> AuditFigures:
     """Attack every model (on rank 0) and write the figures."""
     settings = run.audit
-    contexts = {}
+    contexts: dict[str, AttackContext] = {}
+    texts: dict[str, dict[int, Pieces]] = {}
+    frequencies = attacker_frequencies(run) if "dc_pdd" in settings.attacks else None
+    audited = next(iter(settings.models))
     for split in (settings.members, settings.non_members):
-        table = BlockStream(prepared(run.data), split, seed=run.seed, verify=False).document_table()
+        stream = BlockStream(prepared(run.data), split, seed=run.seed, verify=False)
+        texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
+        table = stream.document_table()
         sizes = dict(zip(table["doc"].to_pylist(), table["zlib_bytes"].to_pylist(), strict=True))
-        reference = signals[ATTACKER][split] if ATTACKER in signals else None
-        contexts[split] = AttackContext(reference=reference, zlib_bytes=sizes)
+        contexts[split] = AttackContext(
+            reference=signals[ATTACKER][split] if ATTACKER in signals else None,
+            zlib_bytes=sizes,
+            token_ids=predicted_ids(texts[split]),
+            frequencies=frequencies,
+        )
     audits = [
         audit_model(
             name,
@@ -114,34 +122,21 @@ def _attack_all(run: RunConfig, signals: dict[str, dict[str, Signals]]) -> Audit
         )
         for name in settings.models
     ]
-    figures = AuditFigures(settings=settings, models=audits, checks=_check(run, audits, signals))
+    figures = AuditFigures(settings=settings, models=audits, checks=_check(run, audits, texts))
     write_text(audit_folder(run) / AUDIT_FILE, figures.model_dump_json(indent=1))
     return figures
 
 
-def _check(run: RunConfig, audits: list[ModelAudit], signals: dict[str, dict[str, Signals]]) -> Checks:
+def _check(run: RunConfig, audits: list[ModelAudit], texts: dict[str, dict[int, Pieces]]) -> Checks:
     """Look for differences between members and non-members that no model is needed to see."""
     settings = run.audit
-    audited = next(iter(settings.models))
-    streams = [BlockStream(prepared(run.data), split, seed=run.seed, verify=False)
-               for split in (settings.members, settings.non_members)]  # fmt: skip
-    texts = [_token_ids(stream, signals[audited][stream.split].document, settings.batch_size) for stream in streams]
-    table = streams[0].document_table()
+    members, non_members = ([np.concatenate(pieces) for pieces in texts[split].values()]
+                            for split in (settings.members, settings.non_members))  # fmt: skip
+    table = BlockStream(prepared(run.data), settings.members, seed=run.seed, verify=False).document_table()
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
     passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
     null = next((model for model in audits if model.name == settings.null_model), None)
-    return check_audit(texts[0], texts[1], passage_tokens=passage, null_model=null, seed=settings.seed)
-
-
-def _token_ids(stream: BlockStream, documents: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Return the token ids of some documents of a split, in their order."""
-    pieces: dict[int, dict[int, NDArray[np.int64]]] = {int(document): {} for document in documents}
-    for batch, segments in stream.sequential(batch_size, documents=documents):
-        for ids, row in zip(batch["input_ids"].numpy(), segments, strict=True):
-            for document, start, length, column in _with_columns(row):
-                if document in pieces:
-                    pieces[document][start] = ids[column : column + length]
-    return [np.concatenate([parts[start] for start in sorted(parts)]) for parts in pieces.values()]
+    return check_audit(members, non_members, passage_tokens=passage, null_model=null, seed=settings.seed)
 
 
 def _signals_of(run: RunConfig, manifest: Manifest, name: str, folder: Path, ranks: Ranks) -> dict[str, Signals]:
@@ -183,7 +178,7 @@ def _model_pass(
         for batch, segments in stream.sequential(
             settings.batch_size, ranks.rank, ranks.world_size, documents=documents
         ):
-            builder.add(forward(batch), batch["labels"], [_with_columns(row) for row in segments])
+            builder.add(forward(batch), batch["labels"], [with_columns(row) for row in segments])
             progress.advance(1)
     parts = ranks.gather_objects_to_first(builder)
     if parts is None:
@@ -191,15 +186,6 @@ def _model_pass(
     for other in parts[1:]:
         parts[0].merge(other)
     return parts[0]
-
-
-def _with_columns(row: list[Segment]) -> list[Piece]:
-    """Add to each (document, start, length) of a block the column where it lies: pieces are laid end to end."""
-    pieces, column = [], 0
-    for document, start, length in row:
-        pieces.append(Piece(document, start, length, column))
-        column += length
-    return pieces
 
 
 def _signals_key(run: RunConfig, manifest: Manifest, folder: Path) -> str:

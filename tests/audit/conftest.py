@@ -50,7 +50,11 @@ def model_rows(make_signals: MakeSignals) -> list[ModelAudit]:
     classes = {}
     for first, kind in ((0, "members"), (100, "non_members")):
         reference = make_signals(first + 7, lengths=lengths, first_id=first)
-        classes[kind] = AttackContext(reference=reference, zlib_bytes=sizes)
+        rng = np.random.default_rng(first)
+        ids = {first + place: rng.integers(0, 40, length) for place, length in enumerate(lengths)}
+        classes[kind] = AttackContext(
+            reference=reference, zlib_bytes=sizes, token_ids=ids, frequencies=np.full(40, 1 / 40)
+        )
 
     def row(name: str, member_loss: float, *, contexts: bool = True) -> ModelAudit:
         return audit_model(
