@@ -5,7 +5,6 @@ Legend: b batch, t position, m predicted tokens of a chunk, v vocabulary, n docu
 
 from __future__ import annotations
 
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 
 from dualtok.audit.ragged import segment_sum
+from dualtok.audit.signal_files import AGAIN, Ragged, joined, read_ragged, write_ragged
 from dualtok.errors import DataError
-from dualtok.files import atomic_file
 from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -30,7 +29,6 @@ TOKEN_DTYPES: dict[str, type[np.generic]] = {
     "mean_log_prob": np.float32,
     "var_log_prob": np.float32,
 }
-FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,36 +142,36 @@ class Signals:
         return Signals(document=self.document[positions], offsets=offsets, **arrays)
 
     def save(self, path: str | Path) -> None:
-        """Write one .npz file that is either whole or absent."""
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("document", "offsets", *TOKEN_DTYPES)}
-        with atomic_file(path) as stream:
-            np.savez(stream, format=np.int64(FORMAT), **arrays)
+        """Write one Parquet file that is either whole or absent, one row per document."""
+        values = {name: getattr(self, name) for name in TOKEN_DTYPES}
+        write_ragged(path, Ragged(self.document, self.offsets, values))
 
     @classmethod
     def load(cls, path: str | Path) -> Signals:
         """Read what :meth:`save` wrote.
 
         Raises:
-            DataError: the file is missing, torn, of another format, or its arrays do not fit each other.
+            DataError: the file is missing, torn, of another format, or its values do not fit each other.
         """
-        again = "run the audit's model pass again"
+        return cls._of(path, joined(list(read_ragged(path, TOKEN_DTYPES)), TOKEN_DTYPES))
+
+    @classmethod
+    def stream(cls, path: str | Path) -> Iterator[Signals]:
+        """Yield what :meth:`save` wrote some documents at a time, about a million tokens; all together never.
+
+        Raises:
+            DataError: as :meth:`load`, but that a document occurs twice is noticed within such a part alone.
+        """
+        for group in read_ragged(path, TOKEN_DTYPES):
+            yield cls._of(path, group)
+
+    @classmethod
+    def _of(cls, path: str | Path, ragged: Ragged) -> Signals:
+        values: dict[str, Any] = ragged.values
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such signals file; {again}") from None
-        except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: not a readable signals file ({error}); {again}") from error
-        version = arrays.pop("format", None)
-        if version is None or version.shape != () or version != FORMAT:
-            raise DataError(f"{path}: signals format {version}, expected {FORMAT}; {again}")
-        expected = {"document", "offsets", *TOKEN_DTYPES}
-        if set(arrays) != expected:
-            raise DataError(f"{path}: arrays {sorted(arrays)}, expected {sorted(expected)}; {again}")
-        try:
-            return cls(**arrays)
+            return cls(document=ragged.document, offsets=ragged.offsets, **values)
         except DataError as error:
-            raise DataError(f"{path}: {error}; {again}") from error
+            raise DataError(f"{path}: {error}; {AGAIN}") from error
 
 
 def _shape_problem(signals: Signals) -> str | None:

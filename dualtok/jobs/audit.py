@@ -144,7 +144,7 @@ def _signals_of(run: RunConfig, manifest: Manifest, name: str, folder: Path, ran
     settings = run.audit
     splits = (settings.members, settings.non_members)
     key = ranks.first_does(lambda: _signals_key(run, manifest, folder))
-    files = {split: audit_folder(run) / "signals" / f"{key}-{split}.npz" for split in splits}
+    files = {split: audit_folder(run) / "signals" / f"{key}-{split}.parquet" for split in splits}
     if not ranks.from_first(all(file.is_file() for file in files.values())):
         forward = build_forward_only(
             folder, precision=settings.precision, batch_size=settings.batch_size, deepspeed_json=settings.deepspeed,
