@@ -17,8 +17,9 @@ from rich.console import Console
 from dualtok.audit.attacks import AttackContext
 from dualtok.audit.checks import PASSAGE_CHARACTERS, check_audit
 from dualtok.audit.evaluate import audit_model, choose_documents
+from dualtok.audit.from_logits import token_signals
 from dualtok.audit.report_data import AuditFigures
-from dualtok.audit.signals import Signals, SignalsBuilder, token_signals
+from dualtok.audit.signals import Signals, SignalsBuilder
 from dualtok.audit.table import adaptive_table, collection_table, comparison_table, token_table
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
