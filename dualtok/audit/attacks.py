@@ -6,13 +6,13 @@ Every attack gives one float64 score per document, and a higher score says "memb
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dualtok.audit.ragged import lowest_mean
-from dualtok.audit.token_attacks import dc_pdd_score, error_zone_score, surp_score, wbc_score
+from dualtok.audit.token_attacks import dc_pdd_score, error_zone_score, info_rmia_score, surp_score, wbc_score
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,14 +43,18 @@ class AttackContext:
     """Share of each token id in a corpus of the attacker's [v], above 0; see
     :func:`~dualtok.audit.token_attacks.smoothed_frequencies`."""
 
+    kl_from_reference: Mapping[int, NDArray[np.float32]] | None = None
+    """Document id -> KL(p_reference || p_target) over the vocabulary of its predicted tokens, in nats."""
+
     min_k_share: float = 0.2
     """Share of a document's least likely tokens that Min-K%, Min-K%++ and SURP look at."""
 
     @property
     def has(self) -> frozenset[str]:
-        """The needs of attacks that this context meets, of "reference", "zlib" and "frequencies"."""
+        """The needs of attacks that this context meets: those of :attr:`Attack.needs`."""
         frequencies = self.frequencies if self.token_ids is not None else None
-        given = {"reference": self.reference, "zlib": self.zlib_bytes, "frequencies": frequencies}
+        given = {"reference": self.reference, "zlib": self.zlib_bytes, "frequencies": frequencies,
+                 "kl_from_reference": self.kl_from_reference}  # fmt: skip
         return frozenset(name for name, value in given.items() if value is not None)
 
     def reference_for(self, target: Signals) -> Signals:
@@ -93,19 +97,39 @@ class AttackContext:
         """
         if self.token_ids is None or self.frequencies is None:
             raise DataError("audit: this attack needs token ids and the frequencies of tokens in a corpus")
-        nothing = np.zeros(0, dtype=np.int64)
-        ids = [self.token_ids.get(int(document), nothing) for document in target.document]
-        lengths = np.array([len(own) for own in ids])
-        differ = np.flatnonzero(lengths != target.lengths)
-        if len(differ):
-            raise DataError(
-                f"audit: document {target.document[differ[0]]} has {target.lengths[differ[0]]} predicted tokens and "
-                f"{lengths[differ[0]]} token ids; run `dualtok prepare` again"
-            )
-        together = np.concatenate([nothing, *ids])
+        together = _of_tokens(target, self.token_ids, np.dtype(np.int64), "token ids; run `dualtok prepare` again")
         if len(together) and together.max() >= len(self.frequencies):
             raise DataError(f"audit: token {together.max()} is beyond the frequencies of {len(self.frequencies)} ids")
         return together, self.frequencies
+
+    def kl_for(self, target: Signals) -> NDArray[np.float32]:
+        """Return KL(p_reference || p_target) of the target's predicted tokens [k].
+
+        Raises:
+            DataError: there is none, a document has none or another number of them, or one is not finite.
+        """
+        if self.kl_from_reference is None:
+            raise DataError("audit: this attack needs kl_from_reference, from a pass of both models together")
+        together = _of_tokens(
+            target, self.kl_from_reference, np.dtype(np.float32), "divergences; remove the signals and audit again"
+        )
+        if not np.isfinite(together).all():
+            raise DataError("audit: a divergence from the reference is not finite; its logits overflow (try fp32)")
+        return together
+
+
+def _of_tokens(target: Signals, values: Mapping[int, NDArray[Any]], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
+    """Return a value of each of the target's predicted tokens [k], given by document."""
+    nothing = np.zeros(0, dtype=dtype)
+    found = [values.get(int(document), nothing) for document in target.document]
+    lengths = np.array([len(own) for own in found])
+    differ = np.flatnonzero(lengths != target.lengths)
+    if len(differ):
+        raise DataError(
+            f"audit: document {target.document[differ[0]]} has {target.lengths[differ[0]]} predicted tokens and "
+            f"{lengths[differ[0]]} {what}"
+        )
+    return np.concatenate([nothing, *found])
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,7 @@ class Attack:
     label: str
     """Name in tables."""
     needs: frozenset[str]
-    """What the context must have, of "reference", "zlib" and "frequencies"."""
+    """What the context must have, of "reference", "zlib", "frequencies" and "kl_from_reference"."""
     source: str
     """One line: the score, and where it was published."""
     score: Callable[[Signals, AttackContext], Scores]
@@ -217,6 +241,14 @@ _ALL = (
         "gains over losses against the reference where the likeliest token is wrong (Ilic et al. 2026, arXiv "
         "2601.12104)",
         error_zone_score,
+    ),
+    Attack(
+        "info_rmia",
+        "InfoRMIA",
+        frozenset({"reference", "kl_from_reference"}),
+        "log-ratio of each token's probabilities plus the reference's divergence from the model (Tao and Shokri 2025, "
+        "arXiv 2510.05582)",
+        info_rmia_score,
     ),
 )
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}

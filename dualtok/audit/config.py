@@ -11,9 +11,18 @@ from pydantic.dataclasses import dataclass
 from dualtok.data.config import SplitName
 
 AttackName = Literal[
-    "loss", "ref", "zlib", "min_k", "min_k_plus_plus", "surp", "dc_pdd", "wbc", "error_zone",
+    "loss", "ref", "zlib", "min_k", "min_k_plus_plus", "surp", "dc_pdd", "wbc", "error_zone", "info_rmia",
     "ref_distance", "above_share", "above_mean", "above_tail", "ref_classifier", "ref_forest",
 ]  # fmt: skip
+
+FURTHER_PASS = ("info_rmia",)
+"""Attacks that need a pass of the audited model and the attacker's reference together; run on demand."""
+
+
+def default_attacks() -> tuple[AttackName, ...]:
+    """Return every attack for which one pass of each model is enough."""
+    names: tuple[AttackName, ...] = get_args(AttackName)
+    return tuple(name for name in names if name not in FURTHER_PASS)
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -47,10 +56,11 @@ class AuditConfig:
     """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank
     holds the whole model."""
 
-    attacks: tuple[AttackName, ...] = get_args(AttackName)
+    attacks: tuple[AttackName, ...] = default_attacks()
     """Attacks to run. ``ref``, ``wbc``, ``error_zone``, and those that know the defence (``ref_distance`` to
     ``ref_forest``), need the attacker's reference model; ``dc_pdd`` counts tokens in the split ``attack_reference``, or
-    ``reference`` if there is none."""
+    ``reference`` if there is none. Not run unless named: ``info_rmia``, for which each model and the attacker's
+    reference run together once more."""
 
     collections: tuple[Annotated[int, Field(ge=2)], ...] = (10, 50, 500)
     """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.ragged import lowest, lowest_mean, segment_sum
+from dualtok.audit.ragged import lowest, lowest_mean, segment_mean, segment_sum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,6 +96,14 @@ def error_zone_score(target: Signals, context: AttackContext) -> Floats:
     changed = gained + lost
     share: Floats = np.divide(gained, changed, out=np.full(len(changed), 0.5), where=changed > 0)
     return share
+
+
+def info_rmia_score(target: Signals, context: AttackContext) -> Floats:
+    """Mean of log (p_target / p_reference) of the token plus KL(p_reference || p_target) over the vocabulary.
+
+    The divergence is what the log-ratio of any other token would cost on average: what is left is this token's own.
+    """
+    return segment_mean(_gain(target, context) + context.kl_for(target), target.offsets)
 
 
 def _gain(target: Signals, context: AttackContext) -> Floats:

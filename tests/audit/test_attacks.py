@@ -17,6 +17,10 @@ LENGTHS = (7, 3, 1, 12, 40)
 SIZES = {0: 120, 1: 60, 2: 31, 3: 250, 4: 700}
 TOKEN_IDS = {document: np.random.default_rng(document).integers(0, 9, n) for document, n in enumerate(LENGTHS)}
 COUNTS = np.array([50, 0, 3, 1, 9, 20, 2, 0, 6, 4])
+KL = {
+    document: np.random.default_rng(90 + document).gamma(2.0, size=n).astype(np.float32)
+    for document, n in enumerate(LENGTHS)
+}
 DISCRETE = {"dc_pdd", "wbc", "error_zone"}
 """Attacks that count or clip, so that a better prediction need not change them."""
 
@@ -29,7 +33,7 @@ def two_models(make_signals: MakeSignals) -> tuple[Signals, Signals]:
 def everything(reference: Signals, share: float = 0.2) -> AttackContext:
     return AttackContext(
         reference=reference, zlib_bytes=SIZES, token_ids=TOKEN_IDS, frequencies=smoothed_frequencies(COUNTS),
-        min_k_share=share,
+        kl_from_reference=KL, min_k_share=share,
     )  # fmt: skip
 
 
@@ -87,6 +91,7 @@ def naive(attack: str, target: Signals, reference: Signals, share: float) -> lis
                 "dc_pdd": naive_dc_pdd(log_p, TOKEN_IDS[int(document)].tolist()),
                 "wbc": naive_wbc(log_p, ref_log_p),
                 "error_zone": naive_error_zone(log_p, ref_log_p, top1),
+                "info_rmia": ref_loss - loss + sum(map(float, KL[int(document)])) / len(log_p),
             }[attack]
         )
     return scores
@@ -131,7 +136,7 @@ def test_needs_are_declared_and_enforced(make_signals: MakeSignals) -> None:
     target = make_signals()
     assert AttackContext().has == frozenset()
     assert AttackContext(reference=target, zlib_bytes={}).has == {"reference", "zlib"}
-    assert everything(target).has == {"reference", "zlib", "frequencies"}
+    assert everything(target).has == {"reference", "zlib", "frequencies", "kl_from_reference"}
     assert not AttackContext(frequencies=np.ones(2)).has, "without the documents' ids there is nothing to look up"
     assert {name: set(attack.needs) for name, attack in ATTACKS.items() if attack.needs} == {
         "ref": {"reference"},
@@ -139,9 +144,10 @@ def test_needs_are_declared_and_enforced(make_signals: MakeSignals) -> None:
         "dc_pdd": {"frequencies"},
         "wbc": {"reference"},
         "error_zone": {"reference"},
+        "info_rmia": {"reference", "kl_from_reference"},
     }
     assert all(name == attack.name and attack.source and attack.label for name, attack in ATTACKS.items())
-    for name in ("ref", "zlib", "dc_pdd", "wbc", "error_zone"):
+    for name in ("ref", "zlib", "dc_pdd", "wbc", "error_zone", "info_rmia"):
         with pytest.raises(DataError, match="this attack needs"):
             ATTACKS[name](target, AttackContext())
 
@@ -169,6 +175,18 @@ def test_token_ids_that_do_not_fit_are_refused(make_signals: MakeSignals) -> Non
         ATTACKS["dc_pdd"](target, replace(everything(target), token_ids={k: TOKEN_IDS[k] for k in (0, 1, 2, 4)}))
     with pytest.raises(DataError, match=r"token 8 is beyond the frequencies of 4 ids"):
         ATTACKS["dc_pdd"](target, replace(everything(target), frequencies=np.full(4, 0.25)))
+
+
+def test_divergences_that_do_not_fit_are_refused(make_signals: MakeSignals) -> None:
+    target = make_signals(1, lengths=LENGTHS)
+    with pytest.raises(DataError, match="this attack needs kl_from_reference"):
+        ATTACKS["info_rmia"](target, AttackContext(reference=target))
+    with pytest.raises(DataError, match="document 1 has 3 predicted tokens and 7 divergences"):
+        ATTACKS["info_rmia"](target, replace(everything(target), kl_from_reference={**KL, 1: KL[0]}))
+    with pytest.raises(DataError, match="not finite"):
+        ATTACKS["info_rmia"](
+            target, replace(everything(target), kl_from_reference={**KL, 2: KL[2] * np.float32("inf")})
+        )
 
 
 def test_frequencies_are_smoothed_and_a_rare_token_says_more(make_signals: MakeSignals) -> None:
