@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from dualtok.data.config import SplitName
 
 AttackName = Literal[
-    "loss", "ref", "zlib", "min_k", "min_k_plus_plus",
+    "loss", "ref", "zlib", "min_k", "min_k_plus_plus", "surp", "dc_pdd", "wbc", "error_zone", "info_rmia",
     "ref_distance", "above_share", "above_mean", "above_tail", "ref_classifier", "ref_forest", "lira", "lira_offline",
 ]  # fmt: skip
 SHADOW_ATTACKS: tuple[AttackName, ...] = ("lira", "lira_offline")
@@ -48,6 +48,15 @@ PASS_SETTINGS: dict[str, tuple[FurtherAttackName, ...]] = {
 }  # fmt: skip
 """Setting of :class:`PassConfig` -> the attacks that it has an effect on."""
 
+JOINT_ATTACKS: tuple[AttackName, ...] = ("info_rmia",)
+"""Attacks that need a pass of the audited model and the attacker's reference together; they are run only if named."""
+
+
+def default_attacks() -> tuple[AttackName, ...]:
+    """Return every attack for which one pass of each model is enough."""
+    names: tuple[AttackName, ...] = get_args(AttackName)
+    return tuple(name for name in names if name not in (*JOINT_ATTACKS, *SHADOW_ATTACKS))
+
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class AuditConfig:
@@ -62,7 +71,7 @@ class AuditConfig:
 
     attack_reference: str | None = None
     """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the
-    defender used. Without it the attack ``ref`` is not run."""
+    defender used. Without it the attacks that compare with a reference are not run."""
 
     runs: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name -> ``output_dir`` of training runs whose selection and evaluations over time the report shows."""
@@ -80,12 +89,12 @@ class AuditConfig:
     """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank
     holds the whole model."""
 
-    attacks: tuple[AttackName | FurtherAttackName, ...] = tuple(
-        name for name in get_args(AttackName) if name not in SHADOW_ATTACKS
-    )
-    """Attacks to run. ``ref``, and those that know the defence (``ref_distance`` to ``ref_forest``), need the
-    attacker's reference model. ``lowercase``, ``recall``, ``con_recall``, ``neighbourhood`` and ``gradient_norm`` run
-    each model again and are run only if named. ``lira`` and ``lira_offline`` join them with ``shadows``."""
+    attacks: tuple[AttackName | FurtherAttackName, ...] = default_attacks()
+    """Attacks to run. ``ref``, ``wbc``, ``error_zone``, and those that know the defence (``ref_distance`` to
+    ``ref_forest``), need the attacker's reference model; ``dc_pdd`` counts tokens in the split ``attack_reference``, or
+    ``reference`` if there is none. Not run unless named, for they cost further passes: ``info_rmia`` (each model and
+    the attacker's reference together), ``lowercase``, ``recall``, ``con_recall``, ``neighbourhood`` and
+    ``gradient_norm``. ``lira`` and ``lira_offline`` join the others with ``shadows``."""
 
     passes: PassConfig = dataclasses.field(default_factory=PassConfig)
     """Settings of the attacks that run each model again."""
@@ -131,7 +140,8 @@ class AuditConfig:
     """False-positive rates at which the true-positive rate is given; a rate below one non-member is printed as n/a."""
 
     min_k_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of a document's least likely tokens that Min-K% and Min-K%++ average; Shi et al. 2024 found 0.2 best."""
+    """Share of a document's least likely tokens that Min-K%, Min-K%++ and SURP look at; Shi et al. 2024 found 0.2
+    best."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the bootstrap, of the choice of documents, and of prefixes and neighbours."""

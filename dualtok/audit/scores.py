@@ -70,7 +70,7 @@ def attack_scores(
 
 
 def needs_of(attack: str) -> frozenset[str]:
-    """Return what an attack needs, of "reference", "zlib" and "shadows", and passes."""
+    """Return what an attack needs; see :attr:`~dualtok.audit.attacks.Attack.needs`."""
     return BY_DOCUMENT[attack].needs if attack in BY_DOCUMENT else frozenset({"reference"})
 
 

@@ -1,27 +1,26 @@
 """What one forward pass of a model leaves for all single-pass attacks: a few numbers per token, by document.
 
-Legend: b batch, t position, m predicted tokens of a chunk, v vocabulary, n documents, k predicted tokens of all.
+Legend: b batch, t position, n documents, k predicted tokens of all.
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from dualtok.audit.ragged import segment_sum
+from dualtok.audit.signal_files import AGAIN, Ragged, joined, read_ragged, write_ragged
 from dualtok.errors import DataError
-from dualtok.files import atomic_file
 from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from numpy.typing import NDArray
 
 TOKEN_DTYPES: dict[str, type[np.generic]] = {
@@ -30,7 +29,6 @@ TOKEN_DTYPES: dict[str, type[np.generic]] = {
     "mean_log_prob": np.float32,
     "var_log_prob": np.float32,
 }
-FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,36 +142,36 @@ class Signals:
         return Signals(document=self.document[positions], offsets=offsets, **arrays)
 
     def save(self, path: str | Path) -> None:
-        """Write one .npz file that is either whole or absent."""
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("document", "offsets", *TOKEN_DTYPES)}
-        with atomic_file(path) as stream:
-            np.savez(stream, format=np.int64(FORMAT), **arrays)
+        """Write one Parquet file that is either whole or absent, one row per document."""
+        values = {name: getattr(self, name) for name in TOKEN_DTYPES}
+        write_ragged(path, Ragged(self.document, self.offsets, values))
 
     @classmethod
     def load(cls, path: str | Path) -> Signals:
         """Read what :meth:`save` wrote.
 
         Raises:
-            DataError: the file is missing, torn, of another format, or its arrays do not fit each other.
+            DataError: the file is missing, torn, of another format, or its values do not fit each other.
         """
-        again = "run the audit's model pass again"
+        return cls._of(path, joined(list(read_ragged(path, TOKEN_DTYPES)), TOKEN_DTYPES))
+
+    @classmethod
+    def stream(cls, path: str | Path) -> Iterator[Signals]:
+        """Yield what :meth:`save` wrote some documents at a time, about a million tokens; all together never.
+
+        Raises:
+            DataError: as :meth:`load`, but that a document occurs twice is noticed within such a part alone.
+        """
+        for group in read_ragged(path, TOKEN_DTYPES):
+            yield cls._of(path, group)
+
+    @classmethod
+    def _of(cls, path: str | Path, ragged: Ragged) -> Signals:
+        values: dict[str, Any] = ragged.values
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such signals file; {again}") from None
-        except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: not a readable signals file ({error}); {again}") from error
-        version = arrays.pop("format", None)
-        if version is None or version.shape != () or version != FORMAT:
-            raise DataError(f"{path}: signals format {version}, expected {FORMAT}; {again}")
-        expected = {"document", "offsets", *TOKEN_DTYPES}
-        if set(arrays) != expected:
-            raise DataError(f"{path}: arrays {sorted(arrays)}, expected {sorted(expected)}; {again}")
-        try:
-            return cls(**arrays)
+            return cls(document=ragged.document, offsets=ragged.offsets, **values)
         except DataError as error:
-            raise DataError(f"{path}: {error}; {again}") from error
+            raise DataError(f"{path}: {error}; {AGAIN}") from error
 
 
 def _shape_problem(signals: Signals) -> str | None:
@@ -206,51 +204,6 @@ def _value_problem(signals: Signals) -> str | None:
     return "var_log_prob is negative" if (signals.var_log_prob < 0).any() else None
 
 
-def token_signals(
-    logits_btv: torch.Tensor, labels_bt: torch.Tensor, *, chunk_tokens: int = 1024
-) -> dict[str, torch.Tensor]:
-    """Return the signals of every token, each [b, t] and 0 (False) where the label is -100.
-
-    Args:
-        logits_btv: logits of any float dtype; only ``chunk_tokens`` of them at a time are held in float32. The
-            result does not depend on how a batch is cut.
-        labels_bt: int64, already shifted: the token that position t predicts, or -100.
-        chunk_tokens: tokens visited at once.
-
-    Returns:
-        The fields of :class:`Signals`: ``log_prob``, ``mean_log_prob``, ``var_log_prob`` in float32, ``top1`` bool.
-    """
-    if logits_btv.shape[:-1] != labels_bt.shape:
-        raise ValueError(f"logits {tuple(logits_btv.shape)} do not fit labels {tuple(labels_bt.shape)}")
-    with torch.no_grad():
-        flat_logits = logits_btv.reshape(-1, logits_btv.shape[-1])
-        flat_labels = labels_bt.reshape(-1)
-        predicted = (flat_labels != IGNORED_LABEL).nonzero().squeeze(1)
-        signals = {
-            name: torch.zeros(
-                len(flat_labels), dtype=torch.bool if name == "top1" else torch.float32, device=logits_btv.device
-            )
-            for name in TOKEN_DTYPES
-        }
-        for chunk in torch.split(predicted, chunk_tokens):
-            for name, values in _chunk_signals(flat_logits[chunk].float(), flat_labels[chunk]).items():
-                signals[name][chunk] = values
-        return {name: values.reshape(labels_bt.shape) for name, values in signals.items()}
-
-
-def _chunk_signals(logits_mv: torch.Tensor, labels_m: torch.Tensor) -> dict[str, torch.Tensor]:
-    log_p = torch.log_softmax(logits_mv, dim=-1)
-    p = log_p.exp()
-    true_log_p = log_p.gather(1, labels_m[:, None]).squeeze(1)
-    top1 = true_log_p >= log_p.amax(dim=-1)
-    # p log p -> 0 as p -> 0, but 0 * -inf is NaN: models mask unused rows of the vocabulary with -inf.
-    log_p = torch.where(p > 0, log_p, 0.0)
-    mean = (p * log_p).sum(dim=-1)
-    # Two passes: E[x^2] - E[x]^2 loses every digit where the model is nearly sure.
-    variance = (p * (log_p - mean[:, None]).square()).sum(dim=-1)
-    return {"log_prob": true_log_p, "top1": top1, "mean_log_prob": mean, "var_log_prob": variance}
-
-
 class Piece(NamedTuple):
     """Where a piece of a document lies in a row of packed blocks."""
 
@@ -271,16 +224,21 @@ class SignalsBuilder:
     Args:
         n_tokens: the documents wanted and the tokens each has. Pieces of others are passed over, and :meth:`build`
             demands that every document is whole. None takes all documents and cannot notice a missing last piece.
+        dtypes: name -> dtype of what there is of each token; other than those of :class:`Signals` for
+            :meth:`build_ragged` alone.
     """
 
-    def __init__(self, n_tokens: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self, n_tokens: Mapping[int, int] | None = None, dtypes: Mapping[str, type[np.generic]] = TOKEN_DTYPES
+    ) -> None:
+        self._dtypes = dict(dtypes)
         self._n_tokens = None if n_tokens is None else dict(n_tokens)
         self._pieces: dict[int, dict[int, tuple[int, dict[str, NDArray[np.generic]]]]] = defaultdict(dict)
 
     def add(
         self, signals: Mapping[str, torch.Tensor], labels_bt: torch.Tensor, segments: Sequence[Sequence[Piece]]
     ) -> None:
-        """Take one batch: signals as from :func:`token_signals`, and for each of the b rows its pieces.
+        """Take one batch: signals of each token [b, t] (:mod:`dualtok.audit.from_logits`), and each row's pieces.
 
         Raises:
             ValueError: pieces do not fit the rows, or a label reaches over a piece's end.
@@ -290,7 +248,7 @@ class SignalsBuilder:
         if len(segments) != rows:
             raise ValueError(f"{len(segments)} lists of pieces for {rows} rows")
         keep = (labels_bt != IGNORED_LABEL).cpu().numpy()
-        arrays = {name: signals[name].cpu().numpy().astype(dtype) for name, dtype in TOKEN_DTYPES.items()}
+        arrays = {name: signals[name].cpu().numpy().astype(dtype) for name, dtype in self._dtypes.items()}
         for row, pieces in enumerate(segments):
             for document, start, length, column in pieces:
                 if length < 1 or column < 0 or column + length > width:
@@ -314,14 +272,24 @@ class SignalsBuilder:
                 self._insert(document, start, length, values)
 
     def build(self) -> Signals:
-        """Return the documents in the order of their ids.
+        """Return the documents in the order of their ids; see :meth:`build_ragged`.
+
+        Raises:
+            DataError: a piece is missing or overlaps another, or a value is not finite.
+        """
+        ragged = self.build_ragged()
+        values: dict[str, Any] = ragged.values
+        return Signals(document=ragged.document, offsets=ragged.offsets, **values)
+
+    def build_ragged(self) -> Ragged:
+        """Return the documents in the order of their ids, with whatever there is of each token.
 
         Raises:
             DataError: a piece is missing or overlaps another.
         """
         wanted = sorted(self._pieces if self._n_tokens is None else self._n_tokens)
         chunks: dict[str, list[NDArray[np.generic]]] = {
-            name: [np.zeros(0, dtype)] for name, dtype in TOKEN_DTYPES.items()
+            name: [np.zeros(0, dtype)] for name, dtype in self._dtypes.items()
         }
         offsets = [0]
         for document in wanted:
@@ -331,14 +299,14 @@ class SignalsBuilder:
                 if start != end:
                     raise DataError(_broken(document, f"a piece starts at token {start}, expected {end}"))
                 end += length
-                predicted += len(values["log_prob"])
+                predicted += len(next(iter(values.values())))
                 for name, array in values.items():
                     chunks[name].append(array)
             if self._n_tokens is not None and end != self._n_tokens[document]:
                 raise DataError(_broken(document, f"{end} tokens were read of {self._n_tokens[document]}"))
             offsets.append(offsets[-1] + predicted)
-        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in chunks.items()}
-        return Signals(document=np.array(wanted, np.int64), offsets=np.array(offsets, np.int64), **arrays)
+        arrays = {name: np.concatenate(parts) for name, parts in chunks.items()}
+        return Ragged(np.array(wanted, np.int64), np.array(offsets, np.int64), arrays)
 
     def _insert(self, document: int, start: int, length: int, values: dict[str, NDArray[np.generic]]) -> None:
         if start in self._pieces[document]:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 PUBLISHED = ("loss", "ref", "zlib", "min_k", "min_k_plus_plus")
-"""Attacks of the first table: the paper's four and Min-K%++."""
+"""Attacks of the first table: the paper's four and Min-K%++. All that fits a terminal."""
 KNOWING = (*ADAPTIVE, *LIRA)
-"""Attacks of the second table: they know the defence, or how the model was trained."""
+"""Attacks that know the defence, or how the model was trained."""
 
 
 def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
@@ -50,8 +50,8 @@ def perplexity(value: float) -> str:
 def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
     """Return one line per model: held-out perplexity, loss gap, AUC of each attack, strongest one two-sided.
 
-    It has the attacks of :data:`PUBLISHED` alone and needs about 110 columns of terminal; :func:`adaptive_table` has
-    the others, but the strongest is of all.
+    It has the attacks of :data:`PUBLISHED` alone and needs about 110 columns of terminal; :func:`token_table` and
+    :func:`adaptive_table` have the others, but the strongest is of all.
     """
     caption = (
         "AUC one-sided, with intervals; strongest: max(AUC, 1 - AUC), its interval corrected for the number of attacks"
@@ -71,9 +71,19 @@ def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
     return table
 
 
+def token_table(rows: Sequence[ModelAudit], title: str = "Attacks on single tokens") -> Table:
+    """Return one line per model: AUC of the published attacks that are not in the first table; see :func:`_aucs`."""
+    return _aucs(rows, title, [name for name in ATTACKS if name not in PUBLISHED])
+
+
 def further_table(rows: Sequence[ModelAudit], title: str = "Attacks with further passes") -> Table:
-    """Return one line per model: AUC of the attacks that run a model again; without a line if none of them ran."""
-    columns = {name: label for name, label in attack_columns(rows).items() if name in FURTHER}
+    """Return one line per model: AUC of the attacks that run a model again; see :func:`_aucs`."""
+    return _aucs(rows, title, list(FURTHER))
+
+
+def _aucs(rows: Sequence[ModelAudit], title: str, names: Sequence[str]) -> Table:
+    """Return one line per model, one column per attack of ``names`` that ran; without a line if none did."""
+    columns = {name: label for name, label in attack_columns(rows).items() if name in names}
     table = _by_model(title, "AUC one-sided, with intervals", [*columns.values()])
     for row in rows if columns else ():
         cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]

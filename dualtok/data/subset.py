@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dualtok.data.manifest import MANIFEST, Manifest, SplitEntry, load_manifest, save_manifest
-from dualtok.data.packing import pack_documents
+from dualtok.data.packing import document_pieces, pack_documents
 from dualtok.data.shards import blocks_table, write_shard
 from dualtok.data.stream import DOCUMENTS, BlockStream
 from dualtok.data.tokenizer import FOLDER, load_data_tokenizer, save_tokenizer
@@ -81,24 +81,6 @@ def is_written(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def token_ids(stream: BlockStream, documents: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Return the token ids of some documents of a split, in their order.
-
-    Args:
-        stream: the split.
-        documents: ids.
-        batch_size: blocks that are read at once.
-    """
-    pieces: dict[int, dict[int, NDArray[np.int64]]] = {int(document): {} for document in documents}
-    for batch, segments in stream.sequential(batch_size, documents=documents):
-        for ids, row in zip(batch["input_ids"].numpy(), segments, strict=True):
-            ends = np.cumsum([piece.length for piece in row])
-            for (document, start, length), end in zip(row, ends, strict=True):
-                if document in pieces:
-                    pieces[document][start] = ids[end - length : end]
-    return [np.concatenate([parts[start] for start in sorted(parts)]) for parts in pieces.values()]
-
-
 def _write_split(
     source: Place, manifest: Manifest, folder: Path, subset: Subset, rows_per_shard: int
 ) -> SplitEntry:  # fmt: skip
@@ -110,8 +92,8 @@ def _write_split(
         ids = table["doc"].to_numpy()
         wanted = subset.wants(ids)
         tables.append(table.filter(pa.array(wanted)))
-        tokens = token_ids(stream, ids[wanted], READ_AT_ONCE) if wanted.any() else []
-        documents += [(int(doc), row.astype(np.int32)) for doc, row in zip(ids[wanted], tokens, strict=True)]
+        found = document_pieces(stream, ids[wanted], READ_AT_ONCE) if wanted.any() else {}
+        documents += [(doc, np.concatenate(pieces).astype(np.int32)) for doc, pieces in found.items()]
     if not documents:
         raise DataError(f"{source}: too few documents in {' and '.join(subset.splits)} to draw some of them")
     blocks = pack_documents(documents, manifest.block_length)

@@ -70,7 +70,7 @@ class FurtherPasses:
 
 
 def further_passes(
-    run: RunConfig, folders: Mapping[str, Path], ranks: Ranks, kept: Path, *, key: Callable[[Path], str],
+    run: RunConfig, folders: Mapping[str, Path], ranks: Ranks, kept: Path, *, keys: Mapping[str, str],
     left_out: Callable[[str], set[int]],
 ) -> FurtherPasses:  # fmt: skip
     """Make the passes that the audit's attacks need beyond the one that all share; results are on rank 0 alone.
@@ -80,7 +80,7 @@ def further_passes(
         folders: name of each audited model -> its folder.
         ranks: the job's ranks, which share the documents.
         kept: where results are kept.
-        key: function from a model's folder to a name of its weights, the blocks and the choice of documents.
+        keys: name of each audited model -> a name of its weights, the blocks and the choice of documents.
         left_out: function from a split to documents of it that are not audited with the others, i.e. canaries.
     """
     wanted = [each for name, each in PASSES.items() if any(name in needs_of(attack) for attack in run.audit.attacks)]
@@ -91,8 +91,7 @@ def further_passes(
     possible = [each for each in wanted if each.name not in missing]
     results: dict[tuple[str, str], dict[str, PassResult]] = {}
     for model, folder in folders.items():
-        name = ranks.first_does(partial(key, folder))
-        files = {(each.name, split): kept / f"{work.key(name, each)}-{each.name}-{split}.npz"
+        files = {(each.name, split): kept / f"{work.key(keys[model], each)}-{each.name}-{split}.npz"
                  for each in possible for split in work.lengths}  # fmt: skip
         absent = ranks.from_first([place for place, file in files.items() if not file.is_file()])
         for gradients in (False, True):

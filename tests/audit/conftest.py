@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from dualtok.audit.attacks import AttackContext
-from dualtok.audit.config import AuditConfig
+from dualtok.audit.config import AttackName, AuditConfig
 from dualtok.audit.evaluate import audit_model
 from dualtok.audit.report_data import (
     AuditReport,
@@ -50,7 +51,12 @@ def model_rows(make_signals: MakeSignals) -> list[ModelAudit]:
     classes = {}
     for first, kind in ((0, "members"), (100, "non_members")):
         reference = make_signals(first + 7, lengths=lengths, first_id=first)
-        classes[kind] = AttackContext(reference=reference, zlib_bytes=sizes)
+        rng = np.random.default_rng(first)
+        ids = {first + place: rng.integers(0, 40, length) for place, length in enumerate(lengths)}
+        classes[kind] = AttackContext(
+            reference=reference, zlib_bytes=sizes, token_ids=ids, frequencies=np.full(40, 1 / 40),
+            kl_from_reference={document: rng.random(len(own), np.float32) for document, own in ids.items()},
+        )  # fmt: skip
 
     def row(name: str, member_loss: float, *, contexts: bool = True) -> ModelAudit:
         return audit_model(
@@ -59,7 +65,7 @@ def model_rows(make_signals: MakeSignals) -> list[ModelAudit]:
             make_signals(12, lengths=lengths, first_id=100),
             member_context=classes["members"] if contexts else None,
             non_member_context=classes["non_members"] if contexts else None,
-            config=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001]),
+            config=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001], attacks=get_args(AttackName)),
             step=300,
         )
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,11 +9,62 @@ import pytest
 
 from dualtok.audit.attacks import ATTACKS, AttackContext
 from dualtok.audit.signals import Signals
+from dualtok.audit.token_attacks import WINDOWS, smoothed_frequencies
 from dualtok.errors import DataError
 
 MakeSignals = Callable[..., Signals]
 LENGTHS = (7, 3, 1, 12, 40)
 SIZES = {0: 120, 1: 60, 2: 31, 3: 250, 4: 700}
+TOKEN_IDS = {document: np.random.default_rng(document).integers(0, 9, n) for document, n in enumerate(LENGTHS)}
+COUNTS = np.array([50, 0, 3, 1, 9, 20, 2, 0, 6, 4])
+KL = {
+    document: np.random.default_rng(90 + document).gamma(2.0, size=n).astype(np.float32)
+    for document, n in enumerate(LENGTHS)
+}
+DISCRETE = {"dc_pdd", "wbc", "error_zone"}
+"""Attacks that count or clip, so that a better prediction need not change them."""
+
+
+def two_models(make_signals: MakeSignals) -> tuple[Signals, Signals]:
+    """Signals of a target and of a reference so bad that some tokens are below DC-PDD's bound and others above."""
+    return make_signals(1, lengths=LENGTHS, loss=6), make_signals(2, lengths=LENGTHS, loss=6)
+
+
+def everything(reference: Signals, share: float = 0.2) -> AttackContext:
+    return AttackContext(
+        reference=reference, zlib_bytes=SIZES, token_ids=TOKEN_IDS, frequencies=smoothed_frequencies(COUNTS),
+        kl_from_reference=KL, min_k_share=share,
+    )  # fmt: skip
+
+
+def naive_surp(log_p: list[float], mu: list[float], k: int) -> float:
+    order = sorted(range(len(log_p)), key=log_p.__getitem__)[:k]
+    surprising = [log_p[t] for t in order if -mu[t] < 2.0] or [log_p[t] for t in order]
+    return sum(surprising) / len(surprising)
+
+
+def naive_dc_pdd(log_p: list[float], ids: list[int]) -> float:
+    frequency = [(int(count) + 1) / (int(COUNTS.sum()) + len(COUNTS)) for count in COUNTS]
+    seen: dict[int, float] = {}
+    for x, token in zip(log_p, ids, strict=True):
+        seen.setdefault(token, min(math.exp(x) * math.log(1 / frequency[token]), 0.01))
+    return sum(seen.values()) / len(seen)
+
+
+def naive_wbc(log_p: list[float], ref_log_p: list[float]) -> float:
+    n = len(log_p)
+    shares = []
+    for size in [size for size in (2, 3, 4, 6, 9, 13, 18, 25, 32, 40) if size <= n] or [n]:
+        votes = [-sum(ref_log_p[i : i + size]) > -sum(log_p[i : i + size]) for i in range(n - size + 1)]
+        shares.append(sum(votes) / len(votes))
+    return sum(shares) / len(shares)
+
+
+def naive_error_zone(log_p: list[float], ref_log_p: list[float], top1: list[bool]) -> float:
+    """The paper's P / N, as P / (P + N)."""
+    d = [x - r for x, r, right in zip(log_p, ref_log_p, top1, strict=True) if not right]
+    gained, lost = sum(x for x in d if x > 0), -sum(x for x in d if x < 0)
+    return gained / (gained + lost) if d else 0.5
 
 
 def naive(attack: str, target: Signals, reference: Signals, share: float) -> list[float]:
@@ -27,6 +79,7 @@ def naive(attack: str, target: Signals, reference: Signals, share: float) -> lis
         sigma = [float(v) ** 0.5 for v in target.var_log_prob[own]]
         mu = [float(m) for m in target.mean_log_prob[own]]
         standard = [(x - m) / s for x, m, s in zip(log_p, mu, sigma, strict=True)]
+        top1 = [bool(right) for right in target.top1[own]]
         scores.append(
             {
                 "loss": -loss,
@@ -34,6 +87,11 @@ def naive(attack: str, target: Signals, reference: Signals, share: float) -> lis
                 "zlib": -loss / SIZES[int(document)],
                 "min_k": sum(sorted(log_p)[:k]) / k,
                 "min_k_plus_plus": sum(sorted(standard)[:k]) / k,
+                "surp": naive_surp(log_p, mu, k),
+                "dc_pdd": naive_dc_pdd(log_p, TOKEN_IDS[int(document)].tolist()),
+                "wbc": naive_wbc(log_p, ref_log_p),
+                "error_zone": naive_error_zone(log_p, ref_log_p, top1),
+                "info_rmia": ref_loss - loss + sum(map(float, KL[int(document)])) / len(log_p),
             }[attack]
         )
     return scores
@@ -42,8 +100,8 @@ def naive(attack: str, target: Signals, reference: Signals, share: float) -> lis
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_attacks_equal_a_loop_over_documents(make_signals: MakeSignals, attack: str, share: float) -> None:
-    target, reference = make_signals(1, lengths=LENGTHS), make_signals(2, lengths=LENGTHS)
-    context = AttackContext(reference=reference, zlib_bytes=SIZES, min_k_share=share)
+    target, reference = two_models(make_signals)
+    context = everything(reference, share)
     scores = ATTACKS[attack](target, context)
     assert scores.dtype == np.float64
     np.testing.assert_allclose(scores, naive(attack, target, reference, share), rtol=1e-6)
@@ -51,16 +109,18 @@ def test_attacks_equal_a_loop_over_documents(make_signals: MakeSignals, attack: 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_better_predicted_document_looks_more_like_a_member(make_signals: MakeSignals, attack: str) -> None:
-    target, reference = make_signals(1, lengths=LENGTHS), make_signals(2, lengths=LENGTHS)
-    context = AttackContext(reference=reference, zlib_bytes=SIZES)
+    target, reference = two_models(make_signals)
+    context = everything(reference)
     better = replace(target, log_prob=target.log_prob * np.float32(0.5))
-    assert (ATTACKS[attack](better, context) > ATTACKS[attack](target, context)).all()
+    gain = ATTACKS[attack](better, context) - ATTACKS[attack](target, context)
+    assert (gain >= 0).all() if attack in DISCRETE else (gain > 0).all()
+    assert gain.any()
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_scores_follow_the_documents_when_they_are_reordered(make_signals: MakeSignals, attack: str) -> None:
-    target, reference = make_signals(1, lengths=LENGTHS), make_signals(2, lengths=LENGTHS)
-    context = AttackContext(reference=reference, zlib_bytes=SIZES)
+    target, reference = two_models(make_signals)
+    context = everything(reference)
     order = np.array([3, 0, 4, 2, 1])
     scores = ATTACKS[attack](target, context)
     np.testing.assert_allclose(ATTACKS[attack](target.take(order), context), scores[order], rtol=1e-12)
@@ -76,12 +136,18 @@ def test_needs_are_declared_and_enforced(make_signals: MakeSignals) -> None:
     target = make_signals()
     assert AttackContext().has == frozenset()
     assert AttackContext(reference=target, zlib_bytes={}).has == {"reference", "zlib"}
+    assert everything(target).has == {"reference", "zlib", "frequencies", "kl_from_reference"}
+    assert not AttackContext(frequencies=np.ones(2)).has, "without the documents' ids there is nothing to look up"
     assert {name: set(attack.needs) for name, attack in ATTACKS.items() if attack.needs} == {
         "ref": {"reference"},
         "zlib": {"zlib"},
+        "dc_pdd": {"frequencies"},
+        "wbc": {"reference"},
+        "error_zone": {"reference"},
+        "info_rmia": {"reference", "kl_from_reference"},
     }
     assert all(name == attack.name and attack.source and attack.label for name, attack in ATTACKS.items())
-    for name in ("ref", "zlib"):
+    for name in ("ref", "zlib", "dc_pdd", "wbc", "error_zone", "info_rmia"):
         with pytest.raises(DataError, match="this attack needs"):
             ATTACKS[name](target, AttackContext())
 
@@ -100,4 +166,62 @@ def test_contexts_that_do_not_cover_the_documents_are_refused(make_signals: Make
 def test_a_document_without_a_predicted_token_is_an_error(make_signals: MakeSignals, attack: str) -> None:
     target = make_signals(lengths=(4, 0, 2))
     with pytest.raises(DataError, match=r"document 1\) and cannot be scored"):
-        ATTACKS[attack](target, AttackContext(reference=target, zlib_bytes=SIZES))
+        ATTACKS[attack](target, everything(target))
+
+
+def test_token_ids_that_do_not_fit_are_refused(make_signals: MakeSignals) -> None:
+    target = make_signals(1, lengths=LENGTHS)
+    with pytest.raises(DataError, match="document 3 has 12 predicted tokens and 0 token ids"):
+        ATTACKS["dc_pdd"](target, replace(everything(target), token_ids={k: TOKEN_IDS[k] for k in (0, 1, 2, 4)}))
+    with pytest.raises(DataError, match=r"token 8 is beyond the frequencies of 4 ids"):
+        ATTACKS["dc_pdd"](target, replace(everything(target), frequencies=np.full(4, 0.25)))
+
+
+def test_divergences_that_do_not_fit_are_refused(make_signals: MakeSignals) -> None:
+    target = make_signals(1, lengths=LENGTHS)
+    with pytest.raises(DataError, match="this attack needs kl_from_reference"):
+        ATTACKS["info_rmia"](target, AttackContext(reference=target))
+    with pytest.raises(DataError, match="document 1 has 3 predicted tokens and 7 divergences"):
+        ATTACKS["info_rmia"](target, replace(everything(target), kl_from_reference={**KL, 1: KL[0]}))
+    with pytest.raises(DataError, match="not finite"):
+        ATTACKS["info_rmia"](
+            target, replace(everything(target), kl_from_reference={**KL, 2: KL[2] * np.float32("inf")})
+        )
+
+
+def test_frequencies_are_smoothed_and_a_rare_token_says_more(make_signals: MakeSignals) -> None:
+    frequencies = smoothed_frequencies(COUNTS)
+    assert frequencies.sum() == pytest.approx(1)
+    assert frequencies[1] == pytest.approx(1 / 105)
+    target = replace(make_signals(lengths=(1, 1)), log_prob=np.full(2, -8, np.float32))  # too unlikely to be clipped
+    ids = {0: np.array([0]), 1: np.array([1])}
+    common, rare = ATTACKS["dc_pdd"](target, AttackContext(token_ids=ids, frequencies=frequencies))
+    assert common < rare < 0.01
+
+
+def test_without_a_surprising_token_surp_is_min_k(make_signals: MakeSignals) -> None:
+    target = make_signals(1, lengths=LENGTHS)
+    unsure = replace(target, mean_log_prob=np.full_like(target.mean_log_prob, -2.0))  # an entropy of 2 is not below 2
+    context = AttackContext()
+    np.testing.assert_array_equal(ATTACKS["surp"](unsure, context), ATTACKS["min_k"](unsure, context))
+    sure = replace(target, mean_log_prob=np.full_like(target.mean_log_prob, -1.9))
+    np.testing.assert_allclose(ATTACKS["surp"](sure, context), ATTACKS["min_k"](sure, context))
+    assert (ATTACKS["surp"](target, context) != ATTACKS["min_k"](target, context)).any()
+
+
+def test_windows_do_not_reach_into_the_next_document(make_signals: MakeSignals) -> None:
+    lengths = (max(WINDOWS) - 1, 5)
+    target = make_signals(lengths=lengths)
+    gain = np.repeat(np.array([-1, 100], np.float32), lengths)
+    reference = replace(target, log_prob=target.log_prob - gain)
+    assert ATTACKS["wbc"](target, AttackContext(reference=reference)).tolist() == [0.0, 1.0]
+    same = ATTACKS["wbc"](target, AttackContext(reference=target))
+    assert same.tolist() == [0.0, 0.0], "an equal loss does not exceed the other"
+
+
+def test_the_error_zone_is_finite_where_nothing_was_lost(make_signals: MakeSignals) -> None:
+    target = replace(make_signals(lengths=(3, 3, 3)), top1=np.array([0, 0, 1, 0, 0, 1, 1, 1, 1], bool))
+    gain = np.array([1, 2, -9, -1, -2, 9, 5, -5, 5], np.float32)
+    reference = replace(target, log_prob=target.log_prob - gain)
+    scores = ATTACKS["error_zone"](target, AttackContext(reference=reference))
+    assert scores.tolist() == [1.0, 0.0, 0.5], "all gained, all lost, never wrong"

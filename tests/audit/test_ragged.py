@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtok.audit.ragged import lowest_mean, segment_sum
+from dualtok.audit.ragged import lowest, lowest_mean, segment_sum
 
 
 def ragged(lengths: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +31,17 @@ def test_lowest_mean_equals_a_loop(lengths: list[int], seed: int, share: float) 
         k = max(1, int(share * (end - start) + 1e-9))
         expected.append(np.sort(values[start:end].astype(np.float64))[:k].mean())
     np.testing.assert_allclose(lowest_mean(values, offsets, share), expected, rtol=1e-12)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(0, 99), st.sampled_from([0.05, 0.2, 0.7, 1.0]))
+def test_lowest_marks_what_lowest_mean_takes_and_its_ties(lengths: list[int], seed: int, share: float) -> None:
+    values, offsets = ragged(lengths, seed)
+    expected: list[bool] = []
+    for start, end in itertools.pairwise(offsets):
+        own = values[start:end]
+        expected += (own <= sorted(own)[max(1, int(share * len(own) + 1e-9)) - 1]).tolist()
+    assert lowest(values, offsets, share).tolist() == expected
 
 
 def test_lowest_mean_takes_seven_of_ten_at_a_share_of_point_seven() -> None:

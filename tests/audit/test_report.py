@@ -175,7 +175,7 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
 def test_an_n_a_says_why(html: str) -> None:
     assert "TPR at an FPR of at most 0.001: n/a for every model, with fewer than 1/0.001 non-members." in html
     assert 'title="needs reference">n/a' in html
-    assert "base: not run were Ref (needs reference), Zlib (needs zlib), |Ref| (needs reference)" in html
+    assert "base: not run were Ref (needs reference), Zlib (needs zlib), DC-PDD (needs frequencies)" in html
 
 
 def test_nothing_is_fetched_and_the_browser_is_told_so(html: str) -> None:
@@ -228,7 +228,7 @@ def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport
     bare = AuditReport(title="bare", created="now", rows=[row], settings=report.settings)
     page = Page(render_html(bare))
     html = render_html(bare)
-    assert page.figures == len(row.attacks) == 3
+    assert page.figures == len(row.attacks) == 4
     assert len(page.tables) == 2 + 1 + 2
     for sentence in (
         "Left out: no reference model was given to the audit.",

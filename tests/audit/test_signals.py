@@ -7,91 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtok.audit.signals import TOKEN_DTYPES, Piece, Signals, SignalsBuilder, collect, token_signals
+from dualtok.audit.signals import TOKEN_DTYPES, Piece, Signals, SignalsBuilder, collect
 from dualtok.errors import DataError
 
 MakeSignals = Callable[..., Signals]
-
-
-def oracle(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
-    """The definition, in float64, one token after the other."""
-    out = {name: np.zeros(labels.shape) for name in TOKEN_DTYPES}
-    for index in np.ndindex(*labels.shape):
-        label = int(labels[index])
-        if label == -100:
-            continue
-        z = logits[index].double().numpy()
-        log_p = z - z.max() - np.log(np.exp(z - z.max()).sum())
-        p = np.exp(log_p)
-        kept = p > 0
-        mean = (p[kept] * log_p[kept]).sum()
-        out["log_prob"][index] = log_p[label]
-        out["top1"][index] = log_p[label] == log_p.max()
-        out["mean_log_prob"][index] = mean
-        out["var_log_prob"][index] = (p[kept] * (log_p[kept] - mean) ** 2).sum()
-    return out
-
-
-@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
-def test_token_signals_equal_a_float64_oracle(scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 9, 50, generator=generator) * scale
-    labels = torch.randint(0, 50, (2, 9), generator=generator)
-    labels[0, 3] = labels[1, 8] = -100
-    labels[0, 0] = logits[0, 0].argmax()
-    signals = token_signals(logits, labels, chunk_tokens=5)
-    expected = oracle(logits, labels)
-    for name, values in signals.items():
-        assert values.dtype == (torch.bool if name == "top1" else torch.float32)
-        np.testing.assert_allclose(values.double().numpy(), expected[name], rtol=1e-4, atol=2e-6, err_msg=name)
-    assert signals["top1"][0, 0]
-    assert not any(values[0, 3] for values in signals.values())
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_token_signals_do_not_depend_on_chunks_or_batches(chunk: int) -> None:
-    logits = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(24).reshape(3, 8) % 20
-    labels[1] = -100
-    whole = token_signals(logits, labels)
-    for row in range(3):
-        part = token_signals(logits[row : row + 1], labels[row : row + 1], chunk_tokens=chunk)
-        for name in TOKEN_DTYPES:
-            assert torch.equal(part[name][0], whole[name][row]), name
-
-
-def test_token_signals_stay_finite_for_masked_vocabulary_and_sure_predictions() -> None:
-    logits = torch.full((1, 3, 5), -torch.inf)
-    logits[0, 0, 2] = 7.0  # certain: log p = 0, no variance
-    logits[0, 1, :2] = 0.0  # two equal tokens, the rest masked
-    logits[0, 2] = torch.tensor([0.0, 200.0, 0.0, 0.0, 0.0])  # other probabilities underflow
-    signals = token_signals(logits, torch.tensor([[2, 1, 0]]))
-    ln2 = float(np.log(2))
-    torch.testing.assert_close(signals["log_prob"], torch.tensor([[0.0, -ln2, -200.0]]))
-    torch.testing.assert_close(signals["mean_log_prob"], torch.tensor([[0.0, -ln2, 0.0]]))
-    torch.testing.assert_close(signals["var_log_prob"], torch.zeros(1, 3), atol=1e-12, rtol=0)
-    assert signals["top1"].tolist() == [[True, True, False]]  # a tie counts
-
-
-def test_token_signals_read_bfloat16_in_float32_and_leave_no_graph() -> None:
-    logits = torch.randn(1, 4, 30, requires_grad=True)
-    labels = torch.tensor([[1, 2, 3, -100]])
-    low = logits.detach().bfloat16()
-    signals = token_signals(low, labels)
-    torch.testing.assert_close(signals["log_prob"], token_signals(low.float(), labels)["log_prob"], rtol=0, atol=0)
-    assert not token_signals(logits, labels)["log_prob"].requires_grad
-    with pytest.raises(ValueError, match="do not fit"):
-        token_signals(logits, labels[:, :3])
-
-
-def test_token_signals_without_any_label_are_zero() -> None:
-    signals = token_signals(torch.randn(2, 3, 4), torch.full((2, 3), -100))
-    assert all(values.shape == (2, 3) and not values.any() for values in signals.values())
 
 
 def test_mean_loss_and_perplexity(make_signals: MakeSignals) -> None:
@@ -169,67 +95,112 @@ def test_a_diverged_model_is_named_with_its_document(make_signals: MakeSignals, 
 
 def test_save_and_load(make_signals: MakeSignals, tmp_path: Path) -> None:
     signals = make_signals(first_id=5)
-    path = tmp_path / "deep" / "signals.npz"
+    path = tmp_path / "deep" / "signals.parquet"
     signals.save(path)
     loaded = Signals.load(path)
     for name in ("document", "offsets", *TOKEN_DTYPES):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(signals, name))
-    assert [file.name for file in path.parent.iterdir()] == ["signals.npz"]
+    assert [file.name for file in path.parent.iterdir()] == ["signals.parquet"]
 
 
 def test_a_failed_save_leaves_the_old_file(
     make_signals: MakeSignals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "signals.npz"
+    path = tmp_path / "signals.parquet"
     make_signals(1).save(path)
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         make_signals(2).save(path)
     assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["signals.npz"]
+    assert [file.name for file in tmp_path.iterdir()] == ["signals.parquet"]
 
 
 def test_load_names_the_file_that_is_wrong(make_signals: MakeSignals, tmp_path: Path) -> None:
-    path = tmp_path / "signals.npz"
-    with pytest.raises(DataError, match=r"signals\.npz: no such signals file"):
+    path = tmp_path / "signals.parquet"
+    with pytest.raises(DataError, match=r"signals\.parquet: no such signals file"):
         Signals.load(path)
-    signals = make_signals()
+    signals = make_signals(lengths=(2000, 3))
     signals.save(path)
     whole = path.read_bytes()
+    middle = len(whole) // 2
     wrong: dict[str, bytes] = {
-        "torn": whole[: len(whole) // 2],
+        "torn": whole[:middle],
         "empty": b"",
         "text": b"not an archive at all",
-        "flipped": whole.replace(signals.log_prob.tobytes(), b"\1" * signals.log_prob.nbytes),
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
     }
-    assert wrong["flipped"] != whole
     for content in wrong.values():
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"signals\.npz: not a readable signals file"):
+        with pytest.raises(DataError, match=r"signals\.parquet: not a readable signals file"):
             Signals.load(path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": np.int64(2)}, "format 2, expected 1"),
-        ({"format": None}, "format None"),
+        ({b"dualtok.signals": b"3"}, "format 3, expected 2"),
+        ({}, "format none"),
         ({"top1": None}, "expected"),
-        ({"more": np.zeros(2)}, "more"),
-        ({"var_log_prob": np.zeros(3, np.float32)}, "var_log_prob has 3 tokens"),
+        ({"more": pa.array([[0.0]] * 4)}, "more"),
+        ({"log_prob": pa.array([[-1.0] * n for n in (7, 3, 1, 12)])}, "list<element: double>"),
+        ({"var_log_prob": pa.array([[1.0]] * 4, pa.list_(pa.float32()))}, "var_log_prob has gaps, or other lengths"),
+        ({"top1": pa.array([[True] * 7, None, [None], [True] * 12])}, "top1 has gaps"),
+        ({"document": pa.array([1, 2, 2, 3])}, "occurs twice"),
     ],
 )
-def test_load_checks_format_and_arrays(
-    make_signals: MakeSignals, tmp_path: Path, change: dict[str, Any], message: str
+def test_load_checks_format_and_columns(
+    make_signals: MakeSignals, tmp_path: Path, change: dict[Any, Any], message: str
 ) -> None:
-    path = tmp_path / "s.npz"
+    path = tmp_path / "s.parquet"
     make_signals().save(path)
-    with np.load(path) as file:
-        arrays = dict(file) | change
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    with pytest.raises(DataError, match=rf"s\.npz: .*{message}"):
+    table = pq.read_table(path)
+    metadata = table.schema.metadata if change and b"dualtok.signals" not in change else change
+    for name, column in change.items():
+        if name in table.column_names:
+            place = table.column_names.index(name)
+            table = table.remove_column(place) if column is None else table.set_column(place, name, column)
+        elif isinstance(name, str):
+            table = table.append_column(name, column)
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(DataError, match=rf"s\.parquet: .*{message}"):
         Signals.load(path)
+
+
+def test_row_groups_are_bounded_and_streamed(
+    make_signals: MakeSignals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualtok.audit.signal_files.GROUP_TOKENS", 10)
+    monkeypatch.setattr("dualtok.audit.signal_files.GROUP_DOCUMENTS", 3)
+    lengths = (4, 6, 1, 25, 0, 0, 0, 0, 9, 2)
+    signals = make_signals(lengths=lengths, first_id=7)
+    path = tmp_path / "signals.parquet"
+    signals.save(path)
+    parts = list(Signals.stream(path))
+    # Up to 10 tokens or 3 documents; the one of 25 tokens has a group of its own.
+    assert [part.lengths.tolist() for part in parts] == [[4, 6], [1], [25], [0, 0, 0], [0, 9], [2]]
+    assert pq.ParquetFile(path).num_row_groups == len(parts)
+    whole = Signals.load(path)
+    for name in ("document", *TOKEN_DTYPES):
+        np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(signals, name))
+        np.testing.assert_array_equal(getattr(whole, name), getattr(signals, name))
+    np.testing.assert_array_equal(whole.offsets, signals.offsets)
+
+
+def test_other_programs_read_one_row_per_document(make_signals: MakeSignals, tmp_path: Path) -> None:
+    signals = make_signals(first_id=5)
+    signals.save(tmp_path / "signals.parquet")
+    rows = pq.read_table(tmp_path / "signals.parquet").to_pylist()
+    assert [row["document"] for row in rows] == [5, 6, 7, 8]
+    assert rows[1]["log_prob"] == signals.log_prob[7:10].tolist()
+    assert rows[3]["top1"] == signals.top1[11:].tolist()
+
+
+def test_no_documents_are_saved_and_read(make_signals: MakeSignals, tmp_path: Path) -> None:
+    make_signals(lengths=()).save(tmp_path / "signals.parquet")
+    loaded = Signals.load(tmp_path / "signals.parquet")
+    assert (loaded.n_documents, loaded.n_tokens) == (0, 0)
+    assert list(Signals.stream(tmp_path / "signals.parquet")) == []
 
 
 def packed(seed: int, block: int = 8) -> tuple[list[Any], dict[int, np.ndarray], dict[int, int]]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.report_data import Estimate, ModelAudit
 from dualtok.audit.table import (
     PUBLISHED,
@@ -15,6 +16,7 @@ from dualtok.audit.table import (
     interval,
     perplexity,
     share,
+    token_table,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def test_what_knows_the_defence_and_collections_have_a_table_of_their_own(model_
     text = rendered(model_rows, adaptive_table)
     for row in model_rows:
         assert row.name in text
-        for attack in (attack for attack in row.attacks if attack.name not in PUBLISHED):
+        for attack in (attack for attack in row.attacks if attack.name in ADAPTIVE):
             assert f"{share(attack.auc.low, 2)}-{share(attack.auc.high, 2)}" in text
         assert row.strongest_p_value is not None
         assert share(row.strongest_p_value) in text
@@ -65,10 +67,20 @@ def test_what_knows_the_defence_and_collections_have_a_table_of_their_own(model_
     assert "Forest" in text
 
 
+def test_every_attack_is_in_one_of_the_tables(model_rows: list[ModelAudit]) -> None:
+    text = rendered(model_rows, token_table)
+    for row in model_rows:
+        assert row.name in text
+        for attack in (attack for attack in row.attacks if attack.name not in {*PUBLISHED, *ADAPTIVE}):
+            assert attack.label in text
+            assert f"{share(attack.auc.low, 2)}-{share(attack.auc.high, 2)}" in text
+    assert text.count("n/a") == 4, "base has neither a reference nor frequencies"
+
+
 def test_tables_fit_a_terminal_of_120_columns(model_rows: list[ModelAudit]) -> None:
     sizes = [test.model_copy(update={"size": size}) for test in model_rows[0].collections for size in (50, 500)]
     rows = [row.model_copy(update={"collections": [*row.collections, *sizes]}) for row in model_rows]
-    for make in (comparison_table, adaptive_table, collection_table):
+    for make in (comparison_table, token_table, adaptive_table, collection_table):
         wide = max(map(len, rendered(rows, make).splitlines()))
         assert wide <= 120, make
 

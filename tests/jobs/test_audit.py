@@ -63,7 +63,7 @@ def test_signals_are_kept_and_the_report_has_the_settings_of_its_figures(
     run = audit_run(small_corpus, tmp_path, "run", max_documents=20)
     assert "run `dualtok audit` first" in error_line(dualtok("report", run))
     succeed(dualtok("audit", run))
-    signals = sorted((run.with_suffix("") / "audit" / "signals").glob("*.npz"))
+    signals = sorted((run.with_suffix("") / "audit" / "signals").glob("*.parquet"))
     assert len(signals) == 4, "two models, members and non-members"
     times = [file.stat().st_mtime_ns for file in signals]
     succeed(dualtok("audit", run, "audit.fpr_targets=[0.4]"))
