@@ -4,12 +4,13 @@ import csv
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
-from dualtok.audit.config import AuditConfig
+from dualtok.audit.config import AttackName
 from dualtok.audit.report import CSV_COLUMNS, load_report, render_csv, render_html, write_report
 from dualtok.audit.report_data import AuditReport
 from dualtok.audit.scores import label_of
@@ -68,7 +69,7 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-ATTACK_NAMES = AuditConfig().attacks
+ATTACK_NAMES = get_args(AttackName)
 
 
 @pytest.fixture(scope="module")
