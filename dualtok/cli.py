@@ -119,6 +119,21 @@ def export(
 
 
 @app.command()
+def retreat(
+    run_file: RunFile,
+    target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Take a trained model's weights back towards its reference's, until an attacker hardly sees its members."""
+    from dualtok.jobs.retreat import retreat as run_retreat
+    from dualtok.run import load_run
+
+    _quiet_libraries()
+    w = run_retreat(load_run(run_file, overrides or []), target)
+    _say(f"wrote {target}: {w:.3f} of the way from the reference to the model")
+
+
+@app.command()
 def audit(
     run_file: RunFile,
     overrides: Overrides = None,

@@ -23,7 +23,7 @@ from dualtok.model.config import ModelConfig
 from dualtok.monitor.config import MonitorConfig
 from dualtok.objective.loss import GoldfishConfig
 from dualtok.objective.selection import SelectionConfig
-from dualtok.reference.config import ReferenceConfig
+from dualtok.reference.config import ReferenceConfig, RetreatConfig
 
 ObjectiveName = Literal["dual", "causal_lm", "selective", "goldfish"]
 
@@ -58,6 +58,9 @@ class RunConfig:
 
     privacy: PrivacyConfig | None = None
     """Noise, clipping and accountant of DP-SGD; only with ``train.engine: opacus``."""
+
+    retreat: RetreatConfig | None = None
+    """Which trained model goes back towards which reference; for ``dualtok retreat`` alone."""
 
     reference: ReferenceConfig | None = None
     """The frozen reference model. With the objectives that need none it serves monitoring alone."""

@@ -105,3 +105,33 @@ class ReferenceConfig:
         """Folder or hub name of the reference model, in the modes that have one of their own."""
         assert self.model is not None, "the mode 'adapter' has no model of its own"
         return self.model
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class RetreatConfig:
+    """Which model goes back towards which reference, and how far."""
+
+    model: str
+    """Folder or hub name of the trained model."""
+
+    reference: str
+    """Folder or hub name of a model of the same shape that has seen no member; the trained one should have started from
+    its weights, or from the same weights as it."""
+
+    stand_in: str
+    """Folder or hub name of a model that stands in for the attacker's reference: trained like one, by you, on documents
+    that neither the model nor the reference nor ``non_members`` has, e.g. on the split ``probe``."""
+
+    auc: Annotated[float, Field(gt=0.5, lt=1)] = 0.53
+    """Largest AUC that the Ref attack with the stand-in is expected to reach."""
+
+    members: SplitName = "train"
+    """Split that the model was trained on."""
+
+    non_members: SplitName = "validation"
+    """Split that none of the three models has seen."""
+
+    def __post_init__(self) -> None:
+        """Refuse a class compared with itself."""
+        if self.members == self.non_members:
+            raise ValueError(f"retreat.members: {self.members!r} is also retreat.non_members; choose two splits")

@@ -132,6 +132,26 @@ def dynamics(cell: Cell) -> None:
             cell.add("dynamics", ["tools/paper/dynamics.py", path], [trained])
 
 
+def plus(cell: Cell) -> None:
+    """Models taken back towards the reference: from cross-fitted dual training (``dual_plus``) and from plain."""
+    ready, _ = _done(cell)
+    stand_in = _reference(cell, "probe", ready)
+    for name, row in (("cross-fitted", "dual_plus"), ("plain", "plain, taken back")):
+        models = {"model": name, "reference": "reference", "stand_in": "probe"}
+        run = {
+            "data": cell.data,
+            "output_dir": str(cell.folder / f"back-{name}"),
+            "seed": cell.seed,
+            "audit": {"batch_size": 16},
+            "retreat": {key: str(cell.model(value)) for key, value in models.items()},
+        }
+        target = cell.folder / "models" / f"back-{name}"
+        made = cell.add(f"retreat {name}", ["retreat", cell.write(f"back-{name}", run), str(target)],
+                        [stand_in, f"{cell.name}/export {name}", f"{cell.name}/export reference"])  # fmt: skip
+        cell.attack(row, target, made)
+    cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
+
+
 def _reference(cell: Cell, split: str, ready: str, *, row: str | None = None) -> str:
     train = {"epochs": cell.scale.reference_epochs, "evaluate_every": 10, "split": split}
     return cell.train(split, cell.run(split, "causal_lm", train=train), [ready], row=row, which="best")
@@ -181,10 +201,10 @@ def _shape(cell: Cell) -> Run:
 
 
 CELL_PARTS: dict[str, Part] = {
-    "headline": headline, "sweeps": sweeps, "ablations": ablations, "lora": lora, "backdoor": backdoor,
+    "headline": headline, "plus": plus, "sweeps": sweeps, "ablations": ablations, "lora": lora, "backdoor": backdoor,
     "dynamics": dynamics,
 }  # fmt: skip
-"""Parts within a cell of the scale's data. All but the first build on it, and are for the first cell alone."""
+"""Parts within a cell of the scale's data; all build on the first."""
 
 OWN_DATA: dict[str, Part] = {"auxiliary": auxiliary, "pretraining": pretraining}
 """Parts with cells of their own."""

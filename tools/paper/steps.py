@@ -70,8 +70,8 @@ def _log(step: Step) -> Path:
 
 def _execute(step: Step) -> int:
     """Run one step as a process of its own and return its status."""
-    if step.arguments[0] == "export" and Path(step.arguments[2]).exists():
-        return 0  # export is atomic: the folder is whole, only its mark was lost
+    if step.arguments[0] in ("export", "retreat") and Path(step.arguments[2]).exists():
+        return 0  # both are atomic: the folder is whole, only its mark was lost
     variables = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     variables.setdefault("OMP_NUM_THREADS", "1")
     _log(step).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,87 @@
+"""``dualtok retreat``: take a trained model's weights back towards its reference's, as far as members can be seen.
+
+Trials run over members and non-members like an audit, on all ranks together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualtok.data.manifest import load_manifest
+from dualtok.data.remote import prepared
+from dualtok.engine.distributed import join_ranks
+from dualtok.errors import ConfigError
+from dualtok.files import write_text
+from dualtok.jobs.audit_signals import ModelPasses
+from dualtok.model.interpolate import interpolate
+from dualtok.model.weights import model_folder
+from dualtok.reference.retreat import expected_auc, furthest
+
+if TYPE_CHECKING:
+    from dualtok.reference.retreat import Floats
+    from dualtok.run import RunConfig
+
+FILE = "retreat.json"
+
+
+def retreat(run: RunConfig, target: Path) -> float:
+    """Write the furthest model that keeps to ``retreat.auc`` as a Hugging Face folder, and return its w.
+
+    ``<target>/retreat.json`` tells w and what every trial gave.
+
+    Raises:
+        ConfigError: there is no section ``retreat``, the target exists, or the models differ in shape.
+        DataError: a shard is missing or altered, or a class has no documents.
+    """
+    settings = run.need("retreat", "retreat")
+    if target.exists():
+        raise ConfigError(f"{target}: exists; give another folder")
+    folders = {name: model_folder(getattr(settings, name)) for name in ("model", "reference", "stand_in")}
+    own = dataclasses.replace(
+        run, audit=dataclasses.replace(run.audit, members=settings.members, non_members=settings.non_members)
+    )
+    ranks = join_ranks()
+    work = Path(run.output_dir) / "retreat"
+    models = ModelPasses(own, load_manifest(prepared(run.data)), work / "signals", ranks)
+
+    def losses(name: str, folder: Path) -> list[Floats]:
+        """Return each member's and each non-member's mean loss under a model, on rank 0; nothing elsewhere."""
+        signals = models.signals(name, folder, ranks.first_does(lambda: models.key(folder)))
+        splits = (settings.members, settings.non_members) if signals else ()
+        return [signals[split].with_tokens().mean_loss for split in splits]
+
+    known = [losses(name, folders[name]) for name in ("reference", "stand_in")]
+    trials: list[dict[str, float]] = []
+    candidate = work / "trial"
+
+    def auc_at(w: float) -> float:
+        folder = folders["model"]
+        if w < 1:
+            folder = Path(ranks.first_does(
+                lambda: str(interpolate(folders["reference"], folders["model"], w, candidate))))  # fmt: skip
+        found = losses(f"w = {w:.3f}", folder)
+
+        def judge() -> float:
+            members, non_members = ((found[side], known[0][side], known[1][side]) for side in (0, 1))
+            return expected_auc(members, non_members)
+
+        auc = float(ranks.from_first(judge() if ranks.is_first else None))
+        trials.append({"w": w, "auc": auc})
+        return auc
+
+    w = furthest(auc_at, settings.auc)
+    # Brent's method ends within its resolution of the limit, on either side: take the furthest trial that keeps to it.
+    kept = max((trial["w"] for trial in trials if trial["auc"] <= settings.auc), default=0.0)
+    ranks.first_does(lambda: _write(folders, kept, target, {"settings": dataclasses.asdict(settings), "w": kept,
+                                                            "root": w, "trials": trials}))  # fmt: skip
+    ranks.first_does(lambda: shutil.rmtree(candidate, ignore_errors=True))
+    return kept
+
+
+def _write(folders: dict[str, Path], w: float, target: Path, facts: dict[str, object]) -> None:
+    interpolate(folders["reference"], folders["model"], w, target)
+    write_text(target / FILE, json.dumps(facts, indent=1))

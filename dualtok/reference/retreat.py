@@ -1,0 +1,55 @@
+"""How far a trained model may go from its reference: the weights between the two that an attacker hardly sees.
+
+With theta(w) = theta_ref + w (theta - theta_ref), what a model has learned grows faster than what it gives away while w
+is small. The reference has seen no member, so w = 0 gives nothing away; the largest w is taken for which an attacker
+with a reference of his own is expected to reach no more than a given AUC.
+
+Legend: m members, n non-members, each a document.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+RESOLUTION = 0.005
+"""How exactly w is found."""
+
+
+def expected_auc(members: tuple[Floats, Floats, Floats], non_members: tuple[Floats, Floats, Floats]) -> float:
+    """Return the AUC of Ref that an attacker is expected to reach: Phi(gap / (sqrt(2) sigma)), both classes normal.
+
+    The gap is that of s(t) by the *defender's* reference, for which it is exactly 0 where the model is that reference:
+    what members and non-members differ by beforehand drops out. The spread sigma is that of s(t) by the stand-in.
+
+    Args:
+        members: mean loss of each member [m] under the model, the defender's reference and the stand-in, in nats.
+        non_members: the same of the non-members [n].
+    """
+    from scipy.stats import norm
+
+    gap = float(np.mean(non_members[0] - non_members[1]) - np.mean(members[0] - members[1]))
+    spreads = [np.var(side[0] - side[2], ddof=1) for side in (members, non_members)]
+    return float(norm.cdf(gap / np.sqrt(2 * np.mean(spreads))))
+
+
+def furthest(auc_at: Callable[[float], float], limit: float) -> float:
+    """Return the w in [0, 1] at which ``auc_at`` reaches ``limit`` (Brent's method), or 1 if it does not.
+
+    ``auc_at`` is called once per trial, about six times; it must be .5 at 0, where it is not called.
+    """
+    from scipy.optimize import brentq
+
+    whole = auc_at(1.0) - limit
+    if whole <= 0:
+        return 1.0
+    known = {0.0: 0.5 - limit, 1.0: whole}
+    return float(brentq(lambda w: known[w] if w in known else auc_at(w) - limit, 0.0, 1.0, xtol=RESOLUTION, maxiter=20))

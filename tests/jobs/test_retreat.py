@@ -1,0 +1,47 @@
+"""``dualtok retreat``: the furthest model that keeps to the limit, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import dualtok, error_line, read_weights, save_model, succeed, write_run
+
+
+@pytest.mark.slow
+def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    reference, stand_in = (save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("stand_in", 2)))
+    plain = write_run(tmp_path / "plain.yaml", small_corpus, objective="causal_lm", model={"path": str(reference)},
+                      train={"learning_rate": 5e-3, "batch_size": 8, "epochs": 8, "precision": "fp32"})  # fmt: skip
+    succeed(dualtok("train", plain))
+    model = tmp_path / "plain.hf"
+    succeed(dualtok("export", plain.with_suffix(""), model, "--checkpoint", "latest"))
+    settings = {"model": str(model), "reference": str(reference), "stand_in": str(stand_in), "auc": 0.52}
+    run = write_run(tmp_path / "back.yaml", {"dir": small_corpus["dir"]}, retreat=settings)
+    succeed(dualtok("retreat", run, tmp_path / "made"))
+    facts = json.loads((tmp_path / "made" / "retreat.json").read_text())
+    trials = {trial["w"]: trial["auc"] for trial in facts["trials"]}
+    assert trials[1.0] > 0.52, "the model gives nothing away, so the test shows nothing"
+    assert 0 < facts["w"] < 1
+    assert trials[facts["w"]] <= 0.52
+    assert min(w for w, auc in trials.items() if auc > 0.52) - facts["w"] < 0.02
+    near, far, made = (read_weights(folder) for folder in (reference, model, tmp_path / "made"))
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, near[name] + facts["w"] * (far[name] - near[name]))
+
+    line = error_line(dualtok("retreat", run, tmp_path / "made"))
+    assert "exists; give another folder" in line
+    succeed(dualtok("retreat", run, tmp_path / "again", f"output_dir={tmp_path / 'again.run'}", ranks=2))
+    again = json.loads((tmp_path / "again" / "retreat.json").read_text())
+    assert again["w"] == pytest.approx(facts["w"], abs=0.01)
+
+
+def test_without_its_section_there_is_nothing_to_do(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]})
+    assert "retreat" in error_line(dualtok("retreat", run, tmp_path / "made"))
