@@ -314,6 +314,15 @@ class SignalsBuilder:
         self._pieces[document][start] = (length, values)
 
 
+def merged(parts: Sequence[SignalsBuilder] | None) -> SignalsBuilder | None:
+    """Return all ranks' pieces in one builder, the first; None where there are no parts, i.e. not on rank 0."""
+    if parts is None:
+        return None
+    for other in parts[1:]:
+        parts[0].merge(other)
+    return parts[0]
+
+
 def _broken(document: int, what: str) -> str:
     return f"signals: document {document}: {what}; check the shards or run `dualtok prepare` again"
 

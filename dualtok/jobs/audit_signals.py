@@ -14,7 +14,7 @@ import numpy as np
 from dualtok.audit.evaluate import choose_documents
 from dualtok.audit.from_logits import token_signals
 from dualtok.audit.signal_files import write_ragged
-from dualtok.audit.signals import TOKEN_DTYPES, Piece, Signals, SignalsBuilder
+from dualtok.audit.signals import TOKEN_DTYPES, Piece, Signals, SignalsBuilder, merged
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
 from dualtok.engine.zero import build_forward_only
@@ -137,12 +137,7 @@ class ModelPasses:
             ):
                 builder.add(forward(batch), batch["labels"], [with_columns(row) for row in segments])
                 progress.advance(1)
-        parts = ranks.gather_objects_to_first(builder)
-        if parts is None:
-            return None
-        for other in parts[1:]:
-            parts[0].merge(other)
-        return parts[0]
+        return merged(ranks.gather_objects_to_first(builder))
 
 
 def with_columns(row: list[Segment]) -> list[Piece]:

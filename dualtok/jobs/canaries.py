@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dualtok.audit.canaries import CanaryTexts
-from dualtok.audit.signals import Piece, SignalsBuilder
+from dualtok.audit.signals import Piece, SignalsBuilder, merged
 from dualtok.data.canaries import canary_config, candidates, load_canaries
 from dualtok.data.packing import model_inputs, pack_documents
 from dualtok.data.remote import prepared
@@ -135,9 +135,4 @@ def canary_pass(
                 pieces.append([Piece(*piece, column) for piece, column in zip(block.segments, columns, strict=False)])
             builder.add(forward(batch), batch["labels"], pieces + [[]] * (rows - len(mine)))
             progress.advance(1)
-    parts = ranks.gather_objects_to_first(builder)
-    if parts is None:
-        return None
-    for other in parts[1:]:
-        parts[0].merge(other)
-    return parts[0]
+    return merged(ranks.gather_objects_to_first(builder))

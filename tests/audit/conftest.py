@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dualtok.audit.attacks import AttackContext
-from dualtok.audit.config import AttackName, AuditConfig
+from dualtok.audit.config import SHADOW_ATTACKS, AttackName, AuditConfig
 from dualtok.audit.evaluate import audit_model
 from dualtok.audit.report_data import (
     AuditReport,
@@ -22,6 +22,9 @@ from dualtok.audit.report_data import (
 from dualtok.audit.signals import Signals
 
 MakeSignals = Callable[..., Signals]
+
+ATTACK_NAMES = tuple(name for name in get_args(AttackName) if name not in SHADOW_ATTACKS)
+"""Every attack that needs no shadow models."""
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +68,7 @@ def model_rows(make_signals: MakeSignals) -> list[ModelAudit]:
             make_signals(12, lengths=lengths, first_id=100),
             member_context=classes["members"] if contexts else None,
             non_member_context=classes["non_members"] if contexts else None,
-            config=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001], attacks=get_args(AttackName)),
+            config=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001], attacks=ATTACK_NAMES),
             step=300,
         )
 

@@ -7,13 +7,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
-from dualtok.audit.config import AttackName, AuditConfig
+from dualtok.audit.config import AttackName, AuditConfig, FurtherAttackName
+from dualtok.audit.further import FURTHER
+from dualtok.audit.lira import LIRA
 
 
 def test_defaults_run_every_attack_that_needs_no_further_pass() -> None:
     config = AuditConfig()
     assert list(config.attacks) == [name for name in (*ATTACKS, *ADAPTIVE) if name != "info_rmia"]
-    assert list(get_args(AttackName)) == [*ATTACKS, *ADAPTIVE]
+    assert list(get_args(AttackName)) == [*ATTACKS, *ADAPTIVE, *LIRA]
+    assert list(get_args(FurtherAttackName)) == list(FURTHER)
     assert (config.bootstrap_resamples, config.confidence, config.min_k_share) == (1000, 0.95, 0.2)
     assert config.fpr_targets == [0.1, 0.01, 0.001]
 

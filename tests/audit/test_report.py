@@ -4,18 +4,17 @@ import csv
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from dualtok.audit.adaptive import ADAPTIVE
 from dualtok.audit.attacks import ATTACKS
-from dualtok.audit.config import AttackName
 from dualtok.audit.report import CSV_COLUMNS, load_report, render_csv, render_html, write_report
 from dualtok.audit.report_data import AuditReport
 from dualtok.audit.scores import label_of
 from dualtok.audit.table import interval, share
 from dualtok.errors import DataError
+from tests.audit.conftest import ATTACK_NAMES
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 
@@ -67,9 +66,6 @@ class Page(HTMLParser):
             self.captions[-1] += data
         elif {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
-
-
-ATTACK_NAMES = get_args(AttackName)
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,16 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import matplotlib.image
 import numpy as np
 import pytest
 
 from dualtok.audit.attacks import ATTACKS
-from dualtok.audit.config import AttackName
 from dualtok.audit.report import write_report
 from dualtok.audit.table import interval, share
+from tests.audit.conftest import ATTACK_NAMES
 
 if TYPE_CHECKING:
     from dualtok.audit.report_data import AuditReport
@@ -76,7 +76,7 @@ def test_the_loaded_page_shows_every_figure_without_a_complaint(
         assert cells[3:] == [cell or "n/a" for cell in expected]
     # The HTML parser kept the drawings as drawings: nothing was torn out of an <svg>.
     drawings = re.findall(r"<svg[^>]*role=\"img\".*?</svg>", dom, flags=re.DOTALL)
-    assert len(drawings) == len(_NAMES) + 5
+    assert len(drawings) == len(ATTACK_NAMES) + 5
     assert all("<path" in drawing and "<text" in drawing for drawing in drawings)
 
 
@@ -106,6 +106,3 @@ def test_a_request_to_outside_would_be_noticed(page: Path, tmp_path: Path) -> No
     complaints = console(browse(leaky, tmp_path / "profile", "--dump-dom"))
     assert complaints
     assert "Content Security Policy" in complaints[0]
-
-
-_NAMES = get_args(AttackName)

@@ -53,7 +53,7 @@ def audited(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 
 def passes_of(run: RunConfig, kept: Path) -> FurtherPasses:
     models = {name: Path(path) for name, path in run.audit.models.items()}
-    return further_passes(run, models, ALONE, kept, key=lambda folder: "model")
+    return further_passes(run, models, ALONE, kept, keys=dict.fromkeys(models, "model"), left_out=lambda split: set())
 
 
 def first_blocks(run: RunConfig, split: str) -> dict[int, np.ndarray]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from dualtok.audit.config import AuditConfig
 from dualtok.data.config import DataConfig
+from dualtok.data.packing import document_pieces
 from dualtok.data.stream import BlockStream
-from dualtok.jobs.audit_texts import attacker_frequencies, document_pieces, predicted_ids
+from dualtok.jobs.audit_texts import attacker_frequencies, predicted_ids
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.run import RunConfig
 from tests.support import VOCABULARY
