@@ -76,10 +76,10 @@ SCALES = {
         from_scratch=_shares(train=0.2, auxiliary=0.02, held_out=0.04),
         pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 200, "warmup_steps": 10,
                      "evaluation_blocks": 64},
-        fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "epochs": 5, "warmup_steps": 10,
+        fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "epochs": 3, "warmup_steps": 10,
                      "evaluation_blocks": 128},
-        private={"batch_size": 128, "epochs": 10, "learning_rate": 2e-3}, early=12,
-        reference_epochs=8,
+        private={"batch_size": 128, "epochs": 6, "learning_rate": 2e-3, "warmup_steps": 2}, early=12,
+        reference_epochs=6,
     ),
     "gpu": Scale(
         corpora=("wikipedia", "cc_news"), seeds=(0, 1, 2), block_length=1024, vocabulary=50257,
