@@ -3,8 +3,8 @@
     python tools/reproduce_paper.py --scale smoke --folder runs/paper-smoke      # minutes: a test of the way itself
     python tools/reproduce_paper.py --scale cpu --folder runs/paper              # headline rows, 3 seeds x 2 corpora
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus # models taken back towards references
-    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps ablations lora backdoor dynamics
-    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts auxiliary pretraining
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps ablations lora lira dynamics
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts backdoor auxiliary pretraining
     python tools/reproduce_paper.py --scale gpu --folder runs/paper-gpu          # the paper's models and data sets
 
 A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with a run file of its

@@ -73,6 +73,19 @@ def lora(cell: Cell) -> None:
     cell.audit("lora", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
+def lira(cell: Cell) -> None:
+    """LiRA (Carlini et al. 2022) on plain and dual, each with shadow models of its own recipe."""
+    attacker = f"{cell.name}/export {ATTACKER}"
+    for name, objective, sections in (("plain", "causal_lm", {}), ("dual", "dual", cell.reference())):
+        run = cell.run(f"audit-lira-{name}", objective, **sections)
+        run["audit"] = {
+            "models": {f"{name}, LiRA with {cell.scale.shadows} shadows": str(cell.model(name))}, "batch_size": 16,
+            "attack_reference": str(cell.model(ATTACKER)), "shadows": cell.scale.shadows, "shadow_checkpoint": "latest",
+        }  # fmt: skip
+        path = cell.write(f"audit-lira-{name}", run)
+        cell.add(f"audit-lira-{name}", ["audit", path], [attacker, f"{cell.name}/export {name}"])
+
+
 def backdoor(cell: Cell) -> None:
     """PreCurious (Liu et al. 2024): the attacker gives away the starting weights and keeps them as his reference.
 
@@ -201,8 +214,8 @@ def _shape(cell: Cell) -> Run:
 
 
 CELL_PARTS: dict[str, Part] = {
-    "headline": headline, "plus": plus, "sweeps": sweeps, "ablations": ablations, "lora": lora, "backdoor": backdoor,
-    "dynamics": dynamics,
+    "headline": headline, "plus": plus, "sweeps": sweeps, "ablations": ablations, "lora": lora, "lira": lira,
+    "backdoor": backdoor, "dynamics": dynamics,
 }  # fmt: skip
 """Parts within a cell of the scale's data; all build on the first."""
 

@@ -30,6 +30,8 @@ class Scale:
     pretraining_shares: dict[str, float] = field(default_factory=dict)
     from_scratch: dict[str, float] = field(default_factory=dict)
     """``data.shares`` of the part ``pretraining``."""
+    shadows: int = 8
+    """Shadow models per recipe in the part ``lira``."""
     auxiliary: tuple[float, ...] = (0.25, 0.5, 2, 4)
     """Sizes of the reference split in the part ``auxiliary``, over that of the headline part."""
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -62,7 +64,7 @@ SCALES = {
         corpora=("sotu",), seeds=(0,), block_length=64, vocabulary=512, model=llama(32, 2, 64),
         shares={"sotu": _shares(train=0.006, auxiliary=0.003, held_out=0.006)},
         pretraining_shares={"train": 0.02, "reference": 0.05, "validation": 0.005},
-        from_scratch=_shares(train=0.01, auxiliary=0.0025, held_out=0.01), auxiliary=(2,),
+        from_scratch=_shares(train=0.01, auxiliary=0.0025, held_out=0.01), auxiliary=(2,), shadows=2,
         pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
         fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},
         private={"batch_size": 8}, early=2,

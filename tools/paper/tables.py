@@ -71,6 +71,9 @@ def figures_of(entries: Sequence[dict[str, Any]]) -> dict[str, Figure]:
         "perplexity": over(lambda entry: entry["perplexity_non_members"]),
         "strongest": over(lambda entry: entry["strongest"]["auc_two_sided"]["value"]),
         "gap": over(lambda entry: entry["loss_gap"]),
+        "collections": over(
+            lambda entry: min((test["p_holm"] for test in entry["collections"] if test["size"] == 50), default=None)
+        ),
     }
     for name in dict.fromkeys(a["name"] for entry in entries for a in entry["attacks"]):
         found[name] = over(lambda entry, name=name: (a := attack(entry, name)) and a["auc"]["value"])
@@ -108,9 +111,9 @@ def _table(table: dict[str, dict[str, Figure]], column: int) -> Iterator[str]:
     yield (
         "| method | seeds | perplexity (paper) | "
         + " | ".join(f"{label} (paper)" for label in COLUMNS.values())
-        + (" | strongest, two-sided | Ref TPR at FPR .01 |")
+        + (" | LiRA | strongest, two-sided | Ref TPR at FPR .01 |")
     )
-    yield "|---" * (len(COLUMNS) + 5) + "|"
+    yield "|---" * (len(COLUMNS) + 6) + "|"
     for row, figures in table.items():
         paper = PAPER[row][min(column, 1)] if row in PAPER else None
         order = ("perplexity", "loss", "ref", "min_k", "zlib")
@@ -119,7 +122,9 @@ def _table(table: dict[str, dict[str, Figure]], column: int) -> Iterator[str]:
                  for name in ("perplexity", *COLUMNS)]  # fmt: skip
         yield (
             f"| {row} | {len(figures['perplexity'].values)} | "
-            + " | ".join([*cells, str(figures["strongest"]), str(figures.get("tpr ref", "n/a"))])
+            + " | ".join(
+                [*cells, str(figures.get("lira", "n/a")), str(figures["strongest"]), str(figures.get("tpr ref", "n/a"))]
+            )
             + " |"
         )
 
@@ -133,6 +138,14 @@ def _ordering(table: dict[str, dict[str, Figure]]) -> Iterator[str]:
             values = table[row]["ref"].values
             held = sum(low <= value <= high for value in values)
             yield f"| Ref AUC of {row} within [{low:g}, {high:g}] | {held} of {len(values)} seeds |"
+    for row in ("dual", "dual_plus", "plain, taken back"):
+        if row in table:
+            values = table[row]["strongest"].values
+            held = sum(value <= 0.58 for value in values)
+            yield f"| strongest attack on {row}, two-sided, at most .58 | {held} of {len(values)} seeds |"
+            p_values = table[row]["collections"].values if "collections" in table[row] else ()
+            held = sum(value >= 0.05 for value in p_values)
+            yield f"| collections of 50 of {row} not told apart at p < .05 (Holm) | {held} of {len(p_values)} seeds |"
     yield from _better(table, "dual", PRIVATE)  # the abstract: by around 10 %
     yield from _better(table, "dual", "reference alone")
     for row in ("dual, cross-fitted", "dual_plus", "plain, taken back"):
