@@ -25,7 +25,7 @@ from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.zero import build_forward_only
-from dualtok.jobs.audit_texts import with_columns
+from dualtok.jobs.audit_signals import with_columns
 from dualtok.model.load import load_causal_lm
 
 if TYPE_CHECKING:

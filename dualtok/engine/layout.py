@@ -63,6 +63,7 @@ def build_layout(ranks: Ranks, stages: int = 1) -> Layout:
     # Every rank takes part in the making of every group, in the same order.
     stage_groups = [dist.new_group(members) for members in by_stage]
     replica_groups = [dist.new_group(members) for members in by_replica]
+    ranks.barrier()  # a rank that finds an error in the settings ends at once, while others still look for it
     return Layout(
         ranks,
         stages,

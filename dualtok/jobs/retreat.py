@@ -67,7 +67,7 @@ def retreat(run: RunConfig, target: Path) -> float:
 
         def judge() -> float:
             members, non_members = ((found[side], known[0][side], known[1][side]) for side in (0, 1))
-            return expected_auc(members, non_members)
+            return expected_auc(members, non_members, settings.confidence)
 
         auc = float(ranks.from_first(judge() if ranks.is_first else None))
         trials.append({"w": w, "auc": auc})

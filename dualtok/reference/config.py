@@ -125,6 +125,10 @@ class RetreatConfig:
     auc: Annotated[float, Field(gt=0.5, lt=1)] = 0.53
     """Largest AUC that the Ref attack with the stand-in is expected to reach."""
 
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """How sure that is to hold for other documents of the same kind: few non-members keep the model nearer to the
+    reference."""
+
     members: SplitName = "train"
     """Split that the model was trained on."""
 

@@ -24,7 +24,9 @@ RESOLUTION = 0.005
 """How exactly w is found."""
 
 
-def expected_auc(members: tuple[Floats, Floats, Floats], non_members: tuple[Floats, Floats, Floats]) -> float:
+def expected_auc(
+    members: tuple[Floats, Floats, Floats], non_members: tuple[Floats, Floats, Floats], confidence: float = 0.5
+) -> float:
     """Return the AUC of Ref that an attacker is expected to reach: Phi(gap / (sqrt(2) sigma)), both classes normal.
 
     The gap is that of s(t) by the *defender's* reference, for which it is exactly 0 where the model is that reference:
@@ -33,10 +35,14 @@ def expected_auc(members: tuple[Floats, Floats, Floats], non_members: tuple[Floa
     Args:
         members: mean loss of each member [m] under the model, the defender's reference and the stand-in, in nats.
         non_members: the same of the non-members [n].
+        confidence: of the gap: its one-sided upper end is taken, as far as documents were drawn by chance; .5 takes
+            the gap that was seen.
     """
     from scipy.stats import norm
 
-    gap = float(np.mean(non_members[0] - non_members[1]) - np.mean(members[0] - members[1]))
+    learned = [side[0] - side[1] for side in (members, non_members)]
+    error = np.sqrt(sum(np.var(side, ddof=1) / len(side) for side in learned))
+    gap = np.mean(learned[1]) - np.mean(learned[0]) + norm.ppf(confidence) * error
     spreads = [np.var(side[0] - side[2], ddof=1) for side in (members, non_members)]
     return float(norm.cdf(gap / np.sqrt(2 * np.mean(spreads))))
 
