@@ -87,19 +87,17 @@ def audit_model(
         if target.n_documents == 0:
             raise DataError(f"audit of {name!r}: no {kind} with at least two tokens; give more or longer documents")
     contexts = tuple(
-        dataclasses.replace(
-            context or AttackContext(),
-            min_k_share=config.min_k_share,
-            con_recall_gamma=config.passes.con_recall_gamma,
-        )
+        dataclasses.replace(context or AttackContext(), min_k_share=config.min_k_share,
+                            con_recall_gamma=config.passes.con_recall_gamma)
         for context in (member_context, non_member_context)
-    )
+    )  # fmt: skip
     available = contexts[0].has & contexts[1].has
     scored = attack_scores(targets, (contexts[0], contexts[1]), config)
     scores = scored.scores
     if not scores:
         raise DataError(f"audit of {name!r}: none of the attacks {list(config.attacks)} can run; add 'loss'")
     outcomes = [_result(attack, pair, config, len(scores)) for attack, pair in scores.items()]
+    widening = {attack: widening_of(attack) for attack in scores}
     return ModelAudit(
         name=name,
         step=step,
@@ -114,10 +112,7 @@ def audit_model(
         not_run=scored.not_run,
         strongest=_strongest(outcomes),
         strongest_p_value=strongest_p_value(
-            scores,
-            permutations=config.permutations,
-            seed=config.seed,
-            widening={attack: widening_of(attack) for attack in scores},
+            scores, permutations=config.permutations, seed=config.seed, widening=widening
         ),
         collections=_collections(scored, config),
         calibrated=_calibrated(targets, (contexts[0], contexts[1])) if "reference" in available else None,

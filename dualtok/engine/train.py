@@ -128,16 +128,9 @@ def _train(
         engine = build_private_engine(folder, model, settings, account=account, total_steps=total_steps, layout=layout,
                                       seed=run.seed, adapters=adapters)  # fmt: skip
     else:
-        engine = build_engine(
-            folder,
-            model,
-            settings,
-            config=deepspeed_config,
-            objective=build_objective(run.objective, run.selection, run.goldfish),
-            total_steps=total_steps,
-            layout=layout,
-            adapters=adapters,
-        )
+        objective = build_objective(run.objective, run.selection, run.goldfish)
+        engine = build_engine(folder, model, settings, config=deepspeed_config, objective=objective,
+                              total_steps=total_steps, layout=layout, adapters=adapters)  # fmt: skip
     if run.reference is not None and run.reference.mode == "adapter":
         module = engine.model
         assert adapters is not None
