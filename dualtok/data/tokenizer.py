@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualtok.data.remote import place_of
 from dualtok.errors import DataError
+from dualtok.files import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,11 +136,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a tokenizer as a Hugging Face folder that is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    with atomic_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
 
 
 def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ import torch
 from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.train import ADAPTER_FOLDER, CHECKPOINTS, RUN_FILE, START_FOLDER
 from dualtok.errors import CheckpointError, ConfigError
-from dualtok.files import grant_as_umask_does, sync_folder, write_text
+from dualtok.files import atomic_folder, grant_as_umask_does, write_text
 from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
 from dualtok.model.load import DTYPES
 
@@ -56,24 +56,20 @@ def export(
     adapter = start / ADAPTER_FOLDER if (start / ADAPTER_FOLDER).is_dir() else None
     if merge and adapter is None:
         raise ConfigError(f"--merge: has no effect, as {run_dir} trained the whole model (no model.lora)")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for file in start.iterdir():
-        weights_file = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
-        if file.is_file() and not weights_file and not (adapter is not None and file.name in MODEL_FILES):
-            shutil.copyfile(file, temporary / file.name)
-    reader = saved.reader()
-    if adapter is None:
-        _write_weights(reader, temporary, DTYPES[precision], shard_size)
-        _set_dtype(temporary / "config.json", precision)
-    else:
-        found = adapter_weights({name: reader.whole(name) for name in reader.parameters})
-        write_adapter({name: value.to(DTYPES[precision]) for name, value in found.items()}, adapter, temporary)
-    if merge:
-        _merge(temporary, run_dir, DTYPES[precision], shard_size)
-    temporary.replace(target)
-    sync_folder(target.parent)
+    with atomic_folder(target) as folder:
+        for file in start.iterdir():
+            weights_file = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+            if file.is_file() and not weights_file and not (adapter is not None and file.name in MODEL_FILES):
+                shutil.copyfile(file, folder / file.name)
+        reader = saved.reader()
+        if adapter is None:
+            _write_weights(reader, folder, DTYPES[precision], shard_size)
+            _set_dtype(folder / "config.json", precision)
+        else:
+            found = adapter_weights({name: reader.whole(name) for name in reader.parameters})
+            write_adapter({name: value.to(DTYPES[precision]) for name, value in found.items()}, adapter, folder)
+        if merge:
+            _merge(folder, run_dir, DTYPES[precision], shard_size)
     return target
 
 

@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from dualtok.errors import ConfigError
-from dualtok.files import grant_as_umask_does, sync_folder
+from dualtok.files import atomic_folder, grant_as_umask_does
 from dualtok.model.weights import INDEX, SINGLE, weight_map
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
 
 def interpolate(start: Path, end: Path, weight: float, target: Path) -> Path:
@@ -28,7 +30,6 @@ def interpolate(start: Path, end: Path, weight: float, target: Path) -> Path:
     Raises:
         ConfigError: a model has no safetensors, or they differ in names or shapes.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     files = [weight_map(folder) or _single(folder) for folder in (start, end)]
@@ -37,31 +38,30 @@ def interpolate(start: Path, end: Path, weight: float, target: Path) -> Path:
         raise ConfigError(
             f"{start} and {end}: {min(missing)!r} is a weight of one of them alone; both must have the same shape"
         )
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for other_file in end.iterdir():
-        if other_file.is_file() and other_file.suffix not in (".safetensors", ".bin"):
-            shutil.copyfile(other_file, temporary / other_file.name)
-    for file in dict.fromkeys(files[1].values()):
-        mixed = {}
-        with ExitStack() as stack:
-            far = stack.enter_context(safe_open(end / file, framework="pt"))
-            for name in far.keys():  # noqa: SIM118 - not a dictionary
-                near = stack.enter_context(safe_open(start / files[0][name], framework="pt"))
-                one, other = near.get_tensor(name), far.get_tensor(name)
-                if one.shape != other.shape:
-                    raise ConfigError(
-                        f"{start} and {end}: {name!r} has shapes {tuple(one.shape)} and {tuple(other.shape)}"
-                    )
-                mixed[name] = one.float().lerp(other.float(), weight).to(other.dtype)
-        save_file(mixed, temporary / file, metadata={"format": "pt"})
-        grant_as_umask_does(temporary / file)
-    if target.is_dir():
-        shutil.rmtree(target)
-    temporary.replace(target)
-    sync_folder(target.parent)
+    with atomic_folder(target) as folder:
+        for other_file in end.iterdir():
+            if other_file.is_file() and other_file.suffix not in (".safetensors", ".bin"):
+                shutil.copyfile(other_file, folder / other_file.name)
+        for file in dict.fromkeys(files[1].values()):
+            save_file(_mix(start, end, files, file, weight), folder / file, metadata={"format": "pt"})
+            grant_as_umask_does(folder / file)
     return target
+
+
+def _mix(start: Path, end: Path, files: list[dict[str, str]], file: str, weight: float) -> dict[str, torch.Tensor]:
+    """Return the tensors of one of ``end``'s files, mixed with those of the same names in ``start``."""
+    from safetensors import safe_open
+
+    mixed = {}
+    with ExitStack() as stack:
+        far = stack.enter_context(safe_open(end / file, framework="pt"))
+        for name in far.keys():  # noqa: SIM118 - not a dictionary
+            near = stack.enter_context(safe_open(start / files[0][name], framework="pt"))
+            one, other = near.get_tensor(name), far.get_tensor(name)
+            if one.shape != other.shape:
+                raise ConfigError(f"{start} and {end}: {name!r} has shapes {tuple(one.shape)} and {tuple(other.shape)}")
+            mixed[name] = one.float().lerp(other.float(), weight).to(other.dtype)
+    return mixed
 
 
 def _single(folder: Path) -> dict[str, str]:
