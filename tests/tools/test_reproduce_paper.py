@@ -75,3 +75,23 @@ def test_the_steps_of_every_part_have_sound_settings_and_needs(tmp_path: Path, s
     assert count == {"smoke": 112, "cpu": 292}[scale]
     assert missing == []
     assert verbs == ["audit", "export", "prepare", "retreat", "score", "tools/paper/dynamics.py", "train"]
+
+
+def test_a_claim_compares_the_seeds_that_both_rows_have() -> None:
+    """One of the two may not have been audited yet under a seed."""
+    program = """
+import sys; sys.path.insert(0, 'tools')
+from paper.tables import Figure, _better
+rows = {'dual': {0: 9.0, 1: 3.0}, 'reference alone': {1: 4.0, 2: 1.0}, 'plain': {2: 1.0}}
+table = {row: {'perplexity': Figure(values)} for row, values in rows.items()}
+for other in ('reference alone', 'plain', 'no such row'):
+    print(*_better(table, 'dual', other), sep='')
+"""
+    shown = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True,
+                           timeout=120, check=True).stdout  # fmt: skip
+    assert shown.split("\n") == [
+        "| perplexity of dual below that of reference alone (ratio 0.750) | 1 of 1 seeds |",
+        "",
+        "",
+        "",
+    ]

@@ -32,7 +32,12 @@ COLUMNS = {"loss": "Loss", "ref": "Ref", "min_k": "Min-K%", "zlib": "Zlib"}
 class Figure:
     """Mean and spread of one figure over seeds."""
 
-    values: tuple[float, ...]
+    by_seed: dict[int, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The figure under each seed."""
+        return tuple(self.by_seed.values())
 
     def __str__(self) -> str:
         """Return ``mean ± sample standard deviation``."""
@@ -61,8 +66,8 @@ def figures_of(entries: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """Return a row's figures: held-out perplexity, each attack's AUC and TPR, the strongest attack."""
 
     def over(value: Callable[[dict[str, Any]], float | None]) -> Figure | None:
-        values = tuple(float(v) for entry in entries if (v := value(entry)) is not None)
-        return Figure(values) if values else None
+        found = {int(entry["seed"]): float(v) for entry in entries if (v := value(entry)) is not None}
+        return Figure(found) if found else None
 
     def attack(entry: dict[str, Any], name: str) -> dict[str, Any] | None:
         return next((a for a in entry["attacks"] if a["name"] == name), None)
@@ -155,10 +160,12 @@ def _ordering(table: dict[str, dict[str, Figure]]) -> Iterator[str]:
 
 def _better(table: dict[str, dict[str, Figure]], row: str, other: str) -> Iterator[str]:
     if row in table and other in table:
-        pairs = list(zip(table[row]["perplexity"].values, table[other]["perplexity"].values, strict=True))
-        ratio = Figure(tuple(ours / theirs for ours, theirs in pairs))
-        held = sum(ours < theirs for ours, theirs in pairs)
-        yield f"| perplexity of {row} below that of {other} (ratio {ratio}) | {held} of {len(pairs)} seeds |"
+        ours, theirs = (table[name]["perplexity"].by_seed for name in (row, other))
+        ratios = {seed: ours[seed] / theirs[seed] for seed in ours if seed in theirs}  # a cell may not be done yet
+        if ratios:
+            held = sum(ratio < 1 for ratio in ratios.values())
+            claim = f"perplexity of {row} below that of {other} (ratio {Figure(ratios)})"
+            yield f"| {claim} | {held} of {len(ratios)} seeds |"
 
 
 def _trade_off(table: dict[str, dict[str, Figure]], path: Path) -> None:
