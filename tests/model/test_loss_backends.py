@@ -89,12 +89,13 @@ def test_a_kernel_that_ignores_scaling_or_bias_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("name", "package"), [("liger", "liger-kernel"), ("cut_cross_entropy", "cut-cross-entropy")])
-def test_a_backend_needs_a_gpu_and_its_package(name: str, package: str) -> None:
+def test_a_backend_needs_a_gpu_and_its_package(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", vocab_size=16, n_embd=8, n_layer=1, n_head=1, n_positions=8)
     )
     assert load_backend("torch", model, CPU, "fp32") is None
     with pytest.raises(ConfigError, match=f"loss_backend: {name} needs a GPU.*use loss_backend: torch"):
         load_backend(name, model, CPU, "fp32")
+    monkeypatch.setattr("dualtok.model.loss_backends.find_spec", lambda _: None)  # a machine without the package
     with pytest.raises(ConfigError, match=f"pip install {package}"):
         load_backend(name, model, torch.device("cuda"), "fp32")
