@@ -20,33 +20,21 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from benchmark_support import llama_config, prepared_corpus, print_ratio, save_llama
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from contenders import Step, dualtok_step, hugging_face_trainer, naive_dual_step
+from transformers import TrainerCallback
 
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
-from dualtok.engine.build import build_engine
 from dualtok.engine.config import TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.engine.loop import TrainingLoop
-from dualtok.engine.train import open_streams
 from dualtok.jobs.score import score
 from dualtok.model.config import ModelConfig
-from dualtok.monitor.events import EventWriter
-from dualtok.objective.head import IGNORED_LABEL
-from dualtok.objective.loss import build_objective, dual_loss
 from dualtok.reference.config import ReferenceConfig
 from dualtok.run import RunConfig
 
-Step = Callable[[], None]
-Batch = dict[str, torch.Tensor]
 WARM_UP = 2
 PASSAGES = 600
 """Enough for the steps; the reference scores all of them."""
@@ -126,90 +114,6 @@ class Turns(TrainerCallback):
             self.seconds[name].append(time.perf_counter() - started)
         gc.collect()
         self._resumed = time.perf_counter()
-
-
-def batches_of(stream: BlockStream, batch_size: int) -> Iterator[Batch]:
-    """Return the batches of a stream for a job of one process."""
-    return iter(stream.batches(start_sample=0, global_micro_batch=batch_size, rank=0, world_size=1, workers=0))
-
-
-def hugging_face_trainer(start: Path, stream: BlockStream, train: TrainConfig, steps: int, folder: str) -> Trainer:
-    """Return a Trainer for the same blocks; built before the ranks join, so that it sees a single process."""
-    drawn = batches_of(stream, train.batch_size)
-    blocks = []
-    for _ in range(steps):
-        batch = next(drawn)
-        # The Trainer's model shifts the labels itself.
-        unshifted = torch.full_like(batch["labels"], IGNORED_LABEL)
-        unshifted[:, 1:] = batch["labels"][:, :-1]
-        ids, positions = batch["input_ids"], batch["position_ids"]
-        blocks += [
-            {"input_ids": ids[row], "position_ids": positions[row], "labels": unshifted[row]} for row in range(len(ids))
-        ]
-    arguments = TrainingArguments(
-        output_dir=f"{folder}/trainer", per_device_train_batch_size=train.batch_size, max_steps=steps,
-        learning_rate=train.learning_rate, weight_decay=train.weight_decay, adam_beta1=train.betas[0],
-        adam_beta2=train.betas[1], adam_epsilon=train.epsilon, max_grad_norm=train.gradient_clipping,
-        lr_scheduler_type=train.schedule, report_to=[], save_strategy="no", logging_strategy="no", eval_strategy="no",
-        disable_tqdm=True, use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(start, attn_implementation="sdpa")
-    return Trainer(model=model, args=arguments, train_dataset=blocks)
-
-
-def dualtok_step(run: RunConfig) -> Step:
-    """Return a function that runs the loop's own step."""
-    assert run.train is not None
-    assert run.model is not None
-    ranks = join_ranks()
-    manifest = load_manifest(run.data.dir)
-    stream, validation = open_streams(run, manifest, ("train", "validation"), ranks)
-    engine = build_engine(
-        str(run.model.path),
-        run.model,
-        run.train,
-        config=training_config(run.train, ranks.world_size),
-        objective=build_objective(run.objective, run.selection, run.goldfish),
-        total_steps=10**6,
-        layout=build_layout(ranks),
-    )
-    loop = TrainingLoop(run, engine, stream, validation, 10**6)
-    batches: Iterator[Batch] = loop.batches()
-    events = EventWriter(None)
-
-    def step() -> None:
-        loop.step(batches, events)
-
-    return step
-
-
-def naive_dual_step(start: Path, reference: Path, stream: BlockStream, train: TrainConfig) -> Step:
-    """Return a dual step as one would write it first, on Hugging Face models alone."""
-    model = AutoModelForCausalLM.from_pretrained(start, attn_implementation="sdpa").train()
-    frozen = AutoModelForCausalLM.from_pretrained(reference, attn_implementation="sdpa").eval()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay, fused=True
-    )
-    drawn = batches_of(stream, train.batch_size)
-
-    def losses(causal_lm: Any, batch: Batch) -> torch.Tensor:
-        logits = causal_lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        return torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-        )
-
-    def step() -> None:
-        batch = next(drawn)
-        with torch.no_grad():
-            reference_loss = losses(frozen, batch)
-        outcome = dual_loss(losses(model, batch), reference_loss, batch["labels"].flatten() != IGNORED_LABEL)
-        outcome.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clipping)
-        optimizer.step()
-        optimizer.zero_grad()
-        outcome.loss.item()
-
-    return step
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def blocks_of(stream: Iterator[Batch], batches: int) -> Counter[bytes]:
 
 def compare_training(folder: Path, _: Path, options: argparse.Namespace) -> None:
     """Print tokens/s of the stream, with the demo's blocks and micro-batches, and of the demo's training."""
-    from bench_step import dualtok_step
+    from contenders import dualtok_step
 
     from dualtok.data.manifest import load_manifest
     from dualtok.jobs.demo import write_runs

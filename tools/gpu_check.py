@@ -1,0 +1,103 @@
+"""One command for a machine with a GPU: what it computes right, how fast, and with how much memory.
+
+* parity: the same small dual run on the CPU and on the device, losses compared step by step;
+* loss backends: each one's check, time and memory on a large output layer;
+* steps: dualtok's plain and dual step, and each mode of the reference, against the Hugging Face Trainer's plain step
+  and a naive dual step (two forward passes over full logits); with model FLOPs utilisation.
+
+    python tools/gpu_check.py [--folder runs/gpu-check] [--only machine parity head step] [--output table.md]
+
+Each measurement is a process of its own, one after the other on the idle device; the figures are medians. A
+measurement that fails is a row of the table, and the exit status is 1. Without a GPU the sizes are small: the ways are
+the same, the figures say nothing about a GPU. The reference of mode ``cpu`` is a small one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = ("machine", "parity", "head", "step")
+
+
+def main() -> int:
+    """Run the measurements that were asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu-check"), help="for blocks, weights and runs")
+    parser.add_argument("--only", nargs="+", default=list(KINDS), metavar="KIND[:NAME]",
+                        help=f"{', '.join(KINDS)}, or one of them like step:dual")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=None, help="also write the table to this file")
+    parser.add_argument("--deadline", type=float, default=900.0, help="seconds after which a measurement has failed")
+    parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure is not None:
+        print(json.dumps(measure(options.measure, options.folder)))
+        return 0
+    from gpu.measure import HEADS, STEPS
+    from gpu.table import markdown
+
+    every = ["machine", "parity", *(f"head:{name}" for name in HEADS), *(f"step:{name}" for name in STEPS)]
+    unknown = [name for name in options.only if name not in (*KINDS, *every)]
+    if unknown:
+        parser.error(f"--only: no measurement {unknown[0]!r}; there are {', '.join((*KINDS, *every))}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    chosen = [name for name in every if name in options.only or name.split(":")[0] in options.only]
+    results: dict[str, Any] = {}
+    for name in ["prepare", *chosen]:
+        started = time.monotonic()
+        results[name] = in_a_fresh_process(name, options.folder, options.deadline)
+        print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        (options.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    table = markdown(results)
+    print(table)
+    if options.output is not None:
+        options.output.write_text(table + "\n")
+    return int(any("error" in figures for name, figures in results.items() if name not in optional(results)))
+
+
+def optional(results: dict[str, Any]) -> set[str]:
+    """Return the measurements that this machine cannot be expected to make: kernels that are not installed."""
+    return {
+        name
+        for name, figures in results.items()
+        if name.startswith("head:") and any(s in figures.get("error", "") for s in ("is not installed", "needs a GPU"))
+    }
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Make one measurement in this process."""
+    from gpu import measure as measurements
+
+    kind, _, which = name.partition(":")
+    if kind == "prepare":
+        measurements.prepare(folder)
+        return {}
+    if kind == "machine":
+        return measurements.machine()
+    if kind == "parity":
+        return measurements.parity(folder)
+    return measurements.head(which) if kind == "head" else measurements.step(which, folder)
+
+
+def in_a_fresh_process(name: str, folder: Path, deadline: float) -> dict[str, Any]:
+    """Return a measurement's figures, or the last line of what it died of under ``error``."""
+    command = [sys.executable, str(Path(__file__)), "--folder", str(folder), "--measure", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=deadline)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {deadline:.0f} s"}
+    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
+    if done.returncode == 0 and lines:
+        figures: dict[str, Any] = json.loads(lines[-1])
+        return figures
+    print(done.stderr[-4000:], file=sys.stderr)
+    return {"error": lines[-1].strip()[:200] if lines else f"exit status {done.returncode}"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
