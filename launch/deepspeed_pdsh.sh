@@ -25,7 +25,8 @@ CARRIED="PATH LD_LIBRARY_PATH PYTHONPATH TORCH_EXTENSIONS_DIR TRITON_CACHE_DIR H
 
 [ -r "$HOSTFILE" ] || { echo "launch: error: HOSTFILE=$HOSTFILE: no such file; write lines 'HOST slots=RANKS'" >&2; exit 2; }
 mapfile -t HOSTS < <(sed -e 's/#.*//' "$HOSTFILE" | awk -v n="$NODES" 'NF && seen++ < n { print $1 }')
-MASTER="${MASTER:-${HOSTS[0]}}"
+MASTER="${MASTER:-${HOSTS[0]}}" # the host of rank 0, as all others know it
+
 for host in "${HOSTS[@]}"; do
   ssh -o BatchMode=yes -o ConnectTimeout=10 $SSH_OPTIONS "$host" true </dev/null ||
     { echo "launch: error: $host cannot be reached by ssh without a password from $(hostname)" >&2; exit 2; }

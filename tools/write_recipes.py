@@ -21,12 +21,11 @@ FOLDER = Path(__file__).resolve().parent.parent / "launch"
 
 def recipes() -> dict[str, str]:
     """Return name and text of every recipe for two hosts of eight accelerators."""
-    one = Job(1, 8, LaunchConfig())
-    job = Job(2, 8, LaunchConfig(hostfile="hostfile", master="localhost"))
+    job = Job(2, 8, LaunchConfig(hostfile="hostfile"))
     starts = [
-        torchrun(job),
-        mpi(replace(one, nodes=1)),
-        *(deepspeed(_with(job, deepspeed=DeepSpeedLaunchConfig(remote))) for remote in ("pdsh", "ssh", "none")),
+        torchrun(replace(job, settings=LaunchConfig(master="localhost"))),
+        mpi(Job(1, 8, LaunchConfig())),  # without a hostfile: one host, or those of a scheduler's job
+        *(deepspeed(_with(job, deepspeed=DeepSpeedLaunchConfig(remote))) for remote in ("pdsh", "ssh")),
         *(slurm(_with(job, slurm=SlurmConfig(start))) for start in ("ranks", "torchrun", "mpi")),
         *(k8s(_with(job, k8s=KubernetesConfig(kind))) for kind in ("PyTorchJob", "MPIJob")),
     ]

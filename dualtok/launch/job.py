@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -51,7 +51,7 @@ class Start:
     """Starts the job from the folder of these files."""
     note: str = ""
     """What else has to be done, in one line."""
-    needs: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = ()
     """Programs that must be installed where the job is started."""
 
 

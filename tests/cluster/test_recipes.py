@@ -64,7 +64,7 @@ def start(recipe: str, run: Path, **variables: str) -> subprocess.Popen[str]:
 def finish(*processes: subprocess.Popen[str], status: int = 0) -> str:
     """Wait for recipes and return what they printed."""
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -73,7 +73,7 @@ def finish(*processes: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def wait_for_steps(run: Path, count: int, starter: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (run.with_suffix("") / "metrics.jsonl").exists() or len(history(run)) < count:
         if starter.poll() is not None or time.monotonic() > deadline:
             starter.kill()

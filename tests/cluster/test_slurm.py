@@ -43,7 +43,7 @@ def submit(cluster: Slurm, recipe: str, run: Path, *options: str, partition: str
     )  # fmt: skip
 
 
-def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = 240) -> None:
+def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
