@@ -215,10 +215,12 @@ def _join_again(backend: str, timeout: timedelta) -> None:
 
     torch 2.13 takes the store of a restarted job for a new one, but on one host it is the one of the attempt before:
     ranks would read the addresses of dead processes, and wait for them for ever. With several hosts each agent has a
-    count of restarts of its own, so that it names no attempt; there torch's way is left as it is.
+    count of restarts of its own, so that it names no attempt; there the variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE,
+    which the scripts of ``launch/`` set for torchrun, gives each attempt a store of its own.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
