@@ -43,7 +43,7 @@ def submit(cluster: Slurm, recipe: str, run: Path, *options: str, partition: str
     )  # fmt: skip
 
 
-def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = 400) -> None:
+def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
@@ -105,6 +105,18 @@ def test_the_notice_before_the_time_limit_requeues_torchrun(
     assert (run.with_suffix("") / "checkpoints" / "latest").read_text() == f"step-{stopped:08d}"
     wait(cluster, "the job's end", lambda: cluster.field(job, "JobState") == "COMPLETED", run)
     assert [row["loss"] for row in history(run)] == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Slurm, small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    """The signal is the one of preemption, but the job must not queue itself again."""
+    run = run_file(small_corpus, tmp_path / "cancelled.yaml", train={**SETTINGS, "steps": 10**6})
+    job = submit(cluster, "slurm_ranks.sbatch", run)
+    wait(cluster, "first steps", lambda: steps(run) > 2, run)
+    cluster("scancel", job)
+    wait(cluster, "no ranks left", lambda: not rank_processes(run), run)
+    wait(cluster, "cancelled", lambda: cluster.field(job, "JobState") == "CANCELLED", run, seconds=60)
+    time.sleep(5)  # as long as the script would need to queue the job again
+    assert (cluster.field(job, "JobState"), cluster.field(job, "Restarts")) == ("CANCELLED", "0")
 
 
 def test_a_users_error_is_not_tried_again(cluster: Slurm, tmp_path: Path) -> None:
