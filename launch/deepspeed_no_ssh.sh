@@ -33,8 +33,8 @@ start() {
     --num_nodes "$NODES" --num_gpus "$GPUS" --master_addr "$MASTER" --master_port "$PORT" \
     --enable_each_rank_log "$LOGS" --module dualtok "$@"
 }
-# To the launcher's child: the launcher itself would end and leave the ranks behind. They have 30 s.
-stop() { pkill -TERM -P "$1" || true; }
+# To the launcher's child, when there is one: the launcher itself would end and leave the ranks behind. They have 30 s.
+stop() { (while kill -0 "$1" 2>/dev/null && ! pkill -TERM -P "$1"; do sleep 1; done) & }
 asked=
 trap 'asked=yes; stop "$child"' TERM INT
 attempt=0

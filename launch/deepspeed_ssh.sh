@@ -43,10 +43,10 @@ on_host() { # HOST COMMAND...
   shift
   ssh -o BatchMode=yes $SSH_OPTIONS "$host" "$(printf '%q ' "$@")" </dev/null
 }
-stop_hosts() {
-  local rank
+stop_hosts() { # a host that has only just been started gets a few seconds to say which process it is
+  local rank try='for try in 1 2 3 4 5; do kill -TERM $(cat "$0" 2>/dev/null) 2>/dev/null && break; sleep 1; done'
   for rank in "${!HOSTS[@]}"; do
-    on_host "${HOSTS[$rank]}" sh -c "kill -TERM \$(cat '$LOGS/launcher-$rank.pid') 2>/dev/null || true" &
+    on_host "${HOSTS[$rank]}" sh -c "$try" "$LOGS/launcher-$rank.pid" || true &
   done
 }
 start() {

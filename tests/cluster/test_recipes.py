@@ -21,6 +21,8 @@ from tests.e2e.test_launchers import run_file
 from tests.support import ROOT, dualtok, environment, history, succeed
 
 pytestmark = pytest.mark.slow
+DEADLINE = 800
+"""Seconds after which a job counts as hanging; it takes 20 on an idle machine."""
 SETTINGS = {"steps": 60, "evaluate_every": 60, "checkpoint_every": 10}
 
 
@@ -61,22 +63,31 @@ def start(recipe: str, run: Path, **variables: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a recipe that still runs by the signal that it hands on to its ranks."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
 def finish(*processes: subprocess.Popen[str], status: int = 0) -> str:
     """Wait for recipes and return what they printed."""
     try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
+        outputs = [process.communicate(timeout=DEADLINE)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            stop(process)
     assert [process.returncode for process in processes] == [status] * len(processes), "\n".join(outputs)
     return "\n".join(outputs)
 
 
 def wait_for_steps(run: Path, count: int, starter: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + DEADLINE
     while not (run.with_suffix("") / "metrics.jsonl").exists() or len(history(run)) < count:
         if starter.poll() is not None or time.monotonic() > deadline:
-            starter.kill()
+            stop(starter)
             pytest.fail(f"no step {count}: {starter.communicate()[0]}")
         time.sleep(0.2)
 

@@ -16,7 +16,7 @@ from tests.e2e.test_launchers import run_file
 from tests.support import ROOT, dualtok, environment, history, succeed
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
-STEPS = 120
+STEPS = 100
 SETTINGS = {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": 20, "data_workers": 1}
 
 
@@ -43,7 +43,7 @@ def submit(cluster: Slurm, recipe: str, run: Path, *options: str, partition: str
     )  # fmt: skip
 
 
-def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = 600) -> None:
+def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = 800) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
@@ -77,7 +77,7 @@ def test_a_job_outlives_a_killed_rank_and_preemption(
     wait(cluster, "the job's end", lambda: cluster.field(job, "JobState") == "COMPLETED", run)
 
     logs = "".join(path.read_text() for path in sorted((tmp_path / "logs").glob(f"{job}-rank0.log")))
-    assert len(re.findall(r"asked to end after step \d+ of 120; its checkpoint", logs)) == 1
+    assert len(re.findall(r"asked to end after step \d+ of 100; its checkpoint", logs)) == 1
     losses = [row["loss"] for row in history(run)]
     assert losses == pytest.approx(undisturbed, rel=1e-5)
     assert [row["loss"] for row in history(urgent)] == pytest.approx(undisturbed[:20], rel=1e-5)
