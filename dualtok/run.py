@@ -147,6 +147,17 @@ class RunConfig:
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
+
+
 class _RunLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key written twice instead of keeping the last one silently."""
 

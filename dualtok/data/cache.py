@@ -44,6 +44,10 @@ class ShardCache:
         """What this process has compared with its name."""
         self._complained = False
 
+    def has(self, sha256: str) -> bool:
+        """Return whether a file is there, whole; it may be gone the next moment."""
+        return (self.folder / sha256).exists()
+
     @contextmanager
     def hold(self, sha256: str, size: int, fetch: Callable[[Path], None]) -> Iterator[Path]:
         """Give the path of a file, fetched first if it is not there; it stays as long as the block lasts.

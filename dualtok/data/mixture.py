@@ -19,7 +19,7 @@ import numpy as np
 from dualtok.data.config import MIX_PERIOD
 from dualtok.data.manifest import Manifest, load_manifest, split_entry
 from dualtok.data.poisson import PoissonDocuments
-from dualtok.data.rank_batches import Batch, rank_batches
+from dualtok.data.rank_batches import Batch, Fetches, RankBatches, rank_batches
 from dualtok.data.remote import Place, place_of
 from dualtok.data.stream import BlockStream
 from dualtok.errors import DataError
@@ -173,9 +173,13 @@ class Mixture:
         for stream in self.streams:
             stream.forget_prefetched()
 
+    def fetches(self) -> Fetches:
+        """Return what this reader has found of all sources' shards at an address so far."""
+        return sum((stream.fetches() for stream in self.streams), Fetches())
+
     def batches(
         self, start_sample: int, global_micro_batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
+    ) -> RankBatches:
         """Yield this rank's share of each global micro-batch, without end; as :meth:`BlockStream.batches`."""
         return rank_batches(self, start_sample, global_micro_batch, rank=rank, world_size=world_size, workers=workers)
 

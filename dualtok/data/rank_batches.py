@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, count
 from typing import Protocol
 
@@ -22,6 +23,25 @@ LOOK_AHEAD = 16
 """Windows that the search for shards to fetch goes on per window read."""
 WINDOW_TOKENS = 2**17
 """Tokens of the largest window that holds more than one micro-batch; about 3 MB in shared memory."""
+COUNTS = 3
+"""Figures that each data worker keeps; see :class:`_RankWindows`."""
+
+
+@dataclass(frozen=True)
+class Fetches:
+    """Shards at an address as they were opened."""
+
+    opened: int = 0
+    ready: int = 0
+    """Of which lay on this host already, fetched ahead or kept from before."""
+
+    def __add__(self, other: Fetches) -> Fetches:
+        """Add both counts."""
+        return Fetches(self.opened + other.opened, self.ready + other.ready)
+
+    def __sub__(self, other: Fetches) -> Fetches:
+        """Return what came after ``other``."""
+        return Fetches(self.opened - other.opened, self.ready - other.ready)
 
 
 class Reader(Protocol):
@@ -38,26 +58,72 @@ class Reader(Protocol):
     def forget_prefetched(self) -> None:
         """Begin a new search for what to fetch."""
 
+    def fetches(self) -> Fetches:
+        """Return what was found of shards at an address so far."""
+
     def __len__(self) -> int:
         """Return the samples of one epoch."""
 
 
 def rank_batches(
     stream: Reader, start_sample: int, global_micro_batch: int, *, rank: int, world_size: int, workers: int
-) -> Iterator[Batch]:
+) -> RankBatches:
     """Yield one rank's share of each global micro-batch, without end; see
     :meth:`~dualtok.data.stream.BlockStream.batches`."""
     if global_micro_batch % world_size:
         raise DataError(f"a micro-batch of {global_micro_batch} blocks cannot be shared by {world_size} ranks")
     share = global_micro_batch // world_size
     largest = max(1, WINDOW_TOKENS // (share * stream.block_length)) if workers else 1
-    dataset = _RankWindows(stream, start_sample + rank * share, global_micro_batch, share, largest)
+    counts = torch.zeros(max(1, workers), COUNTS, dtype=torch.int64)
+    if workers:
+        counts.share_memory_()
+    dataset = _RankWindows(stream, start_sample + rank * share, stride=global_micro_batch, share=share,
+                           largest=largest, counts=counts)  # fmt: skip
     windows: Iterable[Batch] = dataset
     if workers:
         windows = _from_workers(
             DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_notices_to_the_rank)
         )
-    return chain.from_iterable(_micro_batches(window, share) for window in windows)
+    batches = chain.from_iterable(_micro_batches(window, share) for window in windows)
+    return RankBatches(batches, counts, reads_ahead=workers > 0)
+
+
+class RankBatches(Iterator[Batch]):
+    """One rank's micro-batches, and how the reading ahead keeps up with their use.
+
+    Args:
+        batches: the micro-batches.
+        counts: what each data worker has read, [workers, COUNTS]; see :class:`_RankWindows`.
+        reads_ahead: whether there are data workers.
+    """
+
+    def __init__(self, batches: Iterator[Batch], counts: torch.Tensor, *, reads_ahead: bool) -> None:
+        self._batches, self._counts, self.reads_ahead = batches, counts, reads_ahead
+        self._taken = 0
+        self.waiting = 0
+        """Micro-batches that lay read, summed over all times that one was asked for."""
+
+    def __next__(self) -> Batch:
+        """Return the next micro-batch, when it has been read."""
+        self.waiting += self.depth
+        batch = next(self._batches)
+        self._taken += 1
+        return batch
+
+    @property
+    def depth(self) -> int:
+        """Micro-batches that lie read now."""
+        return max(0, int(self._counts[:, 0].sum()) - self._taken)
+
+    @property
+    def taken(self) -> int:
+        """Times that a micro-batch was asked for and came."""
+        return self._taken
+
+    def fetches(self) -> Fetches:
+        """Return what this rank's readers, in their processes, have found of shards at an address so far."""
+        _, opened, ready = self._counts.sum(0).tolist()
+        return Fetches(opened, ready)
 
 
 def _leave_notices_to_the_rank(_worker: int) -> None:
@@ -90,10 +156,15 @@ class _RankWindows(IterableDataset[Batch]):
         stride: samples from one of its micro-batches to the next.
         share: its samples of each.
         largest: micro-batches of the largest window.
+        counts: in shared memory, [workers, COUNTS]: the micro-batches that each worker has read, the shards at an
+            address that it has opened, and those of them that were there. Each worker writes its own row alone.
     """
 
-    def __init__(self, stream: Reader, start: int, stride: int, share: int, largest: int) -> None:
+    def __init__(
+        self, stream: Reader, start: int, *, stride: int, share: int, largest: int, counts: torch.Tensor
+    ) -> None:
         self._stream, self._start, self._stride, self._share, self._largest = stream, start, stride, share, largest
+        self._counts = counts
 
     def __iter__(self) -> Iterator[Batch]:
         windows = self._windows()
@@ -110,8 +181,15 @@ class _RankWindows(IterableDataset[Batch]):
                 if too_far or not self._stream.prefetch(self._samples(window)):
                     break
                 fetched += 1
-            yield self._stream.read(self._samples(upcoming.popleft()))
+            yield self._read(upcoming.popleft())
             fetched = max(0, fetched - 1)
+
+    def _read(self, window: range) -> Batch:
+        before = self._stream.fetches()
+        batch = self._stream.read(self._samples(window))
+        new, worker = self._stream.fetches() - before, get_worker_info()
+        self._counts[0 if worker is None else worker.id] += torch.tensor([len(window), new.opened, new.ready])
+        return batch
 
     def _windows(self) -> Iterator[range]:
         """Yield this worker's windows as the numbers of their micro-batches."""

@@ -66,6 +66,10 @@ class RemoteFolder:
         with self._hold(file) as path:
             return opener(path)
 
+    def has(self, file: RemoteFile) -> bool:
+        """Return whether a file lies on this host, whole, so that nothing need be waited for."""
+        return self._cache.has(file.sha256)
+
     def prefetch(self, file: RemoteFile) -> None:
         """Fetch a file in the background. A failure is left to :meth:`open`, which tries again."""
         if self._fetchers is None or self._fetchers[0] != os.getpid():

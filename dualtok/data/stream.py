@@ -24,7 +24,7 @@ import torch
 
 from dualtok.data.manifest import ShardEntry, check_shard, load_manifest, split_entry
 from dualtok.data.packing import PADDING_ID, Segment, model_inputs
-from dualtok.data.rank_batches import Batch, rank_batches
+from dualtok.data.rank_batches import Batch, Fetches, RankBatches, rank_batches
 from dualtok.data.remote import Place, RemoteFile, RemoteFolder, place_of
 from dualtok.data.shards import Shard
 from dualtok.data.storage import BadShardError
@@ -113,6 +113,7 @@ class BlockStream:
         self._open: OrderedDict[str, Shard] = OrderedDict()
         self._ahead: dict[str, int] = {}
         """Bytes of the shards that are fetched ahead and not yet opened."""
+        self._fetches = Fetches()
         self._lane_order = lru_cache(maxsize=4 * self.lanes)(self._draw_lane_order)
         self._row_order = lru_cache(maxsize=4 * self.lanes)(self._draw_row_order)
 
@@ -172,6 +173,10 @@ class BlockStream:
         """Begin a new search for shards to fetch; an earlier reader may have left some that it never opened."""
         self._ahead.clear()
 
+    def fetches(self) -> Fetches:
+        """Return what this reader has found of shards at an address so far."""
+        return self._fetches
+
     def read_rows(self, shard_file: str, rows: NDArray[np.int64]) -> Batch:
         """Return the batch of some rows of one shard."""
         return self._read_places([(shard_file, int(row)) for row in rows])[0]
@@ -186,7 +191,7 @@ class BlockStream:
 
     def batches(
         self, start_sample: int, global_micro_batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
+    ) -> RankBatches:
         """Yield this rank's share of each global micro-batch, without end; epochs follow each other.
 
         Args:
@@ -340,6 +345,7 @@ class BlockStream:
     def _map(self, entry: ShardEntry) -> Shard:
         if isinstance(self._place, RemoteFolder):
             remote = self._remote(entry)
+            self._fetches += Fetches(1, int(self._place.has(remote)))
             return self._place.open(remote, lambda path: Shard(path, f"{self._place}/{remote.name}"))
         path = self._place / self.split / entry.file
         if self._skips and entry.file not in self._sound:  # only one of the ranks has hashed it at the start

@@ -12,6 +12,7 @@ from dualtok.engine.zero import build_zero_engine, quiet_deepspeed
 from dualtok.model.load import DTYPES, read_model_config
 from dualtok.model.loss_backends import load_backend
 from dualtok.model.stages import build_stage, stage_names, tied_weights
+from dualtok.monitor.timing import PhaseTimer
 from dualtok.objective.selection import RankGather
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def build_pipeline(
             args=None, model=module, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps),
             mpu=module.mpu(), config=config, config_class=DeepSpeedConfig(config, module.mpu()),
         )  # fmt: skip
+    engine.timer = PhaseTimer(layout.ranks.device)
     return PipelineTrainer(engine, layout, names)
 
 

@@ -25,6 +25,9 @@ TESTED_WITH_SHARDED_PIPELINE = ("0.19.8",)
 OWNED_SECTIONS = {
     "scheduler": "train.schedule and train.warmup_steps",
     "tensorboard": "monitor.tensorboard",
+    "csv_monitor": "monitor.csv",
+    "wandb": "monitor.wandb",
+    "comet": "monitor.comet",
     "fp16": "train.precision (fp32 or bf16: gradient ascent on memorised tokens drives fp16's loss scale down)",
 }
 

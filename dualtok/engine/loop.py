@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dualtok.engine.checkpoint import CheckpointWriter, find_checkpoint, load_checkpoint
+from dualtok.engine.collectives import timed_collectives
 from dualtok.engine.evaluation import Evaluation, evaluate
 from dualtok.engine.guard import Guard, LossLimit
 from dualtok.engine.metrics import History, StepMetrics, StepTotals, peak_memory_gib, step_metrics
+from dualtok.engine.monitors import scalar_writers
 from dualtok.engine.preemption import PreemptionNotice
+from dualtok.engine.watch import RunWatch
 from dualtok.errors import CheckpointError, DualtokError, Preempted
+from dualtok.monitor.channel import Channel
 from dualtok.monitor.events import EventWriter, fixed_bins
 from dualtok.monitor.progress import RunProgress
+from dualtok.monitor.timing import DATA, REFERENCE
 from dualtok.objective.head import IGNORED_LABEL
+from dualtok.run import flat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from dualtok.engine.protocol import TrainingEngine
     from dualtok.engine.watchdog import Watchdog
     from dualtok.model.losses import Batch
+    from dualtok.monitor.ranks import Efficiency
     from dualtok.reference.live import LiveReference
     from dualtok.run import RunConfig
 
@@ -66,6 +74,7 @@ class TrainingLoop:
         state: where the run stands.
         reference: computes the reference losses while training, if they are not stored.
         watchdog: is told of progress.
+        efficiency: what the model FLOP utilisation is reckoned with.
     """
 
     run: RunConfig
@@ -76,6 +85,7 @@ class TrainingLoop:
     state: LoopState = field(default_factory=LoopState)
     reference: LiveReference | None = None
     watchdog: Watchdog | None = None
+    efficiency: Efficiency | None = None
 
     def __post_init__(self) -> None:
         """Name the parts that every method uses."""
@@ -93,6 +103,7 @@ class TrainingLoop:
             background=self.train.checkpoint_in_background,
         )  # fmt: skip
         self.notice = PreemptionNotice()
+        self.watch = RunWatch(self.engine.timer, self.layout)
         self._asked_to_end = False
 
     def resume(self, saved: SavedCheckpoint) -> None:
@@ -119,7 +130,7 @@ class TrainingLoop:
             DualtokError: training diverged, and the guard does not go on.
             Preempted: the job was asked to end; a checkpoint of the last step is complete.
         """
-        with self.notice:
+        with self.notice, timed_collectives(self.engine.timer):
             self._fit()
         return self.state
 
@@ -127,9 +138,7 @@ class TrainingLoop:
         first = self.ranks.is_first
         metrics = History(self.folder / "metrics.jsonl" if first else None, self.state.step)
         evaluations = History(self.folder / "evaluations.jsonl" if first else None, self.state.step)
-        writes_events = first and self.run.monitor.tensorboard
-        events = EventWriter(self.folder / "events" if writes_events else None, self.state.step + 1)
-        events.text("run", self.run.to_yaml(), self.state.step)
+        events, times = self._open_events(), self._open_times()
         batches = self.batches()
         progress = RunProgress(
             f"train {self.run.objective}", self.total_steps, active=first, plain_every=self.run.monitor.log_every,
@@ -145,11 +154,15 @@ class TrainingLoop:
                     progress.rewind(self.state.step)
                     for history in (metrics, evaluations):
                         history.forget_after(self.state.step)
+                    times.use(lambda ranks: ranks.forget_after(self.state.step))
                     continue
                 metrics.append(outcome)
                 progress.advance(1, f"loss {outcome.loss:.4f} {outcome.tokens_per_second:,.0f} tokens/s")
                 if self.state.step % self.run.monitor.log_every == 0 or self.state.step == self.total_steps:
-                    events.scalars(step_scalars(outcome, self.run.objective), outcome.step)
+                    table, steps = self.watch.table()
+                    seen = {**step_scalars(outcome, self.run.objective), **table.scalars(self.efficiency)}
+                    events.scalars(seen, outcome.step)
+                    times.use(partial(History.append, entry=table.entry(outcome.step, steps)))
                 evaluation = self._evaluate_when_due()
                 if evaluation is not None:
                     evaluations.append(evaluation)
@@ -163,6 +176,22 @@ class TrainingLoop:
                                     f"is in {self.checkpoints}, resume with --resume")  # fmt: skip
         self.writer.wait()
         events.close()
+
+    def _open_events(self) -> EventWriter:
+        """Return what writes this run's events on rank 0, and writes nothing elsewhere."""
+        if not self.ranks.is_first:
+            return EventWriter(None)
+        monitor, done = self.run.monitor, self.state.step
+        events = EventWriter(self.folder / "events" if monitor.tensorboard else None, done + 1,
+                             scalar_writers(monitor, self.folder, done))  # fmt: skip
+        events.text("run", self.run.to_yaml(), done)
+        events.settings(compared_settings(self.run))
+        return events
+
+    def _open_times(self) -> Channel:
+        """Return what keeps the table of all ranks."""
+        file = self.folder / "ranks.jsonl" if self.ranks.is_first else None
+        return Channel("ranks.jsonl", lambda: History(file, self.state.step))
 
     def _beat(self, doing: str) -> None:
         """Report progress, if somebody watches."""
@@ -206,22 +235,25 @@ class TrainingLoop:
         if self.reference is None:
             return batches
         # It may read ahead: the data cursor counts what was trained on, not what was read.
-        return self.reference.scored(batches, self.train.gradient_accumulation)
+        return self.engine.timer.each(REFERENCE, self.reference.scored(batches, self.train.gradient_accumulation))
 
     def stream_batches(self) -> Iterator[Batch]:
         """Return this replica's micro-batches as the stream has them; its stages read the same ones."""
-        return iter(
-            self.stream.batches(
-                start_sample=self.state.samples_seen,
-                global_micro_batch=self.train.batch_size // self.train.gradient_accumulation,
-                rank=self.layout.data_parallel.rank,
-                world_size=self.layout.data_parallel.world_size,
-                workers=self.train.data_workers,
-            )
+        batches = self.stream.batches(
+            start_sample=self.state.samples_seen,
+            global_micro_batch=self.train.batch_size // self.train.gradient_accumulation,
+            rank=self.layout.data_parallel.rank,
+            world_size=self.layout.data_parallel.world_size,
+            workers=self.train.data_workers,
         )
+        return self.engine.timer.each(DATA, self.watch.follow(batches))
 
     def step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
         """Run one optimiser step and measure it; ``left_out`` says whether it was a bad one, alike on every rank."""
+        with self.engine.timer.step():
+            return self._step(batches, events)
+
+    def _step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
         started = time.perf_counter()
         step = self.state.step + 1
         self._seed_dropout(step)
@@ -229,6 +261,7 @@ class TrainingLoop:
         totals = StepTotals(self.ranks.device)
         histogram = self.run.monitor.histogram_every
         window = [next(batches) for _ in range(self.train.gradient_accumulation)]
+        self.watch.count(window)
         for batch in window:
             totals.take_skipped(batch)
         skipped, limit = self.engine.skipped_steps(), self.guard.limit()
@@ -316,6 +349,13 @@ def step_scalars(metrics: StepMetrics, objective: str) -> dict[str, float | None
         "throughput/tokens_per_second": metrics.tokens_per_second,
         "memory/peak_gib": metrics.peak_memory_gib,
     }
+
+
+def compared_settings(run: RunConfig) -> dict[str, Any]:
+    """Return the settings by which runs are compared, by dotted name; not where they read and write."""
+    tree = run.as_dict()
+    sections = ("seed", "objective", "model", "train", "selection", "goldfish", "privacy", "reference")
+    return flat({name: tree[name] for name in sections})
 
 
 def evaluation_scalars(evaluation: Evaluation) -> dict[str, float | None]:

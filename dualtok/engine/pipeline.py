@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import wraps
 from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,9 +24,10 @@ from dualtok.engine.optimizer import SkippingAdamW
 from dualtok.engine.states import states_of
 from dualtok.model.losses import probe_batch, require_faithful
 from dualtok.model.stages import tied_weights
+from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PIPELINE, PhaseTimer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -118,11 +120,39 @@ def mark(parameter: nn.Parameter, *, counted: bool) -> None:
     vars(parameter).update(model_parallel=counted, ds_pipe_replicated=not counted)
 
 
+PHASE_OF = {
+    schedule.ForwardPass: FORWARD,
+    schedule.BackwardPass: BACKWARD,
+    schedule.OptimizerStep: OPTIMISER,
+    **dict.fromkeys((schedule.SendActivation, schedule.RecvActivation, schedule.SendGrad, schedule.RecvGrad), PIPELINE),
+}
+"""What a stage's instructions count as; gradients are reduced by collectives, which count by themselves."""
+
+
+def timed_instructions(instructions: dict[Any, Callable[..., None]]) -> dict[Any, Callable[..., None]]:
+    """Return a stage's instructions, each of which counts its time as a phase."""
+
+    def timed(execute: Callable[..., None], phase: str) -> Callable[..., None]:
+        @wraps(execute)
+        def run(engine: StageEngine, *arguments: Any, **named: Any) -> None:
+            with engine.timer.phase(phase):
+                execute(engine, *arguments, **named)
+
+        return run
+
+    return {
+        instruction: timed(execute, PHASE_OF[instruction]) if instruction in PHASE_OF else execute
+        for instruction, execute in instructions.items()
+    }
+
+
 class StageEngine(PipelineEngine):
     """PipelineEngine that hands each stage its whole micro-batch and clips by the norm of the whole model."""
 
     window: Sequence[Batch] = ()
     """The micro-batches of the running schedule."""
+    timer: PhaseTimer = PhaseTimer()
+    """Replaced by the stage's own when the engine is built."""
 
     def begin(self, window: Sequence[Batch]) -> Any:
         """Take up a window of micro-batches; returns the iterator that DeepSpeed draws from."""
@@ -167,11 +197,13 @@ class StageEngine(PipelineEngine):
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._global_grad_norm)
 
-    _INSTRUCTION_MAP: ClassVar = {
-        **PipelineEngine._INSTRUCTION_MAP,
-        schedule.ForwardPass: _exec_forward_pass,
-        schedule.OptimizerStep: _exec_optimizer_step,
-    }
+    _INSTRUCTION_MAP: ClassVar = timed_instructions(
+        {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.ForwardPass: _exec_forward_pass,
+            schedule.OptimizerStep: _exec_optimizer_step,
+        }
+    )
 
 
 @dataclass
@@ -181,6 +213,11 @@ class PipelineTrainer:
     engine: StageEngine
     layout: Layout
     names: StageNames
+
+    @property
+    def timer(self) -> PhaseTimer:
+        """Where this stage's time goes."""
+        return self.engine.timer
 
     @property
     def model(self) -> ObjectiveModel:

@@ -21,6 +21,7 @@ from dualtok.engine.states import ReplicatedStates
 from dualtok.errors import ConfigError
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import probe_batch, probe_errors, require_faithful
+from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PhaseTimer
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import CausalLM
 
@@ -94,6 +95,7 @@ class PrivateEngine:
     engine: _Progress
     seed: int
     objective: CausalLM = field(default_factory=CausalLM)
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def __post_init__(self) -> None:
         """No step has been taken."""
@@ -125,12 +127,13 @@ class PrivateEngine:
         outcomes = []
         for number, batch in enumerate(micro_batches):
             outcomes.append(self._part(self.to_device(batch)))
-            self.optimizer.signal_skip_step(do_skip=number < last)
-            self.optimizer.step()
-            if number == last:
-                norms = [p.grad.norm() for p in self.optimizer.params]
-                self._norm = float(torch.stack(norms).norm())
-            self.optimizer.zero_grad()
+            with self.timer.phase(OPTIMISER):
+                self.optimizer.signal_skip_step(do_skip=number < last)
+                self.optimizer.step()
+                if number == last:
+                    norms = [p.grad.norm() for p in self.optimizer.params]
+                    self._norm = float(torch.stack(norms).norm())
+                self.optimizer.zero_grad()
         self.engine.lr_scheduler.step()
         self.engine.global_steps += 1
         return outcomes
@@ -141,15 +144,17 @@ class PrivateEngine:
             for parameter in self.optimizer.params:
                 parameter.grad = torch.zeros_like(parameter)
             return self.objective(torch.zeros_like(batch["labels"], dtype=torch.float32), batch)
-        token_losses = self.model(batch)
-        predicted = (batch["labels"] != IGNORED_LABEL).sum(1)
-        per_document = token_losses.sum(1) / predicted.clamp(min=1)
-        per_document.mean().backward(retain_graph=True)  # Opacus' hooks take each document's norm
-        factors = self.hooks.get_clipping_coef().detach()
-        self.optimizer.zero_grad()
-        self.hooks.disable_hooks()
-        (factors * per_document).sum().backward()
-        self.hooks.enable_hooks()
+        with self.timer.phase(FORWARD):
+            token_losses = self.model(batch)
+            predicted = (batch["labels"] != IGNORED_LABEL).sum(1)
+            per_document = token_losses.sum(1) / predicted.clamp(min=1)
+        with self.timer.phase(BACKWARD):
+            per_document.mean().backward(retain_graph=True)  # Opacus' hooks take each document's norm
+            factors = self.hooks.get_clipping_coef().detach()
+            self.optimizer.zero_grad()
+            self.hooks.disable_hooks()
+            (factors * per_document).sum().backward()
+            self.hooks.enable_hooks()
         return self.objective(token_losses.detach(), batch)
 
     @torch.no_grad()
@@ -236,4 +241,4 @@ def build_private_engine(
         expected_batch_size=train.batch_size / ranks.world_size, loss_reduction="mean", generator=generator,
     )  # fmt: skip
     progress = _Progress(adamw, build_schedule(train, total_steps)(adamw), train.batch_size)
-    return PrivateEngine(wrapped, layout, account, hooks, optimizer, progress, seed)
+    return PrivateEngine(wrapped, layout, account, hooks, optimizer, progress, seed, timer=PhaseTimer(ranks.device))

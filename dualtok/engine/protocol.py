@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dualtok.engine.layout import Layout
     from dualtok.engine.states import States
     from dualtok.model.losses import Batch
+    from dualtok.monitor.timing import PhaseTimer
     from dualtok.objective.loss import DualLoss
 
 
@@ -30,6 +31,10 @@ class TrainingEngine(Protocol):
     """One model in training. Every rank calls every method, equally often and in the same order."""
 
     layout: Layout
+
+    @property
+    def timer(self) -> PhaseTimer:
+        """Where this rank's time goes; the loop tells it when a step begins and ends."""
 
     @property
     def model(self) -> TrainedModel:

@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 
-from dualtok.engine.pipeline import StageEngine
+from dualtok.engine.pipeline import StageEngine, timed_instructions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,9 +102,13 @@ class ShardedStageEngine(StageEngine, _BaseIsBuilt):
 
     _INSTRUCTION_MAP: ClassVar = {
         **StageEngine._INSTRUCTION_MAP,
-        schedule.BackwardPass: _exec_backward_pass,
-        schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
-        schedule.ReduceGrads: _exec_reduce_grads,
+        **timed_instructions(
+            {
+                schedule.BackwardPass: _exec_backward_pass,
+                schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
+                schedule.ReduceGrads: _exec_reduce_grads,
+            }
+        ),
     }
 
 

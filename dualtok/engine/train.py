@@ -24,9 +24,11 @@ from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
+from dualtok.engine.monitors import require_monitors
 from dualtok.engine.privacy import PrivacyAccount
 from dualtok.engine.private import build_private_engine
 from dualtok.engine.reference import build_reference, check_reference
+from dualtok.engine.watch import efficiency
 from dualtok.engine.watchdog import Watchdog
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import write_text
@@ -38,6 +40,7 @@ from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, reference_fingerprint
 from dualtok.reference.live import AdapterReference
 from dualtok.reference.stored import StoredScores
+from dualtok.run import flat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,6 +93,7 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
     settings: TrainConfig = run.need("train", "train")
     sources = load_sources(run.data, settings.split)
     ranks = join_ranks()
+    ranks.first_does(lambda: require_monitors(run.monitor))
     with Watchdog(run.monitor.hang_seconds, Path(run.output_dir) / "stacks", ranks.rank) as watchdog:
         return _train(run, sources, ranks, watchdog, resume)
 
@@ -137,7 +141,8 @@ def _train(
         assert isinstance(module, nn.Module)
         reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
-    loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog)
+    peak = efficiency(run, Path(run.output_dir) / START_FOLDER, manifest.block_length, ranks)
+    loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog, peak)
     if saved is not None:
         loop.resume(saved)
     else:
@@ -314,18 +319,7 @@ def _require_same_settings(run: RunConfig) -> None:
 
 def changes(earlier: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield the settings that make two runs learn differently: dotted key, earlier and present value."""
-    before, after = _flat(earlier), _flat(now)
+    before, after = flat(earlier), flat(now)
     for key in sorted(before.keys() | after.keys()):
         if not key.startswith(FREE_ON_RESUME) and before.get(key) != after.get(key):
             yield key, before.get(key), after.get(key)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

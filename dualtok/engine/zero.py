@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from dualtok.engine.states import states_of
 from dualtok.model.load import load_causal_lm
 from dualtok.model.loss_backends import load_backend
 from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
+from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PhaseTimer
 from dualtok.objective.selection import RankGather
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ZeroEngine:
     model: ObjectiveModel
     layout: Layout
     keep_alive: object
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def __post_init__(self) -> None:
         """Ask how the optimiser steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
@@ -72,7 +74,7 @@ class ZeroEngine:
         self.model.scoring = True
         try:
             # With the same random numbers dropout leaves out the same units in this pass and in the one that trains.
-            with same_random_numbers(self.layout.ranks.device), torch.no_grad():
+            with same_random_numbers(self.layout.ranks.device), torch.no_grad(), self.timer.phase(FORWARD):
                 token_losses = [self.engine(batch) for batch in batches]
         finally:
             self.model.scoring = False
@@ -80,13 +82,16 @@ class ZeroEngine:
 
     def _micro_step(self, batch: Batch, plan: TokenPlan | None) -> DualLoss:
         self.model.plan = plan
-        loss = self.engine(batch)
-        self.engine.backward(loss)
-        if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
-            self._norm = _gradient_norm(self.model)
-            if isinstance(self.engine.optimizer, SkippingAdamW):
-                self.engine.optimizer.judge(self._norm)
-        self.engine.step()
+        with self.timer.phase(FORWARD):
+            loss = self.engine(batch)
+        with self.timer.phase(BACKWARD):
+            self.engine.backward(loss)
+        with self.timer.phase(OPTIMISER):
+            if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
+                self._norm = _gradient_norm(self.model)
+                if isinstance(self.engine.optimizer, SkippingAdamW):
+                    self.engine.optimizer.judge(self._norm)
+            self.engine.step()
         outcome, self.model.outcome = self.model.outcome, None
         assert outcome is not None
         return outcome
@@ -160,7 +165,7 @@ def build_zero_engine(
     engine, _, _, _ = deepspeed.initialize(
         model=wrapped, optimizer=optimizer, lr_scheduler=build_schedule(train, total_steps), config=config
     )
-    return ZeroEngine(engine, wrapped, layout, keep_alive)
+    return ZeroEngine(engine, wrapped, layout, keep_alive, PhaseTimer(layout.ranks.device))
 
 
 def build_forward_only(

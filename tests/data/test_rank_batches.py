@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dualtok.data import rank_batches as module
-from dualtok.data.rank_batches import Batch, rank_batches
+from dualtok.data.rank_batches import Batch, Fetches, rank_batches
 
 GLOBAL, BLOCK_LENGTH, START = 6, 4, 18
 
@@ -33,6 +33,9 @@ class Recorder:
 
     def forget_prefetched(self) -> None:
         self.calls.append(("forget", []))
+
+    def fetches(self) -> Fetches:
+        return Fetches()
 
     def __len__(self) -> int:
         return self._samples
