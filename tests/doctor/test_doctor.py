@@ -14,7 +14,8 @@ from tests.doctor.test_checks import plant
 from tests.support import ROOT, dualtok, environment, succeed, tiny_llama_config, write_run
 
 CHECKS = ["versions", "deepspeed", "accelerator", "compiler", "JIT locks", "operators", "memory", "shared memory",
-          "limits", "disk", "clock", "network", "run", "collectives", "gradients", "loss kernels", "training"]  # fmt: skip
+          "limits", "disk", "clock", "network", "run", "collectives", "gradients", "loss kernels",
+          "training"]  # fmt: skip
 
 
 @pytest.mark.slow

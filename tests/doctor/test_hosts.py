@@ -69,6 +69,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     Path("/run/sshd").mkdir(exist_ok=True)
     hide = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {shared} && exec "$@"', "sh"]
     bad = f"LD_PRELOAD={FAKETIME} FAKETIME=+30s DONT_FAKE_MONOTONIC=1"
+    before = set(Path("/dev/shm").glob("*faketime*"))
     servers = [_serve(folder, GOOD, port, "", []), _serve(folder, BAD, port, bad, hide)]
     try:
         yield Hosts(folder, shared, f"ssh -F {folder}/config")
@@ -76,6 +77,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         for server in servers:
             server.terminate()
             server.wait(20)
+        for left in set(Path("/dev/shm").glob("*faketime*")) - before:
+            left.unlink(missing_ok=True)
 
 
 def _serve(folder: Path, address: str, port: int, variables: str, around: list[str]) -> subprocess.Popen[bytes]:
