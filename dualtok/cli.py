@@ -203,6 +203,34 @@ def launch(
     start(plan, Path(run.output_dir).absolute() / SCRIPTS, dry_run=dry_run)
 
 
+@app.command()
+def doctor(
+    run_file: Annotated[Path | None, typer.Argument(help="A run's YAML file, to check what it needs.")] = None,
+    hosts: Annotated[Path | None, typer.Option(help="Hostfile (NAME slots=N per line): check each over ssh.")] = None,
+    ssh: Annotated[str, typer.Option(help="Command that enters a host, with its options; with --hosts.")] = "ssh",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes longer: ranks, compiling.")] = False,
+) -> None:
+    """Look for what would stop, hang or spoil a run on this machine, or on several; 1 if a check fails."""
+    _refuse_launcher("doctor")
+    from dualtok.jobs.doctor import run_doctor
+
+    _quiet_libraries()
+    if run_doctor(run_file, hosts, ssh=ssh, json=json, quick=quick):
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A training run's output_dir, or its YAML file.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Say from a run's files how far it is, whether it lives, of what it died, and what to do next."""
+    from dualtok.jobs.status import print_status
+
+    print_status(run_dir, json=json)
+
+
 def _refuse_launcher(verb: str) -> None:
     """Keep the ranks of a launcher from doing the work of one process at once, in one folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from dualtok.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ Json = dict[str, Any]
 TESTED_WITH_SHARDED_PIPELINE = ("0.19.8",)
 """DeepSpeed versions that tests/distributed/test_layout_parity.py has passed with."""
 
+WRONG_GRADIENTS = ("0.18.0", "0.19.6")
+"""DeepSpeed from the first to before the second divides gradients once too often under accumulation, for models that
+return more than their loss (DeepSpeed issue 8224)."""
+
 # Sections that say how something is done which dualtok does itself; silently ignoring them would mislead.
 OWNED_SECTIONS = {
     "scheduler": "train.schedule and train.warmup_steps",
@@ -30,6 +36,20 @@ OWNED_SECTIONS = {
     "comet": "monitor.comet",
     "fp16": "train.precision (fp32 or bf16: gradient ascent on memorised tokens drives fp16's loss scale down)",
 }
+
+
+def refuse_wrong_gradients(installed: str) -> None:
+    """Refuse the DeepSpeed versions in :data:`WRONG_GRADIENTS`.
+
+    Raises:
+        ConfigError: names the version and what to install.
+    """
+    first, mended = map(Version, WRONG_GRADIENTS)
+    if first <= Version(installed) < mended:
+        raise ConfigError(
+            f"deepspeed {installed} is installed; from {first} to before {mended} it divides gradients once too often "
+            "under gradient accumulation; install deepspeed>=0.19.8,<0.20"
+        )
 
 
 def read_deepspeed_json(path: str | Path) -> Json:
@@ -72,6 +92,7 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
     Raises:
         ConfigError: the batch cannot be shared by the ranks, or JSON and YAML contradict each other.
     """
+    refuse_wrong_gradients(version("deepspeed"))
     half = train.precision == "bf16"
     merged: Json = {"zero_optimization": {"stage": 1 if half else 0}}
     if train.deepspeed is not None:

@@ -23,6 +23,15 @@ SETTLE_SECONDS = 0.5
 """Between two looks at a lock that nobody holds: its holder closes it a moment before it removes it."""
 
 
+def stale_locks(folder: Path) -> list[Path]:
+    """Return the lock files that no process of this host holds open."""
+    found = [lock for pattern in ("*/lock", "*/*/lock") for lock in sorted(folder.glob(pattern))]
+    abandoned = [lock for lock in found if not _is_held(lock)]
+    if abandoned:
+        time.sleep(SETTLE_SECONDS)
+    return [lock for lock in abandoned if not _is_held(lock)]
+
+
 def remove_stale_locks(folder: Path) -> list[Path]:
     """Remove the lock files that no process of this host holds open.
 
@@ -30,14 +39,8 @@ def remove_stale_locks(folder: Path) -> list[Path]:
         DualtokError: such a file lies on a file system that hosts share, where it may be held by another one.
     """
     removed = []
-    found = [lock for pattern in ("*/lock", "*/*/lock") for lock in sorted(folder.glob(pattern))]
-    abandoned = [lock for lock in found if not _is_held(lock)]
-    if abandoned:
-        time.sleep(SETTLE_SECONDS)
-    for lock in abandoned:
-        if _is_held(lock):
-            continue
-        if _is_shared(lock):
+    for lock in stale_locks(folder):
+        if is_shared(lock):
             raise DualtokError(
                 f"{lock}: a lock of a compilation that no process of this host holds; if none on another host does, "
                 "remove it (or set TORCH_EXTENSIONS_DIR to a folder of this host): every start would wait for it"
@@ -47,12 +50,16 @@ def remove_stale_locks(folder: Path) -> list[Path]:
     return removed
 
 
-def clear_the_way() -> None:
-    """Remove stale locks before operators are loaded, and say so."""
+def operators_folder() -> Path:
+    """Return where torch compiles extensions on this host."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in remove_stale_locks(root):
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def clear_the_way() -> None:
+    """Remove stale locks before operators are loaded, and say so."""
+    for lock in remove_stale_locks(operators_folder()):
         print(f"removed {lock}, a lock that a killed compilation had left", file=sys.stderr, flush=True)
 
 
@@ -77,7 +84,8 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def _is_shared(path: Path) -> bool:
+def is_shared(path: Path) -> bool:
+    """Return whether a path lies on a file system that several hosts may have mounted."""
     mounts = [(len(Path(part.mountpoint).parts), part) for part in psutil.disk_partitions(all=True)
               if path.resolve().is_relative_to(part.mountpoint)]  # fmt: skip
     if not mounts:

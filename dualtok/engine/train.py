@@ -22,6 +22,7 @@ from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.checkpoint_files import COMPLETE
 from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
+from dualtok.engine.job_record import JobRecord
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
 from dualtok.engine.monitors import require_monitors
@@ -94,12 +95,14 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
     sources = load_sources(run.data, settings.split)
     ranks = join_ranks()
     ranks.first_does(lambda: require_monitors(run.monitor))
-    with Watchdog(run.monitor.hang_seconds, Path(run.output_dir) / "stacks", ranks.rank) as watchdog:
-        return _train(run, sources, ranks, watchdog, resume)
+    output = Path(run.output_dir)
+    watched = Watchdog(run.monitor.hang_seconds, output / "stacks", ranks.rank)
+    with JobRecord(output, ranks) as record, watched as watchdog:
+        return _train(run, sources, ranks, watchdog, record, resume=resume)
 
 
 def _train(
-    run: RunConfig, sources: Sequence[Source], ranks: Ranks, watchdog: Watchdog, resume: Resume
+    run: RunConfig, sources: Sequence[Source], ranks: Ranks, watchdog: Watchdog, record: JobRecord, *, resume: Resume
 ) -> LoopState:  # fmt: skip
     """Check all, build the engine and let the loop run."""
     model, settings = run.model, run.train
@@ -121,6 +124,7 @@ def _train(
     reference_folder = _check_reference(run, manifest, ranks)
     adapters = _plan_adapters(run, model, manifest, deepspeed_config, ranks)
     folder = _start_folder(run, model, manifest, adapters, ranks, resumed=saved is not None)
+    record.begin(total_steps)
     reference: LiveReference | None = None
     if run.reference is not None and reference_folder is not None:
         reference = build_reference(run.reference, reference_folder, layout)

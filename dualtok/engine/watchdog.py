@@ -16,6 +16,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualtok.engine.job_record import write_end
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -30,7 +32,7 @@ class Watchdog:
 
     Args:
         seconds: longest time between two beats.
-        folder: where stacks are written.
+        folder: where stacks are written; it lies in the run's ``output_dir``.
         rank: this rank.
     """
 
@@ -65,12 +67,14 @@ class Watchdog:
         frame = sys._current_frames().get(self._main.ident or 0)
         here = traceback.extract_stack(frame)[-1] if frame is not None else None
         where = "" if here is None else f"; its main thread is in {here.name} ({here.filename}:{here.lineno})"
+        silence = f"no progress for {self._seconds:.0f} s while {self._doing}{where}"
         print(
-            f"dualtok: error: rank {self._rank}: no progress for {self._seconds:.0f} s while {self._doing}{where}; "
-            f"stacks of all threads are in {self._path}. The rank that waits in no collective is the one to look at; "
-            "resume from the last checkpoint, or raise monitor.hang_seconds",
+            f"dualtok: error: rank {self._rank}: {silence}; stacks of all threads are in {self._path}. The rank that "
+            "waits in no collective is the one to look at; resume from the last checkpoint, or raise "
+            "monitor.hang_seconds",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
+        write_end(self._path.parent.parent, self._rank, "hung", f"{silence}; stacks are in {self._path.parent}")

@@ -20,15 +20,11 @@ def launch(arguments: list[str], processes: int, log: Path) -> None:
     Raises:
         DualtokError: the job failed; names the command, the log and the last error line.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-               "-m", "dualtok", *arguments]  # fmt: skip
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    environment.setdefault("LOCAL_SIZE", str(processes))  # DeepSpeed's CPU accelerator counts its devices by it
+    command = torchrun(["--standalone"], processes, "dualtok", arguments)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as copy:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, errors="replace", start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(command, env=rank_environment(processes), stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.STDOUT, errors="replace", start_new_session=True)  # fmt: skip
         assert process.stdout is not None
         last_error = ""
         try:
@@ -46,6 +42,27 @@ def launch(arguments: list[str], processes: int, log: Path) -> None:
     if status:
         reason = last_error or f"exit status {status}"
         raise DualtokError(f"`dualtok {' '.join(arguments)}` failed: {reason} (log: {log})")
+
+
+def torchrun(where: list[str], processes: int, module: str, arguments: list[str]) -> list[str]:
+    """Return the command that starts ``python -m MODULE ARGUMENTS`` on ranks of this host.
+
+    Args:
+        where: torchrun's options about hosts; ``["--standalone"]`` for this one alone.
+        processes: ranks on this host.
+        module: what each rank runs.
+        arguments: its arguments.
+    """
+    return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}", "-m", module,
+            *arguments]  # fmt: skip
+
+
+def rank_environment(processes: int) -> dict[str, str]:
+    """Return the environment of so many ranks on this host: this process' own, completed."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("LOCAL_SIZE", str(processes))  # DeepSpeed's CPU accelerator counts its devices by it
+    return environment
 
 
 def is_progress(line: str) -> bool:

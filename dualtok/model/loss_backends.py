@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
 """Name of a backend -> the package to install."""
-_MODULES = {"cut_cross_entropy": "cut_cross_entropy", "liger": "liger_kernel"}
+MODULES = {"cut_cross_entropy": "cut_cross_entropy", "liger": "liger_kernel"}
+"""Name of a backend -> the module that must be there."""
 
 WAY_OUT = "use loss_backend: torch"
 CHECK_TOKENS, CHECK_HIDDEN, CHECK_VOCABULARY = 96, 64, 512
@@ -52,11 +53,11 @@ def load_backend(
         raise ConfigError(
             f"train.loss_backend: {name} needs a GPU, and this job runs on the CPU; use loss_backend: torch"
         )
-    if find_spec(_MODULES[name]) is None:
+    if find_spec(MODULES[name]) is None:
         raise ConfigError(
             f"train.loss_backend: {name} is not installed; run `pip install {PACKAGES[name]}`, or {WAY_OUT}"
         )
-    kernel = {"cut_cross_entropy": _cut_cross_entropy, "liger": _liger}[name]
+    kernel = KERNELS[name]
     check_backend(
         name, kernel, device, DTYPES[precision], scaling=logit_scaling(causal_lm.config),
         bias=getattr(causal_lm.get_output_embeddings(), "bias", None) is not None,
@@ -156,3 +157,7 @@ def _liger(
         softcap=scaling.softcap, accum_dtype=torch.float32,
     )  # fmt: skip
     return losses.float()
+
+
+KERNELS: dict[str, LinearCrossEntropy] = {"cut_cross_entropy": _cut_cross_entropy, "liger": _liger}
+"""Name of a backend -> its kernel, not yet checked."""

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from dualtok.engine.config import TrainConfig
-from dualtok.engine.deepspeed_config import inference_config, offloads_optimizer, training_config
+from dualtok.engine.deepspeed_config import (
+    inference_config,
+    offloads_optimizer,
+    refuse_wrong_gradients,
+    training_config,
+)
 from dualtok.errors import ConfigError
 from tests.support import deepspeed_json
 
@@ -38,6 +43,23 @@ def test_the_batch_is_shared_by_the_ranks() -> None:
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["bf16"] == {"enabled": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.18.9", "0.19.5"])
+def test_a_deepspeed_with_wrong_gradients_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    metadata = tmp_path / f"deepspeed-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"deepspeed {version} is installed.*install deepspeed>=0.19.8"):
+        training_config(settings(None), world_size=4)
+
+
+@pytest.mark.parametrize("version", ["0.17.6", "0.19.6", "0.19.8"])
+def test_other_deepspeeds_are_not_refused_for_their_gradients(version: str) -> None:
+    refuse_wrong_gradients(version)
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused() -> None:

@@ -42,7 +42,7 @@ def test_a_lock_that_a_process_holds_stays(tmp_path: Path) -> None:
 
 def test_on_a_shared_file_system_it_is_named_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = lock(tmp_path)
-    monkeypatch.setattr(jit_locks, "_is_shared", lambda path: True)
+    monkeypatch.setattr(jit_locks, "is_shared", lambda path: True)
     with pytest.raises(DualtokError, match=r"deepspeed_shm_comm/lock: a lock .* remove it .*TORCH_EXTENSIONS_DIR"):
         jit_locks.remove_stale_locks(tmp_path)
     assert left.exists()

@@ -1,0 +1,42 @@
+"""The run that is to start: its data, and its DeepSpeed settings for the ranks at hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dualtok.data.mixture import load_sources
+from dualtok.doctor.result import CheckResult
+from dualtok.engine.deepspeed_config import training_config
+from dualtok.engine.train import require_reference
+from dualtok.errors import DataError, DualtokError
+
+if TYPE_CHECKING:
+    from dualtok.run import RunConfig
+
+
+def check_run(run: RunConfig, ranks: int) -> CheckResult:
+    """Compare the run's sections, prepared data and DeepSpeed JSON with each other and with the ranks, as training
+    does when it starts.
+
+    Args:
+        run: the run.
+        ranks: of the whole job.
+    """
+    name = "run"
+    if run.train is None:
+        return CheckResult(name, "not-run", "the run has no section 'train'; prepare, score and audit check themselves")
+    try:
+        run.need("model", "train")
+        require_reference(run)
+        if ranks % run.train.stages:
+            return CheckResult(name, "warn", f"{run.train.stages} pipeline stages (train.pipeline.stages) cannot share "
+                               f"the {ranks} ranks that are here", "start a multiple of the stages")  # fmt: skip
+        if run.train.engine != "opacus":
+            training_config(run.train, ranks // run.train.stages)
+        sources = load_sources(run.data, run.train.split)
+    except DataError as error:
+        return CheckResult(name, "fail", str(error), "prepare the data first: `dualtok prepare RUN.yaml`")
+    except DualtokError as error:
+        return CheckResult(name, "fail", str(error), "change the setting that the message names")
+    blocks = sum(source.manifest.splits[run.train.split].blocks for source in sources)
+    return CheckResult(name, "ok", f"settings, DeepSpeed JSON and {blocks:,} prepared blocks fit {ranks} ranks")

@@ -1,0 +1,80 @@
+"""Installed packages against those that dualtok needs and those that it was tested with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+from dualtok.doctor.result import CheckResult
+from dualtok.engine.deepspeed_config import refuse_wrong_gradients
+from dualtok.errors import ConfigError
+
+TESTED = {
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+    "deepspeed": "0.19.8",
+    "numpy": "2.4.6",
+    "peft": "0.21.2",
+    "pyarrow": "26.0.1",
+    "pydantic": "2.14.3",
+    "safetensors": "0.8.0",
+    "tokenizers": "0.23.3",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+}
+"""Versions in ``constraints.txt`` of the packages whose inner workings dualtok leans on."""
+
+INSTALL = "pip install --constraint constraints.txt --editable . in a checkout of dualtok"
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python, dualtok and the packages in :data:`TESTED`; packages that are missing are not in
+    it. torch's says which CUDA it was built for."""
+    found = {"python": platform.python_version()}
+    for name in ("dualtok", *TESTED):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_versions() -> CheckResult:
+    """Compare with dualtok's requirements (fail) and with the versions of the tests (warn)."""
+    name = "versions"
+    outside = []
+    for line in requires("dualtok") or []:
+        needed = Requirement(line)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            outside.append(f"{needed.name} is not installed, dualtok needs {needed.specifier}")
+            continue
+        if not needed.specifier.contains(found.partition("+")[0], prereleases=True):
+            outside.append(f"{needed.name} {found} is installed, dualtok needs {needed.specifier}")
+    if outside:
+        return CheckResult(name, "fail", "; ".join(outside), INSTALL)
+    have = installed_versions()
+    other = [f"{package} {have[package]} (tested: {tested})" for package, tested in TESTED.items()
+             if package in have and have[package].partition("+")[0] != tested]  # fmt: skip
+    if other:
+        return CheckResult(name, "warn", f"never tested with {', '.join(other)}", f"if something fails: {INSTALL}")
+    main = ", ".join(f"{package} {have[package]}" for package in ("python", "torch", "deepspeed", "transformers"))
+    return CheckResult(name, "ok", f"{main} and {len(TESTED) - 3} more as tested")
+
+
+def check_deepspeed() -> CheckResult:
+    """Look for the DeepSpeed versions whose gradients are wrong under accumulation."""
+    name = "deepspeed"
+    try:
+        found = version("deepspeed")
+        refuse_wrong_gradients(found)
+    except PackageNotFoundError:
+        return CheckResult(name, "fail", "not installed", INSTALL)
+    except ConfigError as error:
+        return CheckResult(name, "fail", str(error), f"pip install deepspeed=={TESTED['deepspeed']}")
+    return CheckResult(name, "ok", f"{found} scales gradients rightly under accumulation, as far as is known")
