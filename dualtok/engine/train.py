@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.checkpoint_files import COMPLETE
 from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
+from dualtok.engine.heartbeat import STATUS_FILE, watch_hosts
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
 from dualtok.engine.privacy import PrivacyAccount
@@ -90,7 +92,11 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
     settings: TrainConfig = run.need("train", "train")
     sources = load_sources(run.data, settings.split)
     ranks = join_ranks()
-    with Watchdog(run.monitor.hang_seconds, Path(run.output_dir) / "stacks", ranks.rank) as watchdog:
+    output = Path(run.output_dir)
+    with (
+        watch_hosts(ranks, run.monitor.heartbeat_seconds, status=output / STATUS_FILE) or nullcontext(),
+        Watchdog(run.monitor.hang_seconds, output / "stacks", ranks.rank) as watchdog,
+    ):
         return _train(run, sources, ranks, watchdog, resume)
 
 
