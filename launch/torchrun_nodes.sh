@@ -11,8 +11,6 @@ JOB="${JOB:-dualtok}" # the same on all hosts; another job has another one
 RESTARTS="${RESTARTS:-3}"
 # For the last step and its checkpoint when the job is asked to end; torchrun's own 30 s are few.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${STOP_SECONDS:-300}"
-# A store for each start: in the one that torch 2.13 keeps, ranks would find the addresses of dead ones and wait for them.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 PYTHON="${PYTHON:-python}"
 LOGS="${LOGS:-logs}"           # one file per rank
 INTERFACE="${INTERFACE:-}" # such as eth0 or ib0; empty: NCCL and gloo choose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,8 @@ Result = TypeVar("Result")
 SHARED_MEMORY = Path("/dev/shm")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+STORE_PORT = "dualtok/store-port"
+"""Key in torchrun's store."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +197,15 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
 
     check_interfaces(os.environ)
     os.environ.update(complete_environment(os.environ))
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        # Where DeepSpeed's CPU operators find LOCAL_SIZE equal to the world size they look for the shared memory of all
+        # ranks, and spin for ever if some are on another host.
+        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         clear_the_way()
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        _join_again(get_accelerator().communication_backend_name(), timeout)
+        _join_under_torchrun(get_accelerator().communication_backend_name(), timeout)
         deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=timeout)
     accelerator = get_accelerator()
     device = torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
@@ -210,23 +217,51 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _join_again(backend: str, timeout: timedelta) -> None:
-    """Join the process group of a job that torchrun has restarted, under names of this attempt's own.
+def _join_under_torchrun(backend: str, timeout: timedelta) -> None:
+    """Join the process group of a job under torchrun through a store of this start's own.
 
-    torch 2.13 takes the store of a restarted job for a new one, but on one host it is the one of the attempt before:
-    ranks would read the addresses of dead processes, and wait for them for ever. With several hosts each agent has a
-    count of restarts of its own, so that it names no attempt; there the variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE,
-    which the scripts of ``launch/`` set for torchrun, gives each attempt a store of its own.
+    torch 2.13 takes the agent's store for a new one at each restart of the ranks, but it is that of the start before:
+    ranks would read the addresses of dead processes, and wait for them for ever. A restart has no name that all hosts
+    know (each agent counts its own). So rank 0 holds a new store, and leaves its port in the agent's; a port that a
+    start before has left belongs to a process that has ended, and refuses connections.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if attempt == "0" or not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
-    named = dist.PrefixStore(f"attempt_{attempt}", store)
-    dist.init_process_group(backend, store=named, rank=rank, world_size=world_size, timeout=timeout)
+    host = os.environ["MASTER_ADDR"]
+    agent = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout,
+                          wait_for_workers=False)  # fmt: skip
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        agent.set(STORE_PORT, str(store.port))
+    else:
+        store = connect_store(lambda: (host, int(agent.get(STORE_PORT))), timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def connect_store(address: Callable[[], tuple[str, int]], timeout: timedelta) -> dist.TCPStore:
+    """Connect to a store as soon as there is one.
+
+    torch's own attempts print stacks for each refused connection; a plain socket asks first.
+
+    Args:
+        address: returns the host and port to try next.
+        timeout: of the attempts together, and of the store's operations.
+
+    Raises:
+        OSError: nobody listens, or nothing answers.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        host, port = address()
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, min(5.0, timeout.total_seconds()))).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(min(0.2, timeout.total_seconds() / 10))
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def _unlink_shared_buffer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.checkpoint_files import COMPLETE
 from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
+from dualtok.engine.heartbeat import STATUS_FILE, watch_hosts
 from dualtok.engine.job_record import JobRecord
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
@@ -96,8 +98,11 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
     ranks = join_ranks()
     ranks.first_does(lambda: require_monitors(run.monitor))
     output = Path(run.output_dir)
-    watched = Watchdog(run.monitor.hang_seconds, output / "stacks", ranks.rank)
-    with JobRecord(output, ranks) as record, watched as watchdog:
+    with (
+        JobRecord(output, ranks) as record,
+        watch_hosts(ranks, run.monitor.heartbeat_seconds, status=output / STATUS_FILE) or nullcontext(),
+        Watchdog(run.monitor.hang_seconds, output / "stacks", ranks.rank) as watchdog,
+    ):
         return _train(run, sources, ranks, watchdog, record, resume=resume)
 
 

@@ -41,9 +41,7 @@ def pytorch_job(job: Job) -> Json:
     ]  # fmt: skip
     pod_name = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
     patience = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(job.settings.stop_seconds)}
-    # A store for each start: in the one that torch 2.13 keeps, ranks would find the addresses of dead ones.
-    store = {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"}
-    pod = _pod(job, "pytorch", command, [pod_name, patience, store])
+    pod = _pod(job, "pytorch", command, [pod_name, patience])
     return {
         **_header(job),
         "spec": {

@@ -185,12 +185,12 @@ def fault_server(upstream: Path | str) -> Iterator[FaultServer]:
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Run moto's S3 server on loopback; gives its URL."""
+def s3_server(address: str = "127.0.0.1") -> Iterator[str]:
+    """Run moto's S3 server on an address of this host; gives its URL."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = ThreadedMotoServer(address, 0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()

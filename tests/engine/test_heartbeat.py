@@ -1,0 +1,145 @@
+"""A host that falls silent is named by the others; one that is late, or leaves, is not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from dualtok.engine import heartbeat
+from dualtok.engine.heartbeat import LOST_HOST, Host, Silence, group_by_host, resume_command
+from tests.support import ROOT, environment
+
+SECONDS = 3.0
+MEMBER = """
+import sys, time
+from pathlib import Path
+from dualtok.engine.heartbeat import Heartbeat, Host, open_store
+rank, port, seconds, status = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
+hosts = [Host("node0", (0,)), Host("node1", (1, 2)), Host("node2", (3,))]
+store = open_store("127.0.0.1", len(hosts)) if rank == 0 else None
+port = store.port if store else port
+print(port, flush=True)
+sys.stdin.readline()  # all have imported what they need
+with Heartbeat(hosts, rank, ("127.0.0.1", port), seconds, store=store, status=status, resume="dualtok train x"):
+    sys.stdin.readline()
+if rank == 0:
+    sys.stdin.readline()  # the store lives as long as rank 0
+"""
+
+
+class Member:
+    """A rank, as a process."""
+
+    def __init__(self, rank: int, port: int, folder: Path) -> None:
+        command = [sys.executable, "-c", MEMBER, str(rank), str(port), str(SECONDS), str(folder / "hosts.json")]
+        self.process = subprocess.Popen(command, text=True, cwd=ROOT, env=environment(), stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    def started(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def go_on(self) -> None:
+        stream: IO[str] | None = self.process.stdin
+        assert stream is not None
+        stream.write("\n")
+        stream.flush()
+
+    def end(self) -> tuple[int, str]:
+        self.process.wait(60)
+        assert self.process.stderr is not None
+        own = [line for line in self.process.stderr.read().splitlines() if line.startswith("dualtok:")]
+        return self.process.returncode, "\n".join(own)
+
+
+def job(folder: Path) -> list[Member]:
+    first = Member(0, 0, folder)
+    port = first.started()
+    others = [Member(rank, port, folder) for rank in (1, 2, 3)]
+    for member in others:
+        assert member.started() == port
+    for member in (first, *others):
+        member.go_on()
+    return [first, *others]
+
+
+@pytest.mark.slow
+def test_a_silent_host_is_named_and_ends_the_job(tmp_path: Path) -> None:
+    members = job(tmp_path)
+    time.sleep(SECONDS)
+    rows = json.loads((tmp_path / "hosts.json").read_text())["hosts"]
+    assert [(row["host"], row["ranks"]) for row in rows] == [("node0", [0]), ("node1", [1, 2]), ("node2", [3])]
+    assert all(row["silent_seconds"] < SECONDS / 2 for row in rows)
+    assert all(0 < row["round_trip_seconds"] < SECONDS for row in rows[1:])
+
+    started = time.monotonic()
+    for member in members[1:3]:
+        member.process.send_signal(signal.SIGSTOP)  # as if the whole host hung
+    first, last = members[0].end(), members[3].end()
+    assert SECONDS * 0.8 < time.monotonic() - started < 4 * SECONDS
+    error = "dualtok: error: host node1 (ranks 1-2) has not been heard from for 3 s"
+    for status, said in (first, last):
+        assert status == LOST_HOST
+        assert error in said
+        assert "remaining hosts, node0, node2: dualtok train x" in said
+    assert "dualtok: host node1 (ranks 1-2) was last heard from 2 s ago; at 3 s it counts as lost" in first[1]
+
+    for member in members[1:3]:
+        member.process.send_signal(signal.SIGCONT)
+    status, said = members[1].end()
+    assert status == LOST_HOST
+    assert "host node0 (rank 0), which the others meet at, has not been heard from for 3 s" in said
+    assert "this host, node1 (ranks 1-2), is cut off" in said
+    assert members[2].end() == (LOST_HOST, ""), "one rank of a host speaks for it"
+
+
+@pytest.mark.slow
+def test_a_late_host_and_one_that_leaves_are_not_lost(tmp_path: Path) -> None:
+    members = job(tmp_path)
+    members[3].go_on()
+    for member in members[1:3]:
+        member.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.7 * SECONDS)
+    for member in members[1:3]:
+        member.process.send_signal(signal.SIGCONT)
+    assert members[3].end() == (0, "")
+    time.sleep(1.5 * SECONDS)
+    for member in members:
+        if member is not members[3]:
+            assert member.process.poll() is None
+            member.go_on()
+    assert [member.end() for member in members[1:3]] == [(0, ""), (0, "")]
+    members[0].go_on()
+    status, said = members[0].end()
+    assert (status, said.count("\n")) == (0, 0), said
+    assert "was last heard from" in said
+
+
+def test_a_process_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    silence = Silence(pause=1.0)
+    seen = []
+    for step, value in ((1.0, "1"), (1.0, "1"), (1.0, "1"), (500.0, "1"), (1.0, "2")):
+        now += step
+        seen.append(silence.look(value))
+    assert seen == [0.0, 1.0, 2.0, 4.0, 0.0]
+
+
+def test_hosts_of_one_name_are_told_apart() -> None:
+    hosts = group_by_host([("a", "1"), ("b", "1"), ("a", "1"), ("b", "2")])
+    assert hosts == [Host("a", (0, 2)), Host("b", (1,)), Host("b", (3,))]
+    assert [str(host) for host in hosts] == ["a (ranks 0, 2)", "b (rank 1)", "b (rank 3)"]
+    assert str(Host("c", (4, 5, 6))) == "c (ranks 4-6)"
+
+
+def test_the_command_that_goes_on() -> None:
+    assert resume_command(["--local_rank=0", "train", "run.yaml"]) == "dualtok train run.yaml --resume"
+    assert resume_command(["train", "run.yaml", "--auto-resume"]) == "dualtok train run.yaml --auto-resume"
