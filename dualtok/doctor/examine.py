@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualtok.doctor import between_hosts as between
 from dualtok.doctor.building import check_compiler, check_locks, check_operators, operators_needed
-from dualtok.doctor.hosts import Session, UnreachableError, read_hostfile
+from dualtok.doctor.hosts import Host, Session, UnreachableError
 from dualtok.doctor.machine import (
     check_accelerator,
     check_clock,
@@ -26,6 +26,7 @@ from dualtok.doctor.storage import check_disk, scratch
 from dualtok.doctor.training import NAME as TRAINING
 from dualtok.doctor.training import check_training
 from dualtok.doctor.versions import check_deepspeed, check_versions
+from dualtok.launch.hostfile import read_hostfile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -113,7 +114,7 @@ def examine_hosts(subject: Subject, hostfile: Path, ssh: str) -> list[CheckResul
     results: list[CheckResult] = []
     sessions: list[Session] = []
     with ExitStack() as stack:
-        for host in read_hostfile(hostfile):
+        for host in (Host(name, slots) for name, slots in read_hostfile(hostfile).items()):
             try:
                 sessions.append(stack.enter_context(Session(host, ssh)))
                 results.append(CheckResult("ssh", "ok", "enters, and finds dualtok", host=host.name))
@@ -169,7 +170,7 @@ def _between(subject: Subject, sessions: Sequence[Session]) -> list[CheckResult]
 
 def _together(subject: Subject, sessions: Sequence[Session], before: Sequence[CheckResult]) -> list[CheckResult]:
     """Start one job over all hosts."""
-    counts = [session.host.slots or local_ranks(subject) for session in sessions]
+    counts = [session.host.slots for session in sessions]
     ranks = sum(counts)
     run = [] if subject.run is None else [check_run(subject.run, ranks)]
     lost = [result.name for result in before if result.name in ("ssh", "ports") and result.status == "fail"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import shlex
 import subprocess
 import tempfile
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtok.doctor.rank_job import python_here
-from dualtok.errors import ConfigError, DualtokError
+from dualtok.errors import DualtokError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-LINE = re.compile(r"(?P<name>\S+)(?:\s+slots=(?P<slots>[1-9]\d*))?\s*$")
 PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "DS_", "HF_", "CUDA_", "PYTHONPATH", "TORCH_", "OMP_", "TOKENIZERS_",
              "LD_LIBRARY_PATH")  # fmt: skip
 """Beginnings of the environment variables that hosts are given; a launcher must pass the same ones on."""
@@ -34,38 +32,12 @@ class Host:
     """One line of a hostfile."""
 
     name: str
-    slots: int | None = None
-    """Ranks on it; None if the file does not say."""
+    slots: int
+    """Ranks on it."""
 
 
 class UnreachableError(DualtokError):
     """A host cannot be entered, does not answer, or has no dualtok where this one has it."""
-
-
-def read_hostfile(path: Path) -> list[Host]:
-    """Read lines ``NAME slots=N``; ``#`` begins a comment.
-
-    Raises:
-        ConfigError: the file is missing, empty or malformed, or names a host twice.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the hostfile cannot be read: {error}") from None
-    hosts: list[Host] = []
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        match = LINE.match(text)
-        if match is None or text.startswith("-"):
-            raise ConfigError(f"{path}: line {number}: {text!r}; write it as `NAME slots=N`")
-        if match["name"] in (host.name for host in hosts):
-            raise ConfigError(f"{path}: line {number}: {match['name']} is there twice; give the sum of its slots once")
-        hosts.append(Host(match["name"], int(match["slots"]) if match["slots"] else None))
-    if not hosts:
-        raise ConfigError(f"{path}: names no host; write one per line as `NAME slots=N`")
-    return hosts
 
 
 class Session:

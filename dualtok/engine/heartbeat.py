@@ -94,16 +94,18 @@ class Heartbeat:
         store: the store itself, on rank 0.
         status: where rank 0 writes who was heard from when.
         resume: command that goes on from the last checkpoint.
+        on_lost: told of what this rank ends for, just before.
     """
 
     def __init__(
         self, hosts: Sequence[Host], rank: int, address: tuple[str, int], seconds: float, *,
         store: dist.TCPStore | None = None, status: Path | None = None, resume: str = "dualtok train RUN.yaml --resume",
+        on_lost: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self._hosts, self._address, self._seconds = list(hosts), address, seconds
         self._own = next(place for place, host in enumerate(hosts) if rank in host.ranks)
         self._speaks = rank == hosts[self._own].ranks[0]
-        self._server, self._status, self._resume = store, status, resume
+        self._server, self._status, self._resume, self._on_lost = store, status, resume, on_lost
         self._pause = min(LONGEST_PAUSE, seconds / BEATS)
         self._over = threading.Event()
         self._heard = 0
@@ -195,8 +197,10 @@ class Heartbeat:
             lost = {place: silence.seconds for place, silence in silences.items() if silence.seconds > self._seconds}
             if lost:
                 store.set(LOST, json.dumps(lost))
-                for place, silence in lost.items():
-                    _say(self._describe(place, silence, lost))
+                messages = [self._describe(place, silence, lost) for place, silence in lost.items()]
+                for message in messages:
+                    _say(message)
+                self._on_lost("; ".join(messages))
                 time.sleep(2 * self._pause)  # the other ranks must read it before the store goes
                 os._exit(LOST_HOST)
             late = {place for place, silence in silences.items() if silence.seconds > self._seconds / 2}
@@ -233,18 +237,22 @@ class Heartbeat:
         if self._speaks:
             for message in messages:
                 _say(message)
-        else:
+        self._on_lost("; ".join(messages))
+        if not self._speaks:
             time.sleep(2 * self._pause)  # the launcher may kill the rank that speaks as soon as another one ends
         os._exit(LOST_HOST)
 
 
-def watch_hosts(ranks: Ranks, seconds: float, *, status: Path | None = None) -> Heartbeat | None:
+def watch_hosts(
+    ranks: Ranks, seconds: float, *, status: Path | None = None, on_lost: Callable[[str], None] = lambda _: None
+) -> Heartbeat | None:
     """Return what watches the hosts of the job; None on one host and for 0 seconds.
 
     Args:
         ranks: of the whole job.
         seconds: of silence after which a host is lost.
         status: file that rank 0 keeps up to date.
+        on_lost: told of what this rank ends for, just before.
     """
     if ranks.world_size == 1 or not seconds:
         return None
@@ -255,7 +263,7 @@ def watch_hosts(ranks: Ranks, seconds: float, *, status: Path | None = None) -> 
     store = open_store(address, len(hosts)) if ranks.is_first else None
     port = ranks.from_first(store.port if store is not None else 0)
     return Heartbeat(hosts, ranks.rank, (address, port), seconds, store=store, status=status,
-                     resume=resume_command(sys.argv[1:]))  # fmt: skip
+                     resume=resume_command(sys.argv[1:]), on_lost=on_lost)  # fmt: skip
 
 
 def open_store(address: str, hosts: int) -> dist.TCPStore:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dualtok.engine.distributed import Ranks
 
 FOLDER, STARTED = "job", "started.json"
-Outcome = Literal["finished", "preempted", "error", "bug", "hung"]
+Outcome = Literal["finished", "preempted", "error", "bug", "hung", "lost_host"]
 
 
 @dataclass(frozen=True)

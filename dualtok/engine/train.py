@@ -24,7 +24,7 @@ from dualtok.engine.checkpoint_files import COMPLETE
 from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.engine.distributed import join_ranks
 from dualtok.engine.heartbeat import STATUS_FILE, watch_hosts
-from dualtok.engine.job_record import JobRecord
+from dualtok.engine.job_record import JobRecord, write_end
 from dualtok.engine.layout import build_layout
 from dualtok.engine.loop import LoopState, TrainingLoop
 from dualtok.engine.monitors import require_monitors
@@ -98,9 +98,13 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
     ranks = join_ranks()
     ranks.first_does(lambda: require_monitors(run.monitor))
     output = Path(run.output_dir)
+
+    def lost(message: str) -> None:
+        write_end(output, ranks.rank, "lost_host", message)
+
     with (
         JobRecord(output, ranks) as record,
-        watch_hosts(ranks, run.monitor.heartbeat_seconds, status=output / STATUS_FILE) or nullcontext(),
+        watch_hosts(ranks, run.monitor.heartbeat_seconds, status=output / STATUS_FILE, on_lost=lost) or nullcontext(),
         Watchdog(run.monitor.hang_seconds, output / "stacks", ranks.rank) as watchdog,
     ):
         return _train(run, sources, ranks, watchdog, record, resume=resume)

@@ -189,7 +189,8 @@ def _ended(started: Started, ends: Sequence[RankEnd]) -> tuple[State, str]:
     if first.outcome == "hung":
         stuck = "; ".join(f"rank {end.rank}: {end.message}" for end in own[:4] if end.outcome == "hung")
         return "hung", stuck + ("; the rank that waits in no collective is the one to look at")
-    states: dict[str, State] = {"finished": "finished", "preempted": "preempted", "error": "stopped", "bug": "crashed"}
+    states: dict[str, State] = {"finished": "finished", "preempted": "preempted", "error": "stopped", "bug": "crashed",
+                                "lost_host": "stopped"}  # fmt: skip
     return states[first.outcome], words
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dualtok.errors import ConfigError
 
-LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(#.*)?$")
+LINE = re.compile(r"^([^\s-]\S*)\s+slots=([1-9]\d*)\s*(#.*)?$")
+"""A name that begins with a hyphen would be an option of ssh."""
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
@@ -20,7 +21,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise ConfigError(f"launch.hostfile: {path}: {reason}; write one line `HOST slots=RANKS` per host") from None
+        raise ConfigError(f"{path}: {reason}; write a hostfile, one line `HOST slots=RANKS` per host") from None
     hosts: dict[str, int] = {}
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip()
@@ -33,7 +34,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
             raise ConfigError(f"{path}, line {number}: {match[1]} is there twice; give it once, with all its slots")
         hosts[match[1]] = int(match[2])
     if not hosts:
-        raise ConfigError(f"launch.hostfile: {path}: no host in it; write one line `HOST slots=RANKS` per host")
+        raise ConfigError(f"{path}: no host in it; write one line `HOST slots=RANKS` per host")
     return hosts
 
 

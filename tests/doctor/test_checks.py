@@ -16,7 +16,6 @@ import torch
 
 from dualtok.doctor.agent import connect, listen
 from dualtok.doctor.building import check_compiler, check_locks, check_operators
-from dualtok.doctor.hosts import Host, read_hostfile
 from dualtok.doctor.machine import (
     check_accelerator,
     check_limits,
@@ -32,7 +31,6 @@ from dualtok.doctor.storage import check_disk
 from dualtok.doctor.training import check_training
 from dualtok.doctor.versions import TESTED, check_deepspeed, check_versions
 from dualtok.engine.distributed import ALONE
-from dualtok.errors import ConfigError
 from dualtok.run import parse_run
 from tests.faults.harness import small_disk
 from tests.model.test_loss_backends import crash, one_factor
@@ -235,26 +233,6 @@ def test_a_port_that_nobody_answers_is_found() -> None:
             connection.sendall(b"HTTP/1.1 400")
             connection.close()
             assert child.communicate()[0].strip() == "something else answers there"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("a slots=2\na slots=2\n", "line 2: a is there twice"), ("a slot=2\n", "line 1: .*NAME slots=N"),
-     ("# nobody\n", "names no host"), ("-oProxyCommand=x\n", "line 1")],
-)  # fmt: skip
-def test_a_hostfile_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "hostfile"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        read_hostfile(file)
-
-
-def test_a_hostfile_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "hostfile"
-    file.write_text("# two hosts\nnode-1 slots=8  # the first\n\nnode-2\n")
-    assert read_hostfile(file) == [Host("node-1", 8), Host("node-2")]
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_hostfile(tmp_path / "none")
 
 
 def test_what_fails_must_have_a_remedy_and_shows_it(capsys: pytest.CaptureFixture[str]) -> None:

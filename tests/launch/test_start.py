@@ -87,6 +87,8 @@ def test_other_verbs_do_not_resume(run_file: Path) -> None:
         ("node0 slots=4\nnode0 slots=4\n", "line 2: node0 is there twice"),
         ("node0 slots=4\n\nnode1 4\n", "line 3: 'node1 4' is not of the form `HOST slots=RANKS`"),
         ("# nobody\n", "no host in it"),
+        ("-oProxyCommand=x slots=2\n", "line 1: "),
+        ("node0 slots=0\n", "line 1: "),
     ],
 )
 def test_a_bad_hostfile_is_named(run_file: Path, tmp_path: Path, text: str, message: str) -> None:
@@ -109,7 +111,7 @@ def test_hosts_are_chosen_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "changes", "message"),
     [
-        (["launch.hostfile=absent"], {"backend": "deepspeed"}, "launch.hostfile: absent: No such file"),
+        (["launch.hostfile=absent"], {"backend": "deepspeed"}, "absent: No such file.*hostfile"),
         ([], {"backend": "deepspeed"}, "launch.hostfile: missing"),
         ([], {"backend": "mpi", "nodes": 2}, "launch.hostfile: missing; mpirun"),
         ([], {"nodes": 2}, "launch.master: missing; with several hosts torchrun"),
