@@ -11,20 +11,24 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-parity soak check docs system-packages clean
+.PHONY: demo test test-fast test-parity test-cluster soak check docs system-packages cluster-packages clean
 
 demo: $(RUNTIME)
 	$(BIN)/dualtok demo
 
 test: $(DEV) system-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/cluster
 
 test-fast: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore tests/cluster
 
 # The whole matrix of layouts that must train alike; `make test` runs a part of it.
 test-parity: $(DEV)
 	DUALTOK_PARITY=all $(BIN)/python -m pytest tests/distributed/test_layout_parity.py
+
+# The recipes of launch/ on a Slurm, ssh daemons and hosts that the tests set up themselves; as root.
+test-cluster: $(DEV) cluster-packages
+	$(BIN)/python -m pytest tests/cluster
 
 # Training under randomly drawn faults, for as long as asked.
 MINUTES ?= 30
@@ -62,6 +66,15 @@ system-packages:
 	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
 	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
 	  || echo "not installed: chromium (the tests of the HTML report will be reported as not run)"
+
+# The same for the tests of several hosts.
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge libpmix-dev openmpi-bin pdsh openssh-client openssh-server
+cluster-packages:
+	@dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 \
+	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
+	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	            $(CLUSTER_PACKAGES) >/dev/null; } \
+	  || echo "not installed: some of $(CLUSTER_PACKAGES) (tests that need them will be reported as not run)"
 
 clean:
 	rm -rf $(VENV) .torch_extensions site build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -178,6 +178,31 @@ def demo(
     run_demo(folder, processes)
 
 
+@app.command()
+def launch(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    *,
+    backend: Annotated[str, typer.Option(help="deepspeed, torchrun, slurm, mpi or k8s.")] = "torchrun",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Hosts; without it all of the hostfile, or one.", show_default=False)
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Ranks per host; without it the hostfile's slots, or this host's.")
+    ] = None,
+    verb: Annotated[str, typer.Option(help="What the ranks do: train, score or audit.")] = "train",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print scripts and command; start nothing.")] = False,
+) -> None:
+    """Start the ranks of a run on the hosts of a cluster; the section `launch` says how."""
+    _refuse_launcher("launch")
+    from dualtok.launch.start import SCRIPTS, plan_start, start
+    from dualtok.run import load_run
+
+    run = load_run(run_file, overrides or [])
+    plan = plan_start(run, run_file, overrides or [], verb=verb, backend=backend, nodes=nodes, gpus=gpus)
+    start(plan, Path(run.output_dir).absolute() / SCRIPTS, dry_run=dry_run)
+
+
 def _refuse_launcher(verb: str) -> None:
     """Keep the ranks of a launcher from doing the work of one process at once, in one folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

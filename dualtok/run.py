@@ -19,6 +19,7 @@ from dualtok.data.config import DataConfig
 from dualtok.engine.config import TrainConfig
 from dualtok.engine.privacy import PrivacyConfig
 from dualtok.errors import ConfigError, did_you_mean
+from dualtok.launch.config import LaunchConfig
 from dualtok.model.config import ModelConfig
 from dualtok.monitor.config import MonitorConfig
 from dualtok.objective.loss import GoldfishConfig
@@ -70,6 +71,9 @@ class RunConfig:
 
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     """TensorBoard events and terminal output."""
+
+    launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
+    """Hosts, network and restarts of ``dualtok launch``."""
 
     def __post_init__(self) -> None:
         """Refuse sections that would have no effect under the chosen objective."""

@@ -6,6 +6,7 @@ whatever its size. Windows grow from one micro-batch, so that the first step wai
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
@@ -53,8 +54,17 @@ def rank_batches(
     dataset = _RankWindows(stream, start_sample + rank * share, global_micro_batch, share, largest)
     windows: Iterable[Batch] = dataset
     if workers:
-        windows = _from_workers(DataLoader(dataset, batch_size=None, num_workers=workers))
+        windows = _from_workers(
+            DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_notices_to_the_rank)
+        )
     return chain.from_iterable(_micro_batches(window, share) for window in windows)
+
+
+def _leave_notices_to_the_rank(_worker: int) -> None:
+    """Ignore the signals that end a job: schedulers send them to all of its processes, and a rank that loses a worker
+    fails before it has written its checkpoint. It ends its workers itself."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # those to which dualtok.engine.preemption listens
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dualtok.engine.jit_locks import clear_the_way
 from dualtok.errors import ConfigError, DualtokError
+from dualtok.network import check_interfaces, own_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -140,25 +141,53 @@ def complete_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that a plain start, without a launcher, lacks: a job of one process on this host.
 
     Raises:
-        ConfigError: a launcher set only some of its variables.
+        ConfigError: a launcher set only some of its variables, or MPI started the ranks and mpi4py is not there.
     """
     present = [name for name in LAUNCHER_VARIABLES if name in environment]
     if len(present) == len(LAUNCHER_VARIABLES):
         return {}
-    if any(int(environment.get(name, "1")) > 1 for name in MPI_VARIABLES):
-        return {}  # deepspeed.init_distributed asks MPI for the rest
+    by_pmix = "PMIX_RANK" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    if by_pmix or any(int(environment.get(name, "1")) > 1 for name in MPI_VARIABLES):
+        return ask_mpi(environment)
     if "WORLD_SIZE" in environment and int(environment["WORLD_SIZE"]) > 1:
         missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
         raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start with torchrun or deepspeed")
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ConfigError(
             f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks but RANK is not set, so each would train alone; "
-            "start one torchrun per host, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            "start one torchrun per host, set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or use "
+            "`srun --mpi=pmix` with mpi4py; `dualtok launch --backend slurm` writes such a job"
         )
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+
+
+def ask_mpi(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the launcher's variables as MPI knows them, through mpi4py; every rank must call it.
+
+    As ``deepspeed.comm.mpi_discovery`` does (0.19.8), but that takes the first address that ``hostname -I`` lists,
+    whichever network it is of, and always port 29500, which two jobs of a host cannot share.
+
+    Raises:
+        ConfigError: mpi4py is not installed, or this host lacks the interface that gloo or NCCL shall use.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
+        raise ConfigError(f"MPI started this rank, but mpi4py cannot be used ({error}); pip install mpi4py") from None
+    world = MPI.COMM_WORLD
+    host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    place = (environment.get("MASTER_ADDR") or own_address(environment), environment.get("MASTER_PORT") or _free_port())
+    address, port = world.bcast(place)
+    answers = {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(host.rank),
+               "LOCAL_WORLD_SIZE": str(host.size), "MASTER_ADDR": address, "MASTER_PORT": port}  # fmt: skip
+    MPI.Finalize()  # mpirun calls it a failure if a rank ends without it, and ranks end in several places
+    return answers
+
+
+def _free_port() -> str:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
 
 
 def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
@@ -166,6 +195,7 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    check_interfaces(os.environ)
     os.environ.update(complete_environment(os.environ))
     if "LOCAL_WORLD_SIZE" in os.environ:
         # Where DeepSpeed's CPU operators find LOCAL_SIZE equal to the world size they look for the shared memory of all

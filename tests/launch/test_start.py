@@ -1,0 +1,135 @@
+"""What ``dualtok launch`` writes and refuses; the scripts themselves run in tests/e2e and tests/cluster."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualtok.errors import ConfigError
+from dualtok.launch.hostfile import choose_hosts, read_hostfile
+from dualtok.launch.start import plan_start
+from dualtok.run import load_run
+from tests.support import ROOT, dualtok, error_line, succeed, write_run
+from tools.write_recipes import recipes
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    return write_run(
+        tmp_path / "run.yaml", {"dir": "shards"}, model={"path": "model"}, objective="causal_lm",
+        train={"learning_rate": 1e-3, "batch_size": 16, "steps": 4},
+    )  # fmt: skip
+
+
+def plan(run_file: Path, *overrides: str, **changes: Any) -> dict[str, str]:
+    arguments = {"verb": "train", "backend": "torchrun", "nodes": None, "gpus": 2, **changes}
+    return plan_start(load_run(run_file, overrides), run_file, overrides, **arguments).files
+
+
+def hostfile(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    return f"launch.hostfile={path}"
+
+
+def test_recipes_are_what_the_templates_give() -> None:
+    """After a change: python tools/write_recipes.py."""
+    for name, text in recipes().items():
+        assert (ROOT / "launch" / name).read_text() == text, name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
+def test_a_script_parses_and_says_how_to_start_it(path: Path) -> None:
+    succeed(subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False))
+    assert f"launch/{path.name} train run.yaml" in path.read_text()
+    assert path.stat().st_mode & 0o111
+
+
+def test_a_dry_run_prints_script_and_command_and_writes_nothing(run_file: Path, tmp_path: Path) -> None:
+    hosts = hostfile(tmp_path, "# two hosts\nnode0 slots=4\nnode1 slots=4\n")
+    before = sorted(tmp_path.rglob("*"))
+    options = ["train.steps=9", hosts, "launch.interface=ib0", "--backend", "deepspeed", "--dry-run"]
+    shown = succeed(dualtok("launch", run_file, *options))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert shown.splitlines()[-1] == f"bash {tmp_path / 'run' / 'launch' / 'deepspeed_pdsh.sh'}"
+    assert f"set -- train {run_file} train.steps=9 --auto-resume" in shown
+    assert 'NODES="${NODES:-2}"' in shown
+    assert 'GPUS="${GPUS:-4}"' in shown
+    assert 'INTERFACE="${INTERFACE:-ib0}"' in shown
+    assert "launch.hostfile" not in shown, "settings of the launch are not passed on"
+
+
+def test_a_slurm_job_carries_its_settings(run_file: Path) -> None:
+    settings = ["launch.slurm.partition=gpu", "launch.slurm.account=lab", "launch.slurm.options=[--constraint=h100]",
+                "launch.stop_seconds=90", "launch.environment={A: 'two words'}"]  # fmt: skip
+    [script] = plan(run_file, *settings, backend="slurm", nodes=4).values()
+    directives = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    assert directives == [
+        "--job-name=dualtok-run", "--nodes=4", "--ntasks-per-node=2", "--gres=gpu:2", "--exclusive", "--time=24:00:00",
+        "--requeue", "--open-mode=append", "--signal=B:USR1@90", f'--output="{run_file.with_suffix("")}/launch/%j.log"',
+        "--partition=gpu", "--account=lab", "--constraint=h100",
+    ]  # fmt: skip
+    assert "export A='two words'" in script
+
+
+def test_other_verbs_do_not_resume(run_file: Path) -> None:
+    [script] = plan(run_file, verb="score").values()
+    assert f"set -- score {run_file}\n" in script
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node0 slots=4\nnode1 slots=2\n", r"different numbers of slots \(node0: 4, node1: 2\); give --gpus"),
+        ("node0 slots=4\nnode0 slots=4\n", "line 2: node0 is there twice"),
+        ("node0 slots=4\n\nnode1 4\n", "line 3: 'node1 4' is not of the form `HOST slots=RANKS`"),
+        ("# nobody\n", "no host in it"),
+    ],
+)
+def test_a_bad_hostfile_is_named(run_file: Path, tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(run_file, hostfile(tmp_path, text), backend="deepspeed", gpus=None)
+
+
+def test_hosts_are_chosen_in_order(tmp_path: Path) -> None:
+    hostfile(tmp_path, "a slots=4 # first\nb slots=8\nc slots=4\n")
+    path = tmp_path / "hosts"
+    assert list(read_hostfile(path)) == ["a", "b", "c"]
+    assert choose_hosts(path, None, 4) == (["a", "b", "c"], 4)
+    assert choose_hosts(path, 1, None) == (["a"], 4)
+    with pytest.raises(ConfigError, match=r"--gpus 8: .* fewer slots \(a: 4\)"):
+        choose_hosts(path, 2, 8)
+    with pytest.raises(ConfigError, match=r"--nodes 4: .* has 3 hosts"):
+        choose_hosts(path, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "message"),
+    [
+        (["launch.hostfile=absent"], {"backend": "deepspeed"}, "launch.hostfile: absent: No such file"),
+        ([], {"backend": "deepspeed"}, "launch.hostfile: missing"),
+        ([], {"backend": "mpi", "nodes": 2}, "launch.hostfile: missing; mpirun"),
+        ([], {"nodes": 2}, "launch.master: missing; with several hosts torchrun"),
+        ([], {"gpus": None}, "--gpus: missing; this host shows no accelerator"),
+        ([], {"backend": "slrum"}, "did you mean 'slurm'"),
+        ([], {"verb": "prepare"}, "--verb 'prepare'"),
+        ([], {"gpus": 3}, "16 per micro-batch, which 3 ranks cannot share evenly"),
+        (["train.engine=pipeline", "train.pipeline.stages=4"], {}, "4 stages cannot share 2 ranks evenly"),
+        (["launch.slurm.mpi=pmi2"], {}, "launch.slurm.mpi: has no effect"),
+        (["launch.interfce=eth0"], {}, "unknown key 'launch.interfce' \\(did you mean 'interface'"),
+    ],
+)
+def test_bad_input_is_refused_with_the_next_step(
+    run_file: Path, overrides: list[str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(run_file, *overrides, **changes)
+
+
+def test_a_program_that_is_not_there_is_named(run_file: Path, tmp_path: Path) -> None:
+    result = dualtok("launch", run_file, "--backend", "k8s", "--gpus", "1", PATH=str(tmp_path))
+    assert "kubectl: not installed on this host" in error_line(result)
+    assert not run_file.with_suffix("").exists()
