@@ -1,0 +1,201 @@
+"""Jobs over several hosts, which are namespaces of this one: the losses of one host, and what follows when one goes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cluster.netns import Cluster, Host, cluster, missing
+from tests.data.servers import CREDENTIALS, s3_server, upload
+from tests.e2e.test_users_sentence import SEED, SHARDED, TRAIN, WIDE
+from tests.support import dualtok, history, partitioned_json, save_model, succeed, tiny_llama_config, write_run
+
+REASON = missing()
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+NAMES = ("host-a", "host-b", "host-c")
+CODE_OF_A_LOST_HOST = 71
+PATIENCE = 10.0
+"""``monitor.heartbeat_seconds`` of one of the tests; the other leaves it as it is."""
+DEADLINE = 600.0
+"""Seconds for what would otherwise hang; a busy machine may take minutes to start ten processes."""
+NAMED_WITHIN = 60.0
+"""Seconds from the cut until the survivors name the host."""
+COLUMNS = ("loss", "hard_loss", "memorised_loss", "plain_loss")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("cluster") / "hosts", NAMES) as made:
+        yield made
+
+
+class Job:
+    """A launcher on a host, with all that it and its ranks print."""
+
+    def __init__(self, hosts: Cluster, host: Host, command: list[str], log: Path, **variables: str) -> None:
+        self.log = log
+        with log.open("w", encoding="utf-8") as stream:
+            self.process = host.start(command, stream, **{**hosts.variables, **variables})
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def error_lines(self) -> list[str]:
+        return [line[line.index("dualtok: error:") :] for line in self.output.splitlines() if "dualtok: error:" in line]
+
+    def wait(self, seconds: float) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output[-6000:]}") from None
+
+
+def wait_for(done: Callable[[], object], job: Job, seconds: float, *, ends: bool = False) -> float:
+    """Return the seconds until ``done()`` holds; fail at the deadline, and when a job ends before that should not."""
+    started = time.monotonic()
+    while not done():
+        passed = time.monotonic() - started
+        assert passed < seconds, f"not within {seconds} s:\n{job.output[-6000:]}"
+        assert ends or job.process.poll() is None or done(), job.output[-6000:]
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def steps_done(run: Path) -> int:
+    file = run.with_suffix("") / "metrics.jsonl"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
+def last_checkpoint(run: Path) -> int:
+    """Return the step of the last complete checkpoint."""
+    name = (run.with_suffix("") / "checkpoints" / "latest").read_text(encoding="utf-8")
+    return int(name.removeprefix("step-"))
+
+
+def first_step(output: str) -> int:
+    """Return the first step that a training run's output tells of."""
+    line = next(line for line in output.splitlines() if "train " in line and "tokens/s" in line)
+    return int(line.split("/")[0].split()[-1])
+
+
+def assert_alike(run: Path, expected: Path) -> None:
+    """Both runs' losses are equal, step by step."""
+    rows, others = history(run), history(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for name in COLUMNS:
+        if others[0].get(name) is not None:
+            np.testing.assert_allclose([row[name] for row in rows], [row[name] for row in others], rtol=1e-5,
+                                       err_msg=name)  # fmt: skip
+
+
+def ranks_on(host: Host) -> list[str]:
+    """Return the ranks of a job that run on a host, as command lines."""
+    return [line for line in host.commands() if "-m dualtok " in line and "torch.distributed.run" not in line]
+
+
+def torchrun(host: Host, run: Path) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=1",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=host-a:29400", "--rdzv-id=job", f"--local-addr={host.address}",
+            "--rdzv-conf=last_call_timeout=5,read_timeout=10", "-m", "dualtok", "train", str(run),
+            "--auto-resume"]  # fmt: skip
+
+
+def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
+    hosts: Cluster, small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    """Sharded pipeline, offloaded reference, shards on S3 and dual loss, under torchrun: first over a slow cable, then
+    over none, then on the remaining host."""
+    reference = save_model(tmp_path / "reference", seed=7, initializer_range=WIDE)
+    config = tiny_llama_config(num_hidden_layers=4, tie_word_embeddings=False, initializer_range=WIDE)
+    common = {"seed": SEED, "objective": "dual", "model": {"config": config},
+              "reference": {"mode": "offload", "model": str(reference)},
+              "monitor": {"log_every": 1, "heartbeat_seconds": PATIENCE}}  # fmt: skip
+    train = {**TRAIN, "checkpoint_every": 2, "deepspeed": partitioned_json(tmp_path)}
+    alone = write_run(tmp_path / "alone.yaml", small_corpus, train=train, **common)
+    succeed(dualtok("train", alone, timeout=DEADLINE))
+
+    first, second = hosts.hosts[:2]
+    with s3_server(hosts.gateway) as url:
+        data = {"dir": upload(Path(small_corpus["dir"]), url, "blocks"),
+                "stream": {"endpoint_url": url, "cache_dir": str(tmp_path / "cache")}}  # fmt: skip
+        run = write_run(tmp_path / "run.yaml", data, train={**train, **SHARDED}, **common)
+        # LOCAL_SIZE as a start on one host may have left it: with it DeepSpeed looks for all ranks in shared memory.
+        variables = {**CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true", "LOCAL_SIZE": "4"}
+        jobs = [Job(hosts, host, torchrun(host, run), tmp_path / f"{host.name}.log", **variables)
+                for host in (first, second)]  # fmt: skip
+        wait_for(lambda: steps_done(run) >= 2, jobs[0], DEADLINE)
+        second.slow_down("512kbit")
+        slow = wait_for(lambda: steps_done(run) >= 5, jobs[0], DEADLINE)
+        while slow < 1.5 * PATIENCE:  # until a lost host would have been named
+            time.sleep(0.1)
+            slow += 0.1
+        during = steps_done(run)
+        assert during < TRAIN["steps"] - 1, "nothing was left to be cut off from"
+        assert not any(job.error_lines() for job in jobs), "a slow host was taken for a lost one"
+        beats = json.loads((run.with_suffix("") / "hosts.json").read_text(encoding="utf-8"))["hosts"]
+        assert [(row["host"], row["ranks"]) for row in beats] == [("host-a", [0, 1]), ("host-b", [2, 3])]
+        second.cut()
+        seconds = wait_for(jobs[0].error_lines, jobs[0], NAMED_WITHIN)
+        print(f"{during - 2} steps in {slow:.0f} s over the slow cable, {beats[1]['round_trip_seconds']} s for a beat; "
+              f"named after {seconds:.1f} s: {jobs[0].error_lines()[0]}")  # fmt: skip
+        assert "host host-b (ranks 2-3) has not been heard from for 10 s" in jobs[0].error_lines()[0]
+        wait_for(jobs[1].error_lines, jobs[1], NAMED_WITHIN)
+        assert "host host-a (ranks 0-1), which the others meet at, has not been heard from" in jobs[1].error_lines()[0]
+        wait_for(lambda: not ranks_on(second), jobs[1], NAMED_WITHIN, ends=True)
+        saved = last_checkpoint(run)
+        assert jobs[0].wait(DEADLINE) == 0, jobs[0].output
+    assert first_step(jobs[0].output.split("dualtok: error:")[1]) == saved + 1
+    assert len(jobs[0].error_lines()) == len(jobs[1].error_lines()) == 1
+    assert_alike(run, alone)
+
+
+def deepspeed(hosts: Cluster, names: Sequence[str], run: Path, *options: str) -> list[str]:
+    """Return the launcher's command, with a hostfile that has one rank on each host."""
+    hostfile = hosts.folder / "hostfile"
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--launcher=pdsh",
+                "--module", "dualtok"]  # fmt: skip
+    return [*launcher, "train", str(run), *options]
+
+
+def test_zero_3_over_ssh_is_started_again_without_the_lost_host(
+    hosts: Cluster, small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    train = {"learning_rate": 5e-3, "batch_size": 12, "steps": 9, "precision": "fp32", "checkpoint_every": 2,
+             "deepspeed": partitioned_json(tmp_path)}  # fmt: skip
+    common = {"seed": SEED, "model": {"config": tiny_llama_config()}, "train": train, "objective": "causal_lm",
+              "monitor": {"log_every": 1}}  # fmt: skip
+    alone, run = (write_run(tmp_path / f"{name}.yaml", small_corpus, **common) for name in ("alone", "run"))
+    succeed(dualtok("train", alone, timeout=DEADLINE))
+
+    exported = hosts.folder / "deepspeed_env"
+    exported.write_text("".join(f"{name}={value}\n" for name, value in hosts.variables.items()))
+    first, *_, lost = hosts.hosts
+    variables = {"DS_ENV_FILE": str(exported)}
+    job = Job(hosts, first, deepspeed(hosts, NAMES, run), tmp_path / "three.log", **variables)
+    wait_for(lambda: steps_done(run) >= 3, job, DEADLINE)
+    lost.cut()
+    seconds = wait_for(job.error_lines, job, NAMED_WITHIN)
+    print(f"named after {seconds:.1f} s: {job.error_lines()[0]}")
+    assert job.wait(DEADLINE) != 0, job.output
+    for survivor in NAMES[:2]:  # on both of them
+        line = next(line for line in job.output.splitlines() if line.startswith(f"{survivor}: dualtok: error:"))
+        assert "host host-c (rank 2) has not been heard from for 30 s" in line
+        assert f"on the remaining hosts, host-a, host-b: dualtok train {run} --resume" in line
+    wait_for(lambda: not ranks_on(lost), job, NAMED_WITHIN, ends=True)
+    saved = last_checkpoint(run)
+    assert saved < train["steps"]
+
+    job = Job(hosts, first, deepspeed(hosts, NAMES[:2], run, "--resume"), tmp_path / "two.log", **variables)
+    assert job.wait(DEADLINE) == 0, job.output
+    assert first_step(job.output) == saved + 1
+    assert_alike(run, alone)
