@@ -72,7 +72,7 @@ system-packages:
 	  || echo "not installed: chromium (the tests of the HTML report will be reported as not run)"
 
 # The same for the tests of several hosts.
-CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge libpmix-dev openmpi-bin pdsh openssh-client openssh-server
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge libpmix-dev openmpi-bin pdsh openssh-client openssh-server iproute2
 cluster-packages:
 	@dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 \
 	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
