@@ -114,9 +114,8 @@ def _train(
     run: RunConfig, sources: Sequence[Source], ranks: Ranks, watchdog: Watchdog, record: JobRecord, *, resume: Resume
 ) -> LoopState:  # fmt: skip
     """Check all, build the engine and let the loop run."""
-    model, settings = run.model, run.train
-    assert model is not None
-    assert settings is not None
+    model: ModelConfig = run.need("model", "train")
+    settings: TrainConfig = run.need("train", "train")
     manifest = sources[0].manifest
     layout = build_layout(ranks, settings.stages)
     private = settings.engine == "opacus"
