@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from gpu.sizes import sizes_here
+from transformers import AutoConfig
 
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
-"""Dense bf16 TFLOP/s of the SXM modules, from NVIDIA's data sheets."""
+from dualtok.monitor.ranks import peak_tflops
+from dualtok.plan.flops import flops_per_token
+from dualtok.plan.shape import read_shape
+
 RATIOS = (
     ("dual", "trainer", "dual step with stored scores / the Hugging Face Trainer's plain step"),
     ("dual", "naive", "dual step with stored scores / naive two-forward step"),
@@ -55,14 +58,13 @@ def _heads(results: dict[str, Any]) -> list[tuple[str, str]]:
 def _steps(results: dict[str, Any]) -> list[tuple[str, str]]:
     steps = {name[5:]: figures for name, figures in results.items()
              if name.startswith("step:") and "seconds" in figures}  # fmt: skip
-    peak = next((peak for device, peak in PEAK_TFLOPS.items()
-                 if device in results.get("machine", {}).get("device", "")), None)  # fmt: skip
+    peak = peak_tflops(results.get("machine", {}).get("device", ""))
     rows = []
     for name, figures in steps.items():
         speed = figures["tokens"] / figures["seconds"]
         value = f"{figures['seconds'] * 1e3:.1f} ms, {speed:,.0f} tokens/s, peak {figures['peak_gib']:.1f} GiB"
         if peak is not None and name in ("trainer", "plain", "dual"):
-            value += f", MFU {speed * flops_per_token() / peak / 1e12:.1%}"
+            value += f", MFU {speed * step_flops_per_token() / peak / 1e12:.1%}"
         rows.append((f"step: {name}", value))
     for above, below, label in RATIOS:
         if above in steps and below in steps:
@@ -72,17 +74,8 @@ def _steps(results: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def flops_per_token() -> float:
-    """Return the floating-point operations of a training step per token, forward and backward.
-
-    6 per weight of a matrix product (the embedding is a look-up), and 12 per layer, width and position for the
-    attention without regard to the causal mask (Chowdhery et al. 2022, appendix B).
-    """
+def step_flops_per_token() -> int:
+    """Return the floating-point operations of a training step per token."""
     sizes = sizes_here()
-    shape = sizes.model
-    hidden, layers, feed_forward = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
-    keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
-    weights = (
-        layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * feed_forward) + hidden * shape["vocab_size"]
-    )
-    return 6 * weights + 12 * layers * hidden * sizes.block_length
+    config = AutoConfig.for_model("llama", **sizes.model, tie_word_embeddings=False)
+    return flops_per_token(read_shape(config), sizes.block_length)
