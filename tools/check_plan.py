@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,17 @@ from dualtok.jobs.plan_job import Material, job_of
 from dualtok.model.config import ModelConfig
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.objective.loss import build_objective
-from dualtok.plan.memory import estimate_memory
+from dualtok.plan.hardware import DEVICES, GIB, Cluster
+from dualtok.plan.memory import Job, estimate_memory
 from dualtok.plan.shape import read_shape
+from dualtok.plan.shapes import NAMED
+from dualtok.plan.speed import step_time, tokens_per_second
 from dualtok.reference.config import ReferenceConfig
 from dualtok.run import RunConfig
 
 LENGTH = 64
+TOLERANCE = 0.2
+"""Largest error of the planned speed."""
 SIZES = {"tiny": (64, 2, 512), "small": (256, 6, 8000), "0.1b": (768, 12, 32_000), "0.3b": (1024, 24, 16_000)}
 """Name -> hidden size, layers, vocabulary; Llama with an untied head."""
 SMALL_BUCKETS = {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
@@ -81,6 +87,8 @@ def main() -> None:
         measure_rank(options.layout, options.size, options.folder)
     elif options.verb == "memory":
         compare_memory(options)
+    else:
+        compare_speed(options)
 
 
 def compare_memory(options: argparse.Namespace) -> None:
@@ -119,6 +127,58 @@ def compare_layout(layout: str, size: str, folder: Path) -> dict[str, Any]:
     return {"layout": layout, "ranks": ranks, "parameters": shape.parameters, "planned": planned,
             "measured": measured, "ratio": planned / measured, "by_rank": found,
             **{key: statistics.mean(row[key] for row in found) for key in ("steady", "start")}}  # fmt: skip
+
+
+def compare_speed(options: argparse.Namespace) -> None:
+    """Print planned beside published tokens per second and GPU, and the largest errors."""
+    published = json.loads(Path(__file__).with_name("published_throughput.json").read_text())
+    rows = [dict(zip(published["columns"], row, strict=True)) for row in published["rows"]]
+    errors: dict[str, list[float]] = {"fitted": [], "7b, not fitted": [], "torchtitan, not fitted": []}
+    lines = []
+    for row in rows:
+        planned = published_job(row, published["mpt"])
+        error = planned / row["tokens_per_second"] - 1
+        kind = {"llama-8b": "torchtitan, not fitted", "7b": "7b, not fitted"}.get(row["model"], "fitted")
+        errors[kind].append(error)
+        checkpointing = {True: "full", False: "none"}.get(row["checkpointing"], row["checkpointing"])
+        lines.append(
+            f"| {row['model']} | {row['device']} x {row['gpus']} | {row['length']:,} | {row['rows']} x "
+            f"{row['micro_batches']} | {checkpointing} | {row['tokens_per_second']:,} | {planned:,.0f} | {error:+.1%} "
+            f"| {kind} |"
+        )
+    if options.markdown:
+        print("| model | devices | length | blocks x micro-batches | checkpointing | published | planned | error | |")
+        print("|---|---|--:|---|---|--:|--:|--:|---|", *lines, sep="\n")
+    for kind, found in errors.items():
+        print(f"{kind}: {len(found)} rows, errors {min(found):+.1%} to {max(found):+.1%}, "
+              f"mean size {statistics.mean(map(abs, found)):.1%}")  # fmt: skip
+    if max(abs(error) for found in errors.values() for error in found) > TOLERANCE:
+        raise SystemExit(f"an error is above {TOLERANCE:.0%}")
+
+
+def published_job(row: dict[str, Any], mpt: dict[str, list[int]]) -> float:
+    """Return planned tokens per second and GPU of a published job.
+
+    PyTorch's FSDP gathers like ZeRO-3 that keeps nothing; attention is fused and causal; all logits are kept. Selective
+    checkpointing recomputes every other matrix product: half way between none and all.
+    """
+    if row["model"] in mpt:
+        hidden, layers, heads = mpt[row["model"]]
+        config = AutoConfig.for_model("mpt", d_model=hidden, n_layers=layers, n_heads=heads, vocab_size=50_368)
+    else:
+        config = AutoConfig.for_model(**NAMED["meta-llama/Llama-3.1-8B"])
+    device = DEVICES[row["device"][:4]]
+    if "500w" in row["device"]:  # torchtitan's H100s have HBM2e
+        device = replace(device, memory_bandwidth=2.4e12, memory=96 * GIB)
+    gigabits = 1600 if row["device"] == "a100" else 3200
+    cluster = Cluster(device, -(-row["gpus"] // 8), min(8, row["gpus"]), device.memory, 1e12, gigabits * 1e9 / 8)
+    shape, seconds = read_shape(config), []
+    for again in {True: [True], False: [False], "selective": [True, False]}[row["checkpointing"]]:
+        job = Job(ranks=row["gpus"], length=row["length"], rows=row["rows"], micro_batches=row["micro_batches"],
+                  activation_checkpointing=again, max_reuse=0, loss_memory_mib=10**6, reference="none",
+                  skips_masked=True, data_workers=1)  # fmt: skip
+        seconds.append(step_time(shape, job, cluster).total)
+    return tokens_per_second(job, statistics.mean(seconds)) / row["gpus"]
 
 
 def configuration(size: str) -> PretrainedConfig:

@@ -18,6 +18,8 @@ from dualtok.plan.shape import ModelShape, read_shape
 from dualtok.plan.shapes import NAMED, named
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PretrainedConfig
 
     from dualtok.data.manifest import Manifest
@@ -150,13 +152,14 @@ def make_job(run: RunConfig, material: Material, ranks: int, config: Json) -> Jo
     assert model is not None
     zero = config["zero_optimization"]
     sizes = {field: int(zero[key]) for field, key in SETTINGS.items() if isinstance(zero.get(key), int | float)}
-    reference = run.reference
+    reference, pipeline = run.reference, train.pipeline
+    dealt = None if pipeline is None else layers_per_stage(material.shape, pipeline.stages, pipeline.balance)
     try:
         return Job(
             ranks=ranks, length=material.length, rows=config["train_micro_batch_size_per_gpu"], engine=train.engine,
             zero_stage=zero_stage(config), precision=train.precision, stages=train.stages,
-            layers_per_stage=layers_per_stage(material.shape, train), micro_batches=train.gradient_accumulation,
-            keep_gathered=train.pipeline is not None and train.pipeline.keep_gathered,
+            layers_per_stage=dealt, micro_batches=train.gradient_accumulation,
+            keep_gathered=pipeline is not None and pipeline.keep_gathered,
             activation_checkpointing=model.activation_checkpointing, loss_memory_mib=train.loss_memory_mib or 256,
             offload_parameters=zero.get("offload_param", {}).get("device", "none"),
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none"),
@@ -178,16 +181,13 @@ def scores_step(run: RunConfig) -> bool:
     return scope == "step" and run.train.gradient_accumulation > 1
 
 
-def layers_per_stage(shape: ModelShape, train: TrainConfig) -> tuple[int, ...] | None:
-    """Return how the engine will deal the decoder layers to its stages; None without a pipeline.
+def layers_per_stage(shape: ModelShape, stages: int, balance: str | Sequence[int]) -> tuple[int, ...]:
+    """Return how an engine deals the decoder layers to its stages.
 
     Raises:
         ConfigError: there are more stages than layers, or ``train.pipeline.balance`` does not add up.
     """
-    if train.pipeline is None:
-        return None
-    costs = [sum(layer) for layer in shape.layers]
-    bounds = cut(costs, shape.vocabulary * shape.hidden, train.stages, train.pipeline.balance)
+    bounds = cut([sum(layer) for layer in shape.layers], shape.vocabulary * shape.hidden, stages, balance)
     return tuple(each.stop - each.first for each in bounds)
 
 

@@ -42,6 +42,8 @@ class Device:
 
     flops: float
     """Dense bf16 FLOP/s."""
+    flops_fp32: float
+    """FLOP/s in float32 without TF32, which PyTorch does not use by itself."""
     memory_bandwidth: float
     """Bytes/s."""
     memory: float
@@ -55,13 +57,21 @@ class Device:
     attention: float
     """Share of ``flops`` that fused attention reaches. Low, since llm-foundry's figures are of 2023's kernels."""
 
+    def products(self, precision: str) -> float:
+        """Return the FLOP/s that matrix products with weights reach."""
+        return self.linear * (self.flops if precision == "bf16" else self.flops_fp32)
+
+    def attentions(self, precision: str) -> float:
+        """Return the FLOP/s that attention reaches; in float32 it runs beside the tensor cores like other products."""
+        return self.attention * self.flops if precision == "bf16" else self.products(precision)
+
 
 def _h100(memory_bandwidth: float, memory: float) -> Device:
-    return Device(989e12, memory_bandwidth, memory, 450e9, 64e9, 0.68, 0.15)
+    return Device(989e12, 67e12, memory_bandwidth, memory, 450e9, 64e9, 0.68, 0.15)
 
 
 def _a100(memory_bandwidth: float, memory: float) -> Device:
-    return Device(312e12, memory_bandwidth, memory, 300e9, 32e9, 0.83, 0.27)
+    return Device(312e12, 19.5e12, memory_bandwidth, memory, 300e9, 32e9, 0.83, 0.27)
 
 
 DEVICES = {

@@ -161,9 +161,9 @@ class Job:
         """Whether communication runs beside computation; never in a pipeline."""
         return self.engine == "zero" and (self.zero_stage == 3 if self.overlap is None else self.overlap)
 
-    def without_checkpointing(self) -> Job:
-        """Return the job as if all activations were kept."""
-        return replace(self, activation_checkpointing=False)
+    def with_checkpointing(self, again: bool) -> Job:
+        """Return the job with activation checkpointing or without."""
+        return replace(self, activation_checkpointing=again)
 
     @property
     def tokens(self) -> int:
@@ -239,7 +239,9 @@ def estimate_memory(shape: ModelShape, job: Job, reference: ModelShape | None = 
     for stage in range(job.stages):
         held = shape.stage(layers, stage)
         adapters = shape.stage_adapters(layers, stage)
-        parameters, gradients, optimizer = model_states(held, job, adapters)
+        parameters, gradients, optimizer = model_states(adapters or held, job)
+        if adapters:
+            parameters += _frozen(shape, job, layers, stage)
         stages.append(
             StageMemory(
                 parameters,
@@ -259,20 +261,13 @@ def deal(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
 
 
-def model_states(held: tuple[int, ...], job: Job, adapters: tuple[int, ...] = ()) -> tuple[Bytes, Bytes, Bytes]:
+def model_states(held: tuple[int, ...], job: Job) -> tuple[Bytes, Bytes, Bytes]:
     """Return parameters, gradients and optimiser of a rank, by the table at the top of this module.
 
     Args:
-        held: elements of each parameter of the rank's stage.
+        held: elements of each trained parameter of the rank's stage.
         job: the layout.
-        adapters: elements of each LoRA parameter of the stage. With them ``held`` is frozen: weights alone, which are
-            partitioned at stage 3 and whole below.
     """
-    if adapters:
-        elements = sum(math.ceil(size / job.replicas) for size in held) if job.zero_stage == 3 else sum(held)
-        frozen = _at(job.offload_parameters, round(elements * (NF4 if job.quantised else job.weight_bytes)))
-        parameters, gradients, optimizer = model_states(adapters, job)
-        return frozen + parameters, gradients, optimizer
     whole, w = sum(held), job.weight_bytes
     if job.zero_stage == 0:
         return Bytes(w * whole), Bytes(STATE * whole), Bytes(2 * STATE * whole)
@@ -290,6 +285,16 @@ def model_states(held: tuple[int, ...], job: Job, adapters: tuple[int, ...] = ()
     if job.offload_optimizer == "cpu":
         return parameters, gradients_host + Bytes(host=STATE * share), Bytes(host=3 * STATE * share)
     return parameters, gradients_host + Bytes(disk=STATE * share), Bytes(disk=3 * STATE * share)
+
+
+def _frozen(shape: ModelShape, job: Job, layers: tuple[int, ...], stage: int) -> Bytes:
+    """Weights under LoRA adapters: partitioned at stage 3, whole below; decoder layers in 4 bits if so asked."""
+    held, w = shape.stage(layers, stage), job.weight_bytes
+    if job.zero_stage == 3:
+        return _at(job.offload_parameters, w * sum(math.ceil(size / job.replicas) for size in held))
+    begin = sum(layers[:stage])
+    decoder = sum(map(sum, shape.layers[begin : begin + layers[stage]]))
+    return Bytes(w * sum(held) - round(decoder * (w - NF4) if job.quantised else 0))
 
 
 def activation_bytes(shape: ModelShape, job: Job, layers: int) -> int:

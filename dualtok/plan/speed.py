@@ -97,11 +97,13 @@ def model_flops(shape: ModelShape, length: int) -> float:
     return 6 * shape.multiplied + 6 * shape.attended * length / 2
 
 
-def forward_seconds(shape: ModelShape, tokens: float, length: int, cluster: Cluster, *, skips: bool = False) -> float:
+def forward_seconds(
+    shape: ModelShape, tokens: float, length: int, cluster: Cluster, precision: str, *, skips: bool = False
+) -> float:
     """Return the seconds of a forward pass without gradients over some tokens on one accelerator."""
     device, seen = cluster.device, length / 2 if skips else length
-    products = 2 * shape.multiplied / (device.flops * device.linear)
-    return tokens * (products + 2 * shape.attended * seen / (device.flops * device.attention))
+    products = 2 * shape.multiplied / device.products(precision)
+    return tokens * (products + 2 * shape.attended * seen / device.attentions(precision))
 
 
 def _micro_batch(
@@ -115,15 +117,15 @@ def _micro_batch(
     products = 2 * weights * (1 + backward + again)
     seen = job.length / 2 if job.skips_masked else job.length
     attention = 2 * share * shape.attended * seen * (3 + again)
-    kept = activation_bytes(shape, job.without_checkpointing(), layers[stage])
+    kept = activation_bytes(shape, job.with_checkpointing(False), layers[stage])
     moved = kept * (6 + 2 * again)
     if stage == job.stages - 1:
         logits = job.tokens * shape.vocabulary * 4
         twice = 1 - min(1.0, job.loss_memory_mib * MIB / logits)
         products += 2 * shape.vocabulary * shape.hidden * (1 + backward + twice)
         moved += 6 * logits
-    compute = job.tokens * products / (device.flops * device.linear)
-    compute += job.tokens * attention / (device.flops * device.attention)
+    compute = job.tokens * products / device.products(job.precision)
+    compute += job.tokens * attention / device.attentions(job.precision)
     compute += moved / (device.memory_bandwidth * hardware.MEMORY_SHARE)
     return compute, _communication(shape, job, cluster, layers, stage) / job.micro_batches
 
@@ -172,12 +174,16 @@ def _scoring(shape: ModelShape, reference: ModelShape, job: Job, cluster: Cluste
     """Return the seconds per step that an accelerator spends on the scores of its share of the blocks."""
     blocks = job.micro_batches * job.rows / job.stages  # the stages of a replica share its rows
     tokens = blocks * job.length
-    seconds = 0.0
+    seconds, skips = 0.0, job.skips_masked
     if job.scores_step:
-        seconds += forward_seconds(shape, job.micro_batches * job.tokens, job.length, cluster, skips=job.skips_masked)
-    if job.reference in ("resident", "offload", "adapter"):
-        scored = shape if job.reference == "adapter" else reference
-        seconds += forward_seconds(scored, tokens, job.length, cluster, skips=job.skips_masked)
+        seconds += forward_seconds(
+            shape, job.micro_batches * job.tokens, job.length, cluster, job.precision, skips=skips
+        )  # fmt: skip
+    if job.reference == "adapter":
+        seconds += forward_seconds(shape, tokens, job.length, cluster, job.precision, skips=skips)
+    if job.reference in ("resident", "offload"):
+        precision = job.reference_precision
+        seconds += forward_seconds(reference, tokens, job.length, cluster, precision, skips=skips)
     if job.reference == "offload" or (job.reference == "resident" and job.reference_sharded):
         size = (4 if job.reference_precision == "fp32" else 2) * reference.parameters
         passes = -(-blocks // job.reference_rows)
