@@ -55,7 +55,7 @@ SIZES = {"tiny": (64, 2, 512), "small": (256, 6, 8000), "0.1b": (768, 12, 32_000
 SMALL_BUCKETS = {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
 STAGE_3 = {"stage": 3, **SMALL_BUCKETS, "stage3_prefetch_bucket_size": 5_000_000, "sub_group_size": 20_000_000,
            "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 5_000_000}  # fmt: skip
-IN_PIPELINE = {key: value for key, value in STAGE_3.items() if key != "stage3_prefetch_bucket_size"}
+IN_PIPELINE = {key: STAGE_3[key] for key in STAGE_3 if key not in ("stage3_prefetch_bucket_size", "sub_group_size")}
 HOST = {"device": "cpu", "pin_memory": False}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1": {"zero": {"stage": 1, **SMALL_BUCKETS}},

@@ -37,7 +37,7 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
         console.print(f"the run's own layout does not go with {cluster.ranks} ranks: {found.refused}", style="red")
     chosen = found.chosen
     what = "the run's own layout" if chosen is found.own else "the best layout"
-    console.print(_memory(chosen, shape, f"Memory per rank in {what}: {chosen.name}"))
+    console.print(_memory(chosen, shape, f"Memory per rank of the fullest stage in {what}: {chosen.name}"))
     console.print(_time(found, chosen))
     console.print(_layouts(found))
     console.print(_references(found))
@@ -78,7 +78,10 @@ def _time(found: Plan, option: Option) -> Table:
 
 def _layouts(found: Plan) -> Table:
     fitting = [option for option in found.options if option.fits]
-    shown = list({_spread(option): option for option in reversed(fitting or found.options)}.values())[::-1][:SHOWN]
+    best: dict[tuple[object, ...], Option] = {}
+    for option in fitting or found.options:
+        best.setdefault(_spread(option), option)
+    shown = list(best.values())[:SHOWN]
     title = (
         f"Layouts that fit, fastest first, each with its best micro-batches ({len(fitting)} of {len(found.options)} "
         "tried fit)"

@@ -69,8 +69,8 @@ def deepspeed_json(job: Job) -> Json:
     zero: Json = {"stage": job.zero_stage}
     keys = {0: (), 1: ("reduce_bucket",), 2: ("reduce_bucket",), 3: tuple(SETTINGS)}[job.zero_stage]
     for field in keys:
-        if job.engine == "sharded_pipeline" and field in ("prefetch", "max_reuse"):
-            continue  # nothing is fetched ahead or kept there
+        if job.engine == "sharded_pipeline" and field != "reduce_bucket":
+            continue  # nothing is fetched ahead or kept there, and sub-groups are refused
         zero[SETTINGS[field]] = getattr(job, field)
     if job.overlap is not None:
         zero["overlap_comm"] = job.overlap
