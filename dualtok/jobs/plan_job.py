@@ -57,11 +57,14 @@ def material_of(run: RunConfig, tokens: int | None = None) -> Material:
         tokens: of the split to learn, where the data is not prepared yet.
 
     Raises:
-        ConfigError: the model is neither a folder, nor a known name, nor on the hub; or ``tokens`` has no effect.
+        ConfigError: the model is neither a folder, nor a known name, nor on the hub; the engine is opacus; or
+            ``tokens`` has no effect.
         DataError: the prepared data is malformed.
     """
     model: ModelConfig = run.need("model", "plan")
     train: TrainConfig = run.need("train", "plan")
+    if train.engine == "opacus":
+        raise ConfigError("train.engine: opacus keeps a gradient per document, which is not planned")
     manifest = _manifest(run, tokens)
     if manifest is not None and tokens is not None:
         raise ConfigError(f"--tokens: {run.data.dir} is prepared, which says how many tokens there are; leave it out")
@@ -130,8 +133,6 @@ def job_of(run: RunConfig, material: Material, ranks: int) -> Job:
             the layout is one that is not planned.
     """
     train: TrainConfig = run.need("train", "plan")
-    if train.engine == "opacus":
-        raise ConfigError("train.engine: opacus keeps a gradient per document, which is not planned")
     if ranks % train.stages:
         raise ConfigError(
             f"train.pipeline.stages: {train.stages} stages cannot share {ranks} ranks evenly; change either"
