@@ -167,6 +167,32 @@ def report(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    *,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Accelerators per host.")] = 8,
+    device: Annotated[str, typer.Option(help="a100, a100-40gb, h100 or h200.")] = "h100",
+    gpu_memory: Annotated[str | None, typer.Option(help="Of each, e.g. 80GB; without it the device's own.")] = None,
+    host_memory: Annotated[str, typer.Option(help="Of each host.")] = "1TB",
+    network: Annotated[str, typer.Option(help="From host to host, over all adapters, one direction.")] = "400Gb/s",
+    tokens: Annotated[int | None, typer.Option(help="Of the split to learn, if it is not prepared yet.")] = None,
+    write: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the best layout as files there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Say whether a run fits on some machines, how long it takes, and which layout is fastest; reads no weights."""
+    _refuse_launcher("plan")
+    from dualtok.jobs.plan import make_cluster, show_plan
+    from dualtok.run import load_run
+
+    _quiet_libraries()
+    cluster = make_cluster(device=device, nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory,
+                           network=network)  # fmt: skip
+    show_plan(load_run(run_file, overrides or []), cluster, tokens, write, as_json=as_json)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
     processes: Annotated[int, typer.Option(min=1, help="Ranks that share each training run.")] = 2,

@@ -204,6 +204,13 @@ def _fit_pipeline(merged: Json, train: TrainConfig) -> None:
             "fetched ahead; remove it"
         )
     zero["stage3_prefetch_bucket_size"] = 0
+    if "sub_group_size" in zero:
+        raise ConfigError(
+            f"{train.deepspeed}: zero_optimization.sub_group_size cannot be had with train.engine=sharded_pipeline: "
+            "DeepSpeed reduces the gradient's norm over the stages once per sub-group, so that stages with different "
+            "numbers of them would wait for each other for ever; remove it"
+        )
+    zero["sub_group_size"] = 2**62  # one for each group of the optimiser, which every stage has
     if train.pipeline.keep_gathered:
         # Parameters below a threshold stay gathered from one optimiser step to the next; here all of them do.
         zero |= {"stage3_param_persistence_threshold": 2**62, "stage3_model_persistence_threshold": 2**62}

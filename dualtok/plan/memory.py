@@ -27,7 +27,7 @@ transformers computes in float32, and a gated one.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ Precision = Literal["fp32", "bf16"]
 MIB = 2**20
 STATE = 4
 """Bytes of a master weight, a moment, or an accumulated gradient: float32."""
+NF4 = 0.5 + 4 / 64
+"""Bytes of a weight in 4 bits: half a byte, and a float32 scale per block of 64 (Dettmers et al. 2023, section 2)."""
 SWAP_BUFFERS = 4
 """Sub-groups that DeepSpeed's swapper holds in host memory: weight, gradient and two moments."""
 
@@ -94,6 +96,20 @@ class Job:
     """As ``reference.mode``; ``none`` for an objective without a reference."""
     reference_precision: Precision = "bf16"
     """As ``reference.precision``."""
+    reference_sharded: bool = False
+    """Mode ``resident`` with ``reference.deepspeed``: each rank holds its share of the reference."""
+    reference_rows: int = 8
+    """As ``reference.batch_size``."""
+    quantised: bool = False
+    """As ``model.quantise``: frozen weights in 4 bits."""
+    scores_step: bool = False
+    """Whether ``selection.scope: step`` takes a scoring pass over all micro-batches first."""
+    skips_masked: bool = False
+    """Whether attention leaves out the positions that a mask hides, as ``flash_attention_2`` does."""
+    overlap: bool | None = None
+    """DeepSpeed's ``overlap_comm``; None is its default, true at stage 3 alone."""
+    data_workers: int = 0
+    """As ``train.data_workers``."""
     reduce_bucket: int = 500_000_000
     """DeepSpeed's ``reduce_bucket_size``, elements; its default."""
     sub_group: int = 1_000_000_000
@@ -139,6 +155,15 @@ class Job:
     def stays_gathered(self) -> int:
         """Elements at most that ZeRO-3 keeps from the forward to the backward pass; a sharded pipeline keeps none."""
         return self.max_reuse // 2 if self.engine == "zero" else 0
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether communication runs beside computation; never in a pipeline."""
+        return self.engine == "zero" and (self.zero_stage == 3 if self.overlap is None else self.overlap)
+
+    def with_checkpointing(self, again: bool) -> Job:
+        """Return the job with activation checkpointing or without."""
+        return replace(self, activation_checkpointing=again)
 
     @property
     def tokens(self) -> int:
@@ -213,7 +238,10 @@ def estimate_memory(shape: ModelShape, job: Job, reference: ModelShape | None = 
     stages = []
     for stage in range(job.stages):
         held = shape.stage(layers, stage)
-        parameters, gradients, optimizer = model_states(held, job)
+        adapters = shape.stage_adapters(layers, stage)
+        parameters, gradients, optimizer = model_states(adapters or held, job)
+        if adapters:
+            parameters += _frozen(shape, job, layers, stage)
         stages.append(
             StageMemory(
                 parameters,
@@ -222,7 +250,7 @@ def estimate_memory(shape: ModelShape, job: Job, reference: ModelShape | None = 
                 _activations(shape, job, layers[stage], stage),
                 _head(shape, job) if stage == job.stages - 1 else Bytes(),
                 _reference(reference or shape, job),
-                _buffers(held, job),
+                _buffers(held, job, adapters),
             )
         )
     return MemoryEstimate(tuple(stages), job.replicas)
@@ -237,7 +265,7 @@ def model_states(held: tuple[int, ...], job: Job) -> tuple[Bytes, Bytes, Bytes]:
     """Return parameters, gradients and optimiser of a rank, by the table at the top of this module.
 
     Args:
-        held: elements of each parameter of the rank's stage.
+        held: elements of each trained parameter of the rank's stage.
         job: the layout.
     """
     whole, w = sum(held), job.weight_bytes
@@ -257,6 +285,16 @@ def model_states(held: tuple[int, ...], job: Job) -> tuple[Bytes, Bytes, Bytes]:
     if job.offload_optimizer == "cpu":
         return parameters, gradients_host + Bytes(host=STATE * share), Bytes(host=3 * STATE * share)
     return parameters, gradients_host + Bytes(disk=STATE * share), Bytes(disk=3 * STATE * share)
+
+
+def _frozen(shape: ModelShape, job: Job, layers: tuple[int, ...], stage: int) -> Bytes:
+    """Weights under LoRA adapters: partitioned at stage 3, whole below; decoder layers in 4 bits if so asked."""
+    held, w = shape.stage(layers, stage), job.weight_bytes
+    if job.zero_stage == 3:
+        return _at(job.offload_parameters, w * sum(math.ceil(size / job.replicas) for size in held))
+    begin = sum(layers[:stage])
+    decoder = sum(map(sum, shape.layers[begin : begin + layers[stage]]))
+    return Bytes(w * sum(held) - round(decoder * (w - NF4) if job.quantised else 0))
 
 
 def activation_bytes(shape: ModelShape, job: Job, layers: int) -> int:
@@ -288,35 +326,40 @@ def _head(shape: ModelShape, job: Job) -> Bytes:
 def _reference(shape: ModelShape, job: Job) -> Bytes:
     """Weights of the reference by mode; its forward pass holds one layer at a time, which is left out."""
     bytes_each = 4 if job.reference_precision == "fp32" else 2
+    largest = max((*shape.first, *shape.last, *map(sum, shape.layers)))
+    share = math.ceil(shape.parameters / job.ranks)
     if job.reference == "resident":
-        return Bytes(bytes_each * shape.parameters)
+        return Bytes(bytes_each * (largest + share if job.reference_sharded else shape.parameters))
     if job.reference == "cpu":
         return Bytes(host=bytes_each * shape.parameters)
     if job.reference == "offload":
-        largest = max((*shape.first, *shape.last, *map(sum, shape.layers)))
-        return Bytes(bytes_each * largest, bytes_each * math.ceil(shape.parameters / job.ranks))
+        return Bytes(bytes_each * largest, bytes_each * share)
     return Bytes()
 
 
-def _buffers(held: tuple[int, ...], job: Job) -> Bytes:
+def _buffers(held: tuple[int, ...], job: Job, adapters: tuple[int, ...] = ()) -> Bytes:
     """Buckets and passing copies.
 
-    * ZeRO 1 and 2: one bucket of gradients, and at the step the gradient of this rank's share (stage 1).
+    * ZeRO 1 and 2: one bucket of gradients, and the fresh gradient of one parameter. At the step the gradient of this
+      rank's share once more, in one piece; at stage 1 the others' gradients have made room for it, if there are any.
     * ZeRO 3: one bucket of gradients, gathered parameters (those that stay, those fetched ahead, and one at work), the
       whole gradient of one parameter, and at the step one sub-group's gradient.
     * An optimiser on disk: four buffers of the largest sub-group, in host memory.
     """
     whole, w, largest = sum(held), job.weight_bytes, max(held)
-    bucket = w * min(job.reduce_bucket, whole)
+    trained, largest_trained = (sum(adapters), max(adapters)) if adapters else (whole, largest)
+    share = math.ceil(trained / job.replicas)
+    bucket = w * min(job.reduce_bucket, trained)
     if job.zero_stage == 0:
         return Bytes()
-    if job.zero_stage < 3:
-        return Bytes(bucket + (STATE * math.ceil(whole / job.replicas) if job.zero_stage == 1 else 0))
+    if job.zero_stage == 1:
+        return Bytes(bucket + max(w * largest_trained, STATE * (2 * share - trained)))
+    if job.zero_stage == 2:
+        return Bytes(bucket + w * largest_trained + STATE * share)
     ahead = job.prefetch if job.engine == "zero" else 0
     gathered = 0 if job.keep_gathered else w * min(whole, job.stays_gathered + ahead + largest)
-    share = math.ceil(whole / job.replicas)
-    sub_group = min(share, job.sub_group + math.ceil(largest / job.replicas))
-    fixed = Bytes(bucket + gathered + w * largest)
+    sub_group = min(share, job.sub_group + math.ceil(largest_trained / job.replicas))
+    fixed = Bytes(bucket + gathered + w * largest_trained)
     if job.offload_optimizer == "none":
         return fixed + Bytes(STATE * sub_group)
     return fixed + Bytes(host=SWAP_BUFFERS * STATE * sub_group if job.offload_optimizer == "nvme" else 0)

@@ -26,11 +26,35 @@ class ModelShape:
     vocabulary: int
     gated: bool
     """Whether the feed-forward network has a gate (Llama and its kin), and the norms are RMSNorms."""
+    queries: int = 0
+    """Width of all attention heads together; 0 where it is ``hidden``."""
+    adapters: tuple[tuple[int, ...], ...] = ()
+    """LoRA parameters of each decoder layer, which alone are trained; empty where the whole model is."""
 
     @property
     def parameters(self) -> int:
         """Elements of the whole model, a tied weight counted once."""
         return sum(self.first) + sum(map(sum, self.layers)) + sum(self.last)
+
+    @property
+    def trained(self) -> int:
+        """Elements that have gradients: the adapters', or all."""
+        return sum(map(sum, self.adapters)) if self.adapters else self.parameters
+
+    @property
+    def multiplied(self) -> int:
+        """Elements that are multiplied with each token: the decoder layers and the head, but no embedding."""
+        return sum(map(sum, self.layers)) + self.vocabulary * self.hidden
+
+    @property
+    def attended(self) -> int:
+        """Multiply-adds per token and position attended to, of all layers' two products of attention."""
+        return 2 * len(self.layers) * (self.queries or self.hidden)
+
+    def stage_adapters(self, layers_per_stage: tuple[int, ...], stage: int) -> tuple[int, ...]:
+        """Return the elements of each LoRA parameter that a pipeline stage holds."""
+        begin = sum(layers_per_stage[:stage])
+        return tuple(size for layer in self.adapters[begin : begin + layers_per_stage[stage]] for size in layer)
 
     def stage(self, layers_per_stage: tuple[int, ...], stage: int) -> tuple[int, ...]:
         """Return the elements of each parameter that a pipeline stage holds; both ends hold a tied weight."""
@@ -43,8 +67,13 @@ class ModelShape:
         return tuple(held)
 
 
-def read_shape(config: PretrainedConfig) -> ModelShape:
+def read_shape(config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, ...] = ()) -> ModelShape:
     """Return the sizes of the causal language model that a configuration describes.
+
+    Args:
+        config: the configuration.
+        rank: of LoRA adapters; 0 for none.
+        targets: names within their layer of the linear layers that get one.
 
     Raises:
         ValueError: it describes no model, or one without a list of decoder layers.
@@ -78,6 +107,7 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
         else:
             first.append(parameter.numel())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    heads = text.num_attention_heads
     width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     return ModelShape(
         first=tuple(first),
@@ -88,4 +118,19 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
         feed_forward=int(width),
         vocabulary=text.vocab_size,
         gated=any("gate" in name for name, _ in model.named_parameters()),
+        queries=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
+        adapters=_adapters(model.get_submodule(stacks[0]), rank, targets) if rank else (),
+    )
+
+
+def _adapters(layers: Any, rank: int, targets: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the elements of A and B (Hu et al. 2021) of every targeted matrix, layer by layer."""
+    return tuple(
+        tuple(
+            rank * width
+            for name, module in layer.named_modules()
+            if name.rpartition(".")[2] in targets
+            for width in module.weight.shape
+        )
+        for layer in layers
     )

@@ -128,3 +128,15 @@ def test_bf16_needs_a_stage_that_accumulates_in_fp32() -> None:
     assert training_config(settings(None, precision="fp32"), 1)["zero_optimization"] == {"stage": 0}
     with pytest.raises(ConfigError, match=r"stage is 0.*fp32"):
         training_config(settings(deepspeed_json("zero0"), precision="bf16"), 1)
+
+
+def test_a_sharded_pipeline_has_one_sub_group_and_fetches_nothing_ahead(tmp_path: Path) -> None:
+    layout = {"engine": "sharded_pipeline", "pipeline": {"stages": 2}}
+    zero = training_config(settings(None, **layout), world_size=1)["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["stage3_prefetch_bucket_size"] == 0
+    assert zero["sub_group_size"] >= 10**15, "stages with different numbers of sub-groups wait for each other for ever"
+    for key in ("sub_group_size", "stage3_prefetch_bucket_size"):
+        path = written(tmp_path, {"zero_optimization": {"stage": 3, key: 1000}})
+        with pytest.raises(ConfigError, match=key):
+            training_config(settings(path, **layout), world_size=1)

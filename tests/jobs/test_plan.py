@@ -1,0 +1,176 @@
+"""``dualtok plan``: the run files of the repository, the files it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dualtok.cli import app
+from dualtok.errors import ConfigError
+from dualtok.jobs.plan import make_cluster, plan
+from dualtok.jobs.plan_job import job_of, material_of
+from dualtok.jobs.plan_write import write_layout
+from dualtok.plan.hardware import GIB, Cluster
+from dualtok.run import load_run
+from tests.support import ROOT, dualtok, error_line, tiny_llama_config, write_run
+
+RUNS = ROOT / "launch" / "runs"
+MACHINES: dict[str, tuple[dict[str, Any], float, float]] = {
+    "gpt2": ({"device": "a100-40gb", "nodes": 1, "gpus": 1}, 0.124, 0.124),
+    "pythia_1_4b": ({"device": "h100", "nodes": 1, "gpus": 8}, 1.415, 1.415),
+    "llama2_7b_lora": ({"device": "h100", "nodes": 1, "gpus": 1}, 6.738, 0.040),
+    "llama3_8b": ({"device": "h100", "nodes": 1, "gpus": 8}, 8.030, 8.030),
+    "llama2_70b_sharded_pipeline": ({"device": "h100", "nodes": 8, "gpus": 8}, 68.977, 68.977),
+}
+"""Run file -> the machines that its head names, and billions of parameters, all and trained."""
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the run files name ds_configs/ from there
+
+
+def cluster(**changes: Any) -> Cluster:
+    machines = {"device": "h100", "nodes": 1, "gpus": 2, "gpu_memory": None, "host_memory": "1TB",
+                "network": "3200Gb/s", **changes}  # fmt: skip
+    return make_cluster(**machines)
+
+
+def test_every_run_file_is_listed() -> None:
+    assert sorted(path.stem for path in RUNS.glob("*.yaml")) == sorted(MACHINES)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_run_file_fits_the_machines_it_names(name: str) -> None:
+    machines, parameters, trained = MACHINES[name]
+    found = plan(load_run(RUNS / f"{name}.yaml"), cluster(**machines), tokens=10_000_000)
+    assert found.refused == ""
+    assert found.own is not None
+    assert found.own.fits
+    assert found.shape.parameters / 1e9 == pytest.approx(parameters, abs=0.001)
+    assert found.shape.trained / 1e9 == pytest.approx(trained, abs=0.001)
+    assert found.options[0].time.total <= 1.03 * found.own.time.total
+    assert 0.05 < found.mfu < 0.6
+    budget = found.budget
+    assert budget.steps is not None
+    assert budget.hours == pytest.approx(budget.steps * found.own.time.total / 3600)
+    assert budget.checkpoints == 2 * 12 * found.shape.trained
+    if name != "llama2_7b_lora":
+        assert "adapter" not in found.references
+    else:
+        assert budget.scores == 0
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    section = {"dir": str(tmp_path / "not-prepared"), "source": "x.jsonl", "block_length": 64, "vocab_size": 512}
+    return write_run(
+        tmp_path / "run.yaml", section, objective="dual", model={"config": tiny_llama_config(num_hidden_layers=4)},
+        reference={"model": "models/gpt2", "precision": "bf16"},
+        train={"learning_rate": 1e-3, "steps": 10, "batch_size": 16, "gradient_accumulation": 2},
+    )  # fmt: skip
+
+
+def test_the_written_layouts_are_loaded_back_as_planned(tiny: Path, tmp_path: Path) -> None:
+    run = load_run(tiny)
+    found = plan(run, cluster(gpus=4), tokens=100_000)
+    one_of_each = {option.name: option for option in found.options if option.job.micro_batches <= 2}
+    for number, option in enumerate(one_of_each.values()):
+        json_file, run_file = write_layout(run, option, tmp_path / str(number))
+        again = load_run(run_file)
+        assert again.train is not None
+        assert again.train.deepspeed == str(json_file)
+        loaded = job_of(again, material_of(again, 100_000), 4)
+        sizes = (
+            "reduce_bucket",
+            "prefetch",
+            "max_reuse",
+            "sub_group",
+        )  # without effect below stage 3, or in a pipeline
+        ours, theirs = vars(option.job), vars(loaded)
+        assert {key: ours[key] for key in ours if key not in sizes} == {
+            key: theirs[key] for key in theirs if key not in sizes
+        }
+        noted = "ranked" in run_file.read_text()
+        assert noted == (option.job.micro_batches != 2)
+    assert {option.job.engine for option in one_of_each.values()} == {"zero", "pipeline", "sharded_pipeline"}
+
+
+def test_the_command_prints_writes_and_gives_json(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["plan", str(tiny), "--gpus", "2", "--gpu-memory", "24GB", "--network", "100Gb/s"]
+    shown = CliRunner().invoke(app, [*arguments, "--write", str(tmp_path / "best")])
+    assert shown.exit_code == 0, shown.output
+    for part in ("weights", "optimiser", "loss head", "checkpointing", "buffers", "resident", "offload", "tokens/s",
+                 "unknown: prepare the data", "ZeRO-"):  # fmt: skip
+        assert part in shown.output, part
+    assert json.loads((tmp_path / "best" / "deepspeed.json").read_text())["zero_optimization"]["stage"] in (1, 2, 3)
+    told = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--tokens", "64000"]).stdout)
+    assert told["run"]["fits"] is True
+    assert told["budget"]["shards"] == 4 * 64_000
+    assert told["budget"]["tokens"] == 10 * 16 * 64
+    assert told["cluster"]["network"] == 100e9 / 8
+    best, run = told["layouts"][0], told["run"]
+    assert best["seconds"]["total"] <= 1.03 * run["seconds"]["total"]
+    assert (
+        sum(part["device"] for name, part in run["memory"].items() if name != "total")
+        == (run["memory"]["total"]["device"])
+    )
+
+
+def test_a_layout_that_the_ranks_cannot_have_is_said_and_others_are_shown(tiny: Path) -> None:
+    run = load_run(tiny, ["train.engine=pipeline", "train.pipeline={stages: 3}"])
+    found = plan(run, cluster(gpus=4))
+    assert "3 stages" in found.refused
+    assert found.own is None
+    assert found.chosen is found.options[0]
+    assert found.options[0].fits
+
+
+def test_prepared_data_and_a_local_config_are_used(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**tiny_llama_config(num_hidden_layers=7), "vocab_size": 600}))
+    run = load_run(tiny, ["model.config=null", f"model.path={folder}"])
+    found = material_of(run, 640)
+    assert len(found.shape.layers) == 7
+    assert found.shape.vocabulary == 600
+    assert found.blocks == 10
+    assert len(found.reference.layers) == 12  # of the known name gpt2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machines", "message"),
+    [
+        (["model.config=null", "model.path=meta-llama/Llama-2-7b-h"], {}, "config.json"),
+        ([], {"device": "h10"}, "did you mean 'h100'"),
+        ([], {"gpu_memory": "80"}, "--gpu-memory"),
+        ([], {"network": "fast"}, "--network"),
+        (["train.engine=opacus"], {}, "opacus"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(
+    tiny: Path, overrides: list[str], machines: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "opacus" in message:
+        overrides = [*overrides, "train.precision=fp32", "objective=causal_lm", "reference=null",
+                     "privacy={epsilon: 8, delta: 1.0e-5}"]  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        plan(load_run(tiny, overrides), cluster(**machines))
+
+
+def test_nothing_is_written_when_nothing_fits(tiny: Path, tmp_path: Path) -> None:
+    result = dualtok("plan", tiny, "--gpus", 1, "--gpu-memory", "1MB", "--write", tmp_path / "none")
+    assert "no layout fits" in error_line(result)
+    assert not (tmp_path / "none").exists()
+    assert "None of" in result.stdout
+
+
+def test_sizes_are_read_with_their_units() -> None:
+    assert cluster(gpu_memory="80GB").gpu_memory == 80 * GIB
+    assert cluster(gpu_memory="80 GiB").gpu_memory == 80 * GIB
+    assert cluster(network="1.6Tb/s").network == 2e11
