@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -124,9 +123,9 @@ def main() -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Started by ssh the shell has read no profile: tools of the virtual environment, such as ninja, are beside Python.
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"  # noqa: PTH120
+    # Started by ssh the shell has read no profile. As in an environment that is activated, its own ninja comes first:
+    # another version would compile all operators again, and the next job with the first one too.
+    os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"  # noqa: PTH120
     for line in sys.stdin:
         request = json.loads(line)
         try:

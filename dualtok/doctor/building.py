@@ -25,11 +25,12 @@ PROGRAM = "#include <vector>\nint main() { return static_cast<int>(std::vector<i
 
 
 def check_compiler() -> CheckResult:
-    """Compile and start a small C++ program; look for ninja."""
+    """Compile and start a small C++ program; look for ninja, and whether it is this environment's."""
     name = "compiler"
     compiler = os.environ.get("CXX", "c++")
     remedy = "apt-get install g++ (or set CXX), and pip install ninja with its folder in PATH"
-    if shutil.which("ninja") is None:
+    ninja, own = shutil.which("ninja"), Path(sys.executable).with_name("ninja")
+    if ninja is None:
         return CheckResult(name, "fail", "ninja is not in PATH, without which torch compiles nothing", remedy)
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "small.cpp", Path(folder) / "small"
@@ -44,7 +45,9 @@ def check_compiler() -> CheckResult:
         except (OSError, subprocess.SubprocessError) as error:
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
             return CheckResult(name, "fail", f"{compiler} makes no working program: {''.join(said)[:200]}", remedy)
-    return CheckResult(name, "ok", f"{words.stdout.splitlines()[0]}, ninja")
+    other = [f"{ninja} comes before {own} in PATH"] if own.is_file() and not own.samefile(ninja) else []
+    remedy = f"put {own.parent} first in PATH: each version of ninja compiles all operators of the others again"
+    return judged(name, other, f"{words.stdout.splitlines()[0]}, {ninja}", remedy, bad="warn")
 
 
 def check_locks(folder: Path | None = None) -> CheckResult:
@@ -99,13 +102,17 @@ def check_operators(names: list[str], *, quick: bool = False, locks: CheckResult
         problem = [f"not built yet: {', '.join(missing)}; the first job compiles them"] if missing else []
         return judged(name, problem, f"{', '.join(names)}: built", build, bad="warn")
     started = time.perf_counter()
-    try:
-        done = subprocess.run([sys.executable, "-m", "dualtok.doctor.building", *names], capture_output=True, text=True,
-                              timeout=BUILD_SECONDS, check=False)  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return CheckResult(name, "fail", f"not built after {BUILD_SECONDS} s", f"run `{build}` and look what it does")
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
-    problem = [f"cannot be built: {''.join(said).strip()[:300]}"] if done.returncode else []
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        command = [sys.executable, "-m", "dualtok.doctor.building", *names]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait(BUILD_SECONDS)
+        except subprocess.TimeoutExpired:  # to end it would leave a stale lock behind
+            found = f"not built after {BUILD_SECONDS} s; process {process.pid} goes on"
+            return CheckResult(name, "fail", found, "look what it does, or wait for it; then start the doctor again")
+        output.seek(0)
+        said = [line for line in output if line.strip()][-1:]
+    problem = [f"cannot be built: {''.join(said).strip()[:300]}"] if status else []
     return judged(name, problem, f"{', '.join(names)}: loaded after {time.perf_counter() - started:.0f} s",
                   f"mend the compiler (see above), then `{build}`")  # fmt: skip
 

@@ -97,6 +97,14 @@ def test_a_lock_of_a_killed_compilation_is_found_and_left(tmp_path: Path) -> Non
 
 def test_a_compiler_that_does_not_work_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_compiler().status == "ok"
+    other = tmp_path / "other" / "ninja"
+    other.parent.mkdir()
+    other.touch(mode=0o755)
+    with monkeypatch.context() as changed:
+        changed.setenv("PATH", f"{other.parent}:{os.environ['PATH']}")
+        shadowed = check_compiler()
+        assert shadowed.status == "warn"
+        assert f"{other} comes before" in shadowed.found
     monkeypatch.setenv("CXX", "/bin/false")
     failed(check_compiler(), "/bin/false makes no working program")
     monkeypatch.setenv("CXX", "no-such-compiler")
