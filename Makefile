@@ -56,7 +56,7 @@ $(RUNTIME): pyproject.toml constraints.txt requirements-corpora.txt | $(VENV)/bi
 
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python tools/build_ops.py CPUAdamBuilder
+	$(BIN)/python tools/build_ops.py CPUAdamBuilder PinMemoryBuilder
 	touch $@
 
 # Debian packages that some tests need. Elsewhere they are named, and those tests are reported as not run.

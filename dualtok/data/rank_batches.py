@@ -6,11 +6,13 @@ whatever its size. Windows grow from one micro-batch, so that the first step wai
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
+from threading import Thread
 from typing import Protocol
 
 import torch
@@ -127,10 +129,17 @@ class RankBatches(Iterator[Batch]):
 
 
 def _leave_notices_to_the_rank(_worker: int) -> None:
-    """Ignore the signals that end a job: schedulers send them to all of its processes, and a rank that loses a worker
-    fails before it has written its checkpoint. It ends its workers itself."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # those to which dualtok.engine.preemption listens
-        signal.signal(number, signal.SIG_IGN)
+    """Let a worker outlive the signals that end a job, unless its rank sends them: schedulers send them to every
+    process, and a rank that loses a worker fails before it has written its checkpoint."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_with_the_rank, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_rank(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os._exit(0)
 
 
 def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:

@@ -34,7 +34,7 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 @pytest.fixture(scope="module")
 def undisturbed(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run = run_file(small_corpus, tmp_path_factory.mktemp("plain") / "plain.yaml", train=dict(SETTINGS))
-    succeed(dualtok("train", run))
+    succeed(dualtok("train", run, timeout=DEADLINE))
     return [row["loss"] for row in history(run)]
 
 

@@ -16,6 +16,8 @@ from tests.e2e.test_launchers import run_file
 from tests.support import ROOT, dualtok, environment, history, succeed
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+DEADLINE = 800
+"""Seconds after which something counts as not happening; a start takes 15 on an idle machine."""
 STEPS = 100
 SETTINGS = {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": 20, "data_workers": 1}
 
@@ -30,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def undisturbed(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Return the losses of the same run on one rank that nobody disturbs."""
     run = run_file(small_corpus, tmp_path_factory.mktemp("plain") / "plain.yaml", train=dict(SETTINGS))
-    succeed(dualtok("train", run))
+    succeed(dualtok("train", run, timeout=DEADLINE))
     return [row["loss"] for row in history(run)]
 
 
@@ -43,7 +45,7 @@ def submit(cluster: Slurm, recipe: str, run: Path, *options: str, partition: str
     )  # fmt: skip
 
 
-def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = 800) -> None:
+def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = DEADLINE) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:

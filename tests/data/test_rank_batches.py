@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from collections.abc import Sequence
 from itertools import islice
 
+import psutil
 import pytest
 import torch
 
@@ -59,6 +63,20 @@ def test_micro_batches_do_not_depend_on_windows_or_workers(
     # Of windows of 1, 2, 3, ... micro-batches up to the largest.
     sizes = [size for window in range(1, 31) for size in [min(window, largest)] * min(window, largest)]
     assert together == sizes[:30]
+
+
+def test_a_worker_outlives_a_schedulers_notice_and_ends_with_its_rank() -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    batches = rank_batches(Recorder(), 0, GLOBAL, rank=0, world_size=1, workers=1)
+    list(islice(batches, 3))
+    [worker] = [child for child in psutil.Process().children() if child.pid not in before]
+    for name in ("-TERM", "-USR1"):  # by another process than the rank
+        subprocess.run(["kill", name, str(worker.pid)], check=True)
+    numbers = [int(batch["input_ids"][0]) for batch in islice(batches, 40)]
+    assert numbers == list(range(3 * GLOBAL, 43 * GLOBAL, GLOBAL)), "the worker that was there read on"
+    assert worker.is_running()
+    os.kill(worker.pid, signal.SIGTERM)  # as multiprocessing does when the rank ends
+    assert worker.wait(timeout=10) == 0
 
 
 def test_what_is_read_soon_is_fetched_before_and_never_beyond_an_epoch() -> None:
