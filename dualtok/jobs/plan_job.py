@@ -13,6 +13,7 @@ from dualtok.engine.deepspeed_config import training_config, zero_stage
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.model.load import starting_config
 from dualtok.model.stages import cut
+from dualtok.objective.linear_cross_entropy import ACCELERATOR_LOSS_MEMORY_MIB
 from dualtok.plan.memory import Job
 from dualtok.plan.shape import ModelShape, read_shape
 from dualtok.plan.shapes import NAMED, named
@@ -161,7 +162,8 @@ def make_job(run: RunConfig, material: Material, ranks: int, config: Json) -> Jo
             zero_stage=zero_stage(config), precision=train.precision, stages=train.stages,
             layers_per_stage=dealt, micro_batches=train.gradient_accumulation,
             keep_gathered=pipeline is not None and pipeline.keep_gathered,
-            activation_checkpointing=model.activation_checkpointing, loss_memory_mib=train.loss_memory_mib or 256,
+            activation_checkpointing=model.activation_checkpointing,
+            loss_memory_mib=train.loss_memory_mib or ACCELERATOR_LOSS_MEMORY_MIB,
             offload_parameters=zero.get("offload_param", {}).get("device", "none"),
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none"),
             reference="none" if reference is None else reference.mode,

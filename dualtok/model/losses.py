@@ -14,7 +14,7 @@ from torch import nn
 from dualtok.errors import ConfigError
 from dualtok.model.load import logit_scaling
 from dualtok.objective.head import IGNORED_LABEL, LossHead, token_losses
-from dualtok.objective.linear_cross_entropy import LOSS_MEMORY_MIB, linear_cross_entropy
+from dualtok.objective.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,8 @@ class TokenLossModel(nn.Module):
 
     Args:
         causal_lm: a model with ``base_model`` and output embeddings that takes ``position_ids``.
-        memory_mib: memory for logits in MiB; None takes ``LOSS_MEMORY_MIB``.
+        memory_mib: memory for logits in MiB; None takes
+            :func:`~dualtok.objective.linear_cross_entropy.default_memory_mib`.
         kernel: computes the losses; None takes dualtok's own.
 
     Raises:
@@ -51,7 +52,7 @@ class TokenLossModel(nn.Module):
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self._memory_mib = LOSS_MEMORY_MIB if memory_mib is None else memory_mib
+        self._memory_mib = memory_mib
         self._scaling = logit_scaling(causal_lm.config)
         _give_loss_head(causal_lm, self._scaling, kernel or partial(linear_cross_entropy, memory_mib=self._memory_mib))
         if kernel is not None and not isinstance(causal_lm.get_output_embeddings(), LossHead):

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from dualtok.objective.linear_cross_entropy import (
     AS_THEY_ARE,
     IGNORED_LABEL,
-    LOSS_MEMORY_MIB,
     LinearCrossEntropy,
     LogitScaling,
     chunk_rows,
+    default_memory_mib,
     linear_cross_entropy,
 )
 
@@ -82,7 +82,7 @@ def token_losses(
     *,
     vocabulary: int,
     scaling: LogitScaling = AS_THEY_ARE,
-    memory_mib: float = LOSS_MEMORY_MIB,
+    memory_mib: float | None = None,
 ) -> torch.Tensor:
     """Return CE(theta; t) of every token: from a :class:`LossHead` its own, from another output layer chunk by chunk.
 
@@ -92,7 +92,8 @@ def token_losses(
         output_layer: the model's own; it is called as a module, where ZeRO-3 has gathered its weight.
         vocabulary: v.
         scaling: what the architecture does to its logits; a :class:`LossHead` knows it already.
-        memory_mib: memory for the logits of a chunk, likewise.
+        memory_mib: memory for the logits of a chunk, likewise; None takes
+            :func:`~dualtok.objective.linear_cross_entropy.default_memory_mib`.
 
     Returns:
         [b, t] float32, 0 where the label is -100.
@@ -100,6 +101,7 @@ def token_losses(
     if isinstance(output_layer, LossHead):
         losses: torch.Tensor = output_layer(hidden_btd, labels_bt)
         return losses
+    memory_mib = default_memory_mib(hidden_btd.device) if memory_mib is None else memory_mib
     size = chunk_rows(memory_mib, vocabulary, torch.float32.itemsize)
     return chunked_token_losses(hidden_btd, labels_bt, output_layer, chunk_tokens=size, scaling=scaling)
 

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualtok.objective import LogitScaling, linear_cross_entropy
-from dualtok.objective.linear_cross_entropy import WORKING_SHARE, chunk_rows
+from dualtok.objective.linear_cross_entropy import (
+    ACCELERATOR_LOSS_MEMORY_MIB,
+    LOSS_MEMORY_MIB,
+    WORKING_SHARE,
+    chunk_rows,
+    default_memory_mib,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -267,3 +273,9 @@ def test_chunks_follow_the_budget() -> None:
     assert chunk_rows(256, 2**16, 4) == 256
     assert chunk_rows(256, 2**16, 2) == 512
     assert chunk_rows(1e-9, 2**16, 4) == 1
+
+
+def test_an_accelerator_gets_larger_chunks_than_a_cpu() -> None:
+    """Small chunks leave it waiting; a CPU works within its caches."""
+    assert default_memory_mib(torch.device("cpu")) == LOSS_MEMORY_MIB
+    assert default_memory_mib(torch.device("cuda", 1)) == ACCELERATOR_LOSS_MEMORY_MIB > LOSS_MEMORY_MIB
