@@ -92,10 +92,10 @@ def wait_for_steps(run: Path, count: int, starter: subprocess.Popen[str]) -> Non
         time.sleep(0.2)
 
 
-def expect(run: Path, losses: list[float], logs: str) -> None:
+def expect(run: Path, losses: list[float], logs: str, count: int = 2) -> None:
     assert [row["loss"] for row in history(run)] == pytest.approx(losses, rel=1e-5)
     texts = [path.read_text() for path in sorted((run.parent / "logs").rglob("*")) if re.search(logs, str(path))]
-    assert len(texts) == 2, f"one log per rank: {list((run.parent / 'logs').rglob('*'))}"
+    assert len(texts) == count, f"one log per rank: {list((run.parent / 'logs').rglob('*'))}"
     assert sum("60 steps done" in text for text in texts) == 1
 
 
@@ -107,7 +107,7 @@ def test_torchrun_on_every_host(run: Path, undisturbed: list[float]) -> None:
     wait_for_steps(run, 15, hosts[0])
     rank_processes(run)[-1].kill()
     finish(*hosts)
-    expect(run, undisturbed, r"attempt_1/0/stdout\.log$")
+    expect(run, undisturbed, r"/attempt_\d/0/stdout\.log$", count=3)  # two starts where the rank was killed
 
 
 def test_deepspeed_without_ssh(run: Path, undisturbed: list[float]) -> None:
