@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 Figures = dict[str, Any]
 PARITY_STEPS = 8
-BUDGETS = {"torch": 256, "torch 1 GiB": 1024, "torch 4 GiB": 4096}
+BUDGETS = {"torch 256 MiB": 256, "torch 1 GiB": 1024, "torch 4 GiB": 4096}
 """dualtok's own loss -> its memory for logits in MiB."""
 HEADS = ("hugging_face", *BUDGETS, "cut_cross_entropy", "liger")
 STEPS = ("trainer", "naive", "plain", "dual", "resident", "offload", "cpu", "lora_plain", "adapter")
