@@ -20,8 +20,8 @@ from dualtok.engine import train as training
 from dualtok.engine.distributed import leave_ranks
 from dualtok.run import load_run
 
-NAP = 0.25
-PASS_NAP = 0.1
+NAP = 0.5
+PASS_NAP = 0.15
 WALL_FILE = "wall.json"
 
 
