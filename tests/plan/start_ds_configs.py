@@ -34,7 +34,11 @@ def main(files: list[Path], folder: Path) -> None:
     if ranks.is_first:
         write_fresh_weights(AutoConfig.for_model(**LLAMA), 0, folder / "weights")
     ranks.barrier()
-    losses = {file.stem: take_a_step(file, folder, ranks) for file in files}
+    losses = {}
+    for file in files:
+        losses[file.stem] = take_a_step(file, folder, ranks)
+        if ranks.is_first:
+            print(file.stem, *losses[file.stem], flush=True)
     if ranks.is_first:
         (folder / "losses.json").write_text(json.dumps(losses))
     leave_ranks()
@@ -63,8 +67,9 @@ def take_a_step(file: Path, folder: Path, ranks: Ranks) -> tuple[float, int]:
     )  # fmt: skip
     ids = torch.arange(LENGTH).repeat(4 // 2 // layout.data_parallel.world_size, 1)
     batch = {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(len(ids), 1), "labels": ids}
-    outcomes = engine.train_step([batch, batch])
-    loss = sum(float(outcome.loss) for outcome in outcomes) / len(outcomes)
+    own = [float(outcome.loss) for outcome in engine.train_step([batch, batch])]  # a pipeline's last stage has some
+    losses = [loss for each in ranks.gather_objects(own) for loss in each]
+    loss = sum(losses) / len(losses)
     assert math.isfinite(engine.gradient_norm()), file
     stage = engine.zero_stage()
     engine.engine.destroy()
