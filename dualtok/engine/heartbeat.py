@@ -261,7 +261,8 @@ def watch_hosts(ranks: Ranks, seconds: float, *, status: Path | None = None) -> 
 def open_store(address: str, hosts: int) -> dist.TCPStore:
     """Return rank 0's store for so many hosts, on a free port of its own."""
     store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-    store.multi_set([LOST, *map(_key, range(hosts))], [""] * (hosts + 1))
+    for key in (LOST, *map(_key, range(hosts))):
+        store.set(key, "")
     return store
 
 
