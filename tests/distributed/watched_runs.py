@@ -21,7 +21,7 @@ from dualtok.engine.distributed import leave_ranks
 from dualtok.run import load_run
 
 NAP = 0.5
-PASS_NAP = 0.15
+PASS_NAP = 0.25
 WALL_FILE = "wall.json"
 
 
