@@ -46,7 +46,9 @@ def main() -> int:
     if unknown:
         parser.error(f"--only: no measurement {unknown[0]!r}; there are {', '.join((*KINDS, *every))}")
     options.folder.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in every if name in options.only or name.split(":")[0] in options.only]
+    chosen = dict.fromkeys(
+        name for wanted in options.only for name in every if wanted in (name, name.split(":")[0])
+    )  # in the order that was asked for
     results: dict[str, Any] = {}
     for name in ["prepare", *chosen]:
         started = time.monotonic()
