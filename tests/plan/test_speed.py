@@ -13,7 +13,7 @@ from dualtok.plan.shape import ModelShape
 from dualtok.plan.speed import StepTime, model_flops, step_time, tokens_per_second
 from tests.plan.support import SHAPE, job
 
-DEVICE = Device(flops=1000.0, flops_fp32=100.0, memory_bandwidth=1e12, memory=1e9, link=100.0, pcie=10.0, linear=0.5,
+DEVICE = Device(flops=1000.0, flops_fp32=100.0, memory_bandwidth=1e4, memory=1e9, link=100.0, pcie=10.0, linear=0.5,
                 attention=0.25)  # fmt: skip
 CLUSTER = Cluster(DEVICE, nodes=1, gpus=4, gpu_memory=1e9, host_memory=1e9, network=10.0)
 KEPT = 8 * (24 * 10 + 8 * 40)
@@ -28,10 +28,10 @@ def test_products_attention_and_elementwise_work_of_one_rank() -> None:
     logits = 8 * 100 * 4
     products = 8 * 6 * (500 + 1000) / 500  # 5 layers of 100 weights, a head of 1,000
     attention = 8 * 6 * (2 * 5 * 10) * 4 / 250
-    moved = (5 * KEPT * 6 + 6 * logits) / 0.8e12
+    moved = (5 * KEPT * 6 + 6 * logits) / 0.8e4
     assert seconds(ranks=1).compute == pytest.approx(products + attention + moved)
     again = seconds(ranks=1, activation_checkpointing=True).compute
-    assert again - seconds(ranks=1).compute == pytest.approx(8 * 2 * 500 / 500 + attention / 3 + 5 * KEPT * 2 / 0.8e12)
+    assert again - seconds(ranks=1).compute == pytest.approx(8 * 2 * 500 / 500 + attention / 3 + 5 * KEPT * 2 / 0.8e4)
     whole = seconds(ranks=1, skips_masked=False).compute
     assert whole - seconds(ranks=1).compute == pytest.approx(attention)
     assert seconds(ranks=1, precision="fp32").compute > 9 * products
@@ -80,7 +80,7 @@ def test_a_pipeline_waits_for_its_slowest_stage() -> None:
 def test_offloading_costs_copies_and_host_bandwidth() -> None:
     share = SHAPE.parameters / 4
     on_device, on_host = seconds().optimizer, seconds(offload_optimizer="cpu").optimizer
-    assert on_device == pytest.approx(30 * share / 0.8e12)
+    assert on_device == pytest.approx(30 * share / 0.8e4)
     assert on_host == pytest.approx(30 * share * 4 / hardware.HOST_MEMORY_BANDWIDTH + 6 * share / 8)
     assert seconds(offload_optimizer="nvme").optimizer > on_host
     more = seconds(offload_parameters="cpu", max_reuse=0).communication - seconds(max_reuse=0).communication
