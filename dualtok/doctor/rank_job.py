@@ -19,7 +19,7 @@ from dualtok.jobs.launch import rank_environment, torchrun
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SECONDS = 420.0
+SECONDS = 600.0
 """Deadline of a job: an operator may have to be compiled."""
 GRACE_SECONDS = 5.0
 

@@ -110,7 +110,7 @@ def _write_run(folder: Path, run: RunConfig | None, ranks: int) -> tuple[Path, d
     tiny: dict[str, Any] = {
         "output_dir": str(folder / "run"), "data": data, "objective": "dual",
         "model": {"config": {**TINY, "num_hidden_layers": layers}}, "train": section,
-        "monitor": {"tensorboard": False, "hang_seconds": 300}, "selection": {"tau": 10.0},
+        "monitor": {"tensorboard": False, "hang_seconds": 600}, "selection": {"tau": 10.0},
     }  # fmt: skip
     if section.get("engine") == "opacus":
         tiny |= {"objective": "causal_lm", "selection": None, "privacy": {"epsilon": 8.0, "delta": 1e-3}}
