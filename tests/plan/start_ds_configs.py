@@ -1,6 +1,6 @@
 """Started under torchrun by test_ds_configs.py: every file of ds_configs/ starts an engine that takes a step.
 
-Each file runs on two ranks: those with ``pipeline`` in their names in two stages, ``zero0.json`` in fp32, all others in
+All run on two ranks: those with ``pipeline`` in their names in two stages, ``zero0.json`` in fp32, all others in
 bf16. The folder of ``1gpu_files.json``'s states is the only thing changed. Rank 0 writes the losses as JSON.
 """
 
@@ -35,7 +35,8 @@ def main(files: list[Path], folder: Path) -> None:
         write_fresh_weights(AutoConfig.for_model(**LLAMA), 0, folder / "weights")
     ranks.barrier()
     losses = {}
-    for file in files:
+    # Pipelines last: DeepSpeed remembers their groups, and gives them to a plain engine that follows.
+    for file in sorted(files, key=lambda file: "pipeline" in file.stem):
         losses[file.stem] = take_a_step(file, folder, ranks)
         if ranks.is_first:
             print(file.stem, *losses[file.stem], flush=True)
