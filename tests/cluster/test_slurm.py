@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
 DEADLINE = 800
 """Seconds after which something counts as not happening; a start takes 15 on an idle machine."""
 STEPS = 100
-SETTINGS = {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": 20, "data_workers": 1}
+SETTINGS = {"steps": STEPS, "evaluate_every": STEPS, "checkpoint_every": 20, "data_workers": 1, "schedule": "constant"}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def undisturbed(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Return the losses of the same run on one rank that nobody disturbs."""
+    """Return the losses of the same run, started by torchrun, that nobody disturbs."""
     run = run_file(small_corpus, tmp_path_factory.mktemp("plain") / "plain.yaml", train=dict(SETTINGS))
-    succeed(dualtok("train", run, timeout=DEADLINE))
+    succeed(dualtok("train", run, ranks=2, timeout=DEADLINE))
     return [row["loss"] for row in history(run)]
 
 
