@@ -105,9 +105,9 @@ def test_the_bubble_is_that_of_the_schedule(launched: Launched, name: str) -> No
     """(P - 1) / (M + P - 1); naps are most of each pass, so that the stages are nearly equal."""
     rows, count = launched.ranks(name), PIPELINES[name]
     longest = max(row["busy"] + row["pipeline"] for row in rows)
-    assert 1 - sum(row["busy"] for row in rows) / 2 / longest == pytest.approx(1 / (count + 1), abs=0.1)
+    assert 1 - sum(row["busy"] for row in rows) / 2 / longest == pytest.approx(1 / (count + 1), abs=0.15)
     if name == "four":  # the other one's events cannot be written
-        assert launched.events(name)["pipeline/bubble"] == pytest.approx(1 / (count + 1), abs=0.1)
+        assert launched.events(name)["pipeline/bubble"] == pytest.approx(1 / (count + 1), abs=0.15)
 
 
 @pytest.mark.slow
