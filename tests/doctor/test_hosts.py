@@ -148,6 +148,21 @@ def test_a_host_whose_name_leads_nowhere_is_named(hosts: Hosts) -> None:
     assert found(checks, "collectives")["status"] == "not-run"
 
 
+def test_two_hosts_in_order_train_together(hosts: Hosts) -> None:
+    """The two are entered through one daemon."""
+    alias = "127.0.0.5"
+    config = hosts.folder / "config"
+    config.write_text(config.read_text() + f"Host {alias}\n  HostName {GOOD}\n")
+    status, checks = hosts.doctor(f"{GOOD} slots=1", f"{alias} slots=1", quick=False)
+    assert status == 0, [check for check in checks if check["status"] == "fail"]
+    assert "2 ranks over gloo" in found(checks, "collectives")["found"]
+    assert found(checks, "gradients")["status"] == found(checks, "loss kernels")["status"] == "ok"
+    trained = found(checks, "training")
+    assert trained["status"] == "ok"
+    assert "on 2 ranks" in trained["found"]
+    assert list(hosts.shared.iterdir()) == []
+
+
 def test_ssh_that_is_not_there_is_said(hosts: Hosts) -> None:
     status, checks = Hosts(hosts.folder, hosts.shared, "no-such-ssh").doctor(f"{GOOD} slots=1")
     assert status == 1
