@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from tests import warm
 
 BLOCK_LENGTH = 64
 VOCABULARY = 512
@@ -88,7 +91,27 @@ def partitioned_json(folder: Path) -> str:
 def environment(**changes: str) -> dict[str, str]:
     """Return the environment of a child process: one thread per rank, DeepSpeed on the CPU."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **changes}
+    return {**clean, **warm.FOR_ALL, **changes}
+
+
+def command(
+    module: str, *arguments: Any, ranks: int = 0, options: Sequence[str] = (), afresh: bool = False
+) -> list[str]:
+    """Return the command that runs a module; with ``ranks`` under torchrun on so many processes.
+
+    Args:
+        module: such as "dualtok".
+        arguments: of the module.
+        ranks: processes under torchrun, or 0 for a plain process.
+        options: of torchrun.
+        afresh: start Python anew in every process, instead of forking one that has imported much (:mod:`tests.warm`).
+    """
+    plain = [sys.executable, "-m"] if afresh else warm.launcher()
+    told = [*plain, module, *map(str, arguments)]
+    if not ranks:
+        return told
+    torchrun = [*plain, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
+    return [*torchrun, "-m", *told[2:]] if afresh else [*torchrun, "--no-python", *told]
 
 
 def dualtok(
@@ -98,12 +121,11 @@ def dualtok(
 
     The deadline turns a hang into a failure.
     """
-    launcher = [sys.executable, "-m"]
+    afresh = any(not name.startswith(warm.READ_LATE) for name in variables)
     if ranks:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
         variables = {"LOCAL_SIZE": str(ranks), **variables}
     return subprocess.run(
-        [*launcher, "dualtok", *map(str, arguments)],
+        command("dualtok", *arguments, ranks=ranks, afresh=afresh),
         env=environment(**variables), capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False,
     )  # fmt: skip
 
@@ -163,9 +185,9 @@ def without_launcher(
         port = str(probe.getsockname()[1])
     job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
-    command = [sys.executable, "-m", "dualtok", *map(str, arguments)]
+    start = command("dualtok", *arguments)
     processes = [
-        subprocess.Popen(command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **job), cwd=ROOT, text=True,
+        subprocess.Popen(start, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **job), cwd=ROOT, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for rank in range(ranks)
     ]  # fmt: skip
@@ -176,6 +198,6 @@ def without_launcher(
         for process in processes:
             process.kill()
     return [
-        subprocess.CompletedProcess(command, process.returncode, *output)
+        subprocess.CompletedProcess(start, process.returncode, *output)
         for process, output in zip(processes, outputs, strict=True)
     ]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.metrics import roc_auc
 from dualtok.errors import DataError
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.reference.live import with_reference
@@ -80,6 +79,8 @@ def evaluate(
 
     ``reference`` scores the blocks where the streams carry no reference losses.
     """
+    from dualtok.audit.metrics import roc_auc  # scipy and scikit-learn take seconds to import, on every rank
+
     seen = document_losses(engine, members, blocks, batch_size, reference)
     unseen = document_losses(engine, validation, blocks, batch_size, reference)
     known = np.isfinite(seen.reference).all() and np.isfinite(unseen.reference).all()

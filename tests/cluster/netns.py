@@ -93,20 +93,18 @@ class Host:
         """Pull the cable."""
         _run("ip", "link", "set", self.cable, "down")
 
-    def mend(self) -> None:
-        """Plug it in again."""
-        _run("ip", "link", "set", self.cable, "up")
-
     def slow_down(self, rate: str) -> None:
         """Let so many bits per second through in each direction, e.g. "2mbit"."""
         shape = ["root", "tbf", "rate", rate, "burst", "16kb", "latency", "400ms"]
         _run("tc", "qdisc", "replace", "dev", self.cable, *shape)
         self._inside("tc", "qdisc", "replace", "dev", INTERFACE, *shape)
 
-    def speed_up(self) -> None:
-        """Let everything through again."""
-        _run("tc", "qdisc", "del", "dev", self.cable, "root")
-        self._inside("tc", "qdisc", "del", "dev", INTERFACE, "root")
+    def mend(self) -> None:
+        """Plug the cable in again, and let everything through."""
+        _run("ip", "link", "set", self.cable, "up")
+        all_at_once = ["root", "pfifo"]
+        _run("tc", "qdisc", "replace", "dev", self.cable, *all_at_once)
+        self._inside("tc", "qdisc", "replace", "dev", INTERFACE, *all_at_once)
 
     def _inside(self, *command: str) -> None:
         _run("nsenter", f"--target={self.init}", "--net", *command)
@@ -127,6 +125,13 @@ class Cluster:
         return {"PATH": os.environ["PATH"], "GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu",
                 "TORCH_EXTENSIONS_DIR": str(self.folder / "operators"), "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+
+    def mend(self) -> None:
+        """Undo what was done to the cables, and wait until every host can be reached again."""
+        for host in self.hosts:
+            host.mend()
+        for host in self.hosts:
+            _wait_for_ssh(self, host.name)
 
 
 @contextmanager

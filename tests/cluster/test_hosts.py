@@ -32,9 +32,16 @@ COLUMNS = ("loss", "hard_loss", "memorised_loss", "plain_loss")
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("cluster") / "hosts", NAMES) as made:
         yield made
+
+
+@pytest.fixture
+def hosts(started: Cluster) -> Cluster:
+    """Three hosts, each of which can be reached: the test before may have cut one off."""
+    started.mend()
+    return started
 
 
 class Job:

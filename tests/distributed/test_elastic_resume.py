@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from tests.support import (
     ROOT,
+    command,
     deepspeed_json,
     dualtok,
     environment,
@@ -44,9 +44,8 @@ ADAPTER = "adapter"
 
 
 def launch(ranks: int, *segments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
-               "tests.distributed.train_segments", *segments]  # fmt: skip
-    result = subprocess.run(command, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, capture_output=True, text=True,
+    job = command("tests.distributed.train_segments", *segments, ranks=ranks)
+    result = subprocess.run(job, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, capture_output=True, text=True,
                             timeout=600, check=False)  # fmt: skip
     told = [line for line in result.stderr.splitlines() if line.startswith(("[rank", "dualtok"))]
     assert result.returncode == 0, "\n".join(told)

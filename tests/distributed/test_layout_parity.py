@@ -11,7 +11,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from dualtok.jobs.export import export
 from tests.distributed.train_cells import REFUSED_FILE, SELECTION_FILE
 from tests.support import (
     ROOT,
+    command,
     dualtok,
     environment,
     read_weights,
@@ -172,10 +172,9 @@ def trained(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     for ranks in sorted({cell.ranks for cell in wanted.values()}):
         # Pipelines last: their process groups stay behind in the process.
         cells = sorted((cell for cell in wanted.values() if cell.ranks == ranks), key=lambda cell: cell.stages)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                   "-m", "tests.distributed.train_cells",
-                   *(str(run_file(folder, small_corpus, cell)) for cell in cells)]  # fmt: skip
-        done = subprocess.run(command, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, capture_output=True, text=True,
+        files = [run_file(folder, small_corpus, cell) for cell in cells]
+        job = command("tests.distributed.train_cells", *files, ranks=ranks)
+        done = subprocess.run(job, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, capture_output=True, text=True,
                               timeout=1500, check=False)  # fmt: skip
         assert done.returncode == 0, f"{ranks} ranks\n{done.stdout[-3000:]}\n{done.stderr[-8000:]}"
     return folder

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, command, environment
 
 
 @pytest.mark.slow
@@ -15,10 +14,14 @@ def test_two_ranks_of_zero_train_as_the_formula_says() -> None:
     """Tied and untied, whatever the number of chunks on each rank, accumulated, for both global scopes."""
     from tests.distributed.loss_head_worker import CASES
 
-    worker = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-              "tests.distributed.loss_head_worker"]  # fmt: skip
     result = subprocess.run(
-        worker, env=environment(LOCAL_SIZE="2"), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        command("tests.distributed.loss_head_worker", ranks=2),
+        env=environment(LOCAL_SIZE="2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line.removeprefix("CASE ").split(" | ") for line in result.stdout.splitlines() if line.startswith("CASE ")]

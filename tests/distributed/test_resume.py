@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from tests.support import (
     ROOT,
+    command,
     deepspeed_json,
     dualtok,
     environment,
@@ -47,9 +47,8 @@ def run_file(
 
 def kill_after_step(run: Path, step: int, ranks: int) -> None:
     """Start training and kill every process of the job as soon as a checkpoint of ``step`` is complete."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-               "-m", "dualtok", "train", str(run)]  # fmt: skip
-    process = subprocess.Popen(command, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, start_new_session=True,
+    job = command("dualtok", "train", run, ranks=ranks)
+    process = subprocess.Popen(job, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     latest = run.with_suffix("") / "checkpoints" / "latest"
     deadline = time.monotonic() + 240

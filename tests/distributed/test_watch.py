@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dualtok.monitor.timing import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMISER, OTHER, PHASES
 from tests.distributed.watched_runs import NAP, WALL_FILE
-from tests.support import ROOT, environment, history, partitioned_json, tiny_llama_config, write_run
+from tests.support import ROOT, command, environment, history, partitioned_json, tiny_llama_config, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,11 +37,10 @@ class Launched:
         (folder / "one" / "events").write_text("a file where the folder should be")
         wandb = {"MODE": "online", "BASE_URL": "http://127.0.0.1:9", "API_KEY": 40 * "0", "SILENT": "true",
                  "ERROR_REPORTING": "false"}  # fmt: skip
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-                   "tests.distributed.watched_runs", *runs]  # fmt: skip
+        job = command("tests.distributed.watched_runs", *runs, ranks=2)
         variables = environment(LOCAL_SIZE="2", **{f"WANDB_{name}": value for name, value in wandb.items()})
         self.finished = subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=600, cwd=ROOT, check=False
+            job, env=variables, capture_output=True, text=True, timeout=600, cwd=ROOT, check=False
         )
         assert self.finished.returncode == 0, self.finished.stderr
 

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from dualtok.data.manifest import load_manifest
 from dualtok.engine.checkpoint import find_checkpoint
 from tests.data.servers import CREDENTIALS, fault_server, s3_server, upload
 from tests.faults.worker import FAULT, SAMPLES, Fault
-from tests.support import ROOT, environment, measured, tiny_llama_config, write_run
+from tests.support import ROOT, command, environment, measured, tiny_llama_config, write_run
 
 RANKS, STEPS, EVERY = 2, 24, 3
 NOTICE_SECONDS = 60
@@ -62,9 +61,8 @@ def train(run: Path, samples: Path, *, fault: Fault | None = None, notice_after:
     variables = {SAMPLES: str(samples), "LOCAL_SIZE": str(RANKS), **CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
     if fault is not None:
         variables[FAULT] = fault.as_json()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m",
-               "tests.faults.worker", "train", str(run), "--auto-resume"]  # fmt: skip
-    process = subprocess.Popen(command, env=environment(**variables), cwd=ROOT, text=True, start_new_session=True,
+    job = command("tests.faults.worker", "train", run, "--auto-resume", ranks=RANKS)
+    process = subprocess.Popen(job, env=environment(**variables), cwd=ROOT, text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     try:
         if notice_after is not None:

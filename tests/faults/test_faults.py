@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from tests.faults.harness import RANKS, train
 from tests.faults.worker import FAULT, SAMPLES, Fault
-from tests.support import ROOT, dualtok, environment, error_line, succeed, tiny_llama_config, write_run
+from tests.support import ROOT, command, dualtok, environment, error_line, succeed, tiny_llama_config, write_run
 
 
 def run_file(data: dict[str, Any], path: Path, **monitor: Any) -> Path:
@@ -27,12 +26,11 @@ def run_file(data: dict[str, Any], path: Path, **monitor: Any) -> Path:
 def test_a_job_that_torchrun_restarts_goes_on_from_its_checkpoint(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     run = run_file(small_corpus, tmp_path / "run.yaml")
     fault = Fault("kill", rank=1, step=4, mark=str(tmp_path / "mark"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
-               "--max-restarts=2", "-m", "tests.faults.worker", "train", str(run), "--auto-resume"]  # fmt: skip
+    job = command("tests.faults.worker", "train", run, "--auto-resume", ranks=RANKS, options=["--max-restarts=2"])
     samples = tmp_path / "samples"
     samples.mkdir()
     variables = {FAULT: fault.as_json(), SAMPLES: str(samples), "LOCAL_SIZE": str(RANKS)}
-    ended = subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300,
+    ended = subprocess.run(job, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300,
                            check=False)  # fmt: skip
     assert (tmp_path / "mark").exists()
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,17 @@ import torch
 from dualtok.data.folds import fold_of
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
-from tests.support import ROOT, dualtok, environment, error_line, partitioned_json, save_model, succeed, write_run
+from tests.support import (
+    ROOT,
+    command,
+    dualtok,
+    environment,
+    error_line,
+    partitioned_json,
+    save_model,
+    succeed,
+    write_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +130,7 @@ def test_scoring_killed_at_random_moments_gives_the_same_bytes(
     done = 0
     for _ in range(2):
         process = subprocess.Popen(
-            [sys.executable, "-m", "dualtok", "score", str(run)], env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
+            command("dualtok", "score", run), env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         wanted, deadline = done + draw.randrange(1, shards // 3), time.monotonic() + 240

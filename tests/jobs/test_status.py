@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from dualtok.errors import ConfigError
 from dualtok.jobs.status import RunStatus, describe, read_status
 from tests.faults.harness import train as train_on_ranks
 from tests.faults.worker import FAULT, SAMPLES, Fault
-from tests.support import ROOT, dualtok, environment, error_line, succeed, tiny_llama_config, write_run
+from tests.support import ROOT, command, dualtok, environment, error_line, succeed, tiny_llama_config, write_run
 
 STEPS = 8
 
@@ -36,10 +35,11 @@ def run_file(data: dict[str, Any], path: Path, **train: Any) -> Path:
 
 def start(run: Path, fault: Fault, *overrides: str) -> subprocess.Popen[str]:
     """Start one rank, without a launcher, that a fault will hit."""
-    command = [sys.executable, "-m", "tests.faults.worker", "train", str(run), *overrides, "--auto-resume"]
     variables = {FAULT: fault.as_json(), SAMPLES: str(run.parent)}
-    return subprocess.Popen(command, env=environment(**variables), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)  # fmt: skip
+    return subprocess.Popen(
+        command("tests.faults.worker", "train", run, *overrides, "--auto-resume"), env=environment(**variables),
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 @pytest.mark.slow

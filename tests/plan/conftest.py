@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.plan.support import CASES, LLAMA
-from tests.support import ROOT, environment
+from tests.support import ROOT, command, environment
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +19,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     given = folder / "cases.json"
     given.write_text(json.dumps({"cases": CASES, "shape": LLAMA}))
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(ROOT / "tests/plan/measure_states.py"), str(given)],
-        env=environment(LOCAL_SIZE="2", PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=600,
-        check=False,
+        command("tests.plan.measure_states", given, ranks=2), env=environment(LOCAL_SIZE="2"), cwd=ROOT,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     found: list[dict[str, Any]] = json.loads((folder / "measured.json").read_text())

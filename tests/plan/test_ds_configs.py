@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, command, environment
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 NEED_AIO = ["1gpu_files"]
@@ -30,10 +29,8 @@ def test_each_file_starts_an_engine_that_trains(tmp_path: Path) -> None:
 
     startable = [file for file in FILES if file.stem not in NEED_AIO or AsyncIOBuilder().is_compatible(verbose=False)]
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(ROOT / "tests/plan/start_ds_configs.py"), str(tmp_path), *map(str, startable)],
-        env=environment(LOCAL_SIZE="2", PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=900,
-        check=False,
+        command("tests.plan.start_ds_configs", tmp_path, *startable, ranks=2), env=environment(LOCAL_SIZE="2"),
+        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     found = json.loads((tmp_path / "losses.json").read_text())

@@ -1,6 +1,6 @@
 """Run under torchrun: the reference losses of every live mode on the job's ranks, compared with transformers' own.
 
-    python -m torch.distributed.run ... tests/reference/modes.py FOLDER
+    torchrun ... -m tests.reference.modes FOLDER
 
 FOLDER holds ``job.json`` (``data``, ``base``, ``adapter``, ``merged``: folders) and gets ``result-<ranks>.json``.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import torch
 
 from dualtok.data.stream import BlockStream
 from dualtok.reference.live import Share, WindowReference
-from tests.support import ROOT, environment, save_model
+from tests.support import ROOT, command, environment, save_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,10 +49,10 @@ def job(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 def results(job: Path) -> dict[int, dict[str, Any]]:
     """Run every mode on one and on two ranks, one launch each."""
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                   str(ROOT / "tests" / "reference" / "modes.py"), str(job)]  # fmt: skip
-        done = subprocess.run(command, env=environment(LOCAL_SIZE=str(ranks), PYTHONPATH=str(ROOT)), cwd=ROOT,
-                              capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
+        done = subprocess.run(
+            command("tests.reference.modes", job, ranks=ranks), env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT,
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return {ranks: json.loads((job / f"result-{ranks}.json").read_text()) for ranks in (1, 2)}
 

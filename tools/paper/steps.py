@@ -13,6 +13,9 @@ from pathlib import Path
 
 from dualtok.files import write_text
 
+DUALTOK = [sys.executable, "-m", "dualtok"]
+"""What starts dualtok."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -76,6 +79,7 @@ def _execute(step: Step) -> int:
     variables.setdefault("OMP_NUM_THREADS", "1")
     _log(step).parent.mkdir(parents=True, exist_ok=True)
     with _log(step).open("w", encoding="utf-8") as log:
-        program = [] if step.arguments[0].endswith(".py") else ["-m", "dualtok"]
-        command = [sys.executable, *program, *step.arguments]
-        return subprocess.run(command, env=variables, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        program = [sys.executable] if step.arguments[0].endswith(".py") else DUALTOK
+        return subprocess.run(
+            [*program, *step.arguments], env=variables, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode

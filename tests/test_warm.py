@@ -1,0 +1,98 @@
+"""Forks stand for ``python -m``: output, variables, status, signals and the end of whoever started them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support import ROOT, command, environment
+
+PROGRAM = """
+import os, random, sys, time
+what, *rest = sys.argv[1:]
+print(os.getpid(), os.environ["DUALTOK_WORD"], os.getcwd(), random.random(), "transformers" in sys.modules, flush=True)
+if what == "wait":
+    time.sleep(60)
+print(rest, file=sys.stderr)
+sys.exit(what if what == "message" else int(what))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory that holds the program as a module."""
+    made = tmp_path_factory.mktemp("program")
+    (made / "warm_program.py").write_text(PROGRAM)
+    return made
+
+
+def start(folder: Path, *arguments: str, word: str = "a", afresh: bool = False) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("warm_program", *arguments, afresh=afresh), env=environment(DUALTOK_WORD=word), cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_until_gone(process: int) -> None:
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("arguments", [("0", "x", "y z"), ("3",), ("message",)])
+def test_a_fork_says_and_returns_what_a_new_process_does(folder: Path, arguments: tuple[str, ...]) -> None:
+    seen = []
+    for afresh in (False, True):
+        process = start(folder, *arguments, word="b c", afresh=afresh)
+        output, errors = process.communicate(timeout=60)
+        _, *words, _, imported = output.split()
+        assert imported == str(not afresh)
+        seen.append((words, errors, process.returncode))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == ["b", "c", str(folder)]
+
+
+def test_forks_draw_different_numbers_and_know_their_own_variables(folder: Path) -> None:
+    outputs = [start(folder, "0", word=word).communicate(timeout=60)[0].split() for word in "ab"]
+    assert [words[1] for words in outputs] == ["a", "b"]
+    assert outputs[0][3] != outputs[1][3]
+
+
+def test_a_signal_reaches_the_fork_and_its_end_is_told(folder: Path) -> None:
+    process = start(folder, "wait")
+    assert process.stdout is not None
+    fork = int(process.stdout.readline().split()[0])
+    assert fork != process.pid
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+    wait_until_gone(fork)
+    process.communicate()
+
+
+def test_a_fork_ends_with_whoever_started_it(folder: Path) -> None:
+    process = start(folder, "wait")
+    assert process.stdout is not None
+    fork = int(process.stdout.readline().split()[0])
+    process.kill()
+    wait_until_gone(fork)
+    process.communicate()
+
+
+def test_the_server_ends_with_the_process_that_needed_it(tmp_path: Path) -> None:
+    program = "from tests import warm; print(warm.launcher()[-1])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    address = done.stdout.strip()
+    deadline = time.monotonic() + 20
+    while any(address in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.05)
+    assert not Path(address).exists()

@@ -1,0 +1,221 @@
+"""Processes of dualtok that start in milliseconds: forks of one that has imported torch, transformers and DeepSpeed.
+
+Most of a small job's time on a CPU would be imports, some ten seconds in each rank. So each test process keeps one
+server, which has imported what a job needs and forks itself on demand. What tests start is this file as a small client,
+which stands for its fork: it passes on its arguments, variables, working directory and the first three files, hands on
+signals and ends as the fork ends; with the client, the fork ends. To torchrun, and to a test, it looks like
+``python -m MODULE ...``.
+
+What differs from a process started afresh: the command line that ``ps`` shows, resident memory (what is shared with the
+server counts), the seed of hashes (the server's), and variables that are read on import (the server's; see
+:data:`READ_LATE`). Tests that depend on these start processes of their own.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_")
+"""First letters of variables that no module reads on import, so that a fork may be given its own."""
+FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+"""Variables of every process: one thread per rank, DeepSpeed on the CPU."""
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+LONGEST_REQUEST = 1 << 20
+
+
+def launcher() -> list[str]:
+    """Return what stands for ``python -m`` where a fork will do."""
+    return [sys.executable, "-I", "-S", __file__, _server()]
+
+
+@cache
+def _server() -> str:
+    """Start this process's server; returns its address."""
+    import atexit
+    import subprocess
+    import tempfile
+
+    folder = tempfile.TemporaryDirectory(prefix="warm-")
+    address = f"{folder.name}/server"
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.warm", "--serve", address], env={**clean, **FOR_ALL}, start_new_session=True,
+        cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdin is not None
+    atexit.register(folder.cleanup)
+    atexit.register(process.stdin.close)  # ends the server
+    deadline = time.monotonic() + 120
+    while not Path(address).exists():
+        assert process.poll() is None, "the server of warm processes ended"
+        assert time.monotonic() < deadline, "the server of warm processes did not start"
+        time.sleep(0.05)
+    return address
+
+
+def client(address: str, module: str, arguments: list[str]) -> None:
+    """Have the server run a module, and end as that ends."""
+    request = {"module": module, "arguments": arguments, "directory": str(Path.cwd()), "variables": dict(os.environ)}
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(address)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until it is known whom to hand them to
+    files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+    connection.sendmsg([json.dumps(request).encode()], files)
+    process = int(connection.recv(64))
+    for number in HANDED_ON:
+        signal.signal(number, lambda received, _: os.kill(process, received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
+    answer = connection.recv(64)
+    status = int(answer) if answer else -signal.SIGKILL
+    if status < 0:
+        if -status in HANDED_ON:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+class Forked(BaseException):
+    """Unwinds the server's loop in a fork."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
+
+
+class Server:
+    """Forks itself on demand until its standard input is closed."""
+
+    def __init__(self, address: str) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(address)
+        self._listener.listen(64)
+        self._alive: dict[int, socket.socket] = {}
+        self._watch(self._listener.fileno(), self._accept)
+        self._watch(sys.stdin.fileno(), sys.exit)
+
+    def serve(self) -> None:
+        """Answer clients; raises :class:`Forked` in the forks."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.fd in self._selector.get_map():  # what came before it may have closed it
+                    key.data()
+
+    def _watch(self, file: int, what: Callable[[], None]) -> None:
+        self._selector.register(file, selectors.EVENT_READ, what)
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        self._watch(connection.fileno(), partial(self._fork, connection))
+
+    def _fork(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection.fileno())
+        message, files, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, 3)
+        if not message:
+            connection.close()
+            return
+        process = os.fork()
+        with contextlib.suppress(OSError):  # both do so, as either may come first
+            os.setpgid(process, process)
+        if not process:
+            for other in (connection, self._listener, *self._alive.values()):
+                other.close()
+            for key in list(self._selector.get_map().values()):
+                with contextlib.suppress(OSError):
+                    os.close(key.fd)
+            self._selector.close()
+            raise Forked(partial(_become, json.loads(message), files))
+        for file in files:
+            os.close(file)
+        self._alive[process] = connection
+        with contextlib.suppress(OSError):
+            connection.send(str(process).encode())
+        end = os.pidfd_open(process)
+        self._watch(end, partial(self._ended, process, end))
+        self._watch(connection.fileno(), partial(self._abandoned, process))
+
+    def _ended(self, process: int, end: int) -> None:
+        self._selector.unregister(end)
+        os.close(end)
+        _, status = os.waitpid(process, 0)
+        connection = self._alive.pop(process)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(connection.fileno())
+        with contextlib.suppress(OSError):
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+        connection.close()
+
+    def _abandoned(self, process: int) -> None:
+        """Its client has gone."""
+        self._selector.unregister(self._alive[process].fileno())
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+
+
+def _become(request: dict[str, object], files: list[int]) -> None:
+    """Make this fork what ``python -m MODULE`` would have started."""
+    import inspect
+    import random
+    import runpy
+
+    import numpy as np
+
+    for place, file in enumerate(files):
+        os.dup2(file, place)
+        os.close(file)
+    for number in HANDED_ON:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(request["variables"])  # type: ignore[call-overload]
+    os.chdir(str(request["directory"]))
+    random.seed()
+    np.random.seed()
+    sys.path[0] = str(Path.cwd())
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    # torchrun asks inspect for its stack, which would look for the modules of these frames among all, again and again.
+    frames = {str(Path("<frozen runpy>").absolute()): "runpy", __file__: "tests.warm"}
+    inspect.modulesbyfile.update(frames)  # type: ignore[attr-defined]
+    module = str(request["module"])
+    sys.argv = [module, *request["arguments"]]  # type: ignore[misc]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def server(address: str) -> None:
+    """Import what jobs need, then serve."""
+    import gc
+
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama
+    import transformers.optimization  # noqa: F401
+
+    import dualtok.engine.train
+    import dualtok.jobs.audit  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # or the first collection in a fork would copy all memory
+    for number in HANDED_ON:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        Server(address).serve()
+    except Forked as forked:
+        become = forked.run
+    become()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        server(sys.argv[2])
+    else:
+        client(sys.argv[1], sys.argv[2], sys.argv[3:])
