@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests import warm
-from tests.support import ROOT, command, environment
+from tests.support import ROOT, environment
 
 ROWS = {"base", "reference alone", "plain", "plain, step 2", "plain, step 4", "plain, step 6", "goldfish 25 %",
         "DP-SGD (8, 1e-05)", "dual", "dual, cross-fitted"}  # fmt: skip
@@ -26,11 +24,10 @@ print(json.dumps([len(names), sorted(missing), sorted({step.arguments[0] for ste
 
 
 def reproduce(folder: Path) -> subprocess.CompletedProcess[str]:
-    dualtok = shlex.join([*warm.launcher(), "dualtok"])
+    command = [sys.executable, "tools/reproduce_paper.py", "--scale", "smoke", "--folder", str(folder), "--jobs", "2"]
     return subprocess.run(
-        command("tests.tools.reproduce_warm", "--scale", "smoke", "--folder", folder, "--jobs", "2"),
-        env=environment(DUALTOK_LAUNCHER=dualtok), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 @pytest.mark.slow
