@@ -1,0 +1,48 @@
+"""The check of a machine with a GPU, as far as it can be made without: small, by the same ways."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, environment
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/gpu_check.py", *arguments], env=environment(), cwd=ROOT, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+
+
+def rows(table: str) -> dict[str, str]:
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return dict(line for line in lines if len(line) == 2)
+
+
+@pytest.mark.slow
+def test_its_table_holds_what_was_measured(tmp_path: Path) -> None:
+    output = tmp_path / "table.md"
+    wanted = ["machine", "head:liger", "step:plain", "step:dual"]
+    done = check("--folder", str(tmp_path / "work"), "--output", str(output), "--only", *wanted)
+    assert done.returncode == 0, done.stderr
+    assert output.read_text() == done.stdout
+    table, results = rows(done.stdout), json.loads((tmp_path / "work" / "results.json").read_text())
+    steps = {name: results[f"step:{name}"] for name in ("plain", "dual")}
+    assert all(figures["seconds"] > 0 and figures["tokens"] == 512 for figures in steps.values())
+    ratio = steps["dual"]["seconds"] / steps["plain"]["seconds"]
+    assert table["dual step with stored scores / dualtok's plain step"] == f"{ratio:.3f}"
+    speed = steps["dual"]["tokens"] / steps["dual"]["seconds"]
+    assert f"{speed:,.0f} tokens/s" in table["step: dual"]
+    assert "cores" in table["device"]
+    assert "needs a GPU" in table["head:liger"], "a failed row says why; this one does not fail the check"
+
+
+def test_what_it_does_not_measure_is_named(tmp_path: Path) -> None:
+    done = check("--folder", str(tmp_path), "--only", "step:dula")
+    assert done.returncode == 2
+    assert "--only: no measurement 'step:dula'; there are machine, parity, head, step, " in done.stderr
