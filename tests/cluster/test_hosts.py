@@ -128,7 +128,9 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
               "monitor": {"log_every": 1, "heartbeat_seconds": PATIENCE}}  # fmt: skip
     train = {**TRAIN, "checkpoint_every": 2, "deepspeed": partitioned_json(tmp_path)}
     alone = write_run(tmp_path / "alone.yaml", small_corpus, train=train, **common)
+    one_host = write_run(tmp_path / "one_host.yaml", small_corpus, train={**train, **SHARDED}, **common)
     succeed(dualtok("train", alone, timeout=DEADLINE))
+    succeed(dualtok("train", one_host, ranks=4, timeout=DEADLINE))
 
     first, second = hosts.hosts[:2]
     with s3_server(hosts.gateway) as url:
@@ -162,7 +164,8 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
         assert jobs[0].wait(DEADLINE) == 0, jobs[0].output
     assert first_step(jobs[0].output.split("dualtok: error:")[1]) == saved + 1
     assert len(jobs[0].error_lines()) == len(jobs[1].error_lines()) == 1
-    assert_alike(run, alone)
+    for whole in (one_host, alone):  # four ranks, and one
+        assert_alike(run, whole)
 
 
 def deepspeed(hosts: Cluster, names: Sequence[str], run: Path, *options: str) -> list[str]:
@@ -181,8 +184,8 @@ def test_zero_3_over_ssh_is_started_again_without_the_lost_host(
              "deepspeed": partitioned_json(tmp_path)}  # fmt: skip
     common = {"seed": SEED, "model": {"config": tiny_llama_config()}, "train": train, "objective": "causal_lm",
               "monitor": {"log_every": 1}}  # fmt: skip
-    alone, run = (write_run(tmp_path / f"{name}.yaml", small_corpus, **common) for name in ("alone", "run"))
-    succeed(dualtok("train", alone, timeout=DEADLINE))
+    one_host, run = (write_run(tmp_path / f"{name}.yaml", small_corpus, **common) for name in ("one_host", "run"))
+    succeed(dualtok("train", one_host, ranks=3, timeout=DEADLINE))
 
     exported = hosts.folder / "deepspeed_env"
     exported.write_text("".join(f"{name}={value}\n" for name, value in hosts.variables.items()))
@@ -205,4 +208,4 @@ def test_zero_3_over_ssh_is_started_again_without_the_lost_host(
     job = Job(hosts, first, deepspeed(hosts, NAMES[:2], run, "--resume"), tmp_path / "two.log", **variables)
     assert job.wait(DEADLINE) == 0, job.output
     assert first_step(job.output) == saved + 1
-    assert_alike(run, alone)
+    assert_alike(run, one_host)
