@@ -32,9 +32,10 @@ def tell_versions() -> dict[str, str]:
     """Return what must be equal on all hosts."""
     import torch
 
-    from dualtok.doctor.versions import installed_versions
+    from dualtok.doctor.versions import TESTED
+    from dualtok.versions import installed_versions
 
-    found = installed_versions()
+    found = installed_versions(TESTED)
     if torch.cuda.is_available():
         found |= {"CUDA of torch": str(torch.version.cuda), "GPU": torch.cuda.get_device_name(0),
                   "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -10,6 +9,7 @@ from packaging.requirements import Requirement
 from dualtok.doctor.result import CheckResult
 from dualtok.engine.deepspeed_config import refuse_wrong_gradients
 from dualtok.errors import ConfigError
+from dualtok.versions import installed_versions
 
 TESTED = {
     "accelerate": "1.15.0",
@@ -29,23 +29,15 @@ TESTED = {
 INSTALL = "pip install --constraint constraints.txt --editable . in a checkout of dualtok"
 
 
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python, dualtok and the packages in :data:`TESTED`; packages that are missing are not in
-    it. torch's says which CUDA it was built for."""
-    found = {"python": platform.python_version()}
-    for name in ("dualtok", *TESTED):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def check_versions() -> CheckResult:
     """Compare with dualtok's requirements (fail) and with the versions of the tests (warn)."""
     name = "versions"
     outside = []
-    for line in requires("dualtok") or []:
+    try:
+        requirements = requires("dualtok") or []
+    except PackageNotFoundError:
+        return CheckResult(name, "fail", "dualtok runs from a source tree that is not installed", INSTALL)
+    for line in requirements:
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
@@ -58,7 +50,7 @@ def check_versions() -> CheckResult:
             outside.append(f"{needed.name} {found} is installed, dualtok needs {needed.specifier}")
     if outside:
         return CheckResult(name, "fail", "; ".join(outside), INSTALL)
-    have = installed_versions()
+    have = installed_versions(TESTED)
     other = [f"{package} {have[package]} (tested: {tested})" for package, tested in TESTED.items()
              if package in have and have[package].partition("+")[0] != tested]  # fmt: skip
     if other:

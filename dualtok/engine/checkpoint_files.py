@@ -12,9 +12,7 @@ Any layout can read what any other wrote. Nothing is pickled.
 from __future__ import annotations
 
 import json
-import platform
 import zlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from safetensors.torch import save
 from dualtok.engine.states import KINDS
 from dualtok.errors import CheckpointError
 from dualtok.files import FileName, atomic_file, sync_folder, write_text
+from dualtok.versions import installed_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,7 +36,7 @@ COMPLETE = "COMPLETE"
 FORMAT_VERSION = 2
 FILE_BYTES = 1 << 28
 """Size from which a rank begins another file: what writing and reading hold in memory beside the values."""
-PACKAGES = ("dualtok", "torch", "deepspeed", "transformers")
+PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 class _Entry(BaseModel):
@@ -127,8 +126,8 @@ def seal(
     """
     parts = [Part.model_validate_json(_part_path(folder, rank).read_bytes()) for rank in range(ranks)]
     manifest = CheckpointManifest(
-        step=step, optimizer_steps=optimizer_steps, layout=layout, state=state, run=run, versions=_versions(),
-        parameters=_joined(folder, parts),
+        step=step, optimizer_steps=optimizer_steps, layout=layout, state=state, run=run,
+        versions=installed_versions(PACKAGES), parameters=_joined(folder, parts),
         files={name: entry for part in parts for name, entry in sorted(part.files.items())},
     )  # fmt: skip
     try:
@@ -263,7 +262,3 @@ def _joined(folder: Path, parts: Iterable[Part]) -> dict[str, ParameterEntry]:
         if gap or ends[-1] != torch.Size(shapes[name]).numel():
             raise CheckpointError(f"{folder}: the ranks wrote {name!r} with gaps; this is a bug, please report it")
     return {name: ParameterEntry(shape=shapes[name], pieces=pieces[name]) for name in sorted(pieces)}
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,12 @@ from dualtok.engine.metrics import read_history
 from dualtok.engine.privacy import stated
 from dualtok.errors import DataError
 from dualtok.jobs.audit import AUDIT_FILE, audit_folder
+from dualtok.versions import installed_versions
 
 if TYPE_CHECKING:
     from dualtok.run import RunConfig
 
-PACKAGES = ("dualtok", "torch", "deepspeed", "transformers", "datasets", "numpy", "scikit-learn")
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "scikit-learn")
 MOST_POINTS = 400
 SELECTIVE = ("dual", "selective")
 
@@ -54,7 +54,7 @@ def write_run_report(run: RunConfig) -> Path:
         ],
         training=[s for name, folder in run.audit.runs.items() for s in _training(name, Path(folder))],
         configs={"audit": run.to_yaml(), **{n: _config(Path(f)) for n, f in run.audit.runs.items()}},
-        versions={package: _version(package) for package in PACKAGES},
+        versions=installed_versions(PACKAGES),
     )
     return write_report(report, Path(run.output_dir) / "report")
 
@@ -121,10 +121,3 @@ def _run_values(folder: Path) -> dict[str, Any]:
 
     values = yaml.safe_load(_config(folder))
     return values if isinstance(values, dict) else {}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
