@@ -98,6 +98,8 @@ def train(
     state = run_train(run, resume="always" if resume else "if_any" if auto_resume else "never")
     _say(f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
          f"checkpoints in {Path(run.output_dir) / 'checkpoints'}")  # fmt: skip
+    if run.objective == "dual_plus":
+        _say(f"the model shows its members until it is taken back: dualtok retreat {run_file} TARGET")
 
 
 @app.command()

@@ -22,11 +22,11 @@ from dualtok.errors import ConfigError, did_you_mean
 from dualtok.launch.config import LaunchConfig
 from dualtok.model.config import ModelConfig
 from dualtok.monitor.config import MonitorConfig
-from dualtok.objective.loss import GoldfishConfig
+from dualtok.objective.loss import OBJECTIVES, GoldfishConfig
 from dualtok.objective.selection import SelectionConfig
 from dualtok.reference.config import ReferenceConfig, RetreatConfig
 
-ObjectiveName = Literal["dual", "causal_lm", "selective", "goldfish"]
+ObjectiveName = Literal["dual", "dual_plus", "causal_lm", "selective", "goldfish"]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -43,7 +43,8 @@ class RunConfig:
     """Seed of the initial weights, of the order of blocks and of dropout."""
 
     objective: ObjectiveName = "dual"
-    """``dual`` (DuoLearn), ``selective`` (its learning half alone), ``goldfish``, or ``causal_lm`` (plain)."""
+    """``dual`` (DuoLearn), ``dual_plus`` (the same against a cross-fitted reference, and taken back towards it by
+    ``dualtok retreat``), ``selective`` (its learning half alone), ``goldfish``, or ``causal_lm`` (plain)."""
 
     model: ModelConfig | None = None
     """The model to train."""
@@ -52,7 +53,7 @@ class RunConfig:
     """Steps, batch, optimiser, DeepSpeed configuration, evaluation and checkpoints."""
 
     selection: SelectionConfig | None = None
-    """Shares, threshold and weight of the dual loss; only for the objectives ``dual`` and ``selective``."""
+    """Shares, threshold and weight of the dual loss; only for ``dual``, ``dual_plus`` and ``selective``."""
 
     goldfish: GoldfishConfig | None = None
     """Drop rate and context of the Goldfish mask; only for the objective ``goldfish``."""
@@ -77,8 +78,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse sections that would have no effect under the chosen objective."""
-        selects = self.objective in ("dual", "selective")
-        if self.selection is not None and not selects:
+        if self.selection is not None and not OBJECTIVES[self.objective].needs_reference:
             raise ValueError(f"selection: has no effect with objective {self.objective!r}; remove it (selection=null)")
         if self.goldfish is not None and self.objective != "goldfish":
             raise ValueError(f"goldfish: has no effect with objective {self.objective!r}; remove it (goldfish=null)")
@@ -103,6 +103,11 @@ class RunConfig:
             )
 
         self._check_privacy()
+        if self.objective == "dual_plus" and self.reference is not None and not self.reference.folds:
+            raise ValueError(
+                "reference.folds: objective 'dual_plus' holds each document to a model that has seen others, not it; "
+                "train one without each fold (train.leave_out) and name them here, or use objective=dual"
+            )
         lora = self.model is not None and self.model.lora is not None
         if self.reference is not None and self.reference.mode == "adapter" and not lora:
             raise ValueError("reference.mode: 'adapter' needs the section model.lora, whose base is the reference")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -39,6 +40,12 @@ def write_small_corpus(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     prepare(DataConfig(**section), progress=False)
     return section
+
+
+def own_copy(small_corpus: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Copy prepared data without their scores, which other tests share, and return the section ``data``."""
+    shutil.copytree(small_corpus["dir"], folder, ignore=shutil.ignore_patterns("scores"))
+    return {"dir": str(folder)}
 
 
 def tiny_llama_config(**changes: Any) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from dualtok.errors import ConfigError
+from dualtok.objective.loss import Dual, build_objective
+from dualtok.objective.selection import SelectionConfig
 from dualtok.run import load_run, parse_run
 
 RUN: dict[str, Any] = {
@@ -87,6 +89,13 @@ def test_a_bad_setting_is_named(run_file: Path, override: str, expected: list[st
 def test_a_setting_without_effect_is_refused(run_file: Path, objective: str, section: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_run(run_file, [f"objective={objective}", section])
+
+
+def test_dual_plus_needs_a_cross_fitted_reference(run_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reference\.folds: objective 'dual_plus'"):
+        load_run(run_file, ["objective=dual_plus", "reference={model: reference}"])
+    run = load_run(run_file, ["objective=dual_plus", "reference={folds: [a, b]}", "selection={alpha: 0.5}"])
+    assert build_objective(run.objective, run.selection) == Dual(SelectionConfig(alpha=0.5))
 
 
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:

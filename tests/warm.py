@@ -181,7 +181,7 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     random.seed()
     np.random.seed()
     sys.path[0] = str(Path.cwd())
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(place, mode, buffering=1) for place, mode in enumerate("rww"))
     # torchrun asks inspect for its stack, which would look for the modules of these frames among all, again and again.
     frames = {str(Path("<frozen runpy>").absolute()): "runpy", __file__: "tests.warm"}
     inspect.modulesbyfile.update(frames)  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ from dualtok.model.adapters import plan_adapters, save_settings
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import check_fits, starting_config
 from dualtok.model.weights import model_folder
-from dualtok.objective.loss import build_objective
+from dualtok.objective.loss import OBJECTIVES, build_objective
 from dualtok.reference.fingerprint import blocks_digest, reference_fingerprint
 from dualtok.reference.live import AdapterReference
 from dualtok.reference.stored import StoredScores
@@ -232,7 +232,7 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
 
 def require_reference(run: RunConfig) -> None:
     """Raise ConfigError if the objective needs a reference that the run does not have."""
-    if run.objective in ("dual", "selective") and run.reference is None:
+    if OBJECTIVES[run.objective].needs_reference and run.reference is None:
         raise ConfigError(f"objective {run.objective!r} needs the section 'reference' with the model that was scored")
 
 

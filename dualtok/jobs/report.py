@@ -14,6 +14,7 @@ from dualtok.engine.metrics import read_history
 from dualtok.engine.privacy import stated
 from dualtok.errors import DataError
 from dualtok.jobs.audit import AUDIT_FILE, audit_folder
+from dualtok.objective.loss import OBJECTIVES
 from dualtok.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "scikit-learn")
 MOST_POINTS = 400
-SELECTIVE = ("dual", "selective")
 
 
 def write_run_report(run: RunConfig) -> Path:
@@ -85,8 +85,8 @@ def _history(name: str, folder: Path) -> list[dict[str, Any]]:
 
 def _selection(name: str, folder: Path, history: list[dict[str, Any]]) -> SelectionSeries | None:
     """Return a run's shares over time, thinned to what a plot can show; None for objectives that select nothing."""
-    objective = _run_values(folder).get("objective")
-    if objective not in SELECTIVE:
+    objective = OBJECTIVES.get(_run_values(folder).get("objective", ""))
+    if objective is None or not objective.needs_reference:
         return None
     kept = history[:: max(1, len(history) // MOST_POINTS)]
     return SelectionSeries(

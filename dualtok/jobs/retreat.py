@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
+from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.distributed import join_ranks
+from dualtok.engine.train import CHECKPOINTS
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.jobs.audit_signals import ModelPasses
+from dualtok.jobs.export import export
 from dualtok.model.interpolate import interpolate
 from dualtok.model.weights import model_folder
 from dualtok.reference.retreat import expected_auc, furthest
@@ -34,18 +37,21 @@ def retreat(run: RunConfig, target: Path) -> float:
     ``<target>/retreat.json`` tells w and what every trial gave.
 
     Raises:
+        CheckpointError: the run's own model is asked for, and it has no complete checkpoint.
         ConfigError: there is no section ``retreat``, the target exists, or the models differ in shape.
         DataError: a shard is missing or altered, or a class has no documents.
     """
     settings = run.need("retreat", "retreat")
     if target.exists():
         raise ConfigError(f"{target}: exists; give another folder")
-    folders = {name: model_folder(getattr(settings, name)) for name in ("model", "reference", "stand_in")}
+    folders = {name: model_folder(getattr(settings, name)) for name in ("reference", "stand_in")}
     own = dataclasses.replace(
         run, audit=dataclasses.replace(run.audit, members=settings.members, non_members=settings.non_members)
     )
     ranks = join_ranks()
     work = Path(run.output_dir) / "retreat"
+    trained = settings.model or ranks.first_does(lambda: str(_export(run, work)))
+    folders["model"] = model_folder(trained)
     models = ModelPasses(own, load_manifest(prepared(run.data)), work / "signals", ranks)
 
     def losses(name: str, folder: Path) -> list[Floats]:
@@ -78,8 +84,18 @@ def retreat(run: RunConfig, target: Path) -> float:
     kept = max((trial["w"] for trial in trials if trial["auc"] <= settings.auc), default=0.0)
     ranks.first_does(lambda: _write(folders, kept, target, {"settings": dataclasses.asdict(settings), "w": kept,
                                                             "root": w, "trials": trials}))  # fmt: skip
-    ranks.first_does(lambda: shutil.rmtree(candidate, ignore_errors=True))
+    for folder in (candidate, *([] if settings.model else [folders["model"]])):
+        ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept
+
+
+def _export(run: RunConfig, work: Path) -> Path:
+    """Return the folder of the run's latest checkpoint as a whole model, which is made unless it is there."""
+    run_dir = Path(run.output_dir)
+    target = work / f"model-{find_checkpoint(run_dir / CHECKPOINTS, 'latest').folder.name}"
+    if not target.exists():
+        export(run_dir, target, which="latest", merge=run.model is not None and run.model.lora is not None)
+    return target
 
 
 def _write(folders: dict[str, Path], w: float, target: Path, facts: dict[str, object]) -> None:

@@ -27,6 +27,7 @@ from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.jobs.export import export
 from dualtok.jobs.launch import launch
+from dualtok.objective.loss import OBJECTIVES
 from dualtok.reference.fingerprint import blocks_digest
 from dualtok.run import RunConfig, parse_run
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 RUN_FILE = "shadow.yaml"
 VERB = "audit --shadows"
-NEED_REFERENCE = ("dual", "selective")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def plan_shadows(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shado
     tree = run.as_dict()
     del tree["audit"]
     tree["train"] |= {"epochs": None, "steps": steps, "warmup_steps": min(round(train.warmup_steps * half), steps - 1)}
-    if run.objective not in NEED_REFERENCE:
+    if not OBJECTIVES[run.objective].needs_reference:
         tree["reference"] = None  # it would serve monitoring alone
     elif run.reference is not None and not run.reference.is_live:
         tree["reference"]["splits"] = [s for s in run.reference.splits if s in (train.split, "validation")]

@@ -271,11 +271,13 @@ class Goldfish(Objective):
 
 OBJECTIVES: dict[str, type[Dual | Selective | CausalLM | Goldfish]] = {
     "dual": Dual,
+    "dual_plus": Dual,
     "causal_lm": CausalLM,
     "selective": Selective,
     "goldfish": Goldfish,
 }
-"""Name -> class of every objective; :func:`build_objective` makes one."""
+"""Name -> class of every objective; :func:`build_objective` makes one. ``dual_plus`` trains by the loss of ``dual``,
+against a reference that is cross-fitted, and goes back towards it afterwards (docs/dual_plus.md)."""
 
 
 def build_objective(
@@ -290,6 +292,7 @@ def build_objective(
         raise ValueError(f"objective: {name!r} is none of {', '.join(OBJECTIVES)}")
     objectives: dict[str, Objective] = {
         "dual": Dual(selection or SelectionConfig()),
+        "dual_plus": Dual(selection or SelectionConfig()),
         "causal_lm": CausalLM(),
         "selective": Selective(selection or SelectionConfig()),
         "goldfish": Goldfish(goldfish or GoldfishConfig()),

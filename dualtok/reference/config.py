@@ -111,9 +111,6 @@ class ReferenceConfig:
 class RetreatConfig:
     """Which model goes back towards which reference, and how far."""
 
-    model: str
-    """Folder or hub name of the trained model."""
-
     reference: str
     """Folder or hub name of a model of the same shape that has seen no member; the trained one should have started from
     its weights, or from the same weights as it."""
@@ -121,6 +118,9 @@ class RetreatConfig:
     stand_in: str
     """Folder or hub name of a model that stands in for the attacker's reference: trained like one, by you, on documents
     that neither the model nor the reference nor ``non_members`` has, e.g. on the split ``probe``."""
+
+    model: str | None = None
+    """Folder or hub name of the trained model. None: what this run itself has trained, its latest checkpoint."""
 
     auc: Annotated[float, Field(gt=0.5, lt=1)] = 0.53
     """Largest AUC that the Ref attack with the stand-in is expected to reach."""

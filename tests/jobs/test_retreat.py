@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import dualtok, error_line, read_weights, save_model, succeed, write_run
+from tests.support import dualtok, error_line, history, own_copy, read_weights, save_model, succeed, write_run
 
 
 @pytest.mark.slow
@@ -40,6 +40,34 @@ def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
     succeed(dualtok("retreat", run, tmp_path / "again", f"output_dir={tmp_path / 'again.run'}", ranks=2))
     again = json.loads((tmp_path / "again" / "retreat.json").read_text())
     assert again["w"] == pytest.approx(facts["w"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    """Score with both folds' models, train, and retreat, all by one run file."""
+    data = own_copy(small_corpus, tmp_path / "data")
+    reference, stand_in = (save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("stand_in", 2)))
+    folds = [str(save_model(tmp_path / f"fold-{fold}", seed=3 + fold)) for fold in (0, 1)]
+    run = write_run(
+        tmp_path / "run.yaml", data, objective="dual_plus", model={"path": str(reference)}, reference={"folds": folds},
+        train={"learning_rate": 5e-3, "batch_size": 8, "epochs": 8, "precision": "fp32"},
+        retreat={"reference": str(reference), "stand_in": str(stand_in), "auc": 0.52},
+    )  # fmt: skip
+    assert "checkpoints: no checkpoint 'latest'" in error_line(dualtok("retreat", run, tmp_path / "made"))
+    succeed(dualtok("score", run))
+    shown = succeed(dualtok("train", run))
+    assert f"until it is taken back: dualtok retreat {run} TARGET" in shown
+    assert {row["memorised_tokens"] > 0 for row in history(run)} == {True}, "it unlearns nothing"
+    succeed(dualtok("retreat", run, tmp_path / "made"))
+    assert [path.name for path in (run.with_suffix("") / "retreat").iterdir()] == ["signals"], "trials were left behind"
+    w = json.loads((tmp_path / "made" / "retreat.json").read_text())["w"]
+    assert 0 < w < 1
+    succeed(dualtok("export", run.with_suffix(""), tmp_path / "trained", "--checkpoint", "latest"))
+    near, far, made = (read_weights(tmp_path / name) for name in ("reference", "trained", "made"))
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, near[name] + w * (far[name] - near[name]))
 
 
 def test_without_its_section_there_is_nothing_to_do(small_corpus: dict[str, Any], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -24,6 +23,7 @@ from tests.support import (
     dualtok,
     environment,
     error_line,
+    own_copy,
     partitioned_json,
     save_model,
     succeed,
@@ -34,11 +34,6 @@ from tests.support import (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("reference") / "model", seed=1)
-
-
-def own_copy(small_corpus: dict[str, Any], folder: Path) -> dict[str, Any]:
-    shutil.copytree(small_corpus["dir"], folder, ignore=shutil.ignore_patterns("scores"))
-    return {"dir": str(folder)}
 
 
 def read_scores(data_dir: str, folder: str = "*") -> dict[str, np.ndarray]:
