@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted
+from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
 app = typer.Typer(
     help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
@@ -331,6 +331,6 @@ def main() -> None:
             # An error that every rank sees is printed by the first alone: the launcher stops the others meanwhile.
             time.sleep(3)
         where = f"rank {rank}: " if rank != "0" else ""
-        print(f"dualtok: error: {where}{' '.join(error.split())}", file=sys.stderr, flush=True)
+        print_to_stderr(f"dualtok: error: {where}{' '.join(error.split())}")
         # Not sys.exit: a rank inside a collective, or a data worker, must not be able to hold the process up.
         os._exit(2)

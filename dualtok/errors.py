@@ -6,6 +6,8 @@ Anything else is a bug of dualtok's own and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,16 @@ class DataError(DualtokError):
 
 class CheckpointError(DualtokError):
     """A checkpoint or model directory is missing, incomplete or does not fit the run."""
+
+
+def print_to_stderr(line: str) -> None:
+    """Print a line to standard error if anybody still reads it.
+
+    When a launcher or a connection has gone, so has the other end of the pipe. That must not keep a process from its
+    end.
+    """
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -128,7 +130,7 @@ def dualtok(
 
     The deadline turns a hang into a failure.
     """
-    afresh = any(not name.startswith(warm.READ_LATE) for name in variables)
+    afresh = not warm.takes(variables)
     if ranks:
         variables = {"LOCAL_SIZE": str(ranks), **variables}
     return subprocess.run(
@@ -180,6 +182,18 @@ def relative_distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) ->
     return (difference / sum(float(a[name].double().square().sum()) for name in a)) ** 0.5
 
 
+def kill_job(process: subprocess.Popen[Any]) -> None:
+    """Kill a launcher and all that it has started, which torchrun puts into sessions of their own, and wait for it."""
+    launcher = psutil.Process(process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, alive
+
+
 def without_launcher(
     *arguments: Any, ranks: int, timeout: float = 60, **variables: str
 ) -> list[subprocess.CompletedProcess[str]]:
@@ -192,7 +206,7 @@ def without_launcher(
         port = str(probe.getsockname()[1])
     job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
-    start = command("dualtok", *arguments)
+    start = command("dualtok", *arguments, afresh=not warm.takes(variables))
     processes = [
         subprocess.Popen(start, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **job), cwd=ROOT, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)

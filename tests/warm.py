@@ -6,9 +6,10 @@ which stands for its fork: it passes on its arguments, variables, working direct
 signals and ends as the fork ends; with the client, the fork ends. To torchrun, and to a test, it looks like
 ``python -m MODULE ...``.
 
-What differs from a process started afresh: the command line that ``ps`` shows, resident memory (what is shared with the
-server counts), the seed of hashes (the server's), and variables that are read on import (the server's; see
-:data:`READ_LATE`). Tests that depend on these start processes of their own.
+What differs from a process started afresh: its number and the command line that ``ps`` shows, that it outlives a client
+that is killed by some milliseconds, resident memory (what is shared with the server counts), the seed of hashes (the
+server's), and variables that are read on import (the server's; see :data:`READ_LATE`). Tests that depend on these start
+processes of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 
@@ -32,6 +33,11 @@ FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLEL
 """Variables of every process: one thread per rank, DeepSpeed on the CPU."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST_REQUEST = 1 << 20
+
+
+def takes(variables: Iterable[str]) -> bool:
+    """Return whether forks can be given variables of these names."""
+    return all(name.startswith(READ_LATE) for name in variables)
 
 
 def launcher() -> list[str]:

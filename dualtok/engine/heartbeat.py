@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch.distributed as dist
 
 from dualtok.engine.distributed import connect_store
-from dualtok.errors import ConfigError
+from dualtok.errors import ConfigError, print_to_stderr
 from dualtok.files import write_text
 
 if TYPE_CHECKING:
@@ -199,14 +199,16 @@ class Heartbeat:
                 store.set(LOST, json.dumps(lost))
                 messages = [self._describe(place, silence, lost) for place, silence in lost.items()]
                 for message in messages:
-                    _say(message)
+                    print_to_stderr(f"dualtok: error: {message}")
                 self._on_lost("; ".join(messages))
                 time.sleep(2 * self._pause)  # the other ranks must read it before the store goes
                 os._exit(LOST_HOST)
             late = {place for place, silence in silences.items() if silence.seconds > self._seconds / 2}
             for place in sorted(late - warned):
-                print(f"dualtok: host {self._hosts[place]} was last heard from {silences[place].seconds:.0f} s ago; "
-                      f"at {self._seconds:.0f} s it counts as lost", file=sys.stderr, flush=True)  # fmt: skip
+                print_to_stderr(
+                    f"dualtok: host {self._hosts[place]} was last heard from {silences[place].seconds:.0f} s ago; at "
+                    f"{self._seconds:.0f} s it counts as lost"
+                )
             warned = late
             self._write_status(silences, values)
 
@@ -236,7 +238,7 @@ class Heartbeat:
         """End this rank, at once: the main thread is in a collective that never ends."""
         if self._speaks:
             for message in messages:
-                _say(message)
+                print_to_stderr(f"dualtok: error: {message}")
         self._on_lost("; ".join(messages))
         if not self._speaks:
             time.sleep(2 * self._pause)  # the launcher may kill the rank that speaks as soon as another one ends
@@ -297,7 +299,3 @@ def _this_host() -> tuple[str, str]:
 
 def _key(place: int) -> str:
     return f"host/{place}"
-
-
-def _say(message: str) -> None:
-    print(f"dualtok: error: {message}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from dualtok.errors import DualtokError, Preempted
+from dualtok.errors import ConfigError, DualtokError, Preempted
 from dualtok.files import write_text
 
 if TYPE_CHECKING:
@@ -86,8 +87,21 @@ class JobRecord:
         write_text(self._folder / STARTED, json.dumps(asdict(started)))
 
     def __enter__(self) -> JobRecord:
-        """Do nothing yet."""
+        """Make sure that no other job writes into the folder; every rank takes part.
+
+        Raises:
+            ConfigError: one does on this host; ranks that outlive their launcher go on.
+        """
+        self._ranks.first_does(self._refuse_a_second_job)
         return self
+
+    def _refuse_a_second_job(self) -> None:
+        started = read_started(self._folder.parent)
+        if started is not None and started.pid != os.getpid() and started.is_alive():
+            raise ConfigError(
+                f"output_dir {self._folder.parent}: another job still trains there, rank 0 is process {started.pid} on "
+                f"this host; wait for its end, or end it (kill {started.pid}), or choose another output_dir"
+            )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Write how this rank ended."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualtok.engine.job_record import write_end
+from dualtok.errors import print_to_stderr
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,21 +60,22 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
-                self._report()
-                time.sleep(GRACE_SECONDS)
-                os._exit(HUNG)
+                try:
+                    self._report()
+                finally:
+                    time.sleep(GRACE_SECONDS)
+                    os._exit(HUNG)
 
     def _report(self) -> None:
         frame = sys._current_frames().get(self._main.ident or 0)
         here = traceback.extract_stack(frame)[-1] if frame is not None else None
         where = "" if here is None else f"; its main thread is in {here.name} ({here.filename}:{here.lineno})"
         silence = f"no progress for {self._seconds:.0f} s while {self._doing}{where}"
-        print(
+        print_to_stderr(
             f"dualtok: error: rank {self._rank}: {silence}; stacks of all threads are in {self._path}. The rank that "
             "waits in no collective is the one to look at; resume from the last checkpoint, or raise "
-            "monitor.hang_seconds",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            "monitor.hang_seconds"
+        )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)

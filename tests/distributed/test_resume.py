@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from tests.support import (
     environment,
     error_line,
     history,
+    kill_job,
     measured,
     read_weights,
     save_model,
@@ -47,17 +46,16 @@ def run_file(
 
 def kill_after_step(run: Path, step: int, ranks: int) -> None:
     """Start training and kill every process of the job as soon as a checkpoint of ``step`` is complete."""
-    job = command("dualtok", "train", run, ranks=ranks)
-    process = subprocess.Popen(job, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    job = command("dualtok", "train", run, ranks=ranks, afresh=True)
+    process = subprocess.Popen(job, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
     latest = run.with_suffix("") / "checkpoints" / "latest"
     deadline = time.monotonic() + 240
     while not (latest.is_file() and latest.read_text() == f"step-{step:08d}"):
         assert process.poll() is None, "the run ended before it could be interrupted"
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_job(process)
 
 
 @pytest.mark.slow

@@ -101,6 +101,21 @@ def test_a_silent_host_is_named_and_ends_the_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_lost_host_ends_the_job_even_if_nobody_reads_of_it(tmp_path: Path) -> None:
+    """A host that is cut off from the launcher has lost whoever read its ranks' messages, too."""
+    members = job(tmp_path)
+    for member in (members[0], members[3]):
+        assert member.process.stderr is not None
+        member.process.stderr.close()
+    for member in members[1:3]:
+        member.process.send_signal(signal.SIGSTOP)
+    assert [members[place].process.wait(60) for place in (0, 3)] == [LOST_HOST, LOST_HOST]
+    for member in members[1:3]:
+        member.process.kill()
+        member.process.wait()
+
+
+@pytest.mark.slow
 def test_a_late_host_and_one_that_leaves_are_not_lost(tmp_path: Path) -> None:
     members = job(tmp_path)
     members[3].go_on()

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support import ROOT
 
 HANGING = """
@@ -39,6 +41,23 @@ def test_a_hang_ends_with_the_stacks_on_disk(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
     assert "rank 3: no progress for 1 s while in step 3; its main thread is in stuck_here" in ended.stderr
     assert "stuck_here" in (tmp_path / "stacks" / "rank-00003.txt").read_text()
+
+
+@pytest.mark.parametrize("broken", ["pipe", "folder"])
+def test_a_hang_ends_even_if_it_cannot_be_reported(tmp_path: Path, broken: str) -> None:
+    """The launcher that read what the rank says is gone, or the stacks cannot be written."""
+    if broken == "folder":
+        (tmp_path / "stacks").write_text("a file where the folder should be")
+    code = HANGING.replace("{last}", "stuck_here()")
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "stacks")], cwd=ROOT, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stderr is not None
+        if broken == "pipe":
+            process.stderr.close()
+        assert process.wait(40) == 70
+    assert (tmp_path / "stacks").is_dir() == (broken == "pipe")
+    if broken == "pipe":
+        assert "stuck_here" in (tmp_path / "stacks" / "rank-00003.txt").read_text()
 
 
 def test_progress_keeps_it_quiet(tmp_path: Path) -> None:

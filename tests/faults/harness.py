@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -21,7 +20,7 @@ from dualtok.data.manifest import load_manifest
 from dualtok.engine.checkpoint import find_checkpoint
 from tests.data.servers import CREDENTIALS, fault_server, s3_server, upload
 from tests.faults.worker import FAULT, SAMPLES, Fault
-from tests.support import ROOT, command, environment, measured, tiny_llama_config, write_run
+from tests.support import ROOT, command, environment, kill_job, measured, tiny_llama_config, write_run
 
 RANKS, STEPS, EVERY = 2, 24, 3
 NOTICE_SECONDS = 60
@@ -62,7 +61,7 @@ def train(run: Path, samples: Path, *, fault: Fault | None = None, notice_after:
     if fault is not None:
         variables[FAULT] = fault.as_json()
     job = command("tests.faults.worker", "train", run, "--auto-resume", ranks=RANKS)
-    process = subprocess.Popen(job, env=environment(**variables), cwd=ROOT, text=True, start_new_session=True,
+    process = subprocess.Popen(job, env=environment(**variables), cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     try:
         if notice_after is not None:
@@ -72,7 +71,7 @@ def train(run: Path, samples: Path, *, fault: Fault | None = None, notice_after:
                 process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_job(process)
         raise AssertionError(f"the job hangs: {process.communicate()[0][-4000:]}") from None
     return Ended(process.returncode, output, time.time())
 

@@ -125,7 +125,7 @@ def test_scoring_killed_at_random_moments_gives_the_same_bytes(
     done = 0
     for _ in range(2):
         process = subprocess.Popen(
-            command("dualtok", "score", run), env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
+            command("dualtok", "score", run, afresh=True), env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         wanted, deadline = done + draw.randrange(1, shards // 3), time.monotonic() + 240

@@ -37,8 +37,8 @@ def start(run: Path, fault: Fault, *overrides: str) -> subprocess.Popen[str]:
     """Start one rank, without a launcher, that a fault will hit."""
     variables = {FAULT: fault.as_json(), SAMPLES: str(run.parent)}
     return subprocess.Popen(
-        command("tests.faults.worker", "train", run, *overrides, "--auto-resume"), env=environment(**variables),
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command("tests.faults.worker", "train", run, *overrides, "--auto-resume", afresh=True),
+        env=environment(**variables), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def test_one_run_through_all_its_ends(small_corpus: dict[str, Any], tmp_path: Pa
         running = read_status(run)
         assert (running.state, running.step, running.total_steps) == ("running", 4, STEPS), running.reason
         assert f"process {process.pid} on this host, of 1 rank" in running.reason
+        second = error_line(dualtok("train", run, "--auto-resume"))
+        assert f"output_dir {folder}: another job still trains there, rank 0 is process {process.pid} on" in second
         assert running.seconds_per_step is not None
         assert running.seconds_since_sign is not None
         assert 0 < running.seconds_per_step < 30
