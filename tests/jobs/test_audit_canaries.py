@@ -18,7 +18,7 @@ from dualtok.data.corpora import sotu_passages, write_jsonl
 from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare import prepare
 from dualtok.data.tokenizer import encode, load_tokenizer
-from tests.support import dualtok, save_model, succeed, tiny_llama_config, write_run
+from tests.support import dualtok, partitioned_json, save_model, succeed, tiny_llama_config, write_run
 
 COUNT = 120
 
@@ -59,6 +59,11 @@ def extracted(model: Any, tokenizer: Any, canary: Canary) -> bool:
     return bool(tokenizer.decode(ids) == canary.text)
 
 
+def read_figures(folder: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((folder / "audit" / "audit.json").read_text())
+    return figures
+
+
 @pytest.mark.slow
 def test_what_was_learned_by_heart_is_found_and_an_untrained_model_gives_nothing_away(
     data: dict[str, Any], tmp_path: Path
@@ -75,7 +80,7 @@ def test_what_was_learned_by_heart_is_found_and_an_untrained_model_gives_nothing
     audited = write_run(tmp_path / "audit.yaml", {"dir": data["dir"]}, audit=audit)
     shown = succeed(dualtok("audit", audited, ranks=2))
     assert "Canaries" in shown
-    figures = json.loads((tmp_path / "audit" / "audit" / "audit.json").read_text())
+    figures = read_figures(tmp_path / "audit")
     by_name = {row["name"]: row for row in figures["models"]}
     learned, fresh = by_name["learned"]["canaries"], by_name["fresh"]["canaries"]
 
@@ -94,6 +99,16 @@ def test_what_was_learned_by_heart_is_found_and_an_untrained_model_gives_nothing
     assert manifest.canaries is not None
     members = manifest.splits["train"].documents - manifest.canaries.included
     assert [row["n_members"] for row in figures["models"]] == [members] * 2, "canaries are no members"
+
+    sharded = write_run(tmp_path / "sharded.yaml", {"dir": data["dir"]},
+                        audit={**audit, "deepspeed": partitioned_json(tmp_path)})  # fmt: skip
+    succeed(dualtok("audit", sharded, ranks=2))
+    again = {row["name"]: row for row in read_figures(tmp_path / "sharded")["models"]}
+    for name in by_name:
+        for kind in ("included", "excluded"):
+            one, other = by_name[name]["canaries"], again[name]["canaries"]
+            assert one["ranked"][kind] == pytest.approx(other["ranked"][kind], abs=0.1)
+            assert one[f"extracted_{kind}"]["value"] == other[f"extracted_{kind}"]["value"]
 
     tokenizer = load_tokenizer(Path(data["dir"]) / "tokenizer")
     direct = AutoModelForCausalLM.from_pretrained(tmp_path / "learned").eval()

@@ -17,7 +17,7 @@ from dualtok.data.stream import BlockStream
 from dualtok.engine.distributed import Ranks
 from dualtok.jobs.audit_joint import KL, KL_DTYPES, joint_forward, read_divergences
 from tests.jobs.test_audit import audit_run, figures
-from tests.support import dualtok, error_line, save_model, succeed
+from tests.support import dualtok, error_line, partitioned_json, save_model, succeed
 
 
 def test_divergences_are_those_of_the_models_own_logits(small_corpus: dict[str, Any], tmp_path: Path) -> None:
@@ -64,6 +64,17 @@ def test_info_rmia_is_run_on_demand_and_its_pass_is_kept(small_corpus: dict[str,
     assert of_members.stat().st_mtime_ns == before, "both models were run again"
     assert [attack["name"] for attack in figures(run)["models"][0]["attacks"]] == ["ref", "info_rmia"]
     assert reference.n_documents == target.n_documents == 20
+
+    layouts: dict[str, dict[str, Any]] = {"sharded": {"deepspeed": partitioned_json(tmp_path)},
+                                          "half": {"precision": "bf16"}}  # fmt: skip
+    aucs = {}
+    for name, layout in layouts.items():
+        other = audit_run(small_corpus, tmp_path, name, max_documents=20, attacks=["ref", "info_rmia"], **layout)
+        succeed(dualtok("audit", other, ranks=2))
+        aucs[name] = [attack["auc"]["value"] for attack in figures(other)["models"][0]["attacks"]]
+    whole = [attack["auc"]["value"] for attack in figures(run)["models"][0]["attacks"]]
+    assert aucs["sharded"] == pytest.approx(whole, abs=1 / 400), "one of 20 x 20 pairs may change places"
+    assert aucs["half"] == pytest.approx(whole, abs=0.1)
 
     wider = audit_run(small_corpus, tmp_path, "wider", attacks=["info_rmia"],
                       models={"wide": str(save_model(tmp_path / "wide", 3, vocab_size=600))})  # fmt: skip
