@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
 
-from dualtok.engine.distributed import connect_store
+from dualtok.engine.rendezvous import connect_store
 from dualtok.errors import ConfigError, print_to_stderr
 from dualtok.files import write_text
 

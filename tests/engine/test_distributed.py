@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dualtok.engine.distributed import complete_environment
+from dualtok.engine.rendezvous import complete_environment
 from dualtok.errors import ConfigError
 
 

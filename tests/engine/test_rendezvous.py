@@ -1,0 +1,86 @@
+"""Ranks that wait for others say for whom, and do not wait for ever."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support import ROOT, environment
+
+RANK = """
+import sys
+from datetime import timedelta
+from dualtok.engine import rendezvous
+from dualtok.errors import ConfigError
+rank, world_size, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rendezvous.NOTICE_SECONDS = 1.0
+try:
+    store = rendezvous.meet(rank, world_size, timedelta(seconds=seconds))
+except ConfigError as error:
+    sys.exit(str(error))
+store.set(f"own/{rank}", "x")
+store.wait([f"own/{other}" for other in range(world_size)])
+store.add("done", 1)
+while rank == 0 and store.add("done", 0) < world_size:
+    pass
+"""
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(rank: int, world_size: int, port: int, seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK, str(rank), str(world_size), str(seconds)], cwd=ROOT, text=True,
+        env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)), stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    outputs = [rank.communicate(timeout=90)[1] for rank in ranks]
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_ranks_that_come_late_are_waited_for_and_named_meanwhile(port: int) -> None:
+    ranks = [start(rank, 3, port, 60) for rank in (0, 1)]
+    time.sleep(8)
+    found = ends([*ranks, start(2, 3, port, 60)])
+    assert [status for status, _ in found] == [0, 0, 0], found
+    assert "dualtok: 1 of 3 ranks have not come within 1 s: 2; here are those of" in found[0][1]
+    assert "still waiting" in found[0][1]
+    assert found[1][1] == found[2][1] == ""
+
+
+@pytest.mark.slow
+def test_ranks_that_never_come_are_named_by_all_that_did(port: int) -> None:
+    host = socket.gethostname()
+    for status, error in ends([start(rank, 12, port, 8) for rank in (0, 11)]):
+        assert status == 1
+        assert "10 of 12 ranks have not come within 8 s: 1, 2, 3, 4, 5, 6, 7, 8 and 2 more" in error
+        assert f"here are those of {host}." in error.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_rank_0_that_never_comes_is_named(port: int) -> None:
+    [(status, error)] = ends([start(1, 2, port, 3)])
+    assert status == 1
+    assert f"rank 1 waited 0.05 minutes for rank 0 at 127.0.0.1, port {port}: " in error
+
+
+@pytest.mark.slow
+def test_a_port_that_another_job_holds_is_named(port: int) -> None:
+    with socket.socket() as other:
+        other.bind(("", port))
+        other.listen()
+        [(status, error)] = ends([start(0, 2, port, 3)])
+    assert status == 1
+    assert f"MASTER_PORT: rank 0 cannot open port {port} of 127.0.0.1" in error
