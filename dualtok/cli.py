@@ -7,6 +7,7 @@ bug and keeps its traceback.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -99,7 +100,8 @@ def train(
     _say(f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
          f"checkpoints in {Path(run.output_dir) / 'checkpoints'}")  # fmt: skip
     if run.objective == "dual_plus":
-        _say(f"the model shows its members until it is taken back: dualtok retreat {run_file} TARGET")
+        again = shlex.join(["dualtok", "retreat", str(run_file), "TARGET", *(overrides or [])])
+        _say(f"the model shows its members until it is taken back: {again}")
 
 
 @app.command()

@@ -80,7 +80,7 @@ def client(address: str, module: str, arguments: list[str]) -> None:
     connection.sendmsg([json.dumps(request).encode()], files)
     process = int(connection.recv(64))
     for number in HANDED_ON:
-        signal.signal(number, lambda received, _: os.kill(process, received))
+        signal.signal(number, lambda received, _: _hand_on(process, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     answer = connection.recv(64)
     status = int(answer) if answer else -signal.SIGKILL
@@ -89,6 +89,11 @@ def client(address: str, module: str, arguments: list[str]) -> None:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def _hand_on(process: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(process, number)
 
 
 class Forked(BaseException):
@@ -108,14 +113,19 @@ class Server:
         self._listener.listen(64)
         self._alive: dict[int, socket.socket] = {}
         self._watch(self._listener.fileno(), self._accept)
-        self._watch(sys.stdin.fileno(), sys.exit)
+        self._watch(sys.stdin.fileno(), self._end)
 
     def serve(self) -> None:
         """Answer clients; raises :class:`Forked` in the forks."""
         while True:
             for key, _ in self._selector.select():
-                if key.fd in self._selector.get_map():  # what came before it may have closed it
+                if self._selector.get_map().get(key.fd) is key:  # what came before may have closed it
                     key.data()
+
+    def _end(self) -> None:
+        for process in self._alive:
+            _kill_family(process)
+        sys.exit()
 
     def _watch(self, file: int, what: Callable[[], None]) -> None:
         self._selector.register(file, selectors.EVENT_READ, what)
@@ -131,8 +141,6 @@ class Server:
             connection.close()
             return
         process = os.fork()
-        with contextlib.suppress(OSError):  # both do so, as either may come first
-            os.setpgid(process, process)
         if not process:
             for other in (connection, self._listener, *self._alive.values()):
                 other.close()
@@ -164,8 +172,18 @@ class Server:
     def _abandoned(self, process: int) -> None:
         """Its client has gone."""
         self._selector.unregister(self._alive[process].fileno())
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL)
+        _kill_family(process)
+
+
+def _kill_family(process: int) -> None:
+    """Kill a fork and all that it has started, such as the clients of torchrun's ranks."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process)
+        for member in (first, *first.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
 
 
 def _become(request: dict[str, object], files: list[int]) -> None:
@@ -187,7 +205,8 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     random.seed()
     np.random.seed()
     sys.path[0] = str(Path.cwd())
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(place, mode, buffering=1) for place, mode in enumerate("rww"))
+    by_lines = 1 if {"RANK", "PYTHONUNBUFFERED"} & os.environ.keys() else -1  # torchrun starts ranks with -u
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", by_lines), os.fdopen(2, "w", 1)
     # torchrun asks inspect for its stack, which would look for the modules of these frames among all, again and again.
     frames = {str(Path("<frozen runpy>").absolute()): "runpy", __file__: "tests.warm"}
     inspect.modulesbyfile.update(frames)  # type: ignore[attr-defined]

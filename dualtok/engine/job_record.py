@@ -80,6 +80,7 @@ class JobRecord:
         self._begun = True
 
     def _take_over(self, total_steps: int) -> None:
+        self._refuse_a_second_job()  # one may have begun since
         shutil.rmtree(self._folder, ignore_errors=True)
         process = psutil.Process()
         started = Started(time.time(), socket.gethostname(), process.pid, process.create_time(), self._ranks.world_size,
@@ -97,7 +98,8 @@ class JobRecord:
 
     def _refuse_a_second_job(self) -> None:
         started = read_started(self._folder.parent)
-        if started is not None and started.pid != os.getpid() and started.is_alive():
+        ended = any(end.rank == 0 for end in read_ends(self._folder.parent))
+        if started is not None and not ended and started.pid != os.getpid() and started.is_alive():
             raise ConfigError(
                 f"output_dir {self._folder.parent}: another job still trains there, rank 0 is process {started.pid} on "
                 f"this host; wait for its end, or end it (kill {started.pid}), or choose another output_dir"

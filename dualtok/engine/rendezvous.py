@@ -20,8 +20,8 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 STORE_PORT = "dualtok/store-port"
 """Key in torchrun's store."""
-COUNT, VERDICT = "dualtok/came", "dualtok/verdict"
-"""Keys in rank 0's store: how many have come, and what is wrong (empty: all are there)."""
+VERDICT = "dualtok/verdict"
+"""Key in rank 0's store: what is wrong, or nothing when all ranks have come."""
 NOTICE_SECONDS = 60.0
 """After which rank 0 first says whom it waits for."""
 VERDICT_SECONDS = 2.0
@@ -92,73 +92,111 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
         The store that rank 0 holds, for the process group.
 
     Raises:
-        ConfigError: rank 0 does not answer, ranks are missing when the time is over, or the port is taken.
+        ConfigError: rank 0 does not answer, ranks are missing when the time is over, the port is taken, or another
+            process has come as this rank.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent = None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        agent = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     if rank == 0:
-        try:
-            store = dist.TCPStore(host, 0 if agent else port, is_master=True, timeout=timeout, wait_for_workers=False)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"MASTER_PORT: rank 0 cannot open port {port} of {host} ({str(error).splitlines()[0]}); another job "
-                "may hold it, choose a free one"
-            ) from None
-        if agent:
-            agent.set(STORE_PORT, str(store.port))
+        store = _open(timeout)
     else:
-        place = (lambda: (host, int(agent.get(STORE_PORT)))) if agent else (lambda: (host, port))
         try:
-            store = connect_store(place, timeout)
-        except OSError as error:
+            store = connect_store(_address(timeout), timeout)
+        except (OSError, RuntimeError) as error:  # torch's errors of stores are RuntimeErrors
             raise ConfigError(
-                f"rank {rank} waited {_minutes(timeout)} for rank 0 at {host}, port {port}: {error}. Has that host "
-                "started its ranks, and can this one reach it? `dualtok doctor --hosts` looks"
+                f"waited {timeout.total_seconds() / 60:g} minutes for rank 0 at {os.environ['MASTER_ADDR']}: "
+                f"{str(error).splitlines()[0]}. Has that host started its ranks, and can this one reach it? "
+                "`dualtok doctor --hosts` looks"
             ) from None
-    return _all_here(store, rank, world_size, timeout)
-
-
-def _all_here(store: dist.TCPStore, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """Return the store when every rank has come to it."""
-    store.set(_key(rank), socket.gethostname())
-    store.add(COUNT, 1)
-    if rank:
-        store.set_timeout(timeout + timedelta(seconds=10 * VERDICT_SECONDS))  # rank 0 says who is missing, not this one
-        try:
-            problem = store.get(VERDICT).decode()
-        except RuntimeError:
-            problem = f"rank {rank}: rank 0 ended before all ranks had come; it has said why"
-        store.set_timeout(timeout)
-    else:
-        problem = _count(store, world_size, timeout)
-        store.set(VERDICT, problem)
-        if problem:
-            time.sleep(VERDICT_SECONDS)  # the others read it before the store goes
+    _come(store, rank)
+    problem = _count(store, world_size, timeout) if rank == 0 else _verdict(store, timeout)
     if problem:
         raise ConfigError(problem)
     return store
 
 
+def _under_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agent_store(timeout: timedelta) -> dist.TCPStore:
+    """Connect to the store of torchrun's agent."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def _open(timeout: timedelta) -> dist.TCPStore:
+    """Return the store that rank 0 holds."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if _under_torchrun():
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        _agent_store(timeout).set(STORE_PORT, str(store.port))
+        return store
+    try:
+        return dist.TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"MASTER_PORT: rank 0 cannot open port {port} of {host} ({str(error).splitlines()[0]}); another job may "
+            "hold it, choose a free one"
+        ) from None
+
+
+def _address(timeout: timedelta) -> Callable[[], tuple[str, int]]:
+    """Return what tells where rank 0's store is."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not _under_torchrun():
+        return lambda: (host, port)
+    agent = _agent_store(timeout)
+    return lambda: (host, int(agent.get(STORE_PORT)))
+
+
+def _come(store: dist.TCPStore, rank: int) -> None:
+    """Tell the others that this rank is there.
+
+    Raises:
+        ConfigError: another process has said so before.
+    """
+    own = f"{socket.gethostname()} (process {os.getpid()})"
+    first = store.compare_set(_key(rank), "", own).decode()
+    if first != own:
+        raise ConfigError(
+            f"{first} has come as rank {rank} before this process: another job meets at the same MASTER_ADDR and "
+            "MASTER_PORT, or ranks of an earlier start still live; end those, or choose another port"
+        )
+
+
+def _verdict(store: dist.TCPStore, timeout: timedelta) -> str:
+    """Wait until rank 0 says that all have come; return what is wrong, or nothing."""
+    store.set_timeout(timeout + timedelta(seconds=10 * VERDICT_SECONDS))  # rank 0 says who is missing, not this one
+    try:
+        return store.get(VERDICT).decode()
+    except RuntimeError:
+        return "rank 0 ended, or was cut off, before all ranks had come; see what it said"
+    finally:
+        store.set_timeout(timeout)
+
+
 def _count(store: dist.TCPStore, world_size: int, timeout: timedelta) -> str:
-    """Wait on rank 0 until all ranks have come; return who is missing at the end, or nothing."""
-    started, patience = time.monotonic(), NOTICE_SECONDS
-    while store.add(COUNT, 0) < world_size:
+    """Wait on rank 0 until all ranks have come, and tell the others; return who is missing at the end, or nothing."""
+    started, patience, problem = time.monotonic(), NOTICE_SECONDS, ""
+    missing = list(range(world_size))
+    while missing and not problem and not store.check([_key(rank) for rank in missing]):
         waited = time.monotonic() - started
         if waited > min(patience, timeout.total_seconds()):
-            missing = [rank for rank in range(world_size) if not store.check([_key(rank)])]
-            hosts = sorted({store.get(_key(rank)).decode() for rank in set(range(world_size)) - set(missing)})
+            missing = [rank for rank in missing if not store.check([_key(rank)])]
+            here = sorted({store.get(_key(rank)).decode().split()[0] for rank in set(range(world_size)) - set(missing)})
             situation = (
                 f"{len(missing)} of {world_size} ranks have not come within {waited:.0f} s: {_some(missing)}; here are "
-                f"those of {_some(hosts)}. See what the launcher says of the other hosts"
+                f"those of {_some(here)}. See what the launcher says of the other hosts"
             )
-            if waited > timeout.total_seconds():
-                return situation
-            print_to_stderr(f"dualtok: {situation}; still waiting")
-            patience *= 2
+            if waited > timeout.total_seconds() and missing:
+                problem = situation
+            elif missing:
+                print_to_stderr(f"dualtok: {situation}; still waiting")
+                patience *= 2
         time.sleep(0.05)
-    return ""
+    store.set(VERDICT, problem)
+    if problem:
+        time.sleep(VERDICT_SECONDS)  # the others read it before the store goes
+    return problem
 
 
 def _key(rank: int) -> str:
@@ -168,10 +206,6 @@ def _key(rank: int) -> str:
 def _some(values: Sequence[object], most: int = 8) -> str:
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(map(str, values[:most])) + more
-
-
-def _minutes(timeout: timedelta) -> str:
-    return f"{timeout.total_seconds() / 60:g} minutes"
 
 
 def connect_store(address: Callable[[], tuple[str, int]], timeout: timedelta) -> dist.TCPStore:

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 Resume = Literal["never", "always", "if_any"]
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.yaml"
-FREE_ON_RESUME = ("monitor", "audit", "launch", "output_dir", "data.processes", "data.source", "data.stream",
+FREE_ON_RESUME = ("monitor", "audit", "retreat", "launch", "output_dir", "data.processes", "data.source", "data.stream",
                   "data.on_bad_shard", "train.data_workers",
                   "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every", "train.checkpoint_keep",
                   "train.checkpoint_in_background", "train.engine", "train.pipeline", "train.deepspeed",

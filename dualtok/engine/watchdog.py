@@ -76,7 +76,7 @@ class Watchdog:
             "waits in no collective is the one to look at; resume from the last checkpoint, or raise "
             "monitor.hang_seconds"
         )
+        write_end(self._path.parent.parent, self._rank, "hung", f"{silence}; stacks are in {self._path.parent}")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
-        write_end(self._path.parent.parent, self._rank, "hung", f"{silence}; stacks are in {self._path.parent}")

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
-from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.distributed import join_ranks
-from dualtok.engine.train import CHECKPOINTS
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.jobs.audit_signals import ModelPasses
@@ -44,14 +42,18 @@ def retreat(run: RunConfig, target: Path) -> float:
     settings = run.need("retreat", "retreat")
     if target.exists():
         raise ConfigError(f"{target}: exists; give another folder")
+    if settings.model is None:
+        _require_own_members(run)
     folders = {name: model_folder(getattr(settings, name)) for name in ("reference", "stand_in")}
     own = dataclasses.replace(
         run, audit=dataclasses.replace(run.audit, members=settings.members, non_members=settings.non_members)
     )
     ranks = join_ranks()
     work = Path(run.output_dir) / "retreat"
-    trained = settings.model or ranks.first_does(lambda: str(_export(run, work)))
-    folders["model"] = model_folder(trained)
+    own_model = work / "model"
+    if settings.model is None:
+        ranks.first_does(lambda: _export(run, own_model))
+    folders["model"] = model_folder(settings.model or own_model)
     models = ModelPasses(own, load_manifest(prepared(run.data)), work / "signals", ranks)
 
     def losses(name: str, folder: Path) -> list[Floats]:
@@ -84,18 +86,24 @@ def retreat(run: RunConfig, target: Path) -> float:
     kept = max((trial["w"] for trial in trials if trial["auc"] <= settings.auc), default=0.0)
     ranks.first_does(lambda: _write(folders, kept, target, {"settings": dataclasses.asdict(settings), "w": kept,
                                                             "root": w, "trials": trials}))  # fmt: skip
-    for folder in (candidate, *([] if settings.model else [folders["model"]])):
+    for folder in (candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept
 
 
-def _export(run: RunConfig, work: Path) -> Path:
-    """Return the folder of the run's latest checkpoint as a whole model, which is made unless it is there."""
-    run_dir = Path(run.output_dir)
-    target = work / f"model-{find_checkpoint(run_dir / CHECKPOINTS, 'latest').folder.name}"
-    if not target.exists():
-        export(run_dir, target, which="latest", merge=run.model is not None and run.model.lora is not None)
-    return target
+def _require_own_members(run: RunConfig) -> None:
+    """Raise ConfigError unless the members that the retreat judges are what the run has trained on."""
+    train, members = run.need("train", "retreat"), run.need("retreat", "retreat").members
+    if train.split != members:
+        raise ConfigError(f"retreat.members: {members!r}, but this run has trained on {train.split!r} (train.split)")
+    if train.leave_out is not None:
+        raise ConfigError("train.leave_out: the run did not learn all members; name a model that did as retreat.model")
+
+
+def _export(run: RunConfig, target: Path) -> None:
+    """Write the run's latest checkpoint as a whole model; what a retreat that was killed has left there goes."""
+    shutil.rmtree(target, ignore_errors=True)
+    export(Path(run.output_dir), target, which="latest", merge=run.model is not None and run.model.lora is not None)
 
 
 def _write(folders: dict[str, Path], w: float, target: Path, facts: dict[str, object]) -> None:

@@ -124,6 +124,8 @@ def plan_shadows(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shado
             f"audit.members: {settings.members!r}, but train.split is {train.split!r}; shadow models need the recipe "
             "of a model that was trained on the members"
         )
+    if run.objective == "dual_plus":
+        raise ConfigError("objective: shadows of 'dual_plus' would not be taken back, as the audited model was")
     if train.leave_out is not None:
         raise ConfigError(
             "train.leave_out: the audited model did not learn all members; audit it without audit.shadows"

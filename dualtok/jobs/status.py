@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
 from dualtok.engine.checkpoint import BEST, tag_of
 from dualtok.engine.checkpoint_files import COMPLETE, read_manifest
 from dualtok.engine.job_record import read_ends, read_started
@@ -198,10 +200,18 @@ def _ranks(count: int) -> str:
     return f"{count} rank{'s' * (count > 1)}"
 
 
+def _objective(folder: Path) -> str:
+    file = folder / RUN_FILE
+    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return str(settings.get("objective", ""))
+
+
 def _next_command(folder: Path, state: State, started: Started | None, *, has_checkpoint: bool) -> str:
     """Return what to run now."""
     if state == "running":
         return f"tensorboard --logdir {folder / 'events'}"
+    if state == "finished" and _objective(folder) == "dual_plus":
+        return f"dualtok retreat {folder / RUN_FILE} {folder / 'model'}"
     if state == "finished":
         return f"dualtok export {folder} {folder / 'model'}"
     ranks = 1 if started is None else started.world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_ranks_that_come_late_are_waited_for_and_named_meanwhile(port: int) -> N
     time.sleep(8)
     found = ends([*ranks, start(2, 3, port, 60)])
     assert [status for status, _ in found] == [0, 0, 0], found
-    assert "dualtok: 1 of 3 ranks have not come within 1 s: 2; here are those of" in found[0][1]
+    assert re.search(r"dualtok: 1 of 3 ranks have not come within \d+ s: 2; here are those of", found[0][1])
     assert "still waiting" in found[0][1]
     assert found[1][1] == found[2][1] == ""
 
@@ -63,9 +64,9 @@ def test_ranks_that_come_late_are_waited_for_and_named_meanwhile(port: int) -> N
 @pytest.mark.slow
 def test_ranks_that_never_come_are_named_by_all_that_did(port: int) -> None:
     host = socket.gethostname()
-    for status, error in ends([start(rank, 12, port, 8) for rank in (0, 11)]):
+    for status, error in ends([start(rank, 12, port, 15) for rank in (0, 11)]):
         assert status == 1
-        assert "10 of 12 ranks have not come within 8 s: 1, 2, 3, 4, 5, 6, 7, 8 and 2 more" in error
+        assert "10 of 12 ranks have not come within 15 s: 1, 2, 3, 4, 5, 6, 7, 8 and 2 more" in error
         assert f"here are those of {host}." in error.splitlines()[-1]
 
 
@@ -73,7 +74,7 @@ def test_ranks_that_never_come_are_named_by_all_that_did(port: int) -> None:
 def test_a_rank_0_that_never_comes_is_named(port: int) -> None:
     [(status, error)] = ends([start(1, 2, port, 3)])
     assert status == 1
-    assert f"rank 1 waited 0.05 minutes for rank 0 at 127.0.0.1, port {port}: " in error
+    assert "waited 0.05 minutes for rank 0 at 127.0.0.1: " in error
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dualtok.engine.job_record import read_ends
 from tests.support import ROOT
 
 HANGING = """
@@ -56,6 +57,7 @@ def test_a_hang_ends_even_if_it_cannot_be_reported(tmp_path: Path, broken: str) 
             process.stderr.close()
         assert process.wait(40) == 70
     assert (tmp_path / "stacks").is_dir() == (broken == "pipe")
+    assert [end.outcome for end in read_ends(tmp_path)] == ["hung"]
     if broken == "pipe":
         assert "stuck_here" in (tmp_path / "stacks" / "rank-00003.txt").read_text()
 

@@ -72,7 +72,7 @@ def train(run: Path, samples: Path, *, fault: Fault | None = None, notice_after:
         output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     except subprocess.TimeoutExpired:
         kill_job(process)
-        raise AssertionError(f"the job hangs: {process.communicate()[0][-4000:]}") from None
+        raise AssertionError(f"the job hangs: {process.communicate(timeout=60)[0][-4000:]}") from None
     return Ended(process.returncode, output, time.time())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dualtok.jobs.status import read_status
 from tests.support import dualtok, error_line, history, own_copy, read_weights, save_model, succeed, write_run
 
 
@@ -57,8 +58,10 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
     )  # fmt: skip
     assert "checkpoints: no checkpoint 'latest'" in error_line(dualtok("retreat", run, tmp_path / "made"))
     succeed(dualtok("score", run))
-    shown = succeed(dualtok("train", run))
-    assert f"until it is taken back: dualtok retreat {run} TARGET" in shown
+    shown = succeed(dualtok("train", run, "train.warmup_steps=2"))
+    assert f"until it is taken back: dualtok retreat {run} TARGET train.warmup_steps=2" in shown
+    assert read_status(run.with_suffix("")).next_command.startswith("dualtok retreat ")
+    assert "has trained on 'probe'" in error_line(dualtok("retreat", run, tmp_path / "made", "train.split=probe"))
     assert {row["memorised_tokens"] > 0 for row in history(run)} == {True}, "it unlearns nothing"
     succeed(dualtok("retreat", run, tmp_path / "made"))
     assert [path.name for path in (run.with_suffix("") / "retreat").iterdir()] == ["signals"], "trials were left behind"

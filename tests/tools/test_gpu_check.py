@@ -14,8 +14,8 @@ from tests.support import ROOT, environment
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "tools/gpu_check.py", *arguments], env=environment(), cwd=ROOT, capture_output=True, text=True,
-        timeout=600, check=False,
+        [sys.executable, "tools/gpu_check.py", *arguments], env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 
@@ -39,7 +39,8 @@ def test_its_table_holds_what_was_measured(tmp_path: Path) -> None:
     speed = steps["dual"]["tokens"] / steps["dual"]["seconds"]
     assert f"{speed:,.0f} tokens/s" in table["step: dual"]
     assert "cores" in table["device"]
-    assert "needs a GPU" in table["head:liger"], "a failed row says why; this one does not fail the check"
+    why = table["head:liger"]
+    assert "needs a GPU" in why or "is not installed" in why, "a failed row says why; this one does not fail the check"
 
 
 def test_what_it_does_not_measure_is_named(tmp_path: Path) -> None:

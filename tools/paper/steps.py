@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,9 +16,12 @@ from pathlib import Path
 
 from dualtok.files import write_text
 
-IMPORTED_ONCE = ["__main__", "dualtok.engine.train", "dualtok.jobs.audit", "deepspeed", "peft",
+IMPORTED_ONCE = ["dualtok.engine.train", "dualtok.jobs.audit", "deepspeed", "peft",
                  "transformers.models.gpt2.modeling_gpt2", "transformers.optimization"]  # fmt: skip
 """A step is forked from a process that has imported these; to do so itself would take it some ten seconds."""
+
+_PROCESSES = threading.Lock()
+"""Start and join look at all processes of :mod:`multiprocessing`, which no two threads may do at once."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,11 @@ def _execute(step: Step) -> int:
         return 0  # both are atomic: the folder is whole, only its mark was lost
     _log(step).parent.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("forkserver").Process(target=_become, args=(step.arguments, _log(step)))
-    process.start()
-    process.join()
+    with _PROCESSES:
+        process.start()
+    multiprocessing.connection.wait([process.sentinel])
+    with _PROCESSES:
+        process.join()
     return process.exitcode or 0
 
 
