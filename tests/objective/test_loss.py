@@ -327,5 +327,5 @@ def test_scope_local_does_not_communicate() -> None:
 
 
 def test_an_unknown_objective_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'plain'.*dual, causal_lm, selective, goldfish"):
+    with pytest.raises(ValueError, match=r"'plain'.*dual, dual_plus, causal_lm, selective, goldfish"):
         build_objective("plain")
