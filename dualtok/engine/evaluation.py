@@ -79,12 +79,14 @@ def evaluate(
 
     ``reference`` scores the blocks where the streams carry no reference losses.
     """
-    from dualtok.audit.metrics import roc_auc  # scipy and scikit-learn take seconds to import, on every rank
-
     seen = document_losses(engine, members, blocks, batch_size, reference)
     unseen = document_losses(engine, validation, blocks, batch_size, reference)
     known = np.isfinite(seen.reference).all() and np.isfinite(unseen.reference).all()
-    auc = float(roc_auc(-seen.calibrated, -unseen.calibrated)) if known else None
+    auc = None
+    if known:
+        from dualtok.audit.metrics import roc_auc  # scipy and scikit-learn take seconds to import, on every rank
+
+        auc = float(roc_auc(-seen.calibrated, -unseen.calibrated))
     return Evaluation(step, unseen.mean_loss, seen.mean_loss, auc)
 
 

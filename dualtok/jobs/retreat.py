@@ -93,7 +93,9 @@ def retreat(run: RunConfig, target: Path) -> float:
 
 def _require_own_members(run: RunConfig) -> None:
     """Raise ConfigError unless the members that the retreat judges are what the run has trained on."""
-    train, members = run.need("train", "retreat"), run.need("retreat", "retreat").members
+    train, members = run.train, run.need("retreat", "retreat").members
+    if train is None:
+        raise ConfigError("retreat.model: name the trained model, or give the file of the run that trained it")
     if train.split != members:
         raise ConfigError(f"retreat.members: {members!r}, but this run has trained on {train.split!r} (train.split)")
     if train.leave_out is not None:
