@@ -64,6 +64,16 @@ def read_figures(folder: Path) -> dict[str, Any]:
     return figures
 
 
+def assert_alike(figures: dict[str, Any], others: dict[str, Any]) -> None:
+    """Two audits find the same exposures and extract the same canaries."""
+    for one, other in zip(figures["models"], others["models"], strict=True):
+        assert one["name"] == other["name"]
+        for kind in ("included", "excluded"):
+            found, again = one["canaries"], other["canaries"]
+            assert found["ranked"][kind] == pytest.approx(again["ranked"][kind], abs=0.1)
+            assert found[f"extracted_{kind}"]["value"] == again[f"extracted_{kind}"]["value"]
+
+
 @pytest.mark.slow
 def test_what_was_learned_by_heart_is_found_and_an_untrained_model_gives_nothing_away(
     data: dict[str, Any], tmp_path: Path
@@ -103,12 +113,7 @@ def test_what_was_learned_by_heart_is_found_and_an_untrained_model_gives_nothing
     sharded = write_run(tmp_path / "sharded.yaml", {"dir": data["dir"]},
                         audit={**audit, "deepspeed": partitioned_json(tmp_path)})  # fmt: skip
     succeed(dualtok("audit", sharded, ranks=2))
-    again = {row["name"]: row for row in read_figures(tmp_path / "sharded")["models"]}
-    for name in by_name:
-        for kind in ("included", "excluded"):
-            one, other = by_name[name]["canaries"], again[name]["canaries"]
-            assert one["ranked"][kind] == pytest.approx(other["ranked"][kind], abs=0.1)
-            assert one[f"extracted_{kind}"]["value"] == other[f"extracted_{kind}"]["value"]
+    assert_alike(figures, read_figures(tmp_path / "sharded"))
 
     tokenizer = load_tokenizer(Path(data["dir"]) / "tokenizer")
     direct = AutoModelForCausalLM.from_pretrained(tmp_path / "learned").eval()

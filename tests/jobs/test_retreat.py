@@ -76,3 +76,5 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
 def test_without_its_section_there_is_nothing_to_do(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]})
     assert "retreat" in error_line(dualtok("retreat", run, tmp_path / "made"))
+    nothing_trained = "retreat={reference: a, stand_in: b}"
+    assert "retreat.model: name the trained" in error_line(dualtok("retreat", run, tmp_path / "made", nothing_trained))
