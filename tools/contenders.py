@@ -69,8 +69,8 @@ def hugging_face_trainer(start: Path, stream: BlockStream, train: TrainConfig, s
     return Trainer(model=model, args=arguments, train_dataset=blocks)
 
 
-def dualtok_step(run: RunConfig) -> Step:
-    """Return a function that runs the loop's own step, with the run's reference whatever its mode."""
+def training_loop(run: RunConfig) -> TrainingLoop:
+    """Return the loop of a run, with the run's reference whatever its mode."""
     assert run.train is not None
     assert run.model is not None
     start = Path(str(run.model.path))
@@ -93,7 +93,11 @@ def dualtok_step(run: RunConfig) -> Step:
         module: Any = engine.model
         put_in = adapters
         reference = AdapterReference(engine.token_losses, lambda: put_in.as_reference(module))
-    loop = TrainingLoop(run, engine, stream, validation, 10**6, reference=reference)
+    return TrainingLoop(run, engine, stream, validation, 10**6, reference=reference)
+
+
+def training_step(loop: TrainingLoop) -> Step:
+    """Return a function that runs the loop's own step."""
     batches: Iterator[Batch] = loop.batches()
     events = EventWriter(None)
 
@@ -101,6 +105,11 @@ def dualtok_step(run: RunConfig) -> Step:
         loop.step(batches, events)
 
     return step
+
+
+def dualtok_step(run: RunConfig) -> Step:
+    """Return a function that runs dualtok's own step of a run."""
+    return training_step(training_loop(run))
 
 
 def naive_dual_step(start: Path, reference: Path, stream: BlockStream, train: TrainConfig) -> Step:

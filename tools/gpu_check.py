@@ -1,11 +1,13 @@
 """One command for a machine with a GPU: what it computes right, how fast, and with how much memory.
 
-* parity: the same small dual run on the CPU and on the device, losses compared step by step;
+* parity: the same small dual run on host cores and on the device, with every mode of the reference, ZeRO-3 and, where
+  there are two devices, pipelines; losses compared step by step;
+* commands: DP-SGD, LoRA, the audit and the doctor, as a user would run them;
 * loss backends: each one's check, time and memory on a large output layer;
 * steps: dualtok's plain and dual step, and each mode of the reference, against the Hugging Face Trainer's plain step
   and a naive dual step (two forward passes over full logits); with model FLOPs utilisation.
 
-    python tools/gpu_check.py [--folder runs/gpu-check] [--only machine parity head step] [--output table.md]
+    python tools/gpu_check.py [--folder runs/gpu-check] [--only machine parity command head step] [--output table.md]
 
 Each measurement is a process of its own, one after the other on the idle device; the figures are medians. A
 measurement that fails is a row of the table, and the exit status is 1. Without a GPU the sizes are small: the ways are
@@ -22,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-KINDS = ("machine", "parity", "head", "step")
+KINDS = ("machine", "parity", "command", "head", "step")
 
 
 def main() -> int:
@@ -31,20 +33,26 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu-check"), help="for blocks, weights and runs")
     parser.add_argument("--only", nargs="+", default=list(KINDS), metavar="KIND[:NAME]",
                         help=f"{', '.join(KINDS)}, or one of them like step:dual")  # fmt: skip
+    parser.add_argument("--ways", nargs="+", default=None, metavar="WAY", help="of parity, e.g. bf16; without it all")
     parser.add_argument("--output", type=Path, default=None, help="also write the table to this file")
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds after which a measurement has failed")
     parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:
-        print(json.dumps(measure(options.measure, options.folder)))
+        print(json.dumps(measure(options.measure, options.folder, options.ways)))
         return 0
+    from gpu.commands import COMMANDS, WAYS
     from gpu.measure import HEADS, STEPS
     from gpu.table import markdown
 
-    every = ["machine", "parity", *(f"head:{name}" for name in HEADS), *(f"step:{name}" for name in STEPS)]
+    several = {"command": COMMANDS, "head": HEADS, "step": STEPS}
+    every = ["machine", "parity", *(f"{kind}:{name}" for kind, names in several.items() for name in names)]
     unknown = [name for name in options.only if name not in (*KINDS, *every)]
     if unknown:
         parser.error(f"--only: no measurement {unknown[0]!r}; there are {', '.join((*KINDS, *every))}")
+    unknown = [name for name in options.ways or () if name not in WAYS]
+    if unknown:
+        parser.error(f"--ways: no way {unknown[0]!r}; there are {', '.join(WAYS)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     chosen = dict.fromkeys(
         name for wanted in options.only for name in every if wanted in (name, name.split(":")[0])
@@ -52,7 +60,7 @@ def main() -> int:
     results: dict[str, Any] = {}
     for name in ["prepare", *chosen]:
         started = time.monotonic()
-        results[name] = in_a_fresh_process(name, options.folder, options.deadline)
+        results[name] = in_a_fresh_process(name, options)
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         (options.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     table = markdown(results)
@@ -71,8 +79,9 @@ def optional(results: dict[str, Any]) -> set[str]:
     }
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+def measure(name: str, folder: Path, ways: list[str] | None) -> dict[str, Any]:
     """Make one measurement in this process."""
+    from gpu import commands
     from gpu import measure as measurements
 
     kind, _, which = name.partition(":")
@@ -82,17 +91,21 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     if kind == "machine":
         return measurements.machine()
     if kind == "parity":
-        return measurements.parity(folder)
+        return commands.parity(folder, ways)
+    if kind == "command":
+        return commands.command(which, folder)
     return measurements.head(which) if kind == "head" else measurements.step(which, folder)
 
 
-def in_a_fresh_process(name: str, folder: Path, deadline: float) -> dict[str, Any]:
+def in_a_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return a measurement's figures, or the last line of what it died of under ``error``."""
-    command = [sys.executable, str(Path(__file__)), "--folder", str(folder), "--measure", name]
+    command = [sys.executable, str(Path(__file__)), "--folder", str(options.folder), "--measure", name]
+    if options.ways is not None:
+        command += ["--ways", *options.ways]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=deadline)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=options.deadline)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done after {deadline:.0f} s"}
+        return {"error": f"not done after {options.deadline:.0f} s"}
     lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
     if done.returncode == 0 and lines:
         figures: dict[str, Any] = json.loads(lines[-1])

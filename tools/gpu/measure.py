@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 from importlib.metadata import version
@@ -15,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from benchmark_support import prepared_corpus
-from contenders import DEVICE, Step, dualtok_step, hugging_face_trainer, naive_dual_step
+from contenders import DEVICE, hugging_face_trainer, naive_dual_step, training_loop, training_step
 from gpu.sizes import WARM_UP, Sizes, sizes_here
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
@@ -41,7 +37,6 @@ if TYPE_CHECKING:
     from dualtok.data.config import DataConfig
 
 Figures = dict[str, Any]
-PARITY_STEPS = 8
 BUDGETS = {"torch 256 MiB": 256, "torch 1 GiB": 1024, "torch 4 GiB": 4096}
 """dualtok's own loss -> its memory for logits in MiB."""
 HEADS = ("hugging_face", *BUDGETS, "cut_cross_entropy", "liger")
@@ -100,46 +95,6 @@ def _seconds(function: Callable[[], object], repeats: int) -> list[float]:
     return times[WARM_UP:]
 
 
-def parity(folder: Path) -> Figures:
-    """Train the same small model on the CPU and on the device; the real command each time."""
-    ways = {"cpu": ("cpu", "fp32"), "device": ("", "fp32"), "device bf16": ("", "bf16")}
-    runs = {name: _train(folder, name.replace(" ", "-"), *way) for name, way in ways.items()}
-    reference = runs["cpu"]
-
-    def furthest(name: str, key: str) -> float:
-        return max(abs(a[key] - b[key]) for a, b in zip(reference, runs[name], strict=True))
-
-    return {
-        "fp32_loss": furthest("device", "plain_loss"),
-        "fp32_sets": furthest("device", "memorised_tokens"),
-        "bf16_loss": furthest("device bf16", "plain_loss"),
-        "steps": len(reference),
-        "compared": "the CPU with the GPU" if DEVICE.type == "cuda" else "the CPU with itself",
-    }
-
-
-def _train(folder: Path, name: str, accelerator: str, precision: str) -> list[dict[str, Any]]:
-    run = {
-        "data": {"dir": str(folder / "blocks-128"), "block_length": 128, "lanes": 16},
-        "output_dir": str(folder / f"parity-{name}"),
-        "objective": "dual",
-        "model": {"path": str(folder / "small-start")},
-        "reference": {"model": str(folder / "small-reference"), "mode": "resident"},
-        "train": {"learning_rate": 1e-3, "batch_size": 8, "steps": PARITY_STEPS, "precision": precision,
-                  "evaluation_blocks": 8},
-        "monitor": {"tensorboard": False},
-    }  # fmt: skip
-    file = folder / f"parity-{name}.yaml"
-    file.write_text(yaml.safe_dump(run))
-    environment = dict(os.environ)
-    if accelerator:
-        environment |= {"DS_ACCELERATOR": accelerator, "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-m", "dualtok", "train", str(file)], env=environment, check=True,
-                   stdout=sys.stderr)  # fmt: skip
-    lines = (folder / f"parity-{name}" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def head(method: str) -> Figures:
     """Check a loss backend, and time its forward and backward pass with the dual loss's weights.
 
@@ -194,16 +149,24 @@ def step(contender: str, folder: Path) -> Figures:
         learning_rate=1e-5, batch_size=sizes.batch_size, steps=10**6,
         precision="bf16" if sizes.precision == "bf16" else "fp32",
     )  # fmt: skip
-    seconds = (_time_trainer if contender == "trainer" else _time_step)(contender, folder, data, train, sizes)
+    phases: dict[str, float] = {}
+    if contender == "trainer":
+        seconds = _time_trainer(folder, data, train, sizes)
+    elif contender == "naive":
+        stream = BlockStream(data.dir, "train", seed=0)
+        seconds = _seconds(naive_dual_step(folder / "start", folder / "reference", stream, train), sizes.repeats)
+    else:
+        seconds, phases = _time_own_step(configured(contender, folder, data, train), sizes)
     return {
         "seconds": statistics.median(seconds),
+        "phases": phases,
         "range": [min(seconds), max(seconds)],
         "peak_gib": peak_memory_gib(DEVICE),
         "tokens": sizes.batch_size * sizes.block_length,
     }
 
 
-def _time_trainer(_: str, folder: Path, data: DataConfig, train: TrainConfig, sizes: Sizes) -> list[float]:
+def _time_trainer(folder: Path, data: DataConfig, train: TrainConfig, sizes: Sizes) -> list[float]:
     marks: list[float] = []
 
     class Clock(TrainerCallback):
@@ -219,17 +182,17 @@ def _time_trainer(_: str, folder: Path, data: DataConfig, train: TrainConfig, si
     return [after - before for before, after in zip(marks[WARM_UP - 1 :], marks[WARM_UP:], strict=False)]
 
 
-def _time_step(contender: str, folder: Path, data: DataConfig, train: TrainConfig, sizes: Sizes) -> list[float]:
-    start, reference = folder / "start", folder / "reference"
-    run_one: Step
-    if contender == "naive":
-        run_one = naive_dual_step(start, reference, BlockStream(data.dir, "train", seed=0), train)
-    else:
-        run = configured(contender, folder, data, train)
-        if contender == "dual":
-            score(run)
-        run_one = dualtok_step(run)
-    return _seconds(run_one, sizes.repeats)
+def _time_own_step(run: RunConfig, sizes: Sizes) -> tuple[list[float], dict[str, float]]:
+    """Return the seconds of each step, and of each phase of a step by the run's own timer, on average."""
+    if run.reference is not None and run.reference.mode == "stored":
+        score(run)
+    loop = training_loop(run)
+    run_one = training_step(loop)
+    _seconds(run_one, 0)
+    loop.engine.timer.take()
+    seconds = _seconds(run_one, sizes.repeats)
+    times = loop.engine.timer.take()
+    return seconds, {name: passed / times.steps for name, passed in times.phases.items()}
 
 
 def configured(contender: str, folder: Path, data: DataConfig, train: TrainConfig) -> RunConfig:

@@ -33,15 +33,25 @@ def markdown(results: dict[str, Any]) -> str:
         sizes = sizes_here()
         rows.append((f"matrix product, {sizes.matrix}^3, {sizes.precision}", f"{machine['matrix_tflops']:.3g} TFLOP/s"))
         rows.append(("copy on the device, read and written", f"{machine['copy_gb_per_s']:,.0f} GB/s"))
-    parity = results.get("parity", {})
-    if "steps" in parity:
-        label = f"parity over {parity['steps']} dual steps, {parity['compared']}: largest difference of the"
-        rows.append((f"{label} loss, fp32", f"{parity['fp32_loss']:.2g} nats"))
-        rows.append((f"{label} number of memorised tokens, fp32", f"{parity['fp32_sets']:.0f}"))
-        rows.append((f"{label} loss, bf16 against fp32", f"{parity['bf16_loss']:.2g} nats"))
-    rows += _heads(results) + _steps(results)
+    rows += _parity(results.get("parity", {})) + _commands(results) + _heads(results) + _steps(results)
     rows += [(name, f"failed: {figures['error']}") for name, figures in results.items() if "error" in figures]
     return "\n".join(f"| {figure} | {value} |" for figure, value in rows)
+
+
+def _parity(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    if "unlike" not in figures:
+        return []
+    rows = [(f"largest difference from host cores over {figures['steps']} dual steps", "loss in nats, memorised tokens "
+             f"(of {figures['tokens']} in the first step)")]  # fmt: skip
+    for name, unlike in figures["unlike"].items():
+        ranks = f", {figures['ranks'][name]} ranks" if figures["ranks"][name] > 1 else ""
+        rows.append((f"parity: {name}{ranks}", f"{unlike['plain_loss']:.1e}, {unlike['memorised_tokens']:.0f}"))
+    return rows + [(f"parity: {name}", "left out, for it needs two devices") for name in figures["left_out"]]
+
+
+def _commands(results: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace(":", ": "), f"{figures['found']} ({figures['seconds']:.0f} s)")
+            for name, figures in results.items() if name.startswith("command:") and "found" in figures]  # fmt: skip
 
 
 def _heads(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -66,6 +76,11 @@ def _steps(results: dict[str, Any]) -> list[tuple[str, str]]:
         if peak is not None and name in ("trainer", "plain", "dual"):
             value += f", MFU {speed * step_flops_per_token() / peak / 1e12:.1%}"
         rows.append((f"step: {name}", value))
+        if phases := figures["phases"]:
+            together = sum(phases.values())
+            shares = ", ".join(f"{phase} {seconds / together:.1%}" for phase, seconds in phases.items())
+            rows.append((f"step: {name}, phases by the run's timer", f"{shares}; together "
+                         f"{together / figures['seconds']:.3f} of the step by the clock"))  # fmt: skip
     for above, below, label in RATIOS:
         if above in steps and below in steps:
             rows.append((label, f"{steps[above]['seconds'] / steps[below]['seconds']:.3f}"))
