@@ -36,7 +36,7 @@ class Launched:
         (folder / "one").mkdir()
         (folder / "one" / "events").write_text("a file where the folder should be")
         wandb = {"MODE": "online", "BASE_URL": "http://127.0.0.1:9", "API_KEY": 40 * "0", "SILENT": "true",
-                 "ERROR_REPORTING": "false"}  # fmt: skip
+                 "ERROR_REPORTING": "false", "INIT_TIMEOUT": "5"}  # fmt: skip
         job = command("tests.distributed.watched_runs", *runs, ranks=2)
         variables = environment(LOCAL_SIZE="2", **{f"WANDB_{name}": value for name, value in wandb.items()})
         self.finished = subprocess.run(
@@ -48,7 +48,7 @@ class Launched:
         return write_run(
             self.folder / f"{name}.yaml", corpus, objective="causal_lm",
             model={"config": tiny_llama_config(tie_word_embeddings=False)},
-            train={"learning_rate": 1e-3, "steps": 2 * LOG_EVERY, "precision": "fp32", **train},
+            train={"learning_rate": 1e-3, "steps": 2 * LOG_EVERY, "precision": "fp32", "evaluation_blocks": 8, **train},
             monitor={"log_every": LOG_EVERY, **(monitor or {})},
         )  # fmt: skip
 

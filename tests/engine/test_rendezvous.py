@@ -13,11 +13,15 @@ import pytest
 from tests.support import ROOT, environment
 
 RANK = """
+import os
 import sys
+import time
 from datetime import timedelta
 from dualtok.engine import rendezvous
 from dualtok.errors import ConfigError
-rank, world_size, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rank, world_size, seconds = int(os.environ.get('RANK', sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
+late = float(sys.argv[4]) if rank == 0 and sys.argv[4:] else 0.0
+time.sleep(late)
 rendezvous.NOTICE_SECONDS = 1.0
 try:
     store = rendezvous.meet(rank, world_size, timedelta(seconds=seconds))
@@ -85,3 +89,36 @@ def test_a_port_that_another_job_holds_is_named(port: int) -> None:
         [(status, error)] = ends([start(0, 2, port, 3)])
     assert status == 1
     assert f"MASTER_PORT: rank 0 cannot open port {port} of 127.0.0.1" in error
+
+
+def under_torchrun(seconds: float, late: float) -> subprocess.CompletedProcess[str]:
+    """Start two ranks, of which rank 0 comes ``late`` seconds after its start."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python",
+         sys.executable, "-c", RANK, "-1", "2", str(seconds), str(late)],
+        cwd=ROOT, text=True, env=environment(), capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_rank_under_torchrun_waits_for_a_rank_0_that_comes_late() -> None:
+    done = under_torchrun(60, late=3)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_0_under_torchrun_that_never_comes_is_named() -> None:
+    done = under_torchrun(3, late=60)
+    assert done.returncode == 1
+    assert "waited 0.05 minutes for rank 0 at " in done.stderr
+    assert "`dualtok doctor --hosts` looks" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_second_process_of_a_rank_is_refused_by_the_name_of_the_first(port: int) -> None:
+    host = socket.gethostname()
+    (_, waiting), *twins = ends([start(rank, 3, port, 20) for rank in (0, 1, 1)])
+    assert "1 of 3 ranks have not come within" in waiting
+    refused = [error for _, error in twins if f"{host} (process " in error]
+    assert len(refused) == 1, twins
+    assert re.search(r"has come as rank 1 before this process: .* or choose another port", refused[0])

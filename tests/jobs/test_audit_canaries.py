@@ -132,3 +132,23 @@ def test_what_was_learned_by_heart_is_found_and_an_untrained_model_gives_nothing
     succeed(dualtok("report", audited))
     page = (tmp_path / "audit" / "report" / "report.html").read_text()
     assert "<h2>Canaries</h2>" in page
+
+
+@pytest.mark.slow
+def test_canaries_stay_out_of_the_members_that_shadow_models_judge(data: dict[str, Any], tmp_path: Path) -> None:
+    audit = {"models": {"fresh": str(save_model(tmp_path / "fresh", 4, vocab_size=400))}, "attacks": ["loss"],
+             "shadows": 2, "shadow_checkpoint": "latest", "bootstrap_resamples": 100, "canary_candidates": 60,
+             "fpr_targets": [0.2]}  # fmt: skip
+    train = {"precision": "fp32", "learning_rate": 1e-3, "batch_size": 16, "steps": 2}
+    model = {"config": tiny_llama_config(vocab_size=400)}
+    run = write_run(tmp_path / "run.yaml", data, objective="causal_lm", model=model, train=train, audit=audit)
+    succeed(dualtok("audit", run))
+    [row] = read_figures(tmp_path / "run")["models"]
+    manifest = load_manifest(data["dir"])
+    assert manifest.canaries is not None
+    assert row["n_members"] == manifest.splits["train"].documents - manifest.canaries.included
+    assert {attack["name"] for attack in row["attacks"]} == {"loss", "lira", "lira_offline"}
+    kinds = ("included", "excluded")
+    assert [len(row["canaries"]["ranked"][kind]) for kind in kinds] == [
+        manifest.canaries.included, COUNT - manifest.canaries.included,
+    ]  # fmt: skip

@@ -78,6 +78,7 @@ def test_a_shadow_is_the_runs_own_recipe_with_as_many_passes(data: dict[str, Any
         ({"train": None}, "`dualtok audit --shadows` needs the section 'train'"),
         ({"model": None}, "`dualtok audit --shadows` needs the section 'model'"),
         ({"objective": "dual"}, "needs the section 'reference'"),
+        ({"objective": "dual_plus", "reference": {"folds": ["a", "b"]}}, "shadows of 'dual_plus' would not be taken"),
         ({"train": {**RECIPE["train"], "split": "reference"}}, "audit.members: 'train', but train.split"),
         ({"train": {**RECIPE["train"], "leave_out": {"fold": 0, "folds": 2}}}, "did not learn all members"),
     ],
