@@ -2,15 +2,16 @@
 
     python tools/reproduce_paper.py --scale smoke --folder runs/paper-smoke      # minutes: a test of the way itself
     python tools/reproduce_paper.py --scale cpu --folder runs/paper              # headline rows, 3 seeds x 2 corpora
-    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus # models taken back towards references
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus known   # taken back; reference known
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps ablations lora lira dynamics
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts backdoor auxiliary pretraining
     python tools/reproduce_paper.py --scale gpu --folder runs/paper-gpu          # the paper's models and data sets
 
 A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with a run file of its
 own in the cell's folder, and is done once: started again, the tool goes on where it stopped. The tables are written
-after each finished audit, to ``results.md`` and ``results.json``. All parts but ``headline`` and ``plus`` are for the
-first corpus and seed. What is in each part stands in ``tools/paper/parts.py``, how large in ``tools/paper/scales.py``.
+after each finished audit, to ``results.md`` and ``results.json``. All parts but ``headline``, ``plus`` and ``known``
+are for the first corpus and seed. What is in each part stands in ``tools/paper/parts.py``, how large in
+``tools/paper/scales.py``.
 
 The scale ``gpu`` needs a data hub, a model hub and a GPU; it has not been run.
 """
@@ -30,7 +31,7 @@ from paper.tables import write_results
 
 from dualtok.data.corpora import sotu_passages, wikipedia_leads, write_jsonl
 
-EVERY_CELL = ("headline", "plus")
+EVERY_CELL = ("headline", "plus", "known")
 PARTS = (*CELL_PARTS, *OWN_DATA)
 
 

@@ -72,7 +72,7 @@ def test_the_steps_of_every_part_have_sound_settings_and_needs(tmp_path: Path, s
         text=True, timeout=120, check=True,
     )  # fmt: skip
     count, missing, verbs = json.loads(planned.stdout)
-    assert count == {"smoke": 112, "cpu": 292}[scale]
+    assert count == {"smoke": 113, "cpu": 298}[scale]
     assert missing == []
     assert verbs == ["audit", "export", "prepare", "retreat", "score", "tools/paper/dynamics.py", "train"]
 

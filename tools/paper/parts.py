@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from paper.cell import ATTACKER, Cell, Run
@@ -74,16 +75,25 @@ def lora(cell: Cell) -> None:
 
 
 def lira(cell: Cell) -> None:
-    """LiRA (Carlini et al. 2022) on plain and dual, each with shadow models of its own recipe."""
-    attacker = f"{cell.name}/export {ATTACKER}"
+    """LiRA (Carlini et al. 2022) with shadow models of plain and of dual training, on models of every recipe.
+
+    A model that was taken back is judged by shadows that were not: an attacker who trained eight of those would have to
+    repeat two folds, a training and a retreat for each.
+    """
+    needs = [f"{cell.name}/export {name}" for name in ("plain", "dual", "reference", "cross-fitted", ATTACKER)]
+    models = {"reference alone": cell.model("reference"), "plain": cell.model("plain"), "dual": cell.model("dual"),
+              "dual, cross-fitted": cell.model("cross-fitted")}  # fmt: skip
+    for row, model, step in _taken_back(cell):
+        models[row] = model
+        needs.append(step)
     for name, objective, sections in (("plain", "causal_lm", {}), ("dual", "dual", cell.reference())):
         run = cell.run(f"audit-lira-{name}", objective, **sections)
         run["audit"] = {
-            "models": {f"{name}, LiRA with {cell.scale.shadows} shadows": str(cell.model(name))}, "batch_size": 16,
-            "attack_reference": str(cell.model(ATTACKER)), "shadows": cell.scale.shadows, "shadow_checkpoint": "latest",
+            "models": {f"{row}, by {cell.scale.shadows} {name} shadows": str(path) for row, path in models.items()},
+            "attacks": ["loss", "ref", "min_k", "zlib"], "batch_size": 16, "shadow_checkpoint": "latest",
+            "attack_reference": str(cell.model(ATTACKER)), "shadows": cell.scale.shadows,
         }  # fmt: skip
-        path = cell.write(f"audit-lira-{name}", run)
-        cell.add(f"audit-lira-{name}", ["audit", path], [attacker, f"{cell.name}/export {name}"])
+        cell.add(f"audit-lira-{name}", ["audit", cell.write(f"audit-lira-{name}", run)], needs)
 
 
 def backdoor(cell: Cell) -> None:
@@ -147,8 +157,25 @@ def dynamics(cell: Cell) -> None:
 
 def plus(cell: Cell) -> None:
     """Models taken back towards the reference: from cross-fitted dual training (``dual_plus``) and from plain."""
+    for row, model, step in _taken_back(cell):
+        cell.attack(row, model, step)
+    cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
+
+
+def known(cell: Cell) -> None:
+    """The attacker's reference is the defender's own: what a defence is worth when that model gets out."""
+    for name in ("plain", "dual", "cross-fitted"):
+        row = {"cross-fitted": "dual, cross-fitted"}.get(name, name)
+        cell.attack(f"{row}, reference known", cell.model(name), f"{cell.name}/export {name}")
+    for row, model, step in _taken_back(cell):
+        cell.attack(f"{row}, reference known", model, step)
+    cell.audit("known", "reference", f"{cell.name}/export reference")
+
+
+def _taken_back(cell: Cell) -> list[tuple[str, Path, str]]:
+    """Add the retreats; return row, model and step of each."""
     ready, _ = _done(cell)
-    stand_in = _reference(cell, "probe", ready)
+    stand_in, made = _reference(cell, "probe", ready), []
     for name, row in (("cross-fitted", "dual_plus"), ("plain", "plain, taken back")):
         models = {"model": name, "reference": "reference", "stand_in": "probe"}
         run = {
@@ -159,10 +186,10 @@ def plus(cell: Cell) -> None:
             "retreat": {key: str(cell.model(value)) for key, value in models.items()},
         }
         target = cell.folder / "models" / f"back-{name}"
-        made = cell.add(f"retreat {name}", ["retreat", cell.write(f"back-{name}", run), str(target)],
+        step = cell.add(f"retreat {name}", ["retreat", cell.write(f"back-{name}", run), str(target)],
                         [stand_in, f"{cell.name}/export {name}", f"{cell.name}/export reference"])  # fmt: skip
-        cell.attack(row, target, made)
-    cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
+        made.append((row, target, step))
+    return made
 
 
 def _reference(cell: Cell, split: str, ready: str, *, row: str | None = None) -> str:
@@ -214,8 +241,8 @@ def _shape(cell: Cell) -> Run:
 
 
 CELL_PARTS: dict[str, Part] = {
-    "headline": headline, "plus": plus, "sweeps": sweeps, "ablations": ablations, "lora": lora, "lira": lira,
-    "backdoor": backdoor, "dynamics": dynamics,
+    "headline": headline, "plus": plus, "known": known, "sweeps": sweeps, "ablations": ablations, "lora": lora,
+    "lira": lira, "backdoor": backdoor, "dynamics": dynamics,
 }  # fmt: skip
 """Parts within a cell of the scale's data; all build on the first."""
 
