@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualtok.audit.metrics import roc_auc
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
 from dualtok.engine.distributed import join_ranks
@@ -29,8 +31,19 @@ if TYPE_CHECKING:
 FILE = "retreat.json"
 
 
-def retreat(run: RunConfig, target: Path) -> float:
-    """Write the furthest model that keeps to ``retreat.auc`` as a Hugging Face folder, and return its w.
+@dataclass(frozen=True)
+class Trial:
+    """A model between the reference (w = 0) and the trained one (w = 1)."""
+
+    w: float
+    auc: float
+    """Expected of an attacker with a reference of his own; what ``retreat.auc`` limits."""
+    auc_with_reference: float
+    """AUC of Ref by an attacker who has the defender's reference itself."""
+
+
+def retreat(run: RunConfig, target: Path) -> Trial:
+    """Write the furthest model that keeps to ``retreat.auc`` as a Hugging Face folder, and return its figures.
 
     ``<target>/retreat.json`` tells w and what every trial gave.
 
@@ -63,7 +76,7 @@ def retreat(run: RunConfig, target: Path) -> float:
         return [signals[split].with_tokens().mean_loss for split in splits]
 
     known = [losses(name, folders[name]) for name in ("reference", "stand_in")]
-    trials: list[dict[str, float]] = []
+    trials: list[Trial] = []
     candidate = work / "trial"
 
     def auc_at(w: float) -> float:
@@ -73,19 +86,22 @@ def retreat(run: RunConfig, target: Path) -> float:
                 lambda: str(interpolate(folders["reference"], folders["model"], w, candidate))))  # fmt: skip
         found = losses(f"w = {w:.3f}", folder)
 
-        def judge() -> float:
+        def judge() -> Trial:
             members, non_members = ((found[side], known[0][side], known[1][side]) for side in (0, 1))
-            return expected_auc(members, non_members, settings.confidence)
+            auc = expected_auc(members, non_members, settings.confidence)
+            return Trial(w, auc, roc_auc(*(side[1] - side[0] for side in (members, non_members))))
 
-        auc = float(ranks.from_first(judge() if ranks.is_first else None))
-        trials.append({"w": w, "auc": auc})
-        return auc
+        trial: Trial = ranks.from_first(judge() if ranks.is_first else None)
+        trials.append(trial)
+        return trial.auc
 
     w = furthest(auc_at, settings.auc)
     # Brent's method ends within its resolution of the limit, on either side: take the furthest trial that keeps to it.
-    kept = max((trial["w"] for trial in trials if trial["auc"] <= settings.auc), default=0.0)
-    ranks.first_does(lambda: _write(folders, kept, target, {"settings": dataclasses.asdict(settings), "w": kept,
-                                                            "root": w, "trials": trials}))  # fmt: skip
+    within = [trial for trial in trials if trial.auc <= settings.auc]
+    kept = max(within, key=lambda trial: trial.w, default=Trial(0.0, 0.5, 0.5))
+    facts = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(kept), "root": w,
+             "trials": [dataclasses.asdict(trial) for trial in trials]}  # fmt: skip
+    ranks.first_does(lambda: _write(folders, kept.w, target, facts))
     for folder in (candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept

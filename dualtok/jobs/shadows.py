@@ -125,7 +125,10 @@ def plan_shadows(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shado
             "of a model that was trained on the members"
         )
     if run.objective == "dual_plus":
-        raise ConfigError("objective: shadows of 'dual_plus' would not be taken back, as the audited model was")
+        raise ConfigError(
+            "objective: shadows of 'dual_plus' would not be taken back, as the audited model was; shadows of "
+            "objective=dual, with the same reference model, judge it too"
+        )
     if train.leave_out is not None:
         raise ConfigError(
             "train.leave_out: the audited model did not learn all members; audit it without audit.shadows"

@@ -25,9 +25,14 @@ def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
     succeed(dualtok("export", plain.with_suffix(""), model, "--checkpoint", "latest"))
     settings = {"model": str(model), "reference": str(reference), "stand_in": str(stand_in), "auc": 0.52}
     run = write_run(tmp_path / "back.yaml", {"dir": small_corpus["dir"]}, retreat=settings)
-    succeed(dualtok("retreat", run, tmp_path / "made"))
+    shown = succeed(dualtok("retreat", run, tmp_path / "made"))
     facts = json.loads((tmp_path / "made" / "retreat.json").read_text())
     trials = {trial["w"]: trial["auc"] for trial in facts["trials"]}
+    by_reference = {trial["w"]: trial["auc_with_reference"] for trial in facts["trials"]}
+    assert by_reference[1.0] > 0.7, "the model is overfit"
+    assert by_reference[facts["w"]] > 0.54, "a short step hides little from who has the reference"
+    assert facts["auc_with_reference"] == by_reference[facts["w"]]
+    assert f"reaches an AUC of {facts['auc_with_reference']:.3f}" in shown
     assert trials[1.0] > 0.52, "the model gives nothing away, so the test shows nothing"
     assert 0 < facts["w"] < 1
     assert trials[facts["w"]] <= 0.52
