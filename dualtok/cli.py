@@ -134,8 +134,11 @@ def retreat(
 
     _quiet_libraries()
     kept = run_retreat(load_run(run_file, overrides or []), target)
-    _say(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model; keep the reference secret: Ref by "
-         f"who has it reaches an AUC of {kept.auc_with_reference:.3f}")  # fmt: skip
+    _say(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model")
+    if kept.w:
+        _say(
+            f"keep the reference secret: who has it reaches an AUC of {kept.auc_with_reference:.3f} with the attack Ref"
+        )
 
 
 @app.command()

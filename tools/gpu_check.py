@@ -1,7 +1,7 @@
 """One command for a machine with a GPU: what it computes right, how fast, and with how much memory.
 
-* parity: the same small dual run on host cores and on the device, with every mode of the reference, ZeRO-3 and, where
-  there are two devices, pipelines; losses compared step by step;
+* parity: the same small dual run on host cores and on the device, with modes of the reference, ZeRO-3, a resumed run
+  and, where there are two devices, pipelines; losses and gradients compared step by step;
 * commands: DP-SGD, LoRA, the audit and the doctor, as a user would run them;
 * loss backends: each one's check, time and memory on a large output layer;
 * steps: dualtok's plain and dual step, and each mode of the reference, against the Hugging Face Trainer's plain step
@@ -9,8 +9,9 @@
 
     python tools/gpu_check.py [--folder runs/gpu-check] [--only machine parity command head step] [--output table.md]
 
-Each measurement is a process of its own, one after the other on the idle device; the figures are medians. A
-measurement that fails is a row of the table, and the exit status is 1. Without a GPU the sizes are small: the ways are
+Each measurement is a process of its own, one after the other on the idle device (the runs of parity, which are not
+timed, some at once); the figures are medians. A measurement that fails is a row of the table, and so is a run whose
+losses are too far off; the exit status is then 1. Without a GPU the sizes are small: the ways are
 the same, the figures say nothing about a GPU. The reference of mode ``cpu`` is a small one.
 """
 
@@ -21,8 +22,11 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 KINDS = ("machine", "parity", "command", "head", "step")
 
@@ -41,7 +45,7 @@ def main() -> int:
     if options.measure is not None:
         print(json.dumps(measure(options.measure, options.folder, options.ways)))
         return 0
-    from gpu.commands import COMMANDS, WAYS
+    from gpu.commands import COMMANDS, WAYS, too_far
     from gpu.measure import HEADS, STEPS
     from gpu.table import markdown
 
@@ -53,6 +57,8 @@ def main() -> int:
     unknown = [name for name in options.ways or () if name not in WAYS]
     if unknown:
         parser.error(f"--ways: no way {unknown[0]!r}; there are {', '.join(WAYS)}")
+    if options.ways and "parity" not in options.only:
+        parser.error("--ways: has no effect without --only parity")
     options.folder.mkdir(parents=True, exist_ok=True)
     chosen = dict.fromkeys(
         name for wanted in options.only for name in every if wanted in (name, name.split(":")[0])
@@ -67,7 +73,10 @@ def main() -> int:
     print(table)
     if options.output is not None:
         options.output.write_text(table + "\n")
-    return int(any("error" in figures for name, figures in results.items() if name not in optional(results)))
+    parity = results.get("parity", {})
+    unlike = any(too_far(name, figures) for name, figures in parity.get("unlike", {}).items())
+    failed = any("error" in figures for name, figures in results.items() if name not in optional(results))
+    return int(failed or unlike or bool(parity.get("failed")))
 
 
 def optional(results: dict[str, Any]) -> set[str]:
@@ -102,16 +111,26 @@ def in_a_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]
     command = [sys.executable, str(Path(__file__)), "--folder", str(options.folder), "--measure", name]
     if options.ways is not None:
         command += ["--ways", *options.ways]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=options.deadline)
+        output, errors = process.communicate(timeout=options.deadline)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done after {options.deadline:.0f} s"}
-    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
-    if done.returncode == 0 and lines:
+        end(process)
+        return {"error": f"not done after {options.deadline:g} s"}
+    lines = [line for line in (errors if process.returncode else output).splitlines() if line.strip()]
+    if process.returncode == 0 and lines:
         figures: dict[str, Any] = json.loads(lines[-1])
         return figures
-    print(done.stderr[-4000:], file=sys.stderr)
-    return {"error": lines[-1].strip()[:200] if lines else f"exit status {done.returncode}"}
+    print(errors[-4000:], file=sys.stderr)
+    return {"error": lines[-1].strip()[:300] if lines else f"exit status {process.returncode}"}
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all that it has started, which would else disturb what is timed next."""
+    for member in (*psutil.Process(process.pid).children(recursive=True), process):
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Trial:
     auc: float
     """Expected of an attacker with a reference of his own; what ``retreat.auc`` limits."""
     auc_with_reference: float
-    """AUC of Ref by an attacker who has the defender's reference itself."""
+    """One-sided, of Ref on ``retreat.members`` and ``non_members``, by an attacker who has the defender's reference
+    itself; as it was seen, without an upper end."""
 
 
 def retreat(run: RunConfig, target: Path) -> Trial:

@@ -95,3 +95,32 @@ for other in ('reference alone', 'plain', 'no such row'):
         "",
         "",
     ]
+
+
+def test_stronger_attackers_are_held_to_the_claims_and_left_out_of_the_plot(tmp_path: Path) -> None:
+    program = """
+import sys; sys.path.insert(0, 'tools')
+from pathlib import Path
+from paper.tables import Figure, _ordering, _trade_off
+def row(strongest):
+    return {'perplexity': Figure({0: 9.0}), 'strongest': Figure({0: strongest}), 'collections': Figure({0: 0.5}),
+            'ref': Figure({0: 0.5})}
+table = {'dual': row(0.55), 'dual, by 8 dual shadows': row(0.61), 'dual, cross-fitted, reference known': row(0.7),
+         'dual_plus, reference known': row(0.6), 'selective': row(0.9)}
+print(*_ordering(table), sep='\\n')
+_trade_off(table, Path(sys.argv[1]))
+"""
+    plot = tmp_path / "plot.svg"
+    shown = subprocess.run([sys.executable, "-c", program, str(plot)], env=environment(MPLCONFIGDIR=str(tmp_path)),
+                           cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout  # fmt: skip
+    held = {line.split(" | ")[0]: line.split(" | ")[1] for line in shown.splitlines() if "strongest attack on" in line}
+    assert held == {
+        "| strongest attack on dual, two-sided, at most .58": "1 of 1 seeds |",
+        "| strongest attack on dual, by 8 dual shadows, two-sided, at most .58": "0 of 1 seeds |",
+        "| strongest attack on dual_plus, reference known, two-sided, at most .58": "0 of 1 seeds |",
+    }
+    drawn = plot.read_text()
+    assert "<!-- selective -->" in drawn
+    assert "<!-- dual -->" in drawn
+    assert "shadows" not in drawn
+    assert "known" not in drawn

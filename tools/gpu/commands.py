@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import yaml
 
+from dualtok.jobs.launch import rank_environment, torchrun
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 DEVICES = torch.cuda.device_count() or 2
@@ -29,31 +31,33 @@ class Way:
     """One way to train the same small model on the same blocks."""
 
     train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, Any] = field(default_factory=lambda: {"mode": "resident"})
     ranks: int = 1
     on_host: bool = False
     """On host cores, also where there is a GPU."""
     interrupted: bool = False
     """Train the second half again from the checkpoint in the middle."""
+    tolerance: float = 1e-5
+    """Largest difference of a loss in nats, and of the gradient's norm relative to it, that is no fault."""
 
 
-def _zero(name: str, ranks: int = DEVICES) -> Way:
-    return Way(train={"deepspeed": str(ROOT / "ds_configs" / f"{name}.json")}, ranks=ranks)
+def _zero(name: str) -> Way:
+    return Way(train={"deepspeed": str(ROOT / "ds_configs" / f"{name}.json")}, ranks=DEVICES)
 
 
 def _stages(engine: str) -> Way:
-    train = {"engine": engine, "pipeline": {"stages": 2}}
-    return Way(train=train, reference={"mode": "stored"}, ranks=2)
+    return Way(train={"engine": engine, "pipeline": {"stages": 2}}, reference={"mode": "stored"}, ranks=2)
 
 
 WAYS = {
     "host cores": Way(on_host=True),
     "device": Way(),
-    "bf16": Way(train={"precision": "bf16"}),
+    "bf16": Way(train={"precision": "bf16"}, tolerance=0.03),
     "stored scores": Way(reference={"mode": "stored"}),
     "reference offloaded": Way(reference={"mode": "offload"}),
     "reference on host cores": Way(reference={"mode": "cpu", "threads": 2}),
-    "activation checkpointing": Way(),
+    "activation checkpointing": Way(model={"activation_checkpointing": True}),
     "ZeRO-3 on all devices": _zero("zero3"),
     "ZeRO-3, states on the host": _zero("zero3_offload"),
     "resumed halfway": Way(interrupted=True),
@@ -62,9 +66,12 @@ WAYS = {
 }
 """Each is compared with the first one."""
 
+LOSSES = ("plain_loss", "hard_loss", "memorised_loss")
+"""Of all tokens, and of those that are learned and unlearned, so that another choice of tokens shows."""
+
 
 def parity(folder: Path, chosen: list[str] | None = None) -> Figures:
-    """Train in every way that the devices suffice for, some at once, and compare losses and memorised tokens.
+    """Train in every way that the devices suffice for, some at once, and compare losses and norms of gradients.
 
     Args:
         folder: where blocks and weights are.
@@ -75,16 +82,31 @@ def parity(folder: Path, chosen: list[str] | None = None) -> Figures:
     ways = {name: way for name, way in wanted.items() if way.ranks <= DEVICES}
     if any(way.reference["mode"] == "stored" for way in ways.values()):
         _dualtok("score", _run_file(folder, "stored scores"))
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(max(1, cores // 4)) as pool:
-        rows = dict(zip(ways, pool.map(lambda name: _trained(folder, name), ways), strict=True))
-    unlike = {}
-    for name in ways:
-        pairs = list(zip(rows[first], rows[name], strict=True))
-        unlike[name] = {key: max(abs(a[key] - b[key]) for a, b in pairs) for key in ("plain_loss", "memorised_tokens")}
-    return {"unlike": unlike, "ranks": {name: way.ranks for name, way in ways.items()},
-            "left_out": [name for name in wanted if name not in ways], "steps": STEPS,
-            "tokens": rows[first][0]["memorised_tokens"]}  # fmt: skip
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
+        trained = {name: pool.submit(_trained, folder, name) for name in ways}
+    rows = {name: run.result() for name, run in trained.items() if run.exception() is None}
+    if first not in rows:
+        raise RuntimeError(f"{first}: {trained[first].exception()}")
+    return {
+        "unlike": {name: _unlike(rows[first], history) for name, history in rows.items()},
+        "failed": {name: str(run.exception()) for name, run in trained.items() if run.exception() is not None},
+        "left_out": [name for name in wanted if name not in ways],
+        "steps": STEPS,
+    }
+
+
+def _unlike(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the largest differences of two runs over their steps."""
+    pairs = list(zip(rows, others, strict=True))
+    return {
+        "loss": max(abs(a[key] - b[key]) for a, b in pairs for key in LOSSES),
+        "gradient_norm": max(abs(a["gradient_norm"] - b["gradient_norm"]) / a["gradient_norm"] for a, b in pairs),
+    }
+
+
+def too_far(name: str, unlike: dict[str, float]) -> bool:
+    """Return whether a way's differences are more than another order of the same sums explains."""
+    return not all(value <= WAYS[name].tolerance for value in unlike.values())  # a NaN is too far as well
 
 
 def _trained(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -94,13 +116,19 @@ def _trained(folder: Path, name: str) -> list[dict[str, Any]]:
     changes = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if way.on_host else {}
     _dualtok("train", file, ranks=way.ranks, **changes)
     output = file.with_suffix("")
-    if way.interrupted:
-        whole = _history(output)
-        shutil.rmtree(output / "checkpoints" / f"step-{STEPS:08d}")
-        (output / "checkpoints" / "latest").write_text(f"step-{STEPS // 2:08d}\n")
-        _dualtok("train", file, "--resume", ranks=way.ranks, **changes)
-        assert len(_history(output)) == len(whole), "the resumed run did not go on from the middle"
-    return _history(output)
+    if not way.interrupted:
+        return _history(output)
+    whole = _history(output)
+    shutil.rmtree(output / "checkpoints" / f"step-{STEPS:08d}")
+    (output / "checkpoints" / "latest").write_text(f"step-{STEPS // 2:08d}\n")
+    _dualtok("train", file, "--resume", ranks=way.ranks, **changes)
+    resumed = _history(output)
+    again = [
+        row != before for row, before in zip(resumed, whole, strict=True)
+    ]  # the clock alone makes a new row another
+    if again != [step >= STEPS // 2 for step in range(STEPS)]:
+        raise RuntimeError("the resumed run did not train the second half again, and that alone")
+    return resumed
 
 
 def _history(output: Path) -> list[dict[str, Any]]:
@@ -110,11 +138,9 @@ def _history(output: Path) -> list[dict[str, Any]]:
 def _run_file(folder: Path, name: str) -> Path:
     way = WAYS[name]
     file = folder / "commands" / f"{name.replace(' ', '-').replace(',', '')}.yaml"
-    model: dict[str, Any] = {"path": str(folder / "small-start")}
-    if name == "activation checkpointing":
-        model["activation_checkpointing"] = True
     reference = {"model": str(folder / "small-reference"), **way.reference}
     train = {"precision": "fp32", "checkpoint_every": STEPS // 2, "checkpoint_keep": 2, **way.train}
+    model = {"path": str(folder / "small-start"), **way.model}
     return _write(file, folder, objective="dual", model=model, reference=reference, train=train)
 
 
@@ -129,17 +155,19 @@ def _write(file: Path, folder: Path, **sections: Any) -> Path:
     return file
 
 
-def _dualtok(verb: str, *arguments: Any, ranks: int = 1, **changes: str) -> str:
-    """Run a command, with several ranks under torchrun, and return its output."""
-    program = ["-m", "dualtok", verb, *map(str, arguments)]
-    if ranks > 1 or verb == "train":
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
-    done = subprocess.run([sys.executable, *program], env=os.environ | changes, check=False, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+def _dualtok(verb: str, *arguments: Any, ranks: int = 1, **changes: str) -> None:
+    """Run a command under torchrun.
+
+    Raises:
+        RuntimeError: it failed; says of what.
+    """
+    told = [verb, *map(str, arguments)]
+    done = subprocess.run(torchrun(["--standalone"], ranks, "dualtok", told), env=rank_environment(ranks) | changes,
+                          check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"`dualtok {verb} {' '.join(map(str, arguments))}` ended with status {done.returncode}:\n"
-                           f"{done.stdout[-4000:]}")  # fmt: skip
-    return done.stdout
+        print(done.stdout[-4000:], file=sys.stderr)
+        errors = [line for line in done.stdout.splitlines() if "Error: " in line or line.startswith("dualtok: error:")]
+        raise RuntimeError(f"`dualtok {' '.join(told)}`: {errors[-1] if errors else f'status {done.returncode}'}")
 
 
 def dp_sgd(folder: Path) -> str:
@@ -164,12 +192,12 @@ def lora(folder: Path) -> str:
 
 
 def audit(folder: Path) -> str:
-    """Attack two models that have seen nothing, with all attacks that need no shadow models."""
+    """Attack a model that has seen nothing, with the attacks that are run by default."""
     return _audited(folder, "audit", attacks=None)
 
 
 def audit_zero3(folder: Path) -> str:
-    """Attack models whose parameters lie sharded on all devices."""
+    """Attack a model whose parameters lie sharded on all devices."""
     return _audited(folder, "audit-zero3", attacks=["loss", "ref", "min_k_plus_plus", "info_rmia"], ranks=DEVICES,
                     deepspeed=str(ROOT / "ds_configs" / "zero3.json"))  # fmt: skip
 

@@ -84,15 +84,15 @@ def machine() -> Figures:
     }
 
 
-def _seconds(function: Callable[[], object], repeats: int) -> list[float]:
+def _seconds(function: Callable[[], object], repeats: int, warm_up: int = WARM_UP) -> list[float]:
     times = []
-    for _ in range(WARM_UP + repeats):
+    for _ in range(warm_up + repeats):
         synchronise()
         started = time.perf_counter()
         function()
         synchronise()
         times.append(time.perf_counter() - started)
-    return times[WARM_UP:]
+    return times[warm_up:]
 
 
 def head(method: str) -> Figures:
@@ -159,6 +159,7 @@ def step(contender: str, folder: Path) -> Figures:
         seconds, phases = _time_own_step(configured(contender, folder, data, train), sizes)
     return {
         "seconds": statistics.median(seconds),
+        "mean": statistics.fmean(seconds),
         "phases": phases,
         "range": [min(seconds), max(seconds)],
         "peak_gib": peak_memory_gib(DEVICE),
@@ -190,7 +191,7 @@ def _time_own_step(run: RunConfig, sizes: Sizes) -> tuple[list[float], dict[str,
     run_one = training_step(loop)
     _seconds(run_one, 0)
     loop.engine.timer.take()
-    seconds = _seconds(run_one, sizes.repeats)
+    seconds = _seconds(run_one, sizes.repeats, warm_up=0)
     times = loop.engine.timer.take()
     return seconds, {name: passed / times.steps for name, passed in times.phases.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu.commands import WAYS, too_far
 from gpu.sizes import sizes_here
 from transformers import AutoConfig
 
@@ -41,11 +42,12 @@ def markdown(results: dict[str, Any]) -> str:
 def _parity(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if "unlike" not in figures:
         return []
-    rows = [(f"largest difference from host cores over {figures['steps']} dual steps", "loss in nats, memorised tokens "
-             f"(of {figures['tokens']} in the first step)")]  # fmt: skip
+    rows = [(f"parity over {figures['steps']} dual steps: largest difference from host cores",
+             "of a loss in nats, of the gradient's norm relative to it")]  # fmt: skip
     for name, unlike in figures["unlike"].items():
-        ranks = f", {figures['ranks'][name]} ranks" if figures["ranks"][name] > 1 else ""
-        rows.append((f"parity: {name}{ranks}", f"{unlike['plain_loss']:.1e}, {unlike['memorised_tokens']:.0f}"))
+        fault = f", more than {WAYS[name].tolerance:g}: FAULT" if too_far(name, unlike) else ""
+        rows.append((f"parity: {name}", f"{unlike['loss']:.1e}, {unlike['gradient_norm']:.1e}{fault}"))
+    rows += [(f"parity: {name}", f"failed: {error}") for name, error in figures["failed"].items()]
     return rows + [(f"parity: {name}", "left out, for it needs two devices") for name in figures["left_out"]]
 
 
@@ -80,7 +82,7 @@ def _steps(results: dict[str, Any]) -> list[tuple[str, str]]:
             together = sum(phases.values())
             shares = ", ".join(f"{phase} {seconds / together:.1%}" for phase, seconds in phases.items())
             rows.append((f"step: {name}, phases by the run's timer", f"{shares}; together "
-                         f"{together / figures['seconds']:.3f} of the step by the clock"))  # fmt: skip
+                         f"{together / figures['mean']:.3f} of the mean step by the clock"))  # fmt: skip
     for above, below, label in RATIOS:
         if above in steps and below in steps:
             rows.append((label, f"{steps[above]['seconds'] / steps[below]['seconds']:.3f}"))

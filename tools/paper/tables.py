@@ -26,7 +26,7 @@ PAPER = {
     "dual": ((13.628, 0.454, 0.463, 0.470, 0.485), (23.733, 0.502, 0.495, 0.529, 0.499)),
 }
 STRONGER = (", by ", ", reference known")
-"""What rows end with that are a model once more, before an attacker with shadow models or with its reference."""
+"""Follows the name in rows that are a model once more, before an attacker with shadow models or its reference."""
 COLUMNS = {"loss": "Loss", "ref": "Ref", "min_k": "Min-K%", "zlib": "Zlib"}
 
 
