@@ -48,13 +48,12 @@ def test_its_table_holds_what_was_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ways_of_training_are_compared_with_host_cores(tmp_path: Path) -> None:
-    ways = ["bf16", "resumed halfway", "pipeline"]
+    ways = ["resumed halfway", "pipeline"]
     done = check("--folder", str(tmp_path), "--only", "parity", "command:dp_sgd", "--ways", *ways)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     unlike = results["parity"]["unlike"]
     assert set(unlike) == {"host cores", *ways}
-    assert 1e-5 < unlike["bf16"]["loss"] < 0.03, "another precision is seen as such"
     table = rows(done.stdout)
     assert table["parity: pipeline"] == "{loss:.1e}, {gradient_norm:.1e}".format_map(unlike["pipeline"])
     assert table["command: dp_sgd"].startswith("loss 8.")
@@ -100,13 +99,25 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -
     assert left == []
 
 
-def test_what_it_does_not_measure_is_named(tmp_path: Path) -> None:
-    done = check("--folder", str(tmp_path), "--only", "step:dula")
-    assert done.returncode == 2
-    assert "--only: no measurement 'step:dula'; there are machine, parity, command, head, step, " in done.stderr
-    done = check("--folder", str(tmp_path), "--only", "parity", "--ways", "fp4")
-    assert done.returncode == 2
-    assert "--ways: no way 'fp4'; there are host cores, device, bf16, " in done.stderr
-    done = check("--folder", str(tmp_path), "--only", "machine", "--ways", "bf16")
-    assert done.returncode == 2
-    assert "--ways: has no effect without --only parity" in done.stderr
+REFUSED = """
+import sys; sys.path.insert(0, 'tools')
+from contextlib import suppress
+from gpu_check import main
+for arguments in ('--only step:dula', '--only parity --ways fp4', '--only machine --ways bf16'):
+    sys.argv[1:] = ['--folder', '/nowhere', *arguments.split()]
+    with suppress(SystemExit):
+        main()
+"""
+
+
+def test_what_it_does_not_measure_is_named() -> None:
+    shown = subprocess.run([sys.executable, "-c", REFUSED], env=environment(), cwd=ROOT, text=True, capture_output=True,
+                           timeout=120, check=True).stderr  # fmt: skip
+    errors = [line.partition(": error: ")[2] for line in shown.splitlines() if ": error: " in line]
+    starts = [
+        "--only: no measurement 'step:dula'; there are machine, parity, command, head, step, ",
+        "--ways: no way 'fp4'; there are host cores, device, bf16, ",
+        "--ways: has no effect without --only parity",
+    ]
+    assert len(errors) == 3, shown
+    assert all(error.startswith(start) for error, start in zip(errors, starts, strict=True)), errors
