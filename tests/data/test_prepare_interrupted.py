@@ -51,7 +51,10 @@ def test_texts_staged_by_a_run_that_was_killed_at_its_very_end_do_not_stay(prepa
 
 def reached(folder: Path, pattern: str, count: int) -> bool:
     """Return whether so many files are finished and the next one is half-written."""
-    return len(finished(folder, pattern)) >= count and any(folder.rglob(f".{pattern}.*.tmp"))
+    try:
+        return len(finished(folder, pattern)) >= count and any(folder.rglob(f".{pattern}.*.tmp"))
+    except FileNotFoundError:  # what was listed has just got its final name
+        return False
 
 
 def kill_when(process: subprocess.Popen[str], so_far: Callable[[], bool]) -> None:
