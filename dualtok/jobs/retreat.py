@@ -76,7 +76,7 @@ def retreat(run: RunConfig, target: Path) -> Trial:
         splits = (settings.members, settings.non_members) if signals else ()
         return [signals[split].with_tokens().mean_loss for split in splits]
 
-    known = [losses(name, folders[name]) for name in ("reference", "stand_in")]
+    reference, stand_in = (losses(name, folders[name]) for name in ("reference", "stand_in"))
     trials: list[Trial] = []
     candidate = work / "trial"
 
@@ -86,13 +86,8 @@ def retreat(run: RunConfig, target: Path) -> Trial:
             folder = Path(ranks.first_does(
                 lambda: str(interpolate(folders["reference"], folders["model"], w, candidate))))  # fmt: skip
         found = losses(f"w = {w:.3f}", folder)
-
-        def judge() -> Trial:
-            members, non_members = ((found[side], known[0][side], known[1][side]) for side in (0, 1))
-            auc = expected_auc(members, non_members, settings.confidence)
-            return Trial(w, auc, roc_auc(*(side[1] - side[0] for side in (members, non_members))))
-
-        trial: Trial = ranks.from_first(judge() if ranks.is_first else None)
+        seen = _judge(w, found, reference, stand_in, settings.confidence) if ranks.is_first else None
+        trial: Trial = ranks.from_first(seen)
         trials.append(trial)
         return trial.auc
 
@@ -106,6 +101,13 @@ def retreat(run: RunConfig, target: Path) -> Trial:
     for folder in (candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept
+
+
+def _judge(w: float, model: list[Floats], reference: list[Floats], stand_in: list[Floats], confidence: float) -> Trial:
+    """Return what attackers see of a model, from each model's mean losses of [members, non-members]."""
+    members, non_members = zip(model, reference, stand_in, strict=True)
+    auc = expected_auc(members, non_members, confidence)
+    return Trial(w, auc, roc_auc(*(side[1] - side[0] for side in (members, non_members))))
 
 
 def _require_own_members(run: RunConfig) -> None:

@@ -219,9 +219,11 @@ def doctor(folder: Path) -> str:
     results = json.loads(subprocess.run(
         [sys.executable, "-m", "dualtok", "doctor", "--json"], cwd=folder, capture_output=True, text=True, check=False
     ).stdout)  # fmt: skip
-    bad = [f"{row['name']} ({row['status']}: {row['found']})" for row in results["checks"]
-           if row["status"] in ("warn", "fail")]  # fmt: skip
-    return f"{len(results['checks'])} checks" + ("; " + "; ".join(bad) if bad else "")
+    failed = [f"{row['name']}: {row['found']}" for row in results["checks"] if row["status"] == "fail"]
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    warned = [f"{row['name']} ({row['found']})" for row in results["checks"] if row["status"] == "warn"]
+    return f"{len(results['checks'])} checks" + ("; warned of " + "; ".join(warned) if warned else "")
 
 
 COMMANDS = {"dp_sgd": dp_sgd, "lora": lora, "audit": audit, "audit_zero3": audit_zero3, "doctor": doctor}
