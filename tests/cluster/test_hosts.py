@@ -142,7 +142,7 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
         jobs = [Job(hosts, host, torchrun(host, run), tmp_path / f"{host.name}.log", **variables)
                 for host in (first, second)]  # fmt: skip
         wait_for(lambda: steps_done(run) >= 2, jobs[0], DEADLINE)
-        second.slow_down("512kbit")
+        second.slow_down("256kbit")
         slow = wait_for(lambda: steps_done(run) >= 5, jobs[0], DEADLINE)
         while slow < 1.5 * PATIENCE:  # until a lost host would have been named
             time.sleep(0.1)
