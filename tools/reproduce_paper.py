@@ -3,14 +3,15 @@
     python tools/reproduce_paper.py --scale smoke --folder runs/paper-smoke      # minutes: a test of the way itself
     python tools/reproduce_paper.py --scale cpu --folder runs/paper              # headline rows, 3 seeds x 2 corpora
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus known   # taken back; reference known
-    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps ablations lora lira dynamics
-    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts backdoor auxiliary pretraining
-    python tools/reproduce_paper.py --scale gpu --folder runs/paper-gpu          # the paper's models and data sets
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts further --cells sotu-0 wikipedia-0
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps private ablations longer lora lira
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts dynamics backdoor auxiliary pretraining
+    python tools/reproduce_paper.py --scale gpu --model pythia-1.4b --folder runs/pythia  # the paper's models and data
 
 A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with a run file of its
 own in the cell's folder, and is done once: started again, the tool goes on where it stopped. The tables are written
-after each finished audit, to ``results.md`` and ``results.json``. All parts but ``headline``, ``plus`` and ``known``
-are for the first corpus and seed. What is in each part stands in ``tools/paper/parts.py``, how large in
+after each finished audit, to ``results.md`` and ``results.json``. All parts but ``headline``, ``plus``, ``known`` and
+``further`` are for the first corpus and seed. What is in each part stands in ``tools/paper/parts.py``, how large in
 ``tools/paper/scales.py``.
 
 The scale ``gpu`` needs a data hub, a model hub and a GPU; it has not been run.
@@ -25,13 +26,13 @@ from pathlib import Path
 
 from paper.cell import Cell, base_model
 from paper.parts import CELL_PARTS, OWN_DATA
-from paper.scales import SCALES, Scale, resized
+from paper.scales import BY_MODEL, SCALES, Scale, resized, with_model
 from paper.steps import Step, carry_out
 from paper.tables import write_results
 
 from dualtok.data.corpora import sotu_passages, wikipedia_leads, write_jsonl
 
-EVERY_CELL = ("headline", "plus", "known")
+EVERY_CELL = ("headline", "plus", "known", "further")
 PARTS = (*CELL_PARTS, *OWN_DATA)
 
 
@@ -77,8 +78,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["headline"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at once")
     parser.add_argument("--cells", nargs="+", default=None, help="e.g. sotu-0 wikipedia-2; without it all")
+    parser.add_argument("--model", choices=BY_MODEL, default=None, help="of the scale gpu; without it gpt2")
     options = parser.parse_args()
+    if options.model is not None and options.scale != "gpu":
+        parser.error("--model: has no effect without --scale gpu")
     scale, root = SCALES[options.scale], options.folder.resolve()
+    if options.model is not None:
+        scale = with_model(scale, options.model)
     for name, texts in {"sotu": sotu_passages, "wikipedia": wikipedia_leads}.items():
         file = root / "corpora" / f"{name}.jsonl"
         if not scale.sources and not file.is_file():

@@ -69,7 +69,7 @@ class Cell:
         train = {**self.scale.fine_tuning, "evaluate_every": 1_000_000, **changed}
         if "steps" in train and "epochs" in train:
             del train["epochs" if "steps" in changed else "steps"]
-        model = {"path": str(self.model(base)), **sections.pop("model", {})}
+        model = {"path": str(self.model(base)), **self.scale.adapters, **sections.pop("model", {})}
         return {
             "data": self.data, "output_dir": str(self.folder / name), "seed": self.seed, "objective": objective,
             "model": model, "train": train, "monitor": {"log_every": 20}, **sections,

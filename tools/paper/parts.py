@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from paper.cell import ATTACKER, Cell, Run
 
+from dualtok.audit.config import FurtherAttackName, default_attacks
+
 Part = Callable[[Cell], None]
+DELTA = 1e-5
+"""Of DP-SGD."""
+WAY_BACK = (0.03, 0.06, 0.1, 0.15)
+"""Shares of the way from the reference to a trained model at which LiRA judges what is between them."""
 
 
 def headline(cell: Cell) -> None:
@@ -26,7 +33,7 @@ def headline(cell: Cell) -> None:
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
     cell.train("dual", dual, [scored], row="dual")
     _cross_fitted(cell, reference)
-    cell.audit("headline", ATTACKER, attacker)
+    cell.audit("headline", ATTACKER, attacker, null_model="base")
 
 
 def sweeps(cell: Cell) -> None:
@@ -48,9 +55,35 @@ def sweeps(cell: Cell) -> None:
     cell.audit("sweeps", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
-def ablations(cell: Cell) -> None:
-    """The dual loss with the pretrained base as reference, which knows another domain, and with no reference at all."""
+def private(cell: Cell) -> None:
+    """DP-SGD with other settings, and with clipping alone: is it the noise that costs perplexity, or the tuning?"""
     ready, _ = _done(cell)
+    for change in ({"learning_rate": 1e-3}, {"learning_rate": 4e-3}, {"epochs": 12}, {"batch_size": 64}):
+        [(setting, value)] = change.items()
+        _private(cell, 8, ready, {"train": change}, f", {setting} {value:g}")
+    _private(cell, 8, ready, {"privacy": {"noise_multiplier": 0.0, "delta": DELTA}}, ", clipped without noise")
+    cell.audit("private", ATTACKER, f"{cell.name}/export {ATTACKER}")
+
+
+def longer(cell: Cell) -> None:
+    """Plain and dual training for as many epochs as the reference has had."""
+    ready, scored = _done(cell)
+    epochs = cell.scale.reference_epochs
+    for name, objective, sections in (("plain", "causal_lm", {}), ("dual", "dual", cell.reference())):
+        run = cell.run(f"longer-{name}", objective, train={"epochs": epochs}, **sections)
+        cell.train(f"longer {name}", run, [ready if name == "plain" else scored], row=f"{name}, {epochs:g} epochs")
+    cell.audit("longer", ATTACKER, f"{cell.name}/export {ATTACKER}")
+
+
+def ablations(cell: Cell) -> None:
+    """The dual loss from the reference's weights, with the base as reference (another domain), and with no reference.
+
+    Without a reference s(t) is the loss itself. It is never below the paper's tau of 0, so that nothing is unlearned;
+    or tau is the loss of a guess, the logarithm of the vocabulary, and whatever is known better is unlearned.
+    """
+    ready, scored = _done(cell)
+    run = cell.run("dual-from-reference", "dual", base="reference", **cell.reference())
+    cell.train("dual from reference", run, [scored], row="dual, from the reference's weights")
     run = cell.run("dual-base-reference", "dual", **cell.reference("base"))
     scored = cell.add("score base", ["score", cell.write("dual_base_reference", run)], [ready])
     cell.train("dual base reference", run, [scored], row="dual, base as reference (another domain)")
@@ -60,7 +93,10 @@ def ablations(cell: Cell) -> None:
     uniform = cell.train("blank", blank, [ready])
     run = cell.run("dual-no-reference", "dual", **cell.reference("blank"))
     scored = cell.add("score blank", ["score", cell.write("dual_no_reference", run)], [uniform])
-    cell.train("dual no reference", run, [scored], row="dual, no reference (s = CE)")
+    guess = math.log(_vocabulary(cell))
+    cell.train("dual no reference", run, [scored], row=f"dual, no reference (s = CE, tau = {guess:.2f})")
+    run = cell.run("dual-no-reference-0", "dual", selection={"tau": -guess}, **cell.reference("blank"))
+    cell.train("dual no reference 0", run, [scored], row="dual, no reference (s = CE, tau = 0)")
     cell.audit("ablations", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
@@ -78,22 +114,43 @@ def lira(cell: Cell) -> None:
     """LiRA (Carlini et al. 2022) with shadow models of plain and of dual training, on models of every recipe.
 
     A model that was taken back is judged by shadows that were not: an attacker who trained eight of those would have to
-    repeat two folds, a training and a retreat for each.
+    repeat two folds, a training and a retreat for each. Dual shadows also judge models on the way back, step by step.
     """
-    needs = [f"{cell.name}/export {name}" for name in ("plain", "dual", "reference", "cross-fitted", ATTACKER)]
-    models = {"reference alone": cell.model("reference"), "plain": cell.model("plain"), "dual": cell.model("dual"),
-              "dual, cross-fitted": cell.model("cross-fitted")}  # fmt: skip
-    for row, model, step in _taken_back(cell):
-        models[row] = model
-        needs.append(step)
-    for name, objective, sections in (("plain", "causal_lm", {}), ("dual", "dual", cell.reference())):
-        run = cell.run(f"audit-lira-{name}", objective, **sections)
-        run["audit"] = {
-            "models": {f"{row}, by {cell.scale.shadows} {name} shadows": str(path) for row, path in models.items()},
-            "attacks": ["loss", "ref", "min_k", "zlib"], "batch_size": 16, "shadow_checkpoint": "latest",
-            "attack_reference": str(cell.model(ATTACKER)), "shadows": cell.scale.shadows,
-        }  # fmt: skip
-        cell.add(f"audit-lira-{name}", ["audit", cell.write(f"audit-lira-{name}", run)], needs)
+    rows = {"reference alone": "reference", "plain": "plain", "dual": "dual", "dual, cross-fitted": "cross-fitted"}
+    models = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
+    models |= {row: (model, step) for row, model, step in _taken_back(cell)}
+    _judged_by_shadows(cell, "plain", "causal_lm", models, {})
+    for name in ("cross-fitted", "plain"):
+        models |= {row: (model, step) for row, model, step in _mixed(cell, name)}
+    _judged_by_shadows(cell, "dual", "dual", models, cell.reference())
+
+
+def _judged_by_shadows(
+    cell: Cell, name: str, objective: str, models: dict[str, tuple[Path, str]], sections: Run
+) -> None:
+    """Add an audit of models, given with their steps, whose shadow models are trained with ``objective``."""
+    shadows = cell.scale.shadows
+    run = cell.run(f"audit-lira-{name}", objective, **sections)
+    run["audit"] = {
+        "models": {f"{row}, by {shadows} {name} shadows": str(path) for row, (path, _) in models.items()},
+        "attacks": ["loss", "ref", "min_k", "zlib"], "batch_size": 16, "shadow_checkpoint": "latest",
+        "attack_reference": str(cell.model(ATTACKER)), "shadows": shadows,
+    }  # fmt: skip
+    needs = [step for _, step in models.values()]
+    cell.add(f"audit-lira-{name}", ["audit", cell.write(f"audit-lira-{name}", run)],
+             [*needs, f"{cell.name}/export {ATTACKER}"])  # fmt: skip
+
+
+def _mixed(cell: Cell, name: str) -> list[tuple[str, Path, str]]:
+    """Add models on the way from the reference to another; return row, model and step of each."""
+    made = []
+    for w in WAY_BACK:
+        target = cell.model(f"{name} {w:g}")
+        ends = [str(cell.model("reference")), str(cell.model(name))]
+        step = cell.add(f"mix {name} {w:g}", ["tools/paper/mix.py", *ends, str(w), str(target)],
+                        [f"{cell.name}/export reference", f"{cell.name}/export {name}"])  # fmt: skip
+        made.append((f"{w:g} of the way from the reference to {name}", target, step))
+    return made
 
 
 def backdoor(cell: Cell) -> None:
@@ -159,6 +216,9 @@ def plus(cell: Cell) -> None:
     """Models taken back towards the reference: from cross-fitted dual training (``dual_plus``) and from plain."""
     for row, model, step in _taken_back(cell):
         cell.attack(row, model, step)
+    # The way back also uses the documents of the split probe: what is a reference worth that has learned them as well?
+    ready, _ = _done(cell)
+    cell.attack(*_both_auxiliary(cell, ready))
     cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
@@ -170,6 +230,18 @@ def known(cell: Cell) -> None:
     for row, model, step in _taken_back(cell):
         cell.attack(f"{row}, reference known", model, step)
     cell.audit("known", "reference", f"{cell.name}/export reference")
+
+
+def further(cell: Cell) -> None:
+    """The attacks that run a model again, beside all of the others, on one model of each kind."""
+    rows = {"reference alone": "reference", "plain": "plain", "goldfish 25 %": "goldfish 25", "dual": "dual",
+            f"DP-SGD (8, {DELTA:g})": "dp-sgd 8"}  # fmt: skip
+    models = [(row, cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()]
+    for row, model, step in (*models, *_taken_back(cell)):
+        cell.attack(f"{row}, further attacks", model, step)
+    attacks = [*default_attacks(), "info_rmia", *get_args(FurtherAttackName)]
+    cell.audit("further", ATTACKER, f"{cell.name}/export {ATTACKER}", attacks=attacks,
+               passes={"neighbours": cell.scale.neighbours})  # fmt: skip
 
 
 def _taken_back(cell: Cell) -> list[tuple[str, Path, str]]:
@@ -193,23 +265,45 @@ def _taken_back(cell: Cell) -> list[tuple[str, Path, str]]:
 
 
 def _reference(cell: Cell, split: str, ready: str, *, row: str | None = None) -> str:
-    train = {"epochs": cell.scale.reference_epochs, "evaluate_every": 10, "split": split}
-    return cell.train(split, cell.run(split, "causal_lm", train=train), [ready], row=row, which="best")
+    run = cell.run(split, "causal_lm", train={**_reference_training(cell), "split": split})
+    return cell.train(split, run, [ready], row=row, which="best")
+
+
+def _reference_training(cell: Cell) -> Run:
+    return {"epochs": cell.scale.reference_epochs, "evaluate_every": 10}
+
+
+def _both_auxiliary(cell: Cell, ready: str) -> tuple[str, Path, str]:
+    """Add the reference, trained on by the documents of ``probe``; return row, model and step."""
+    run = cell.run("reference-probe", "causal_lm", base="reference",
+                   train={**_reference_training(cell), "split": "probe"})  # fmt: skip
+    needs = [ready, f"{cell.name}/export reference"]
+    return (
+        "reference, then probe",
+        cell.model("reference probe"),
+        cell.train("reference probe", run, needs, which="best"),
+    )
 
 
 def _plain(cell: Cell, ready: str) -> None:
     every = cell.scale.early
     run = cell.run("plain", "causal_lm", train={"evaluate_every": every, "checkpoint_keep": 100})
     cell.train("plain", run, [ready], row="plain")
+    cell.export("plain best", run, f"{cell.name}/train plain", row="plain, best on validation", which="best")
     for step in (every, 2 * every, 3 * every):
         name = f"plain, step {step}"
         cell.export(name, run, f"{cell.name}/train plain", row=name, which=f"step-{step:08d}")
 
 
-def _private(cell: Cell, epsilon: float, ready: str) -> None:
-    train = {**cell.scale.private, "engine": "opacus", "precision": "fp32"}
-    run = cell.run(f"dp-sgd-{epsilon:g}", "causal_lm", train=train, privacy={"epsilon": epsilon, "delta": 1e-5})
-    cell.train(f"dp-sgd {epsilon:g}", run, [ready], row=f"DP-SGD ({epsilon:g}, 1e-05)")
+def _private(cell: Cell, epsilon: float, ready: str, changes: Run | None = None, what: str = "") -> None:
+    """Add a DP-SGD run; ``changes`` in its sections are named by ``what``."""
+    changes = changes or {}
+    train = {**cell.scale.private, "engine": "opacus", "precision": "fp32", **changes.get("train", {})}
+    privacy = changes.get("privacy", {"epsilon": epsilon, "delta": DELTA})
+    name = f"dp-sgd {epsilon:g}{what.replace(',', '')}"
+    run = cell.run(name.replace(" ", "-"), "causal_lm", train=train, privacy=privacy)
+    row = f"DP-SGD ({epsilon:g}, {DELTA:g}){what}" if "privacy" not in changes else f"DP-SGD{what}"
+    cell.train(name, run, [ready], row=row)
 
 
 def _cross_fitted(cell: Cell, reference: str) -> None:
@@ -240,9 +334,18 @@ def _shape(cell: Cell) -> Run:
     return shape
 
 
+def _vocabulary(cell: Cell) -> int:
+    """Return how many tokens the cell's models know."""
+    if "config" in cell.scale.model:
+        return cell.scale.vocabulary
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(cell.scale.model["path"]).vocab_size)
+
+
 CELL_PARTS: dict[str, Part] = {
-    "headline": headline, "plus": plus, "known": known, "sweeps": sweeps, "ablations": ablations, "lora": lora,
-    "lira": lira, "backdoor": backdoor, "dynamics": dynamics,
+    "headline": headline, "plus": plus, "known": known, "further": further, "sweeps": sweeps, "private": private,
+    "ablations": ablations, "longer": longer, "lora": lora, "lira": lira, "backdoor": backdoor, "dynamics": dynamics,
 }  # fmt: skip
 """Parts within a cell of the scale's data; all build on the first."""
 

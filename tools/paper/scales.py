@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from paper.published import GPT_2, LLAMA, PYTHIA
 
 
 @dataclass(frozen=True)
 class Scale:
     """Models, data and lengths of one scale."""
 
+    name: str
     corpora: tuple[str, ...]
     seeds: tuple[int, ...]
     shares: dict[str, dict[str, float]]
@@ -36,6 +39,12 @@ class Scale:
     """Sizes of the reference split in the part ``auxiliary``, over that of the headline part."""
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Corpus -> keys of ``data`` that say where its documents are; without it the bundled corpora."""
+    adapters: dict[str, Any] = field(default_factory=dict)
+    """What ``model`` of every fine-tuning has beside its weights: LoRA."""
+    neighbours: int = 10
+    """Changed texts per document in the part ``further``."""
+    paper_model: str = GPT_2
+    """The paper's model whose figures stand beside ours."""
 
 
 def llama(width: int, layers: int, block_length: int) -> dict[str, Any]:
@@ -61,17 +70,19 @@ def _shares(*, train: float, auxiliary: float, held_out: float) -> dict[str, flo
 _CPU_OPTIMISER = {"precision": "fp32", "batch_size": 16}
 SCALES = {
     "smoke": Scale(
-        corpora=("sotu",), seeds=(0,), block_length=64, vocabulary=512, model=llama(32, 2, 64),
+        name="smoke", corpora=("sotu",), seeds=(0,), block_length=64, vocabulary=512, model=llama(32, 2, 64),
         shares={"sotu": _shares(train=0.006, auxiliary=0.003, held_out=0.006)},
         pretraining_shares={"train": 0.02, "reference": 0.05, "validation": 0.005},
         from_scratch=_shares(train=0.01, auxiliary=0.0025, held_out=0.01), auxiliary=(2,), shadows=2,
+        neighbours=2,
         pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
         fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},
         private={"batch_size": 8}, early=2,
         reference_epochs=1,
     ),
     "cpu": Scale(
-        corpora=("sotu", "wikipedia"), seeds=(0, 1, 2), block_length=256, vocabulary=2048, model=llama(128, 3, 256),
+        name="cpu", corpora=("sotu", "wikipedia"), seeds=(0, 1, 2), block_length=256, vocabulary=2048,
+        model=llama(128, 3, 256),
         shares={"sotu": _shares(train=0.039, auxiliary=0.0095, held_out=0.044),
                 "wikipedia": _shares(train=0.1, auxiliary=0.025, held_out=0.1)},
         pretraining_shares={"train": 0.3, "reference": 0.2, "validation": 0.02},
@@ -84,18 +95,34 @@ SCALES = {
         reference_epochs=6,
     ),
     "gpu": Scale(
-        corpora=("wikipedia", "cc_news"), seeds=(0, 1, 2), block_length=1024, vocabulary=50257,
+        name="gpu", corpora=("wikipedia", "cc_news"), seeds=(0, 1, 2), block_length=1024, vocabulary=50257,
         model={"path": "openai-community/gpt2"},
         pretraining={"precision": "bf16", "batch_size": 32, "learning_rate": 6e-4, "steps": 2000, "warmup_steps": 100},
         from_scratch=_shares(train=0.6, auxiliary=0.06, held_out=0.1),
         # The paper: 3,000 training documents per data set.
-        shares=dict.fromkeys(("wikipedia", "cc_news"), _shares(train=0.3, auxiliary=0.075, held_out=0.3)),
+        shares=dict.fromkeys(("wikipedia", "cc_news"), _shares(train=0.25, auxiliary=0.0625, held_out=0.25)),
         fine_tuning={"precision": "bf16", "batch_size": 16, "learning_rate": 5e-5, "epochs": 5, "warmup_steps": 20},
         private={"batch_size": 512, "gradient_accumulation": 16, "epochs": 10, "learning_rate": 2e-4}, early=100,
-        reference_epochs=5,
+        reference_epochs=5, neighbours=25,
         sources={
-            "wikipedia": {"source": "wikimedia/wikipedia", "dataset_config": "20231101.en", "max_documents": 10_000},
-            "cc_news": {"source": "vblagoje/cc_news", "max_documents": 10_000},
+            "wikipedia": {"source": "wikimedia/wikipedia", "dataset_config": "20231101.en", "max_documents": 12_000},
+            "cc_news": {"source": "vblagoje/cc_news", "max_documents": 12_000},
         },
     ),
 }  # fmt: skip
+
+BY_MODEL: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "pythia-1.4b": {"model": {"path": "EleutherAI/pythia-1.4b"}, "paper_model": PYTHIA},
+    "llama-2-7b-lora": {"model": {"path": "meta-llama/Llama-2-7b-hf"}, "paper_model": LLAMA,
+                        "adapters": {"lora": {"rank": 16, "alpha": 32}}},
+}  # fmt: skip
+"""The paper's models -> what they change in the scale ``gpu``."""
+LEARNING_RATES = {"llama-2-7b-lora": 2e-4}
+"""Of fine-tuning, where it is not the scale's; the paper's are not known here."""
+
+
+def with_model(scale: Scale, name: str) -> Scale:
+    """Return a scale with another of the paper's models, a key of :data:`BY_MODEL`."""
+    rate = LEARNING_RATES.get(name, scale.fine_tuning["learning_rate"])
+    return replace(scale, **BY_MODEL[name], fine_tuning={**scale.fine_tuning, "learning_rate": rate})

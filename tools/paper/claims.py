@@ -1,0 +1,77 @@
+"""The paper's claims and ours, each with the number of seeds in which it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from paper.figures import STRONGER, Figure
+from paper.published import PRIVATE
+
+if TYPE_CHECKING:
+    from paper.figures import Table
+
+QUIET = 0.58
+"""Two-sided AUC of the strongest attack up to which a defence counts as one."""
+LEVEL = 0.05
+DEFENDED = ("dual", "dual_plus", "plain, taken back")
+NO_MEMBER_SEEN = ("reference alone", "reference, then probe")
+"""Models of the auxiliary documents alone."""
+
+
+def claims(table: Table) -> Iterator[str]:
+    """Yield a Markdown table of whether each claim holds; ratios are the first row's figure over the other's.
+
+    Args:
+        table: the rows of one corpus, of all parts.
+    """
+    yield "| claim | holds |"
+    yield "|---|---|"
+    for row, low, high in (("plain", 0.75, 1.0), ("goldfish 25 %", 0.75, 1.0), (PRIVATE, 0.0, 0.6), ("dual", 0.0, 0.6)):
+        if row in table:
+            values = table[row]["ref"].values
+            yield _line(f"Ref AUC of {row} within [{low:g}, {high:g}]", [low <= value <= high for value in values])
+    for row, figures in table.items():
+        if row in DEFENDED or any(row.startswith(f"{name}{under}") for name in DEFENDED for under in STRONGER):
+            yield _line(f"strongest attack on {row}, two-sided, at most {QUIET:g}",
+                        [value <= QUIET for value in figures["strongest"].values])  # fmt: skip
+            p_values = figures["collections 50"].values if "collections 50" in figures else ()
+            yield _line(f"collections of 50 of {row} not told apart at p < {LEVEL:g} (Holm)",
+                        [value >= LEVEL for value in p_values])  # fmt: skip
+    yield from better(table, "dual", PRIVATE, note="; the abstract: around .9")
+    for row in ("dual", "dual, cross-fitted", "dual_plus", "plain, taken back"):
+        for other in ("dual", *NO_MEMBER_SEEN):
+            if row != other:
+                yield from better(table, row, other)
+    yield from _better_than_stopped_early(table, "dual_plus")
+
+
+def better(table: Table, row: str, other: str, *, note: str = "") -> Iterator[str]:
+    """Yield whether a row's perplexity is below another's, in the seeds that both have: a cell may not be done yet."""
+    if row in table and other in table:
+        ours, theirs = (table[name]["perplexity"].by_seed for name in (row, other))
+        ratios = {seed: ours[seed] / theirs[seed] for seed in ours if seed in theirs}
+        if ratios:
+            claim = f"perplexity of {row} below that of {other} (ratio {Figure(ratios)}{note})"
+            yield _line(claim, [ratio < 1 for ratio in ratios.values()])
+
+
+def _better_than_stopped_early(table: Table, row: str) -> Iterator[str]:
+    """Compare a row with plain training as far as it may go in each seed before it is recognised."""
+    stops = [figures for name, figures in table.items() if name == "base" or name.startswith("plain, step")]
+    if row not in table or not stops:
+        return
+    ratios = {}
+    for seed, ours in table[row]["perplexity"].by_seed.items():
+        quiet = [stop["perplexity"].by_seed[seed] for stop in stops if stop["strongest"].by_seed.get(seed, 1) <= QUIET]
+        if quiet:
+            ratios[seed] = ours / min(quiet)
+    if ratios:
+        claim = (
+            f"perplexity of {row} below that of plain training stopped while its strongest attack is at most {QUIET:g}"
+        )
+        yield _line(f"{claim} (ratio {Figure(ratios)})", [ratio < 1 for ratio in ratios.values()])
+
+
+def _line(claim: str, held: list[bool]) -> str:
+    return f"| {claim} | {sum(held)} of {len(held)} seeds |"
