@@ -32,10 +32,9 @@ def figures(run: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_ranks_find_what_one_finds(small_corpus: dict[str, Any], tmp_path: Path, sharded: bool) -> None:
-    alone = audit_run(small_corpus, tmp_path, "alone")
-    shared = audit_run(
-        small_corpus, tmp_path, "shared", **({"deepspeed": partitioned_json(tmp_path)} if sharded else {})
-    )
+    alone = audit_run(small_corpus, tmp_path, "alone", null_model="one")
+    changes = {"deepspeed": partitioned_json(tmp_path)} if sharded else {}
+    shared = audit_run(small_corpus, tmp_path, "shared", null_model="one", **changes)
     shown = succeed(dualtok("audit", alone))
     assert "held-out" in shown
     assert "strongest" in shown
@@ -49,8 +48,13 @@ def test_two_ranks_find_what_one_finds(small_corpus: dict[str, Any], tmp_path: P
         close = 2e-3 if first["name"] in ATTACKS else 0.05
         assert first["auc"]["value"] == pytest.approx(second["auc"]["value"], abs=close)
     assert "Attacks that know the defence" in shown
-    checks = figures(alone)["checks"]
-    assert checks == figures(shared)["checks"]
+    checks, theirs = figures(alone)["checks"], figures(shared)["checks"]
+    null, null_of_two = checks.pop("null_model"), theirs.pop("null_model")
+    assert checks == theirs
+    for found in (null, null_of_two):  # its weights were drawn, so that it has seen nothing
+        assert found["name"] == "one"
+        assert found["strongest"]["auc_two_sided"]["low"] == 0.5
+        assert found["p_value"] > 0.05
     assert 0 <= checks["shared_passages"] < 0.1
     assert checks["blind_auc"]["low"] <= 0.5 <= checks["blind_auc"]["high"]
     assert checks["warnings"] == []
