@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dualtok.audit.metrics import roc_auc
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote import prepared
@@ -58,7 +60,9 @@ def retreat(run: RunConfig, target: Path) -> Trial:
         raise ConfigError(f"{target}: exists; give another folder")
     if settings.model is None:
         _require_own_members(run)
-    folders = {name: model_folder(getattr(settings, name)) for name in ("reference", "stand_in")}
+    folders = {"reference": model_folder(settings.reference)}
+    named = [settings.stand_in] if isinstance(settings.stand_in, str) else settings.stand_in
+    stand_ins = {f"stand_in {number}": model_folder(name) for number, name in enumerate(named, start=1)}
     own = dataclasses.replace(
         run, audit=dataclasses.replace(run.audit, members=settings.members, non_members=settings.non_members)
     )
@@ -70,13 +74,9 @@ def retreat(run: RunConfig, target: Path) -> Trial:
     folders["model"] = model_folder(settings.model or own_model)
     models = ModelPasses(own, load_manifest(prepared(run.data)), work / "signals", ranks)
 
-    def losses(name: str, folder: Path) -> list[Floats]:
-        """Return each member's and each non-member's mean loss under a model, on rank 0; nothing elsewhere."""
-        signals = models.signals(name, folder, ranks.first_does(lambda: models.key(folder)))
-        splits = (settings.members, settings.non_members) if signals else ()
-        return [signals[split].with_tokens().mean_loss for split in splits]
-
-    reference, stand_in = (losses(name, folders[name]) for name in ("reference", "stand_in"))
+    reference = _losses(models, "reference", folders["reference"])
+    by_class = zip(*(_losses(models, name, folder) for name, folder in stand_ins.items()), strict=True)
+    stand_in = [np.mean(found, axis=0) for found in by_class]
     trials: list[Trial] = []
     candidate = work / "trial"
 
@@ -85,7 +85,7 @@ def retreat(run: RunConfig, target: Path) -> Trial:
         if w < 1:
             folder = Path(ranks.first_does(
                 lambda: str(interpolate(folders["reference"], folders["model"], w, candidate))))  # fmt: skip
-        found = losses(f"w = {w:.3f}", folder)
+        found = _losses(models, f"w = {w:.3f}", folder)
         seen = _judge(w, found, reference, stand_in, settings.confidence) if ranks.is_first else None
         trial: Trial = ranks.from_first(seen)
         trials.append(trial)
@@ -101,6 +101,13 @@ def retreat(run: RunConfig, target: Path) -> Trial:
     for folder in (candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept
+
+
+def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:
+    """Return each member's and each non-member's mean loss under a model, on rank 0; nothing elsewhere."""
+    signals = models.signals(name, folder, models.ranks.first_does(lambda: models.key(folder)))
+    splits = (models.run.audit.members, models.run.audit.non_members) if signals else ()
+    return [signals[split].with_tokens().mean_loss for split in splits]
 
 
 def _judge(w: float, model: list[Floats], reference: list[Floats], stand_in: list[Floats], confidence: float) -> Trial:

@@ -115,9 +115,10 @@ class RetreatConfig:
     """Folder or hub name of a model of the same shape that has seen no member; the trained one should have started from
     its weights, or from the same weights as it."""
 
-    stand_in: str
+    stand_in: str | Annotated[tuple[str, ...], Field(min_length=1)]
     """Folder or hub name of a model that stands in for the attacker's reference: trained like one, by you, on documents
-    that neither the model nor the reference nor ``non_members`` has, e.g. on the split ``probe``."""
+    that neither the model nor the reference nor ``non_members`` has, e.g. on the split ``probe``. Of several the mean
+    loss of each document counts, as for an attacker with several shadow models."""
 
     model: str | None = None
     """Folder or hub name of the trained model. None: what this run itself has trained, its latest checkpoint."""

@@ -47,6 +47,11 @@ def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
     again = json.loads((tmp_path / "again" / "retreat.json").read_text())
     assert again["w"] == pytest.approx(facts["w"], abs=0.01)
 
+    # The reference stands in as well: who knows more of each document sees more, so that the model goes further back.
+    both = f"retreat.stand_in=[{stand_in}, {reference}]"
+    succeed(dualtok("retreat", run, tmp_path / "nearer", both))
+    assert json.loads((tmp_path / "nearer" / "retreat.json").read_text())["w"] < 0.8 * facts["w"]
+
 
 @pytest.mark.slow
 def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
