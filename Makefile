@@ -28,7 +28,7 @@ test-parity: $(DEV)
 
 # The recipes of launch/ on a Slurm, ssh daemons and hosts that the tests set up themselves; as root.
 test-cluster: $(DEV) cluster-packages
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/cluster
 
 # Training under randomly drawn faults, for as long as asked.
 MINUTES ?= 30
@@ -59,12 +59,13 @@ $(DEV): $(RUNTIME)
 	$(BIN)/python tools/build_ops.py CPUAdamBuilder PinMemoryBuilder
 	touch $@
 
-# Debian packages that some tests need. Elsewhere they are named, and those tests are reported as not run.
+# Debian packages that some tests need. Where they cannot be had they are named, and those tests are reported as not run;
+# with DUALTOK_REQUIRE_ALL=1, as .ci/run sets it, as failed.
 system-packages:
-	@{ test -x /usr/sbin/sshd && ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1; } \
+	@{ test -x /usr/sbin/sshd && ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 && test -e /usr/include/libaio.h; } \
 	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] && apt-get update -qq \
-	       && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq openssh-server faketime >/dev/null; } \
-	  || echo "not installed: openssh-server, faketime (the tests of several hosts will be reported as not run)"
+	       && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq openssh-server faketime libaio-dev >/dev/null; } \
+	  || echo "not installed: some of openssh-server, faketime, libaio-dev (tests that need them will be reported as not run)"
 	@command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 \
 	  || command -v google-chrome >/dev/null 2>&1 \
 	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
@@ -72,7 +73,7 @@ system-packages:
 	  || echo "not installed: chromium (the tests of the HTML report will be reported as not run)"
 
 # The same for the tests of several hosts.
-CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge libpmix-dev openmpi-bin pdsh openssh-client openssh-server iproute2
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge libpmix-dev openmpi-bin pdsh openssh-client openssh-server iproute2 procps
 cluster-packages:
 	@dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 \
 	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.skips import pytest_runtest_makereport  # noqa: F401  # a hook
 from tests.support import write_small_corpus
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

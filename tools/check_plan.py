@@ -4,8 +4,10 @@
     python tools/check_plan.py speed [--markdown]
 
 ``memory`` trains two steps of the dual loss in each layout, one after the other, and compares by how much each rank's
-resident memory grew, at its peak within the second step, with the planned bytes. Growth counts from when the libraries
-are ready: a model of a few thousand parameters was trained in the same layout before, so that all is loaded and set up.
+resident memory grew, at its peak within the second step, with the bytes planned for its stage; it ends with status 1 if
+the error of any rank is above 10 %. Growth counts from when the libraries are ready: a model of a few thousand
+parameters was trained in the same layout before, so that all is loaded and set up. glibc is told to give freed memory
+back (``MALLOC``), so that resident memory is what is in use.
 ``speed`` compares planned with published tokens per second and GPU; nothing is run.
 """
 
@@ -50,6 +52,10 @@ from dualtok.run import RunConfig
 LENGTH = 64
 TOLERANCE = 0.2
 """Largest error of the planned speed."""
+MEMORY_TOLERANCE = 0.1
+"""Largest error of the memory planned for any rank, as a share of what it took."""
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc's settings in the measured ranks: one heap, and pieces from 1 MiB on given back to the system when freed."""
 SIZES = {"tiny": (64, 2, 512), "small": (256, 6, 8000), "0.1b": (768, 12, 32_000), "0.3b": (1024, 24, 16_000)}
 """Name -> hidden size, layers, vocabulary; Llama with an untied head."""
 SMALL_BUCKETS = {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
@@ -92,7 +98,7 @@ def main() -> None:
 
 
 def compare_memory(options: argparse.Namespace) -> None:
-    """Measure the layouts one after the other and print planned and measured bytes."""
+    """Measure the layouts one after the other, print planned and measured bytes, and judge the worst rank."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in ("tiny", options.size):
@@ -100,33 +106,45 @@ def compare_memory(options: argparse.Namespace) -> None:
         for layout in options.layout:
             rows.append(row := compare_layout(layout, options.size, Path(folder)))
             planned, measured, steady, start = (row[key] / 2**20 for key in ("planned", "measured", "steady", "start"))
+            worst = row["by_rank"][row["worst"]]
             print(
                 f"{layout:16} planned {planned:7,.0f} MiB per rank, measured {measured:7,.0f}: planned / measured "
-                f"{row['ratio']:.3f} ({row['ranks']} ranks; between steps {steady:,.0f}, while built {start:,.0f})",
+                f"{row['ratio']:.3f} ({row['ranks']} ranks; between steps {steady:,.0f}, while built {start:,.0f}); "
+                f"worst: rank {row['worst']} of stage {worst['stage']}, {worst['planned'] / 2**20:,.0f} / "
+                f"{worst['peak'] / 2**20:,.0f} = {worst['planned'] / worst['peak']:.3f}",
                 flush=True,
             )
     if options.out is not None:
         options.out.write_text(json.dumps({"size": options.size, "rows": rows}, indent=1) + "\n")
+    beyond = [row["layout"] for row in rows if error_of(row["by_rank"][row["worst"]]) > MEMORY_TOLERANCE]
+    if beyond:
+        raise SystemExit(f"an error is above {MEMORY_TOLERANCE:.0%}: {', '.join(beyond)}")
 
 
 def compare_layout(layout: str, size: str, folder: Path) -> dict[str, Any]:
-    """Measure one layout; return means over the ranks, in bytes, and planned / measured."""
+    """Measure one layout; return bytes of each rank and means over them, planned / measured, and the worst rank."""
     run, ranks = run_of(layout, size, folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__,
                "rank", layout, size, str(folder)]  # fmt: skip
-    # Freed memory goes back to the system, so that resident memory is what is in use.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), "MALLOC_ARENA_MAX": "1",
-                   "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), **MALLOC}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     found = [json.loads((folder / f"{layout}-{rank}.json").read_text()) for rank in range(ranks)]
     shape = read_shape(configuration(size))
     estimate = estimate_memory(shape, job_of(run, Material(shape, shape, LENGTH, None), ranks))
-    totals = [stage.total for stage in estimate.stages for _ in range(estimate.replicas)]
-    planned = statistics.mean(total.device + total.host for total in totals)
-    measured = statistics.mean(row["peak"] for row in found)
-    return {"layout": layout, "ranks": ranks, "parameters": shape.parameters, "planned": planned,
-            "measured": measured, "ratio": planned / measured, "by_rank": found,
-            **{key: statistics.mean(row[key] for row in found) for key in ("steady", "start")}}  # fmt: skip
+    for row in found:
+        total = estimate.stages[row["stage"]].total
+        row["planned"] = total.device + total.host
+    planned, measured, steady, start = (
+        statistics.mean(row[key] for row in found) for key in ("planned", "peak", "steady", "start")
+    )
+    return {"layout": layout, "ranks": ranks, "parameters": shape.parameters, "planned": planned, "measured": measured,
+            "ratio": planned / measured, "steady": steady, "start": start, "by_rank": found,
+            "worst": max(range(ranks), key=lambda rank: error_of(found[rank]))}  # fmt: skip
+
+
+def error_of(row: dict[str, int]) -> float:
+    """Return by what share of its measured peak a rank's plan is wrong."""
+    return abs(row["planned"] / row["peak"] - 1)
 
 
 def compare_speed(options: argparse.Namespace) -> None:

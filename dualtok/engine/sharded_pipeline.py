@@ -10,7 +10,9 @@ DeepSpeed refuses this combination. What stands in the way, and what is done abo
    order of 1F1B does not repeat. :class:`UntracedCoordinator` records nothing and fetches each module when it runs.
 3. PipelineEngine reduces gradients once, at the end. ZeRO-3 must do it after each micro-batch's backward pass, and must
    be told before each that it is another micro-batch: in the cool-down two backward passes follow each other.
-4. ZeRO-3's part of the gradient of a weight that two stages share is summed over them on its own.
+4. For the same reason modules must be told before each backward pass how many of their inputs' gradients to wait for.
+   DeepSpeed counts them in the forward pass alone; a second backward pass would keep the whole stage gathered.
+5. ZeRO-3's part of the gradient of a weight that two stages share is summed over them on its own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 
@@ -36,8 +38,24 @@ if TYPE_CHECKING:
     from dualtok.engine.layout import Layout
 
 
+KEPT = -1
+"""Stands in for a module that uses a parameter; real ones count from 0."""
+
+
 class UntracedCoordinator(PartitionedParameterCoordinator):
-    """Gathers a module's parameters when it runs and releases them after; keeps no trace, hence never fetches ahead."""
+    """Gathers a module's parameters when it runs and releases them after; keeps no trace, hence never fetches ahead.
+
+    Parameters below DeepSpeed's persistence threshold stay gathered until the optimiser's step.
+    """
+
+    def release_sub_module(self, submodule: nn.Module, forward: bool = False) -> None:
+        """Release a module's parameters, but for those that stay: without a trace DeepSpeed releases these too."""
+        kept = [parameter for parameter in iter_params(submodule) if parameter.ds_persist]
+        for parameter in kept:
+            parameter.ds_active_sub_modules.add(KEPT)
+        super().release_sub_module(submodule, forward=forward)
+        for parameter in kept:
+            parameter.ds_active_sub_modules.discard(KEPT)
 
     def reset_step(self) -> None:
         """Forget the running step instead of turning what was seen of it into a trace."""
@@ -74,8 +92,15 @@ class ShardedStageEngine(StageEngine, _BaseIsBuilt):
             return int(ZeroStageEnum.optimizer_states)
         return int(super().zero_optimization_stage())
 
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        super()._exec_forward_pass(buffer_id)
+        self._awaited = [(module, count) for module in self.module.modules()
+                         if (count := getattr(module, "ds_grads_remaining", 0))]  # fmt: skip
+
     def _exec_backward_pass(self, buffer_id: int) -> None:
         self._backwarded += 1
+        for module, count in self._awaited:
+            module.ds_grads_remaining = count
         self.optimizer.clear_backward_seen_flag()
         with self._at_boundary(self._backwarded == self.micro_batches):
             super()._exec_backward_pass(buffer_id)
@@ -104,6 +129,7 @@ class ShardedStageEngine(StageEngine, _BaseIsBuilt):
         **StageEngine._INSTRUCTION_MAP,
         **timed_instructions(
             {
+                schedule.ForwardPass: _exec_forward_pass,
                 schedule.BackwardPass: _exec_backward_pass,
                 schedule.ReduceTiedGrads: _exec_reduce_tied_grads,
                 schedule.ReduceGrads: _exec_reduce_grads,

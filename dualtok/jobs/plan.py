@@ -41,6 +41,7 @@ class Budget:
     tokens: int | None
     """Tokens trained on, all epochs together."""
     hours: float | None
+    """Of all steps; evaluations, checkpoints and the start are not in it."""
     shards: int | None
     """Bytes of the split's shards."""
     scores: int | None
@@ -48,7 +49,7 @@ class Budget:
     scoring_hours: float | None
     """The pass of ``dualtok score`` on all accelerators; 0 if the reference computes while training."""
     checkpoints: int
-    """Bytes of all checkpoints that are kept."""
+    """Bytes of checkpoints at most: those that are kept, the best one, and the next while it is written."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _budget(run: RunConfig, material: Material, option: Option, cluster: Cluster
         hours=None if steps is None else steps * option.time.total / 3600,
         shards=None if split is None else TOKEN_BYTES * split,
         scores=None if split is None else (TOKEN_BYTES * split if stored else 0), scoring_hours=scoring,
-        checkpoints=STATE_BYTES * material.shape.trained * (train.checkpoint_keep + 1),
+        checkpoints=STATE_BYTES * material.shape.trained * (train.checkpoint_keep + 2),
     )  # fmt: skip
 
 

@@ -136,11 +136,11 @@ def _budget(found: Plan) -> Table:
     steps, tokens, hours, scoring = budget.steps, budget.tokens, budget.hours, budget.scoring_hours
     table.add_row("optimiser steps", unknown if steps is None else f"{steps:,}")
     table.add_row("tokens trained on", unknown if tokens is None else f"{tokens:,}")
-    table.add_row("hours", unknown if hours is None else f"{hours:,.2f}")
+    table.add_row("hours of these steps alone", unknown if hours is None else f"{hours:,.2f}")
     table.add_row("hours of the scoring pass before", unknown if scoring is None else f"{scoring:,.2f}")
     table.add_row("disk: shards of the split", gib(budget.shards))
     table.add_row("disk: reference losses", gib(budget.scores))
-    table.add_row("disk: checkpoints", gib(budget.checkpoints))
+    table.add_row("disk: checkpoints, with one being written", gib(budget.checkpoints))
     return table
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dualtok.engine.config import PipelineConfig
+from dualtok.engine.deepspeed_config import read_deepspeed_json
 from dualtok.files import write_text
 from dualtok.jobs.plan_job import SETTINGS
 
@@ -20,16 +21,19 @@ if TYPE_CHECKING:
     from dualtok.run import RunConfig
 
 JSON_FILE, RUN_FILE = "deepspeed.json", "run.yaml"
+NVME_PATH = "/local/nvme"
+"""Where a layout with an optimiser in files puts them, unless the run's own JSON names a folder."""
 
 
 def write_layout(run: RunConfig, option: Option, folder: Path) -> tuple[Path, Path]:
     """Write ``deepspeed.json`` and ``run.yaml`` of a layout and return their paths.
 
     Everything but the layout is the run's: the blocks of a step, precision, objective, reference. Where the layout has
-    another number of micro-batches, the YAML says so at its top.
+    another number of micro-batches, or states in files, the YAML says at its top what follows from it.
     """
     json_file, run_file = folder / JSON_FILE, folder / RUN_FILE
-    write_text(json_file, json.dumps(deepspeed_json(option.job), indent=2) + "\n")
+    place = nvme_path(run)
+    write_text(json_file, json.dumps(deepspeed_json(option.job, place), indent=2) + "\n")
     planned = with_layout(run, option.job, json_file)
     assert run.train is not None
     before, now = run.train.gradient_accumulation, option.job.micro_batches
@@ -38,6 +42,13 @@ def write_layout(run: RunConfig, option: Option, folder: Path) -> tuple[Path, Pa
         note += (
             f"# gradient_accumulation is {now}, it was {before}: with selection.scope micro_batch tokens are ranked\n"
             "# over micro-batches of another size.\n"
+        )
+    if "nvme" in (option.job.offload_optimizer, option.job.offload_parameters):
+        note += (
+            f"# States are kept in files: nvme_path in {json_file}\n"
+            f"# must be a folder on a local disk of every host (it is {place} now), and libaio-dev be installed.\n"
+            "# Such a run cannot be resumed as it is: optimiser states on NVMe are not filled from a checkpoint; for\n"
+            "# that, set offload_optimizer.device to cpu.\n"
         )
     write_text(run_file, note + yaml.safe_dump(_given(planned.as_dict()), sort_keys=False, allow_unicode=True))
     return json_file, run_file
@@ -64,7 +75,15 @@ def with_layout(run: RunConfig, job: Job, json_file: Path) -> RunConfig:
     return replace(run, train=train, model=replace(run.model, activation_checkpointing=job.activation_checkpointing))
 
 
-def deepspeed_json(job: Job) -> Json:
+def nvme_path(run: RunConfig) -> str:
+    """Return the folder of states in files that the run's DeepSpeed JSON names, or :data:`NVME_PATH`."""
+    given = None if run.train is None else run.train.deepspeed
+    zero = {} if given is None else read_deepspeed_json(given).get("zero_optimization", {})
+    paths = [zero.get(section, {}).get("nvme_path") for section in ("offload_optimizer", "offload_param")]
+    return next(filter(None, paths), NVME_PATH)
+
+
+def deepspeed_json(job: Job, nvme_path: str = NVME_PATH) -> Json:
     """Return the DeepSpeed configuration of a layout; batch and precision are the YAML's."""
     zero: Json = {"stage": job.zero_stage}
     keys = {0: (), 1: ("reduce_bucket",), 2: ("reduce_bucket",), 3: tuple(SETTINGS)}[job.zero_stage]
@@ -78,7 +97,7 @@ def deepspeed_json(job: Job) -> Json:
         if place != "none":
             zero[section] = {"device": place, "pin_memory": True}
             if place == "nvme":
-                zero[section]["nvme_path"] = "/local/nvme"
+                zero[section]["nvme_path"] = nvme_path
     return {"zero_optimization": zero}
 
 

@@ -1,6 +1,6 @@
 """What the planner assumes about machines: data sheets, and how much of them a training job reaches.
 
-The shares of the peak are fitted to 33 published throughputs of llm-foundry (models of 1B, 3B, 13B, 30B and 70B
+The shares of the peak are fitted to 32 published throughputs of llm-foundry (models of 1B, 3B, 13B, 30B and 70B
 parameters on 8 to 64 GPUs); its 7B rows and torchtitan's 8B rows were left out of the fit and serve as the test
 (``tools/check_plan.py speed``). What no published figure tells is marked as an assumption.
 """

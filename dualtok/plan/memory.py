@@ -212,7 +212,7 @@ class MemoryEstimate:
 
     def per_host(self, ranks_per_host: int) -> Bytes:
         """Return what the fullest host holds, when neighbouring ranks share one; ranks are ordered by stage."""
-        ranks = [stage.total for stage in self.stages for _ in range(self.replicas)]
+        ranks = [total for stage in self.stages for total in [stage.total] * self.replicas]
         hosts = [sum(ranks[i : i + ranks_per_host], Bytes()) for i in range(0, len(ranks), ranks_per_host)]
         return Bytes(*(max(getattr(host, field.name) for host in hosts) for field in fields(Bytes)))
 

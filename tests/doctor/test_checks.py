@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from dualtok.doctor import machine, storage
 from dualtok.doctor.agent import connect, listen
 from dualtok.doctor.building import check_compiler, check_locks, check_operators
 from dualtok.doctor.machine import (
     check_accelerator,
+    check_clock,
     check_limits,
     check_memory,
     check_network,
@@ -167,6 +169,33 @@ def test_a_folder_that_is_full_or_cannot_be_written_is_found(tmp_path: Path) -> 
         subprocess.run(["umount", str(locked)], check=True)
 
 
+def test_a_disk_that_is_small_or_slow_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one, measured as ever, against limits at which it is."""
+    monkeypatch.setattr(storage, "FREE_BYTES", 0)
+    monkeypatch.setattr(storage, "SLOW", 0)
+    assert check_disk(tmp_path, quick=True).status == "ok"
+    monkeypatch.setattr(storage, "SLOW", 2**60)
+    slow = check_disk(tmp_path, quick=True)
+    assert (slow.status, "a faster disk" in slow.remedy) == ("warn", True)
+    monkeypatch.setattr(storage, "FREE_BYTES", 2**60)
+    small = check_disk(tmp_path, quick=True)
+    assert (small.status, small.remedy.startswith("free space")) == ("warn", True)
+
+
+def test_a_clock_that_nothing_keeps_right_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's answer is one of 0 to 5; which of them it is here, the test does not know."""
+    results = []
+    for state in range(6):
+        monkeypatch.setattr(machine, "UNSYNCHRONISED", state)
+        results.append(check_clock())
+    if results[0].status == "not-run":  # containers may not ask
+        assert {result.found for result in results} == {"the kernel does not say: Operation not permitted"}
+        return
+    assert sorted(result.status for result in results) == ["ok"] * 5 + ["warn"]
+    found = next(result for result in results if result.status == "warn")
+    assert (found.found, "chrony" in found.remedy) == ("the kernel's clock is not synchronised", True)
+
+
 def test_an_interface_that_is_not_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
@@ -177,6 +206,7 @@ def test_an_interface_that_is_not_there_is_found(monkeypatch: pytest.MonkeyPatch
     failed(check_network(), "NCCL_SOCKET_IFNAME=ib77, but this host has", "lo")
 
 
+@pytest.mark.optional
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose torch sees no GPU")
 def test_a_gpu_that_torch_cannot_see_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_accelerator(Subject(tmp_path)).status == "ok"

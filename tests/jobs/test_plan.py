@@ -16,7 +16,7 @@ from dualtok.jobs.plan_job import job_of, material_of
 from dualtok.jobs.plan_write import write_layout
 from dualtok.plan.hardware import GIB, Cluster
 from dualtok.run import load_run
-from tests.support import ROOT, dualtok, error_line, tiny_llama_config, write_run
+from tests.support import ROOT, dualtok, error_line, history, succeed, tiny_llama_config, write_run
 
 RUNS = ROOT / "launch" / "runs"
 MACHINES: dict[str, tuple[dict[str, Any], float, float]] = {
@@ -58,7 +58,7 @@ def test_a_run_file_fits_the_machines_it_names(name: str) -> None:
     budget = found.budget
     assert budget.steps is not None
     assert budget.hours == pytest.approx(budget.steps * found.own.time.total / 3600)
-    assert budget.checkpoints == 2 * 12 * found.shape.trained
+    assert budget.checkpoints == 3 * 12 * found.shape.trained  # the last, the best, and one being written
     if name != "llama2_7b_lora":
         assert "adapter" not in found.references
     else:
@@ -98,6 +98,40 @@ def test_the_written_layouts_are_loaded_back_as_planned(tiny: Path, tmp_path: Pa
         noted = "ranked" in run_file.read_text()
         assert noted == (option.job.micro_batches != 2)
     assert {option.job.engine for option in one_of_each.values()} == {"zero", "pipeline", "sharded_pipeline"}
+
+
+def test_states_in_files_are_put_where_the_run_says_and_what_follows_is_noted(tiny: Path, tmp_path: Path) -> None:
+    run = load_run(tiny)
+    option = next(option for option in plan(run, cluster()).options if option.job.offload_optimizer == "nvme")
+    json_file, run_file = write_layout(run, option, tmp_path / "placeholder")
+    assert json.loads(json_file.read_text())["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/local/nvme"
+    head = run_file.read_text().partition("\ndata:")[0]
+    for words in (str(json_file), "/local/nvme", "cannot be resumed", "set offload_optimizer.device to cpu"):
+        assert words in head
+    own = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch/states"}}
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": own}))
+    json_file, run_file = write_layout(load_run(tiny, [f"train.deepspeed={tmp_path / 'own.json'}"]), option, tmp_path)
+    assert json.loads(json_file.read_text())["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/scratch/states"
+    assert "/scratch/states now" in run_file.read_text()
+
+
+@pytest.mark.slow
+def test_the_written_layout_trains_and_its_checkpoint_is_as_large_as_planned(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    run = write_run(
+        tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
+        model={"config": tiny_llama_config(hidden_size=128, intermediate_size=256)},
+        train={"learning_rate": 1e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": 2, "checkpoint_every": 2},
+    )  # fmt: skip
+    best = tmp_path / "best"
+    told = CliRunner().invoke(app, ["plan", str(run), "--gpus", "2", "--write", str(best), "--json"])
+    assert told.exit_code == 0, told.output
+    succeed(dualtok("train", best / "run.yaml", ranks=2))
+    assert [row["step"] for row in history(run)] == [1, 2]
+    planned = json.loads(told.stdout)["budget"]["checkpoints"] / 3
+    written = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / "step-00000002").iterdir())
+    assert planned < written < 1.02 * planned
 
 
 def test_the_command_prints_writes_and_gives_json(tiny: Path, tmp_path: Path) -> None:

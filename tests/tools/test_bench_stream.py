@@ -45,6 +45,7 @@ def test_the_stream_is_compared_with_datasets_and_with_itself(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.optional
 @pytest.mark.skipif(
     not MOSAICML.is_dir(),
     reason=f"MosaicML's reader is not in {MOSAICML.relative_to(ROOT)}: pip install --no-deps --target build/mosaicml "
