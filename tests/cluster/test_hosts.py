@@ -140,7 +140,7 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
         run = write_run(tmp_path / "run.yaml", data, train={**train, **SHARDED}, **common)
         # LOCAL_SIZE as a start on one host may have left it: with it DeepSpeed looks for all ranks in shared memory.
         options = ["--backend=torchrun", "--nodes=2", "--gpus=2", "launch.master=host-a", "launch.min_nodes=1",
-                   "launch.torchrun.last_call_seconds=5", "launch.torchrun.read_seconds=10",
+                   "launch.torchrun.last_call_seconds=10", "launch.torchrun.read_seconds=10",
                    "launch.environment={LOCAL_SIZE: '4'}"]  # fmt: skip
         variables = {**CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
         jobs = [Job(hosts, host, run, *options, **variables) for host in (first, second)]
