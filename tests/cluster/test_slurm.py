@@ -91,11 +91,11 @@ def test_a_job_outlives_a_killed_rank_and_preemption(
 def test_the_notice_before_the_time_limit_requeues_torchrun(
     cluster: Slurm, small_corpus: dict[str, Any], undisturbed: list[float], tmp_path: Path
 ) -> None:
-    """``dualtok launch`` writes and submits a job with the shortest limit, a minute. Slurm looks every 30 s whether a
-    notice is due, here 20 to 50 s after the start; a start that is slower than that gets another."""
+    """``dualtok launch`` writes and submits a job of two minutes. Slurm looks every 30 s whether a notice is due, here
+    30 to 60 s after the start; a start that has done no step by then gets another."""
     run = run_file(small_corpus, tmp_path / "timed.yaml", train={**SETTINGS, "steps": 10**6, "evaluate_every": 10**6})
     options = ["launch.slurm.start=torchrun", "launch.slurm.gres=null", "launch.slurm.partition=low",
-               "launch.slurm.time=1", "launch.stop_seconds=10"]  # fmt: skip
+               "launch.slurm.time=00:02:00", "launch.stop_seconds=60"]  # fmt: skip
     submitted = dualtok("launch", run, *options, "--backend", "slurm", "--nodes", 2, "--gpus", 1,
                         SLURM_CONF=cluster.environment["SLURM_CONF"], PYTHONPATH=str(ROOT))  # fmt: skip
     found = re.search(r"Submitted batch job (\d+)", succeed(submitted))
