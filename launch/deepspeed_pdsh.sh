@@ -5,12 +5,13 @@
 set -euo pipefail
 HOSTFILE="${HOSTFILE:-hostfile}"
 NODES="${NODES:-2}"
+MIN_NODES="${MIN_NODES:-$NODES}" # a restart goes on with so few when hosts are lost
 GPUS="${GPUS:-8}" # ranks per host
 PORT="${PORT:-29500}"
 RESTARTS="${RESTARTS:-3}"
 SSH_OPTIONS="${SSH_OPTIONS:-}" # such as -p 2222 -i key
 PYTHON="${PYTHON:-python}"
-LOGS="${LOGS:-logs}"           # one file per rank
+LOGS="${LOGS:-logs}" # one file per rank
 INTERFACE="${INTERFACE:-}" # such as eth0 or ib0; empty: NCCL and gloo choose
 CACHE="${CACHE:-${TMPDIR:-/tmp}/dualtok-$(id -un)}" # a local disk: on a shared one hosts wait for locks
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$CACHE/torch_extensions}"
@@ -24,23 +25,40 @@ mkdir -p "$LOGS"
 CARRIED="PATH LD_LIBRARY_PATH PYTHONPATH TORCH_EXTENSIONS_DIR TRITON_CACHE_DIR HF_HOME OMP_NUM_THREADS LOCAL_SIZE TOKENIZERS_PARALLELISM DS_ACCELERATOR NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME"
 
 [ -r "$HOSTFILE" ] || { echo "launch: error: HOSTFILE=$HOSTFILE: no such file; write lines 'HOST slots=RANKS'" >&2; exit 2; }
-mapfile -t HOSTS < <(sed -e 's/#.*//' "$HOSTFILE" | awk -v n="$NODES" 'NF && seen++ < n { print $1 }')
-MASTER="${MASTER:-${HOSTS[0]}}" # the host of rank 0, as all others know it
+mapfile -t LISTED < <(sed -e 's/#.*//' "$HOSTFILE" | awk -v n="$NODES" 'NF && seen++ < n { print $1 }')
+MASTER="${MASTER:-${LISTED[0]}}" # the host of rank 0, as all others know it
 
-for host in "${HOSTS[@]}"; do
-  ssh -o BatchMode=yes -o ConnectTimeout=10 $SSH_OPTIONS "$host" true </dev/null ||
-    { echo "launch: error: $host cannot be reached by ssh without a password from $(hostname)" >&2; exit 2; }
-done
+LOGS="$(realpath "$LOGS")"
+# Without ServerAlive ssh would wait for ever for a host that is gone. Of two values the first holds.
+SSH_OPTIONS="$SSH_OPTIONS -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+
+# Sets HOSTS to those that answer, and writes them to $LOGS/hostfile. At the first start all must, later MIN_NODES.
+find_hosts() {
+  local host needed="$NODES"
+  if [ "$attempt" -gt 0 ]; then needed="$MIN_NODES"; fi
+  HOSTS=()
+  for host in "${LISTED[@]}"; do
+    if ssh $SSH_OPTIONS "$host" true </dev/null; then HOSTS+=("$host"); continue; fi
+    echo "launch: error: $host cannot be reached by ssh without a password from $(hostname)" >&2
+  done
+  if [ "${#HOSTS[@]}" -lt "$needed" ] || [ "${HOSTS[0]}" != "${LISTED[0]}" ]; then
+    echo "launch: error: ${#HOSTS[@]} hosts answer; $needed are needed, ${LISTED[0]} among them" >&2
+    exit 2
+  fi
+  echo "launch: on ${HOSTS[*]}" >&2
+  printf "%s slots=$GPUS\n" "${HOSTS[@]}" >"$LOGS/hostfile"
+}
 
 # pdsh carries NCCL_*, PYTHON* and this file's variables to the hosts, and nothing else.
-export DS_ENV_FILE="$(realpath "$LOGS")/deepspeed_env"
+export DS_ENV_FILE="$LOGS/deepspeed_env"
 for name in $CARRIED; do [ -z "${!name:-}" ] || printf '%s=%s\n' "$name" "${!name}"; done >"$DS_ENV_FILE"
-export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes $SSH_OPTIONS"
+export PDSH_SSH_ARGS_APPEND="$SSH_OPTIONS"
 
 start() {
-  exec "$PYTHON" -m deepspeed.launcher.runner --launcher pdsh --hostfile "$HOSTFILE" --num_nodes "$NODES" \
+  find_hosts
+  exec "$PYTHON" -m deepspeed.launcher.runner --launcher pdsh --hostfile "$LOGS/hostfile" --num_nodes "${#HOSTS[@]}" \
     --num_gpus "$GPUS" --master_addr "$MASTER" --master_port "$PORT" --no_ssh_check --force_multi \
-    --enable_each_rank_log "$(realpath "$LOGS")" --module dualtok "$@"
+    --enable_each_rank_log "$LOGS" --module dualtok "$@"
 }
 stop() { kill -TERM "$1"; } # the launcher tells the hosts; ranks have 30 s for their last step and its checkpoint
 asked=

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dualtok.launch.config import DeepSpeedLaunchConfig, KubernetesConfig, LaunchConfig, SlurmConfig
 from dualtok.launch.deepspeed import deepspeed
-from dualtok.launch.job import Job
+from dualtok.launch.job import Job, render
 from dualtok.launch.kubernetes import k8s
 from dualtok.launch.mpi import mpi
 from dualtok.launch.slurm import slurm
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "launch"
 
 
 def recipes() -> dict[str, str]:
-    """Return name and text of every recipe for two hosts of eight accelerators."""
+    """Return name and text of every recipe, for two hosts of eight accelerators unless it is for one host alone."""
     job = Job(2, 8, LaunchConfig(hostfile="hostfile"))
     starts = [
         torchrun(replace(job, settings=LaunchConfig(master="localhost"))),
@@ -29,7 +29,12 @@ def recipes() -> dict[str, str]:
         *(slurm(_with(job, slurm=SlurmConfig(start))) for start in ("ranks", "torchrun", "mpi")),
         *(k8s(_with(job, k8s=KubernetesConfig(kind))) for kind in ("PyTorchJob", "MPIJob")),
     ]
-    return {name: text for start in starts for name, text in start.files.items()}
+    one_host = replace(job, nodes=1, settings=LaunchConfig(), logs="")
+    return {
+        **{f"{start}.sh": render("one_host.sh.j2", one_host, recipe=f"launch/{start}.sh", start=start)
+           for start in ("torchrun", "deepspeed")},
+        **{name: text for start in starts for name, text in start.files.items()},
+    }  # fmt: skip
 
 
 def _with(job: Job, **sections: DeepSpeedLaunchConfig | SlurmConfig | KubernetesConfig) -> Job:

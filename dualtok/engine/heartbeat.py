@@ -230,8 +230,8 @@ class Heartbeat:
         return (
             f"host {self._hosts[place]} has not been heard from for {silence:.0f} s: it is down, cut off, or its ranks "
             "have ended (see its own log). The job ends. To go on from the last checkpoint without it, start the "
-            f"launcher on the remaining hosts, {remaining}: {self._resume} (torchrun does so by itself, with "
-            "--nnodes MIN:MAX, --max-restarts and --auto-resume)"
+            f"launcher on the remaining hosts, {remaining}: {self._resume} (`dualtok launch` does so by "
+            "itself with launch.min_nodes, torchrun with --nnodes MIN:MAX, --max-restarts and --auto-resume)"
         )
 
     def _end(self, *messages: str) -> NoReturn:

@@ -15,6 +15,17 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
+class TorchrunConfig:
+    """The rendezvous at which torchrun's hosts meet, again after each restart."""
+
+    last_call_seconds: Annotated[int, Field(ge=1)] = 30
+    """How long ``min_nodes`` hosts that have come wait for the others. Default: torch's own."""
+
+    read_seconds: Annotated[int, Field(ge=1)] = 60
+    """How long a host waits for the rendezvous's answer. Default: torch's own."""
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
 class DeepSpeedLaunchConfig:
     """How DeepSpeed's launcher reaches the hosts of the hostfile."""
 
@@ -91,6 +102,10 @@ class LaunchConfig:
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
     """Port of the rendezvous on that host. Slurm's jobs take one that follows from their number, MPI's a free one."""
 
+    min_nodes: Annotated[int, Field(ge=1)] | None = None
+    """Train on with so few hosts when others are lost; without it the job waits for all. For the backends ``torchrun``
+    and, over pdsh or ssh, ``deepspeed``, and for a ``PyTorchJob``."""
+
     cache_dir: Word | None = None
     """Folder on each host's own disk for compiled operators, kernels and downloads; without it below ``$TMPDIR``."""
 
@@ -103,6 +118,9 @@ class LaunchConfig:
 
     environment: dict[VariableName, str] = dataclasses.field(default_factory=dict)
     """Further variables for every rank. They stand in the scripts, so no secrets."""
+
+    torchrun: TorchrunConfig = dataclasses.field(default_factory=TorchrunConfig)
+    """The backend ``torchrun``, and a ``PyTorchJob``."""
 
     deepspeed: DeepSpeedLaunchConfig = dataclasses.field(default_factory=DeepSpeedLaunchConfig)
     """The backend ``deepspeed``."""

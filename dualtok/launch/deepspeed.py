@@ -22,7 +22,10 @@ def deepspeed(job: Job) -> Start:
             "launch.master: missing; without ssh every host must be told the first one, e.g. launch.master=node0"
         )
     needed = ("ssh", "none") if remote == "ssh" else (remote,)  # the script for ssh starts the other one on each host
-    files = {SCRIPTS[name]: render(f"{SCRIPTS[name]}.j2", job, recipe=f"launch/{SCRIPTS[name]}") for name in needed}
+    files = {}
+    for name in needed:
+        fixed = None if name == remote else False  # that one is told all through its environment
+        files[SCRIPTS[name]] = render(f"{SCRIPTS[name]}.j2", job, fixed=fixed, recipe=f"launch/{SCRIPTS[name]}")
     note = "give this command on each host, with NODE_RANK=0, 1, ... in front" if remote == "none" else ""
     programs = {"pdsh": ("pdsh", "ssh"), "ssh": ("ssh",), "none": ("pkill",)}[remote]
     return Start(files, ("bash", SCRIPTS[remote]), note, programs)

@@ -55,8 +55,22 @@ class Start:
     """Programs that must be installed where the job is started."""
 
 
-def render(template: str, job: Job, **context: Any) -> str:
-    """Return a script of ``templates/``; its variables' defaults are the job's."""
+def render(template: str, job: Job, *, fixed: bool | None = None, **context: Any) -> str:
+    """Return a script of ``templates/``, with the job's settings.
+
+    Args:
+        template: file of ``templates/``.
+        job: what is started.
+        fixed: the settings hold whatever the environment says; else they are what it may replace. None is fixed for
+            all but recipes: a variable that happens to be exported must not undo what was asked for and checked.
+        context: further names for the template.
+    """
+    if fixed is None:
+        fixed = job.scripts is not None
+
+    def setting(name: str, value: object) -> str:
+        return f'{name}="{value}"' if fixed else f'{name}="${{{name}:-{value}}}"'
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dualtok.launch"), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -64,5 +78,6 @@ def render(template: str, job: Job, **context: Any) -> str:
     environment.filters["quote"] = shlex.quote
     carried = (*CARRIED, *(name for name in job.settings.environment if name not in CARRIED))
     return environment.get_template(template).render(
-        job=job, settings=job.settings, arguments=shlex.join(job.arguments), carried=" ".join(carried), **context
-    )
+        job=job, settings=job.settings, arguments=shlex.join(job.arguments), carried=" ".join(carried), setting=setting,
+        **context,
+    )  # fmt: skip

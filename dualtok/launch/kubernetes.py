@@ -10,6 +10,19 @@ from dualtok.launch.job import Job, Start
 
 CACHE = "/cache"
 Json = dict[str, Any]
+HAND_ON = """\
+# mpirun hands USR1 to the ranks, which write a checkpoint and end; at TERM it would kill them within seconds.
+"$@" &
+trap 'kill -USR1 "$!"' TERM
+status=0
+wait "$!" || status=$?
+while kill -0 "$!" 2>/dev/null; do # a signal ends `wait` before the job
+  status=0
+  wait "$!" || status=$?
+done
+exit "$status"
+"""
+"""What the launcher pod of an MPIJob runs ``mpirun`` with."""
 
 
 def k8s(job: Job) -> Start:
@@ -17,9 +30,19 @@ def k8s(job: Job) -> Start:
     kind = job.settings.k8s.kind
     name = f"{kind.lower()}.yaml"
     manifest = pytorch_job(job) if kind == "PyTorchJob" else mpi_job(job)
-    text = yaml.safe_dump(manifest, sort_keys=False, width=120)
+    text = yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=120)
     return Start({name: HEADERS[kind] + text}, ("kubectl", "apply", "-f", name), needs=("kubectl",))
 
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a script as its lines."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
 
 HEADERS = {
     "PyTorchJob": """\
@@ -42,13 +65,16 @@ def pytorch_job(job: Job) -> Json:
     pod_name = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
     patience = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(job.settings.stop_seconds)}
     pod = _pod(job, "pytorch", command, [pod_name, patience])
+    rendezvous = job.settings.torchrun
+    waits = {"last_call_timeout": rendezvous.last_call_seconds, "read_timeout": rendezvous.read_seconds}
     return {
         **_header(job),
         "spec": {
             "nprocPerNode": str(job.gpus),
             "elasticPolicy": {
                 "rdzvBackend": "c10d", "rdzvPort": job.settings.port, "maxRestarts": job.settings.restarts,
-                "minReplicas": job.nodes, "maxReplicas": job.nodes,
+                "rdzvConf": [{"key": name, "value": str(value)} for name, value in waits.items()],
+                "minReplicas": job.settings.min_nodes or job.nodes, "maxReplicas": job.nodes,
             },
             "runPolicy": _policy(job),
             # A pod that failed or was evicted is started again and meets the others at a new rendezvous.
@@ -61,10 +87,14 @@ def pytorch_job(job: Job) -> Json:
 
 def mpi_job(job: Job) -> Json:
     """Return an MPIJob: the operator gives the launcher pod a hostfile and a way into the worker pods."""
-    variables = [option for entry in _environment(job) for option in ("-x", entry["name"])]
+    options = [option for entry in _environment(job) for option in ("-x", entry["name"])]
+    interface = job.settings.interface
+    for layer in () if interface is None else ("btl", "oob"):  # Open MPI's own connections
+        options += ["--mca", f"{layer}_tcp_if_include", str(interface)]
     command = [
-        "mpirun", "--allow-run-as-root", "-n", str(job.nodes * job.gpus), "--map-by", f"ppr:{job.gpus}:node",
-        "--bind-to", "none", *variables, "--output-filename", job.logs, job.python, "-m", "dualtok", *_arguments(job),
+        "bash", "-c", HAND_ON, "launcher", "mpirun", "--allow-run-as-root", "-n", str(job.nodes * job.gpus),
+        "--map-by", f"ppr:{job.gpus}:node", "--bind-to", "none", *options, "--output-filename", job.logs, job.python,
+        "-m", "dualtok", *_arguments(job),
     ]  # fmt: skip
     launcher = _pod(job, "launcher", command, [], accelerators=False)
     worker = _pod(job, "worker", ["sleep", "infinity"], [])

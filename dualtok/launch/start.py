@@ -66,6 +66,8 @@ def plan_start(
     nodes, gpus = nodes or 1, gpus or _visible_accelerators()
     if verb == "train":
         check_ranks(run, nodes * gpus)
+    if settings.min_nodes is not None:
+        _check_fewer(run, verb, backend, settings.min_nodes, nodes=nodes, gpus=gpus)
     passed_on = [text for text in overrides if not text.startswith("launch.")]
     resume = ["--auto-resume"] if verb == "train" else []
     local = backend != "k8s"
@@ -105,6 +107,22 @@ def check_ranks(run: RunConfig, ranks: int) -> None:
             f"train.pipeline.stages: {stages} stages cannot share {ranks} ranks evenly; change --nodes, --gpus or it"
         )
     training_config(train, ranks // stages)
+
+
+def _check_fewer(run: RunConfig, verb: str, backend: str, least: int, *, nodes: int, gpus: int) -> None:
+    """Refuse ``launch.min_nodes`` where it has no effect, and where the ranks of fewer hosts could not go on."""
+    settings = run.launch
+    way = {"torchrun": True, "deepspeed": settings.deepspeed.remote != "none", "k8s": settings.k8s.kind == "PyTorchJob"}
+    if not way.get(backend, False):
+        raise ConfigError(f"launch.min_nodes: has no effect with --backend {backend} started like this; remove it")
+    if least > nodes:
+        raise ConfigError(f"launch.min_nodes: {least} are more than the {nodes} hosts of the job")
+    for fewer in range(least, nodes) if verb == "train" else ():
+        try:
+            check_ranks(run, fewer * gpus)
+        except ConfigError as problem:
+            where = f"on {fewer} of {nodes} hosts"
+            raise ConfigError(f"launch.min_nodes: {where} the run could not go on: {problem}") from None
 
 
 def start(plan: Start, folder: Path, *, dry_run: bool) -> None:

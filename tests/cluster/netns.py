@@ -47,10 +47,7 @@ Host *
   UserKnownHostsFile /dev/null
   LogLevel ERROR
   ConnectTimeout 5
-  ServerAliveInterval 5
-  ServerAliveCountMax 3
 """
-"""With ServerAlive, ssh gives a lost host up after 15 seconds; without it, never."""
 
 
 def missing() -> str | None:

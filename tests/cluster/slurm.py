@@ -12,8 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so")
@@ -72,6 +75,7 @@ class Slurm:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._of_nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Slurm:
         """Write the configuration, start the daemons, and wait until all nodes are idle."""
@@ -83,7 +87,7 @@ class Slurm:
             self._wait("munged", (munge / "socket").exists)
             self._start("slurmctld", "-D")
             for node in self.nodes:
-                self._start("slurmd", "-D", "-N", node)
+                self.bring_up(node)
             self._wait("the nodes", lambda: self("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split()
                        == ["idle"] * len(self.nodes))  # fmt: skip
         except BaseException:
@@ -126,6 +130,24 @@ class Slurm:
         shown = self("scontrol", "--oneliner", "show", "job", job)
         return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
 
+    def bring_up(self, node: str) -> None:
+        """Start a node; one that was lost takes jobs again as soon as it has told the controller."""
+        self._of_nodes[node] = self._start("slurmd", "-D", "-N", node)
+
+    def lose(self, node: str) -> None:
+        """Kill all that runs on a node, and mark it down, as the controller itself would after ``SlurmdTimeout``
+        (five minutes)."""
+        marks = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}
+        tasks = [process for process in psutil.process_iter(["environ"])
+                 if marks.items() <= (process.info["environ"] or {}).items()]  # fmt: skip
+        above = {parent for task in tasks for parent in task.parents() if parent.name() == "slurmstepd"}
+        assert above, f"nothing runs on {node}"
+        self._of_nodes[node].kill()
+        for process in (*above, *tasks):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
     def logs(self) -> str:
         """Return what the daemons wrote, for a test that failed."""
         return "\n".join(f"== {file.name}\n{file.read_text()}" for file in sorted((self.folder / "logs").iterdir()))
@@ -145,9 +167,10 @@ class Slurm:
             (self.folder / f"gpu{number}").touch()
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
 
-    def _start(self, *command: str) -> None:
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
         log = (self.folder / "logs" / f"{command[0]}-{len(self._daemons)}.out").open("wb")
         self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+        return self._daemons[-1]
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60

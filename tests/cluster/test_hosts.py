@@ -1,19 +1,22 @@
-"""Jobs over several hosts, which are namespaces of this one: the losses of one host, and what follows when one goes."""
+"""Jobs that ``dualtok launch`` starts on several hosts, which are namespaces of this one: the losses of one host, and
+what follows when a host goes."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.cluster.netns import Cluster, Host, cluster, missing
+from tests.cluster.netns import INTERFACE, Cluster, Host, cluster, missing
 from tests.data.servers import CREDENTIALS, s3_server, upload
 from tests.e2e.test_users_sentence import SEED, SHARDED, TRAIN, WIDE
 from tests.support import dualtok, history, partitioned_json, save_model, succeed, tiny_llama_config, write_run
@@ -45,16 +48,21 @@ def hosts(started: Cluster) -> Cluster:
 
 
 class Job:
-    """A launcher on a host, with all that it and its ranks print."""
+    """``dualtok launch`` on a host, with all that the launcher and its ranks print."""
 
-    def __init__(self, hosts: Cluster, host: Host, command: list[str], log: Path, **variables: str) -> None:
-        self.log = log
-        with log.open("w", encoding="utf-8") as stream:
+    def __init__(self, hosts: Cluster, host: Host, run: Path, *options: str, **variables: str) -> None:
+        self.log = run.parent / f"{host.name}.log"
+        self.rank_logs = run.with_suffix("") / "logs"
+        command = [sys.executable, "-m", "dualtok", "launch", str(run), f"launch.interface={INTERFACE}",
+                   "launch.restarts=1", *options]  # fmt: skip
+        with self.log.open("w", encoding="utf-8") as stream:
             self.process = host.start(command, stream, **{**hosts.variables, **variables})
 
     @property
     def output(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
+        """The terminal's, then what DeepSpeed's launcher puts into files alone, one start after the other."""
+        files = [self.log, *sorted(self.rank_logs.glob("*_rank*.log"))]
+        return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
     def error_lines(self) -> list[str]:
         return [line[line.index("dualtok: error:") :] for line in self.output.splitlines() if "dualtok: error:" in line]
@@ -109,13 +117,6 @@ def ranks_on(host: Host) -> list[str]:
     return [line for line in host.commands() if "-m dualtok " in line and "torch.distributed.run" not in line]
 
 
-def torchrun(host: Host, run: Path) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=1",
-            "--rdzv-backend=c10d", "--rdzv-endpoint=host-a:29400", "--rdzv-id=job", f"--local-addr={host.address}",
-            "--rdzv-conf=last_call_timeout=5,read_timeout=10", "-m", "dualtok", "train", str(run),
-            "--auto-resume"]  # fmt: skip
-
-
 def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
     hosts: Cluster, small_corpus: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -138,9 +139,11 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
                 "stream": {"endpoint_url": url, "cache_dir": str(tmp_path / "cache")}}  # fmt: skip
         run = write_run(tmp_path / "run.yaml", data, train={**train, **SHARDED}, **common)
         # LOCAL_SIZE as a start on one host may have left it: with it DeepSpeed looks for all ranks in shared memory.
-        variables = {**CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true", "LOCAL_SIZE": "4"}
-        jobs = [Job(hosts, host, torchrun(host, run), tmp_path / f"{host.name}.log", **variables)
-                for host in (first, second)]  # fmt: skip
+        options = ["--backend=torchrun", "--nodes=2", "--gpus=2", "launch.master=host-a", "launch.min_nodes=1",
+                   "launch.torchrun.last_call_seconds=10", "launch.torchrun.read_seconds=10",
+                   "launch.environment={LOCAL_SIZE: '4'}"]  # fmt: skip
+        variables = {**CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
+        jobs = [Job(hosts, host, run, *options, **variables) for host in (first, second)]
         wait_for(lambda: steps_done(run) >= 2, jobs[0], DEADLINE)
         second.slow_down("256kbit")
         slow = wait_for(lambda: steps_done(run) >= 5, jobs[0], DEADLINE)
@@ -168,44 +171,60 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
         assert_alike(run, whole)
 
 
-def deepspeed(hosts: Cluster, names: Sequence[str], run: Path, *options: str) -> list[str]:
-    """Return the launcher's command, with a hostfile that has one rank on each host."""
-    hostfile = hosts.folder / "hostfile"
-    hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--launcher=pdsh",
-                "--module", "dualtok"]  # fmt: skip
-    return [*launcher, "train", str(run), *options]
-
-
-def test_zero_3_over_ssh_is_started_again_without_the_lost_host(
-    hosts: Cluster, small_corpus: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def zero_3(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Return the sections of a run, and the file of one that three ranks of one host have finished."""
+    folder = tmp_path_factory.mktemp("zero_3")
     train = {"learning_rate": 5e-3, "batch_size": 12, "steps": 9, "precision": "fp32", "checkpoint_every": 2,
-             "deepspeed": partitioned_json(tmp_path)}  # fmt: skip
-    common = {"seed": SEED, "model": {"config": tiny_llama_config()}, "train": train, "objective": "causal_lm",
-              "monitor": {"log_every": 1}}  # fmt: skip
-    one_host, run = (write_run(tmp_path / f"{name}.yaml", small_corpus, **common) for name in ("one_host", "run"))
+             "deepspeed": partitioned_json(folder)}  # fmt: skip
+    sections = {"data": small_corpus, "seed": SEED, "model": {"config": tiny_llama_config()}, "train": train,
+                "objective": "causal_lm", "monitor": {"log_every": 1}}  # fmt: skip
+    one_host = write_run(folder / "one_host.yaml", **sections)
     succeed(dualtok("train", one_host, ranks=3, timeout=DEADLINE))
+    return sections, one_host
 
-    exported = hosts.folder / "deepspeed_env"
-    exported.write_text("".join(f"{name}={value}\n" for name, value in hosts.variables.items()))
+
+def hostfile(hosts: Cluster, *names: str) -> str:
+    """Return the setting that names a file with one rank on each host."""
+    path = hosts.folder / "hostfile"
+    path.write_text("".join(f"{name} slots=1\n" for name in names))
+    return f"launch.hostfile={path}"
+
+
+def test_zero_3_over_pdsh_goes_on_without_the_lost_host(
+    hosts: Cluster, zero_3: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    sections, one_host = zero_3
+    run = write_run(tmp_path / "run.yaml", **sections)
     first, *_, lost = hosts.hosts
-    variables = {"DS_ENV_FILE": str(exported)}
-    job = Job(hosts, first, deepspeed(hosts, NAMES, run), tmp_path / "three.log", **variables)
+    job = Job(hosts, first, run, hostfile(hosts, *NAMES), "--backend=deepspeed", "launch.min_nodes=2")
     wait_for(lambda: steps_done(run) >= 3, job, DEADLINE)
     lost.cut()
-    seconds = wait_for(job.error_lines, job, NAMED_WITHIN)
-    print(f"named after {seconds:.1f} s: {job.error_lines()[0]}")
-    assert job.wait(DEADLINE) != 0, job.output
-    for survivor in NAMES[:2]:  # on both of them
-        line = next(line for line in job.output.splitlines() if line.startswith(f"{survivor}: dualtok: error:"))
-        assert "host host-c (rank 2) has not been heard from for 30 s" in line
-        assert f"on the remaining hosts, host-a, host-b: dualtok train {run} --resume" in line
-    wait_for(lambda: not ranks_on(lost), job, NAMED_WITHIN, ends=True)
+    seconds = wait_for(lambda: "dualtok: error: host host-c (rank 2)" in job.output, job, NAMED_WITHIN)
+    print(f"named after {seconds:.1f} s")
     saved = last_checkpoint(run)
-    assert saved < train["steps"]
-
-    job = Job(hosts, first, deepspeed(hosts, NAMES[:2], run, "--resume"), tmp_path / "two.log", **variables)
+    assert saved < sections["train"]["steps"]
     assert job.wait(DEADLINE) == 0, job.output
-    assert first_step(job.output) == saved + 1
+    assert re.search(r"launch: error: host-c cannot be reached.*launch: on host-a host-b\n", job.output, re.DOTALL)
+    for rank in range(2):  # on both of the remaining hosts
+        before, after = sorted(job.rank_logs.glob(f"*_rank{rank}.log"))
+        [line] = [line for line in before.read_text().splitlines() if "dualtok: error:" in line]
+        assert "host host-c (rank 2) has not been heard from for 30 s" in line
+        assert f"on the remaining hosts, host-a, host-b: dualtok train {run} --auto-resume" in line
+        if rank == 0:
+            assert first_step(after.read_text()) == saved + 1
+    wait_for(lambda: not ranks_on(lost), job, NAMED_WITHIN, ends=True)
+    assert_alike(run, one_host)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="not installed: openmpi-bin")
+def test_zero_3_by_mpirun_over_two_hosts(hosts: Cluster, zero_3: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Open MPI enters the other host over ssh; the ranks ask it who they are and leave it again."""
+    sections, one_host = zero_3
+    run = write_run(tmp_path / "run.yaml", **sections)
+    first, second, _ = hosts.hosts
+    job = Job(hosts, first, run, hostfile(hosts, *NAMES[:2]), "--backend=mpi")
+    wait_for(lambda: ranks_on(second), job, DEADLINE)
+    assert job.wait(DEADLINE) == 0, job.output
+    assert len(list(job.rank_logs.rglob("rank.*/stdout"))) == 2
     assert_alike(run, one_host)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
+from dualtok.launch.config import LaunchConfig
+from dualtok.launch.job import Job
+from dualtok.launch.kubernetes import mpi_job
 from tests.cluster.processes import rank_processes
 from tests.cluster.sshd import HOSTS, ssh_daemon
 from tests.e2e.test_launchers import run_file
@@ -134,7 +139,7 @@ def test_deepspeed_over_ssh(run: Path, undisturbed: list[float], ssh_options: st
     rank_processes(run)[-1].kill()
     shown = finish(starter)
     assert "launch: restart 1 of 1" in shown
-    assert [row["loss"] for row in history(run)] == pytest.approx(undisturbed, rel=1e-5)
+    expect(run, undisturbed, r"_rank\d\.log$", count=4)  # two starts on either host
     assert not list((run.parent / "logs").glob("*.pid"))
 
 
@@ -161,6 +166,28 @@ def test_mpirun_ends_with_a_checkpoint_when_asked_and_goes_on(run: Path, undistu
     shutil.rmtree(run.parent / "logs")
     finish(start("mpirun.sh", run, **variables))
     expect(run, undisturbed, r"/rank\.\d/stdout$")
+
+
+@needs("mpirun")
+def test_an_evicted_launcher_pod_of_an_mpi_job_leaves_a_checkpoint(run: Path, undisturbed: list[float]) -> None:
+    """The manifest's own command in the variables of its container, for one host: what needs no cluster of it."""
+    carried = {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
+    settings = LaunchConfig(interface="lo", environment={**carried, "PYTHONPATH": str(ROOT)})
+    job = Job(1, 2, settings, arguments=("train", str(run), "--auto-resume"), python=sys.executable,
+              logs=str(run.parent / "logs"))  # fmt: skip
+    [pod] = mpi_job(job)["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    variables = {entry["name"]: entry["value"] for entry in pod["env"]}
+    launcher = subprocess.Popen(
+        pod["command"], env=environment(**variables, OMPI_MCA_rmaps_base_oversubscribe="1"), cwd=run.parent,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_steps(run, 15, launcher)
+    launcher.terminate()
+    shown = finish(launcher, status=75)
+    asked = re.search(r"asked to end after step (\d+) of 60; its checkpoint", shown)
+    assert asked, shown
+    assert (run.with_suffix("") / "checkpoints" / "latest").read_text() == f"step-{int(asked[1]):08d}"
+    assert [row["loss"] for row in history(run)] == pytest.approx(undisturbed[: int(asked[1])], rel=1e-5)
 
 
 @needs("mpirun")

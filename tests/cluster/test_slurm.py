@@ -1,4 +1,4 @@
-"""The recipes for Slurm on a real Slurm: a rank killed, a job preempted, a notice before the end, MPI through srun."""
+"""The recipes for Slurm on a real Slurm: a rank killed, a job preempted, its time up, a node lost, MPI through srun."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def undisturbed(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathF
     return [row["loss"] for row in history(run)]
 
 
-def submit(cluster: Slurm, recipe: str, run: Path, *options: str, partition: str = "low") -> str:
+def submit(cluster: Slurm, recipe: str, run: Path, *options: str, partition: str = "low", **variables: str) -> str:
     """Submit a recipe as it is for two nodes with one rank each."""
     return cluster.submit(
         "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", f"--partition={partition}", *options,
         str(ROOT / "launch" / recipe), "train", str(run), "--auto-resume",
-        folder=run.parent, **environment(LOGS=str(run.parent / "logs"), PYTHONPATH=str(ROOT)),
+        folder=run.parent, **environment(LOGS=str(run.parent / "logs"), PYTHONPATH=str(ROOT), **variables),
     )  # fmt: skip
 
 
@@ -91,20 +91,42 @@ def test_a_job_outlives_a_killed_rank_and_preemption(
 def test_the_notice_before_the_time_limit_requeues_torchrun(
     cluster: Slurm, small_corpus: dict[str, Any], undisturbed: list[float], tmp_path: Path
 ) -> None:
-    """``dualtok launch`` writes and submits the job; Slurm's notice is sent by hand, as --signal=B:USR1 sends it."""
-    run = run_file(small_corpus, tmp_path / "timed.yaml", train=dict(SETTINGS))
-    options = ["launch.slurm.start=torchrun", "launch.slurm.gres=null", "launch.slurm.partition=low"]
+    """``dualtok launch`` writes and submits a job of two minutes. Slurm looks every 30 s whether a notice is due, here
+    30 to 60 s after the start; a start that has done no step by then gets another."""
+    run = run_file(small_corpus, tmp_path / "timed.yaml", train={**SETTINGS, "steps": 10**6, "evaluate_every": 10**6})
+    options = ["launch.slurm.start=torchrun", "launch.slurm.gres=null", "launch.slurm.partition=low",
+               "launch.slurm.time=00:02:00", "launch.stop_seconds=60"]  # fmt: skip
     submitted = dualtok("launch", run, *options, "--backend", "slurm", "--nodes", 2, "--gpus", 1,
                         SLURM_CONF=cluster.environment["SLURM_CONF"], PYTHONPATH=str(ROOT))  # fmt: skip
     found = re.search(r"Submitted batch job (\d+)", succeed(submitted))
     assert found, submitted.stdout
     job = found[1]
-    wait(cluster, "first steps", lambda: steps(run) > 25, run)
-    cluster("scancel", "--batch", "--signal=USR1", job)
-    wait(cluster, "requeued", lambda: cluster.field(job, "Restarts") == "1", run)
-    stopped = steps(run)
-    assert stopped < STEPS, "the notice came too late to say much"
+    log = run.with_suffix("") / "logs" / f"{job}-host0.log"
+
+    def asked() -> re.Match[str] | None:
+        return re.search(r"asked to end after step (\d+) of", log.read_text() if log.exists() else "")
+
+    wait(cluster, "a notice", lambda: asked() is not None, run)
+    stopped = int(asked()[1])  # type: ignore[index]
+    wait(cluster, "requeued", lambda: int(cluster.field(job, "Restarts")) > 0, run)
     assert (run.with_suffix("") / "checkpoints" / "latest").read_text() == f"step-{stopped:08d}"
+    wait(cluster, "went on", lambda: steps(run) > stopped + 5, run)
+    cluster("scancel", job)
+    wait(cluster, "no ranks left", lambda: not rank_processes(run), run)
+    rows = history(run)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [row["loss"] for row in rows[:STEPS]] == pytest.approx(undisturbed[: len(rows)], rel=1e-5)
+
+
+def test_slurm_itself_requeues_a_job_whose_node_is_lost(
+    cluster: Slurm, small_corpus: dict[str, Any], undisturbed: list[float], tmp_path: Path
+) -> None:
+    run = run_file(small_corpus, tmp_path / "lost.yaml", train=dict(SETTINGS))
+    job = submit(cluster, "slurm_ranks.sbatch", run, RESTARTS="0")  # the script does not queue it again
+    wait(cluster, "a checkpoint", lambda: steps(run) > 25, run)
+    cluster.lose("node2")
+    wait(cluster, "requeued", lambda: cluster.field(job, "Restarts") == "1", run)
+    cluster.bring_up("node2")
     wait(cluster, "the job's end", lambda: cluster.field(job, "JobState") == "COMPLETED", run)
     assert [row["loss"] for row in history(run)] == pytest.approx(undisturbed, rel=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -37,8 +38,13 @@ def test_every_launcher_trains_the_same_model(small_corpus: dict[str, Any], tmp_
     succeed(dualtok("train", runs["plain"]))
     for name in ("torchrun", "deepspeed"):
         command = [str(ROOT / "launch" / f"{name}.sh"), "train", str(runs[name])]
-        succeed(subprocess.run(command, env=environment(RANKS="2"), capture_output=True, text=True, timeout=300,
-                               cwd=ROOT, check=False))  # fmt: skip
+        logs = tmp_path / "logs" / name
+        variables = environment(RANKS="2", INTERFACE="lo", LOGS=str(logs))
+        succeed(subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, cwd=ROOT,
+                               check=False))  # fmt: skip
+        texts = [path.read_text() for path in logs.rglob("*.log") if re.search(r"/\d/stdout|_rank\d", str(path))]
+        assert len(texts) == 2, f"one log per rank: {list(logs.rglob('*'))}"
+        assert sum(f"{STEPS} steps done" in text for text in texts) == 1
     expected = losses(runs["plain"])
     assert len(expected) == STEPS
     for name in ("torchrun", "deepspeed"):

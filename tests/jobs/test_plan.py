@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dualtok.cli import app
+from dualtok.cli import plan as plan_command
 from dualtok.errors import ConfigError
 from dualtok.jobs.plan import make_cluster, plan
 from dualtok.jobs.plan_job import job_of, material_of
@@ -19,14 +22,14 @@ from dualtok.run import load_run
 from tests.support import ROOT, dualtok, error_line, history, succeed, tiny_llama_config, write_run
 
 RUNS = ROOT / "launch" / "runs"
-MACHINES: dict[str, tuple[dict[str, Any], float, float]] = {
-    "gpt2": ({"device": "a100-40gb", "nodes": 1, "gpus": 1}, 0.124, 0.124),
-    "pythia_1_4b": ({"device": "h100", "nodes": 1, "gpus": 8}, 1.415, 1.415),
-    "llama2_7b_lora": ({"device": "h100", "nodes": 1, "gpus": 1}, 6.738, 0.040),
-    "llama3_8b": ({"device": "h100", "nodes": 1, "gpus": 8}, 8.030, 8.030),
-    "llama2_70b_sharded_pipeline": ({"device": "h100", "nodes": 8, "gpus": 8}, 68.977, 68.977),
+BILLIONS = {
+    "gpt2": (0.124, 0.124),
+    "pythia_1_4b": (1.415, 1.415),
+    "llama2_7b_lora": (6.738, 0.040),
+    "llama3_8b": (8.030, 8.030),
+    "llama2_70b_sharded_pipeline": (68.977, 68.977),
 }
-"""Run file -> the machines that its head names, and billions of parameters, all and trained."""
+"""Run file -> billions of parameters, all and trained."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +44,28 @@ def cluster(**changes: Any) -> Cluster:
 
 
 def test_every_run_file_is_listed() -> None:
-    assert sorted(path.stem for path in RUNS.glob("*.yaml")) == sorted(MACHINES)
+    assert sorted(path.stem for path in RUNS.glob("*.yaml")) == sorted(BILLIONS)
 
 
-@pytest.mark.parametrize("name", MACHINES)
+def options_in_the_head(run_file: Path) -> dict[str, Any]:
+    """Return the options of the ``dualtok plan`` that a run file's head tells to give, with the command's defaults."""
+    [line] = [line for line in run_file.read_text().splitlines() if line.startswith("#   dualtok plan ")]
+    file, *words = shlex.split(line.removeprefix("#   dualtok plan "))
+    assert Path(file) == run_file.relative_to(ROOT)
+    given = {name.removeprefix("--"): int(value) if value.isdigit() else value
+             for name, value in zip(words[::2], words[1::2], strict=True)}  # fmt: skip
+    known = {name: parameter.default for name, parameter in inspect.signature(plan_command).parameters.items()
+             if name in ("device", "nodes", "gpus", "gpu_memory", "host_memory", "network", "tokens")}  # fmt: skip
+    assert given.keys() <= known.keys()
+    return known | given
+
+
+@pytest.mark.parametrize("name", BILLIONS)
 def test_a_run_file_fits_the_machines_it_names(name: str) -> None:
-    machines, parameters, trained = MACHINES[name]
-    found = plan(load_run(RUNS / f"{name}.yaml"), cluster(**machines), tokens=10_000_000)
+    parameters, trained = BILLIONS[name]
+    machines = options_in_the_head(RUNS / f"{name}.yaml")
+    tokens = machines.pop("tokens")
+    found = plan(load_run(RUNS / f"{name}.yaml"), make_cluster(**machines), tokens)
     assert found.refused == ""
     assert found.own is not None
     assert found.own.fits

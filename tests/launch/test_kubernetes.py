@@ -71,9 +71,15 @@ def test_a_written_manifest_is_one_that_the_operator_knows(kind: str) -> None:
     if kind == "PyTorchJob":
         policy = read.spec.elastic_policy
         assert (read.spec.nproc_per_node, policy.min_replicas, policy.max_replicas) == ("4", 2, 2)
+        assert {entry.key: entry.value for entry in policy.rdzv_conf} == {
+            "last_call_timeout": "30",
+            "read_timeout": "60",
+        }
     else:
         assert read.spec.slots_per_worker == 4
         assert starter.command[starter.command.index("-n") + 1] == "8"
+        shown = " ".join(starter.command)
+        assert "--mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 " in shown
         assert starter.resources is None
 
 
@@ -87,6 +93,11 @@ def test_the_recipes_are_valid_and_a_wrong_key_is_found(kind: str) -> None:
         broken["spec"][specs]["Worker"]["template"]["spec"]["containers"][0]["volumeMounts"][0].update(change)
         with pytest.raises(AssertionError, match=r"volumeMounts\[0\]"):
             deserialise(KINDS[kind].__name__, broken)
+
+
+def test_a_job_that_may_go_on_with_fewer_hosts_says_so() -> None:
+    tree = yaml.safe_load(k8s(job("PyTorchJob", min_nodes=1)).files["pytorchjob.yaml"])
+    assert (tree["spec"]["elasticPolicy"]["minReplicas"], tree["spec"]["elasticPolicy"]["maxReplicas"]) == (1, 2)
 
 
 def test_a_cluster_without_accelerators_is_asked_for_none() -> None:

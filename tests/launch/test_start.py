@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ from dualtok.launch.start import plan_start
 from dualtok.run import load_run
 from tests.support import ROOT, dualtok, error_line, succeed, write_run
 from tools.write_recipes import recipes
+
+RECIPE_SETTINGS = ("HOSTFILE", "NODES", "MIN_NODES", "LAST_CALL", "READ_TIMEOUT", "GPUS", "MASTER", "PORT", "JOB",
+                   "RESTARTS", "STOP_SECONDS", "PYTHON", "LOGS", "INTERFACE", "CACHE")  # fmt: skip
+"""What the scripts take from the environment where they are recipes."""
 
 
 @pytest.fixture
@@ -56,10 +62,82 @@ def test_a_dry_run_prints_script_and_command_and_writes_nothing(run_file: Path, 
     assert sorted(tmp_path.rglob("*")) == before
     assert shown.splitlines()[-1] == f"bash {tmp_path / 'run' / 'launch' / 'deepspeed_pdsh.sh'}"
     assert f"set -- train {run_file} train.steps=9 --auto-resume" in shown
-    assert 'NODES="${NODES:-2}"' in shown
-    assert 'GPUS="${GPUS:-4}"' in shown
-    assert 'INTERFACE="${INTERFACE:-ib0}"' in shown
     assert "launch.hostfile" not in shown, "settings of the launch are not passed on"
+
+
+@pytest.mark.parametrize(
+    ("backend", "option", "command", "part"),
+    [
+        ("torchrun", "launch.master=node0", "bash {}/torchrun_nodes.sh", "--rdzv-backend c10d"),
+        ("mpi", "launch.interface=ib0", "bash {}/mpirun.sh", 'exec mpirun -n "$((NODES * GPUS))"'),
+        ("slurm", "launch.slurm.start=mpi", "sbatch {}/slurm_mpi.sbatch", "#SBATCH --nodes=2"),
+        ("k8s", "launch.k8s.kind=MPIJob", "kubectl apply -f {}/mpijob.yaml", "kind: MPIJob"),
+    ],
+)
+def test_every_backend_has_a_dry_run(run_file: Path, backend: str, option: str, command: str, part: str) -> None:
+    hosts = hostfile(run_file.parent, "node0 slots=2\nnode1 slots=2\n")
+    machines = ["--backend", backend, "--nodes", "2", "--gpus", "2"]
+    shown = succeed(dualtok("launch", run_file, hosts, option, *machines, "--dry-run"))
+    assert part in shown
+    last = [line for line in shown.splitlines() if not line.startswith("#")][-1]
+    assert last == command.format(run_file.with_suffix("") / "launch")
+    assert not run_file.with_suffix("").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [
+        ("torchrun", ["launch.master=node0"]),
+        ("mpi", []),
+        ("slurm", ["launch.slurm.start=torchrun"]),
+        ("deepspeed", []),
+        ("deepspeed", ["launch.deepspeed.remote=ssh"]),
+        ("deepspeed", ["launch.deepspeed.remote=none", "launch.master=node0"]),
+    ],
+)
+def test_an_exported_variable_does_not_undo_what_was_asked_for(
+    run_file: Path, tmp_path: Path, backend: str, settings: list[str]
+) -> None:
+    """The head of the script, run with each of its variables exported, sets them as without."""
+    hosts = hostfile(tmp_path, "node0 slots=2\nnode1 slots=2\n")
+    script = next(iter(plan(run_file, hosts, *settings, backend=backend, nodes=2).values()))
+    names = [name for name in RECIPE_SETTINGS if re.search(f"^{name}=", script, re.MULTILINE)]
+    assert {"GPUS", "RESTARTS", "LOGS"} < set(names)
+    head = "\n".join(line for line in script.splitlines() if re.match(rf"({'|'.join(names)})=", line))
+    told = head + "\necho " + " ".join(f'"${name}"' for name in names)
+    plain, stray = (
+        succeed(subprocess.run(["bash", "-c", f"LISTED=(node0); {told}"], env=variables, capture_output=True,
+                               text=True, check=False))
+        for variables in ({"PATH": os.environ["PATH"]}, {"PATH": os.environ["PATH"]} | dict.fromkeys(names, "7"))
+    )  # fmt: skip
+    assert plain == stray
+    assert "2" in plain.split()
+
+
+def test_the_recipes_take_every_setting_from_the_environment() -> None:
+    text = (ROOT / "launch" / "torchrun_nodes.sh").read_text()
+    assert 'NODES="${NODES:-2}"' in text
+    assert 'MIN_NODES="${MIN_NODES:-$NODES}"' in text
+
+
+def test_the_script_that_ssh_starts_on_each_host_is_told_all_by_the_one_that_starts_it(
+    run_file: Path, tmp_path: Path
+) -> None:
+    hosts = hostfile(tmp_path, "node0 slots=2\nnode1 slots=2\n")
+    files = plan(run_file, hosts, "launch.deepspeed.remote=ssh", backend="deepspeed", nodes=2)
+    starter = files["deepspeed_ssh.sh"]
+    told = starter.split("variables=(")[1].split(")")[0] + starter.split("env -C")[1]
+    for name in re.findall(r'^([A-Z]+)="\$\{', files["deepspeed_no_ssh.sh"], re.MULTILINE):
+        assert f"{name}=" in told, name
+
+
+def test_fewer_hosts_than_all_may_go_on(run_file: Path, tmp_path: Path) -> None:
+    [script] = plan(run_file, "launch.min_nodes=1", "launch.master=node0", "launch.torchrun.last_call_seconds=9",
+                    nodes=2).values()  # fmt: skip
+    assert 'MIN_NODES="1"' in script
+    assert 'LAST_CALL="9"' in script
+    [script] = plan(run_file, "launch.master=node0", nodes=2).values()
+    assert 'MIN_NODES="$NODES"' in script
 
 
 def test_a_slurm_job_carries_its_settings(run_file: Path) -> None:
@@ -121,6 +199,13 @@ def test_hosts_are_chosen_in_order(tmp_path: Path) -> None:
         ([], {"gpus": 3}, "16 per micro-batch, which 3 ranks cannot share evenly"),
         (["train.engine=pipeline", "train.pipeline.stages=4"], {}, "4 stages cannot share 2 ranks evenly"),
         (["launch.slurm.mpi=pmi2"], {}, "launch.slurm.mpi: has no effect"),
+        (
+            ["launch.min_nodes=1"],
+            {"backend": "slurm", "nodes": 2},
+            "launch.min_nodes: has no effect with --backend slurm",
+        ),
+        (["launch.min_nodes=3", "launch.master=a"], {"nodes": 2}, "3 are more than the 2 hosts"),
+        (["launch.min_nodes=2", "launch.master=a"], {"nodes": 4}, "on 3 of 4 hosts the run could not go on: .*16"),
         (["launch.interfce=eth0"], {}, "unknown key 'launch.interfce' \\(did you mean 'interface'"),
     ],
 )
