@@ -126,11 +126,23 @@ def in_a_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and all that it has started, which would else disturb what is timed next."""
-    for member in (*psutil.Process(process.pid).children(recursive=True), process):
+    """Kill a process and all that it has started, which would else disturb what is timed next.
+
+    Each is stopped first, until no other has appeared: what is stopped starts nothing more.
+    """
+    members: set[psutil.Process] = set()
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process.pid)
+        while found := {first, *first.children(recursive=True)} - members:
+            for member in found:
+                with suppress(psutil.NoSuchProcess):
+                    member.suspend()
+            members |= found
+    for member in members:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     process.communicate()
+    psutil.wait_procs(members, timeout=10)
 
 
 if __name__ == "__main__":
