@@ -65,6 +65,10 @@ def test_a_run_survives_its_own_yaml(run_file: Path) -> None:
         ("train.epochs=2", ["train", "exactly one of 'steps' and 'epochs'"]),
         ("train.gradient_accumulation=3", ["train.batch_size", "train.gradient_accumulation"]),
         ("train.split=held_out", ["train.split", "held_out"]),
+        (
+            "train={learning_rate: 1e-3, batch_size: 8, steps: 10, precision: fp32, loss_backend: cut_cross_entropy}",
+            ["train.loss_backend", "no gradients in fp32", "set precision: bf16, or loss_backend: torch"],
+        ),
         ("model.config={model_type: llama}", ["model", "exactly one of 'path'"]),
     ],
 )

@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 
 from dualtok.doctor.result import CheckResult, judged
+from dualtok.engine.config import KERNEL_PRECISIONS
 from dualtok.engine.deepspeed_config import WRONG_GRADIENTS
 from dualtok.engine.distributed import join_ranks, leave_ranks
 from dualtok.engine.gradient_check import TOLERANCE, gradient_error
 from dualtok.engine.zero import quiet_deepspeed
 from dualtok.errors import ConfigError
+from dualtok.model.load import DTYPES
 from dualtok.model.loss_backends import KERNELS, MODULES, PACKAGES, WAY_OUT, check_backend
 from dualtok.objective.linear_cross_entropy import linear_cross_entropy
 
@@ -105,7 +107,7 @@ def check_gradients(ranks: Ranks) -> CheckResult:
 
 
 def check_loss_kernels(ranks: Ranks, kernels: dict[str, LinearCrossEntropy] | None = None) -> CheckResult:
-    """Compare every loss kernel that can run here with the formula, in the precisions that are trained in.
+    """Compare every loss kernel that can run here with the formula, in each precision that it trains in.
 
     Args:
         ranks: each looks on its own device.
@@ -123,11 +125,11 @@ def check_loss_kernels(ranks: Ranks, kernels: dict[str, LinearCrossEntropy] | No
                 kernels[backend] = kernel
     problems = []
     for backend, kernel in kernels.items():
-        for dtype in (torch.float32, torch.bfloat16):
+        for precision in KERNEL_PRECISIONS.get(backend, tuple(DTYPES)):
             try:
-                check_backend(backend, kernel, ranks.device, dtype)
+                check_backend(backend, kernel, ranks.device, DTYPES[precision])
             except ConfigError as error:
-                problems.append(f"rank {ranks.rank}, {str(dtype).removeprefix('torch.')}: {error}")
+                problems.append(f"rank {ranks.rank}, {precision}: {error}")
     everywhere = [problem for part in ranks.gather_objects(problems) for problem in part]
     if everywhere:
         return CheckResult(name, "fail", "; ".join(everywhere), f"{WAY_OUT}, or install another version of the kernel")

@@ -15,6 +15,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
+KERNEL_PRECISIONS = {"cut_cross_entropy": ("bf16",)}
+"""Of ``train.loss_backend`` -> values of ``train.precision`` that it takes; those that are not listed take all."""
+
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class PipelineConfig:
@@ -194,6 +197,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.loss_memory_mib: has no effect with loss_backend: {self.loss_backend}, which keeps no logits; "
                 "leave it out"
+            )
+        if self.precision not in KERNEL_PRECISIONS.get(self.loss_backend, (self.precision,)):
+            raise ValueError(
+                f"train.loss_backend: {self.loss_backend} computes no gradients in {self.precision}; set precision: "
+                f"{' or '.join(KERNEL_PRECISIONS[self.loss_backend])}, or loss_backend: torch"
             )
         if self.split in ("validation", "held_out"):
             raise ValueError(f"train.split: {self.split!r} is kept for evaluation and must not be trained on")

@@ -3,7 +3,8 @@
 Some released kernels apply one factor to all tokens where each token has its own, and the dual loss would then learn
 what it should unlearn. :func:`check_backend` finds that out on a small problem when the run starts. The adapters below
 follow the packages' sources (cut-cross-entropy 25.1.1, liger-kernel 0.8.5). Both have passed the check on a GPU
-in bf16 (docs/log.md), Liger's also in Triton's interpreter on a CPU, without a soft cap; the other's do not run there.
+in bf16 (docs/log.md), Liger's also in fp32, and in Triton's interpreter on a CPU, without a soft cap; the other's do
+not run there.
 """
 
 from __future__ import annotations

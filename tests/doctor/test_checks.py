@@ -33,6 +33,7 @@ from dualtok.doctor.storage import check_disk
 from dualtok.doctor.training import check_training
 from dualtok.doctor.versions import TESTED, check_deepspeed, check_versions
 from dualtok.engine.distributed import ALONE
+from dualtok.objective.linear_cross_entropy import linear_cross_entropy
 from dualtok.run import parse_run
 from tests.faults.harness import small_disk
 from tests.model.test_loss_backends import crash, one_factor
@@ -222,8 +223,15 @@ def test_a_wrong_loss_kernel_is_found() -> None:
     right = check_loss_kernels(ALONE)
     assert right.status == "ok"
     assert "torch" in right.found
-    failed(check_loss_kernels(ALONE, {"one factor": one_factor}), "rank 0, float32", "gradient of the weight")
-    failed(check_loss_kernels(ALONE, {"crash": crash}), "rank 0, bfloat16", "no kernel image is available")
+    failed(check_loss_kernels(ALONE, {"one factor": one_factor}), "rank 0, fp32", "gradient of the weight")
+    failed(check_loss_kernels(ALONE, {"crash": crash}), "rank 0, bf16", "no kernel image is available")
+
+    def half_only(hidden_nd: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        assert hidden_nd.dtype != torch.float32, "Backwards requires embeddings to be bf16 or fp16"
+        return linear_cross_entropy(hidden_nd, *rest, **options)
+
+    assert check_loss_kernels(ALONE, {"cut_cross_entropy": half_only}).status == "ok", "it does not train in fp32"
+    failed(check_loss_kernels(ALONE, {"liger": half_only}), "rank 0, fp32", "bf16 or fp16")
 
 
 def test_a_run_that_cannot_start_is_found(small_corpus: dict[str, Any], tmp_path: Path) -> None:

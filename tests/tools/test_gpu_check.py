@@ -73,9 +73,9 @@ def test_a_way_that_trains_another_model_is_a_fault() -> None:
     shown = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(), cwd=ROOT, capture_output=True, text=True,
                            timeout=120, check=True).stdout  # fmt: skip
     table = rows(shown)
-    assert table["parity: device"] == "1.0e-06, 2.0e-05, more than 1e-05: FAULT"
+    assert table["parity: device"] == "1.0e-06, 2.0e-05, more than 1e-05, 1e-05: FAULT"
     assert table["parity: bf16"] == "1.0e-03, 2.0e-03"
-    assert table["parity: pipeline"] == "nan, 0.0e+00, more than 1e-05: FAULT"
+    assert table["parity: pipeline"] == "nan, 0.0e+00, more than 1e-05, 1e-05: FAULT"
     assert table["parity: stored scores"] == "failed: no such file"
     assert table["parity: sharded pipeline"] == "left out, for it needs two devices"
 

@@ -20,6 +20,7 @@ from dualtok.jobs.launch import rank_environment, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
+DEVICES_ARE_CORES = not torch.cuda.is_available()
 DEVICES = torch.cuda.device_count() or 2
 """Ranks of a way that is spread over all devices; two on host cores."""
 
@@ -39,7 +40,8 @@ class Way:
     interrupted: bool = False
     """Train the second half again from the checkpoint in the middle."""
     tolerance: float = 1e-5
-    """Largest difference of a loss in nats, and of the gradient's norm relative to it, that is no fault."""
+    """Largest difference of a loss in nats that is no fault, and with :data:`NORM_TOLERANCE` of the gradient's norm,
+    relative to it."""
 
 
 def _zero(name: str) -> Way:
@@ -65,6 +67,9 @@ WAYS = {
     "sharded pipeline": _stages("sharded_pipeline"),
 }
 """Each is compared with the first one."""
+
+NORM_TOLERANCE = 1e-5 if DEVICES_ARE_CORES else 2e-4
+"""Torch's float32 norm of 4 million elements is off by 7e-5 of itself on host cores."""
 
 LOSSES = ("plain_loss", "hard_loss", "memorised_loss")
 """Of all tokens, and of those that are learned and unlearned, so that another choice of tokens shows."""
@@ -106,7 +111,13 @@ def _unlike(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[st
 
 def too_far(name: str, unlike: dict[str, float]) -> bool:
     """Return whether a way's differences are more than another order of the same sums explains."""
-    return not all(value <= WAYS[name].tolerance for value in unlike.values())  # a NaN is too far as well
+    return not all(unlike[what] <= allowed for what, allowed in allowed_of(name).items())  # a NaN is too far as well
+
+
+def allowed_of(name: str) -> dict[str, float]:
+    """Return how far a way's losses and norms of gradients may be from those on host cores."""
+    tolerance = WAYS[name].tolerance
+    return {"loss": tolerance, "gradient_norm": max(tolerance, NORM_TOLERANCE)}
 
 
 def _trained(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu.commands import WAYS, too_far
+from gpu.commands import allowed_of, too_far
 from gpu.sizes import sizes_here
 from transformers import AutoConfig
 
@@ -45,7 +45,8 @@ def _parity(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(f"parity over {figures['steps']} dual steps: largest difference from host cores",
              "of a loss in nats, of the gradient's norm relative to it")]  # fmt: skip
     for name, unlike in figures["unlike"].items():
-        fault = f", more than {WAYS[name].tolerance:g}: FAULT" if too_far(name, unlike) else ""
+        allowed = ", ".join(f"{value:g}" for value in allowed_of(name).values())
+        fault = f", more than {allowed}: FAULT" if too_far(name, unlike) else ""
         rows.append((f"parity: {name}", f"{unlike['loss']:.1e}, {unlike['gradient_norm']:.1e}{fault}"))
     rows += [(f"parity: {name}", f"failed: {error}") for name, error in figures["failed"].items()]
     return rows + [(f"parity: {name}", "left out, for it needs two devices") for name in figures["left_out"]]
