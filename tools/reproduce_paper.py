@@ -9,8 +9,9 @@
     python tools/reproduce_paper.py --scale gpu --model pythia-1.4b --folder runs/pythia  # the paper's models and data
 
 A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with a run file of its
-own in the cell's folder, and is done once: started again, the tool goes on where it stopped. The tables are written
-after each finished audit, to ``results.md`` and ``results.json``. All parts but ``headline``, ``plus``, ``known`` and
+own in the cell's folder, and is done once: started again, the tool goes on where it stopped. A part is run with all
+that it needs, and nothing else. The tables are written after each finished audit, to ``results.md`` and
+``results.json``. All parts but ``headline``, ``plus``, ``known`` and
 ``further`` are for the first corpus and seed. What is in each part stands in ``tools/paper/parts.py``, how large in
 ``tools/paper/scales.py``.
 
@@ -25,7 +26,7 @@ import threading
 from pathlib import Path
 
 from paper.cell import Cell, base_model
-from paper.parts import CELL_PARTS, OWN_DATA
+from paper.parts import CELL_PARTS, OWN_DATA, Part
 from paper.scales import BY_MODEL, SCALES, Scale, resized, with_model
 from paper.steps import Step, carry_out
 from paper.tables import write_results
@@ -37,20 +38,29 @@ PARTS = (*CELL_PARTS, *OWN_DATA)
 
 
 def plan(scale: Scale, root: Path, parts: list[str], chosen: list[str] | None) -> tuple[list[Cell], list[Step]]:
-    """Return all cells, and the steps of the chosen parts and cells; the headline part always belongs to a cell."""
-    cells, steps = [], []
+    """Return all cells, and the steps of the chosen parts and cells with all that they need."""
+    cells: list[Cell] = []
+    known: dict[str, Step] = {}
+    wanted: list[str] = []
+
+    def add(cell: Cell, part: Part, *, asked: bool) -> None:
+        start = len(cell.steps)
+        part(cell)
+        known.update({step.name: step for step in cell.steps[start:]})
+        wanted.extend(step.name for step in cell.steps[start:] if asked)
+
     for seed in scale.seeds:
         for corpus in scale.corpora:
             cell = Cell(scale, corpus, seed, root)
             cells.append(cell)
             if chosen is not None and cell.name not in chosen:
                 continue
-            steps += base_model(scale, corpus, root)
+            known.update({step.name: step for step in base_model(scale, corpus, root)})
             first = len(cells) == 1
             for name, part in CELL_PARTS.items():
-                if name == "headline" or (name in parts and (first or name in EVERY_CELL)):
-                    part(cell)
-            steps += cell.steps
+                asked = name in parts and (first or name in EVERY_CELL)
+                if asked or name == "headline":  # the others build on its models
+                    add(cell, part, asked=asked)
     corpus, seed = scale.corpora[0], scale.seeds[0]
 
     def variant(name: str, shares: dict[str, float]) -> Cell:
@@ -64,10 +74,21 @@ def plan(scale: Scale, root: Path, parts: list[str], chosen: list[str] | None) -
     for name, variants in kinds.items():
         cells += variants
         if name in parts:
+            known.update({step.name: step for step in base_model(scale, corpus, root)})
             for cell in variants:
-                OWN_DATA[name](cell)
-                steps += [*base_model(scale, corpus, root), *cell.steps]
-    return cells, steps
+                add(cell, OWN_DATA[name], asked=True)
+    return cells, with_needs(wanted, known)
+
+
+def with_needs(wanted: list[str], known: dict[str, Step]) -> list[Step]:
+    """Return the wanted steps and all that they need, in the order in which they are known."""
+    needed, names = set[str](), list(wanted)
+    while names:
+        name = names.pop()
+        if name not in needed:
+            needed.add(name)
+            names += known[name].needs
+    return [step for name, step in known.items() if name in needed]
 
 
 def main() -> None:

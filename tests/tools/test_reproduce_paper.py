@@ -21,13 +21,15 @@ import yaml
 from dualtok.audit.config import FurtherAttackName
 from tests.support import ROOT, environment
 
-PARTS = ("plus", "further", "dynamics", "pretraining")
+PARTS = ("headline", "plus", "further", "dynamics", "pretraining")
 STOPS = {"plain, step 2", "plain, step 4", "plain, step 6"}
-HEADLINE = {"base", "reference alone", "plain", "plain, best on validation", "goldfish 25 %", "DP-SGD (8, 1e-05)",
-            "dual", "dual, cross-fitted", *STOPS}  # fmt: skip
-PLUS = {"dual_plus", "plain, taken back", "reference, then probe"}
-KINDS = ("reference alone", "plain", "goldfish 25 %", "DP-SGD (8, 1e-05)", "dual", "dual_plus", "plain, taken back")
-FURTHER = {f"{row}, further attacks" for row in KINDS}
+HEADLINE = {"base", "reference alone", "plain", "goldfish 25 %", "DP-SGD (8, 1e-05)", "dual"}
+FROM = "from reference then probe"
+ALL_AUXILIARY = {"reference, then probe", "dual, reference then probe", f"dual, {FROM}", f"plain, {FROM}",
+                 *(f"plain, {FROM}, step {step}" for step in (1, 2, 3)), "dual, cross-fitted"}  # fmt: skip
+TAKEN_BACK = {"dual_plus", "plain, taken back"}
+PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *TAKEN_BACK}
+FURTHER = {f"{row}, further attacks" for row in (HEADLINE | TAKEN_BACK) - {"base"}}
 PRETRAINED = {f"{row}, from scratch" for row in ("reference alone", "plain", "dual")}
 Module = Callable[[str], Any]
 
@@ -94,7 +96,7 @@ def test_a_failed_step_ends_the_tool_with_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "model", "steps"),
-    [("smoke", None, 145), ("cpu", None, 350), ("gpu", "gpt2", 344), ("gpu", "llama-2-7b-lora", 344)],
+    [("smoke", None, 157), ("cpu", None, 417), ("gpu", "gpt2", 411), ("gpu", "llama-2-7b-lora", 411)],
 )
 def test_the_steps_of_every_part_have_sound_settings_and_needs(
     module: Module, tmp_path: Path, scale: str, model: str | None, steps: int
@@ -123,6 +125,15 @@ def test_the_steps_of_every_part_have_sound_settings_and_needs(
     if model == "llama-2-7b-lora":
         run = yaml.safe_load((tmp_path / "runs" / "wikipedia-0" / "dual.yaml").read_text())
         assert run["model"] == {"path": str(tmp_path / "model"), "lora": {"rank": 16, "alpha": 32}}
+
+
+def test_a_part_alone_is_planned_with_what_it_needs_and_nothing_else(module: Module, tmp_path: Path) -> None:
+    tool = module("reproduce_paper")
+    planned = tool.plan(tool.SCALES["cpu"], tmp_path, ["longer"], ["sotu-0", "sotu-1"])[1]
+    trained = {step.name for step in planned if step.arguments[0] == "train"}
+    models = ("reference", "attack_reference", "longer plain", "longer dual")
+    assert trained == {"base-sotu/train", *(f"sotu-0/train {model}" for model in models)}
+    assert [step.name for step in planned if step.arguments[0] == "audit"] == ["sotu-0/audit-longer"]
 
 
 def rows_of(module: Module, figures: dict[str, dict[str, dict[int, float]]]) -> Any:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 QUIET = 0.58
 """Two-sided AUC of the strongest attack up to which a defence counts as one."""
 LEVEL = 0.05
-DEFENDED = ("dual", "dual_plus", "plain, taken back")
+DUAL = ("dual", "dual, reference then probe", "dual, from reference then probe")
+DEFENDED = (*DUAL, "dual_plus", "plain, taken back")
 NO_MEMBER_SEEN = ("reference alone", "reference, then probe")
 """Models of the auxiliary documents alone."""
 
@@ -39,8 +40,8 @@ def claims(table: Table) -> Iterator[str]:
             yield _line(f"collections of 50 of {row} not told apart at p < {LEVEL:g} (Holm)",
                         [value >= LEVEL for value in p_values])  # fmt: skip
     yield from better(table, "dual", PRIVATE, note="; the abstract: around .9")
-    for row in ("dual", "dual, cross-fitted", "dual_plus", "plain, taken back"):
-        for other in ("dual", *NO_MEMBER_SEEN):
+    for row in (*DEFENDED, "dual, cross-fitted"):
+        for other in (*DUAL, *NO_MEMBER_SEEN):
             if row != other:
                 yield from better(table, row, other)
     yield from _better_than_stopped_early(table, "dual_plus")
@@ -58,7 +59,9 @@ def better(table: Table, row: str, other: str, *, note: str = "") -> Iterator[st
 
 def _better_than_stopped_early(table: Table, row: str) -> Iterator[str]:
     """Compare a row with plain training as far as it may go in each seed before it is recognised."""
-    stops = [figures for name, figures in table.items() if name == "base" or name.startswith("plain, step")]
+    stops = [
+        figures for name, figures in table.items() if name == "base" or (name.startswith("plain") and "step" in name)
+    ]
     if row not in table or not stops:
         return
     ratios = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,26 +13,31 @@ from paper.cell import ATTACKER, Cell, Run
 from dualtok.audit.config import FurtherAttackName, default_attacks
 
 Part = Callable[[Cell], None]
+Made = tuple[str, Path, str]
+"""Row, model, and the step that writes it."""
 DELTA = 1e-5
 """Of DP-SGD."""
+TAKEN_BACK = ("dual_plus", "plain, taken back")
+ALL_AUXILIARY = "reference probe"
+"""The reference that is trained on by the documents of the split ``probe``."""
 WAY_BACK = (0.03, 0.06, 0.1, 0.15)
 """Shares of the way from the reference to a trained model at which LiRA judges what is between them."""
 
 
 def headline(cell: Cell) -> None:
-    """Table 1 of the paper, the two baselines that it leaves out, and a cross-fitted reference."""
+    """Table 1 of the paper."""
     ready = cell.prepare()
     cell.attack("base", cell.model("base"), ready)
     reference = _reference(cell, "reference", ready, row="reference alone")
     attacker = _reference(cell, ATTACKER, ready)
-    _plain(cell, ready)
+    run = cell.run("plain", "causal_lm", train={"evaluate_every": cell.scale.early, "checkpoint_keep": 100})
+    cell.train("plain", run, [ready], row="plain")
     cell.train("goldfish 25", cell.run("goldfish", "goldfish", goldfish={"drop_every": 4}), [ready],
                row="goldfish 25 %")  # fmt: skip
     _private(cell, 8, ready)
     dual = cell.run("dual", "dual", **cell.reference())
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
     cell.train("dual", dual, [scored], row="dual")
-    _cross_fitted(cell, reference)
     cell.audit("headline", ATTACKER, attacker, null_model="base")
 
 
@@ -111,28 +116,29 @@ def lora(cell: Cell) -> None:
 
 
 def lira(cell: Cell) -> None:
-    """LiRA (Carlini et al. 2022) with shadow models of plain and of dual training, on models of every recipe.
+    """LiRA (Carlini et al. 2022): shadow models of plain training, and of dual training with either reference.
 
     A model that was taken back is judged by shadows that were not: an attacker who trained eight of those would have to
-    repeat two folds, a training and a retreat for each. Dual shadows also judge models on the way back, step by step.
+    repeat two folds, a training and a retreat for each. They also judge models on the way back, step by step.
     """
-    rows = {"reference alone": "reference", "plain": "plain", "dual": "dual", "dual, cross-fitted": "cross-fitted"}
-    models = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
-    models |= {row: (model, step) for row, model, step in _taken_back(cell)}
-    _judged_by_shadows(cell, "plain", "causal_lm", models, {})
-    for name in ("cross-fitted", "plain"):
-        models |= {row: (model, step) for row, model, step in _mixed(cell, name)}
-    _judged_by_shadows(cell, "dual", "dual", models, cell.reference())
+    rows = {"reference alone": "reference", "plain": "plain", "dual": "dual"}
+    half = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
+    whole = {row: (model, step) for row, model, step in _of_all_auxiliary(cell)}
+    _judged_by_shadows(cell, "plain", "causal_lm", half | whole, {})
+    _judged_by_shadows(cell, "dual", "dual", half, cell.reference())
+    whole |= {row: (model, step) for name in ("cross-fitted", "plain from all")
+              for row, model, step in _mixed(cell, name)}  # fmt: skip
+    _judged_by_shadows(cell, "plus", "dual", whole, cell.reference(ALL_AUXILIARY), base=ALL_AUXILIARY)
 
 
 def _judged_by_shadows(
-    cell: Cell, name: str, objective: str, models: dict[str, tuple[Path, str]], sections: Run
+    cell: Cell, name: str, objective: str, models: dict[str, tuple[Path, str]], sections: Run, *, base: str = "base"
 ) -> None:
     """Add an audit of models, given with their steps, whose shadow models are trained with ``objective``."""
-    shadows = cell.scale.shadows
-    run = cell.run(f"audit-lira-{name}", objective, **sections)
+    shadows, kind = cell.scale.shadows, "plain" if objective == "causal_lm" else objective
+    run = cell.run(f"audit-lira-{name}", objective, base=base, **sections)
     run["audit"] = {
-        "models": {f"{row}, by {shadows} {name} shadows": str(path) for row, (path, _) in models.items()},
+        "models": {f"{row}, by {shadows} {kind} shadows": str(path) for row, (path, _) in models.items()},
         "attacks": ["loss", "ref", "min_k", "zlib"], "batch_size": 16, "shadow_checkpoint": "latest",
         "attack_reference": str(cell.model(ATTACKER)), "shadows": shadows,
     }  # fmt: skip
@@ -141,14 +147,14 @@ def _judged_by_shadows(
              [*needs, f"{cell.name}/export {ATTACKER}"])  # fmt: skip
 
 
-def _mixed(cell: Cell, name: str) -> list[tuple[str, Path, str]]:
-    """Add models on the way from the reference to another; return row, model and step of each."""
+def _mixed(cell: Cell, name: str) -> list[Made]:
+    """Add models on the way from the reference of all auxiliary documents to another; return row, model and step."""
     made = []
     for w in WAY_BACK:
         target = cell.model(f"{name} {w:g}")
-        ends = [str(cell.model("reference")), str(cell.model(name))]
+        ends = [str(cell.model(ALL_AUXILIARY)), str(cell.model(name))]
         step = cell.add(f"mix {name} {w:g}", ["tools/paper/mix.py", *ends, str(w), str(target)],
-                        [f"{cell.name}/export reference", f"{cell.name}/export {name}"])  # fmt: skip
+                        [f"{cell.name}/export {ALL_AUXILIARY}", f"{cell.name}/export {name}"])  # fmt: skip
         made.append((f"{w:g} of the way from the reference to {name}", target, step))
     return made
 
@@ -213,23 +219,32 @@ def dynamics(cell: Cell) -> None:
 
 
 def plus(cell: Cell) -> None:
-    """Models taken back towards the reference: from cross-fitted dual training (``dual_plus``) and from plain."""
-    for row, model, step in _taken_back(cell):
+    """``dual_plus``, and what it must be better than.
+
+    That is its reference alone, which has learned all auxiliary documents, the dual loss against that reference, and
+    plain training that stops early, from the base and from the reference. Plain training taken back in the same way
+    shows what the dual loss adds.
+    """
+    early = cell.scale.early
+    run = cell.run("plain", "causal_lm")
+    _stopped(cell, "plain", run, (early, 2 * early, 3 * early))
+    cell.export("plain best", run, f"{cell.name}/train plain", row="plain, best on validation", which="best")
+    for row, model, step in _of_all_auxiliary(cell):
         cell.attack(row, model, step)
-    # The way back also uses the documents of the split probe: what is a reference worth that has learned them as well?
-    ready, _ = _done(cell)
-    cell.attack(*_both_auxiliary(cell, ready))
+    _stopped(cell, "plain from all", cell.run("plain-from-all", "causal_lm"), _first_steps(cell),
+             row="plain, from reference then probe")  # fmt: skip
     cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
 def known(cell: Cell) -> None:
     """The attacker's reference is the defender's own: what a defence is worth when that model gets out."""
-    for name in ("plain", "dual", "cross-fitted"):
-        row = {"cross-fitted": "dual, cross-fitted"}.get(name, name)
-        cell.attack(f"{row}, reference known", cell.model(name), f"{cell.name}/export {name}")
-    for row, model, step in _taken_back(cell):
-        cell.attack(f"{row}, reference known", model, step)
+    for name in ("plain", "dual"):
+        cell.attack(f"{name}, reference known", cell.model(name), f"{cell.name}/export {name}")
     cell.audit("known", "reference", f"{cell.name}/export reference")
+    (_, _, reference), *models = _of_all_auxiliary(cell)
+    for row, model, step in models:
+        cell.attack(f"{row}, reference known", model, step)
+    cell.audit("known-plus", ALL_AUXILIARY, reference)
 
 
 def further(cell: Cell) -> None:
@@ -237,19 +252,34 @@ def further(cell: Cell) -> None:
     rows = {"reference alone": "reference", "plain": "plain", "goldfish 25 %": "goldfish 25", "dual": "dual",
             f"DP-SGD (8, {DELTA:g})": "dp-sgd 8"}  # fmt: skip
     models = [(row, cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()]
-    for row, model, step in (*models, *_taken_back(cell)):
+    taken_back = [made for made in _of_all_auxiliary(cell) if made[0] in TAKEN_BACK]
+    for row, model, step in (*models, *taken_back):
         cell.attack(f"{row}, further attacks", model, step)
     attacks = [*default_attacks(), "info_rmia", *get_args(FurtherAttackName)]
     cell.audit("further", ATTACKER, f"{cell.name}/export {ATTACKER}", attacks=attacks,
                passes={"neighbours": cell.scale.neighbours})  # fmt: skip
 
 
-def _taken_back(cell: Cell) -> list[tuple[str, Path, str]]:
-    """Add the retreats; return row, model and step of each."""
+def _of_all_auxiliary(cell: Cell) -> list[Made]:
+    """Add what rests on a reference of all auxiliary documents, and that reference first."""
     ready, _ = _done(cell)
-    stand_in, made = _reference(cell, "probe", ready), []
-    for name, row in (("cross-fitted", "dual_plus"), ("plain", "plain, taken back")):
-        models = {"model": name, "reference": "reference", "stand_in": "probe"}
+    run = cell.run("reference-probe", "causal_lm", base="reference",
+                   train={**_reference_training(cell), "split": "probe"})  # fmt: skip
+    reference = cell.train(ALL_AUXILIARY, run, [ready, f"{cell.name}/export reference"], which="best")
+    made = {ALL_AUXILIARY: ("reference, then probe", reference)}
+    starts = {"dual all": "base", "dual from all": ALL_AUXILIARY}
+    duals = {name: cell.run(name.replace(" ", "-"), "dual", base=base, **cell.reference(ALL_AUXILIARY))
+             for name, base in starts.items()}  # fmt: skip
+    scored = cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", duals["dual all"])], [reference])
+    for name, row in (("dual all", "dual, reference then probe"), ("dual from all", "dual, from reference then probe")):
+        made[name] = row, cell.train(name, duals[name], [scored])
+    kept = {"checkpoint_every": min(_first_steps(cell)), "checkpoint_keep": 100}
+    run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, train=kept)
+    made["plain from all"] = "plain, from reference then probe", cell.train("plain from all", run, [reference])
+    made["cross-fitted"] = "dual, cross-fitted", _cross_fitted(cell, reference)
+    stand_in = _reference(cell, "probe", ready)
+    for name, row in zip(("cross-fitted", "plain from all"), TAKEN_BACK, strict=True):
+        models = {"model": name, "reference": ALL_AUXILIARY, "stand_in": "probe"}
         run = {
             "data": cell.data,
             "output_dir": str(cell.folder / f"back-{name}"),
@@ -257,11 +287,24 @@ def _taken_back(cell: Cell) -> list[tuple[str, Path, str]]:
             "audit": {"batch_size": 16},
             "retreat": {key: str(cell.model(value)) for key, value in models.items()},
         }
-        target = cell.folder / "models" / f"back-{name}"
+        target = cell.model(f"back-{name}")
         step = cell.add(f"retreat {name}", ["retreat", cell.write(f"back-{name}", run), str(target)],
-                        [stand_in, f"{cell.name}/export {name}", f"{cell.name}/export reference"])  # fmt: skip
-        made.append((row, target, step))
-    return made
+                        [stand_in, reference, f"{cell.name}/export {name}"])  # fmt: skip
+        made[f"back-{name}"] = row, step
+    return [(row, cell.model(name), step) for name, (row, step) in made.items()]
+
+
+def _first_steps(cell: Cell) -> tuple[int, ...]:
+    """Return the steps after which training from a reference is judged as stopped: it is recognised soon."""
+    third = max(1, cell.scale.early // 3)
+    return third, 2 * third, 3 * third
+
+
+def _stopped(cell: Cell, name: str, run: Run, steps: Sequence[int], row: str = "") -> None:
+    """Let the next audit attack a model as it was after some steps."""
+    for step in steps:
+        cell.export(f"{name}, step {step}", run, f"{cell.name}/train {name}", row=f"{row or name}, step {step}",
+                    which=f"step-{step:08d}")  # fmt: skip
 
 
 def _reference(cell: Cell, split: str, ready: str, *, row: str | None = None) -> str:
@@ -271,28 +314,6 @@ def _reference(cell: Cell, split: str, ready: str, *, row: str | None = None) ->
 
 def _reference_training(cell: Cell) -> Run:
     return {"epochs": cell.scale.reference_epochs, "evaluate_every": 10}
-
-
-def _both_auxiliary(cell: Cell, ready: str) -> tuple[str, Path, str]:
-    """Add the reference, trained on by the documents of ``probe``; return row, model and step."""
-    run = cell.run("reference-probe", "causal_lm", base="reference",
-                   train={**_reference_training(cell), "split": "probe"})  # fmt: skip
-    needs = [ready, f"{cell.name}/export reference"]
-    return (
-        "reference, then probe",
-        cell.model("reference probe"),
-        cell.train("reference probe", run, needs, which="best"),
-    )
-
-
-def _plain(cell: Cell, ready: str) -> None:
-    every = cell.scale.early
-    run = cell.run("plain", "causal_lm", train={"evaluate_every": every, "checkpoint_keep": 100})
-    cell.train("plain", run, [ready], row="plain")
-    cell.export("plain best", run, f"{cell.name}/train plain", row="plain, best on validation", which="best")
-    for step in (every, 2 * every, 3 * every):
-        name = f"plain, step {step}"
-        cell.export(name, run, f"{cell.name}/train plain", row=name, which=f"step-{step:08d}")
 
 
 def _private(cell: Cell, epsilon: float, ready: str, changes: Run | None = None, what: str = "") -> None:
@@ -306,17 +327,17 @@ def _private(cell: Cell, epsilon: float, ready: str, changes: Run | None = None,
     cell.train(name, run, [ready], row=row)
 
 
-def _cross_fitted(cell: Cell, reference: str) -> None:
-    """Add the cross-fitted references, which start from the reference, and the dual model that learns from them."""
+def _cross_fitted(cell: Cell, reference: str) -> str:
+    """Add references without one fold each, and the dual model that learns from them; all start from ``reference``."""
     folds = []
     for fold in (0, 1):
         train = {"leave_out": {"fold": fold, "folds": 2}, "evaluate_every": cell.scale.early}
-        run = cell.run(f"fold-{fold}", "causal_lm", base="reference", train=train)
+        run = cell.run(f"fold-{fold}", "causal_lm", base=ALL_AUXILIARY, train=train)
         folds.append(cell.train(f"fold {fold}", run, [reference], which="best"))
     models = [str(cell.model(f"fold {fold}")) for fold in (0, 1)]
-    run = cell.run("cross-fitted", "dual", reference={"folds": models, "batch_size": 16})
+    run = cell.run("cross-fitted", "dual", base=ALL_AUXILIARY, reference={"folds": models, "batch_size": 16})
     scored = cell.add("score folds", ["score", cell.write("cross-fitted", run)], folds)
-    cell.train("cross-fitted", run, [scored], row="dual, cross-fitted")
+    return cell.train("cross-fitted", run, [scored])
 
 
 def _done(cell: Cell) -> tuple[str, str]:
