@@ -136,6 +136,17 @@ def test_a_part_alone_is_planned_with_what_it_needs_and_nothing_else(module: Mod
     assert [step.name for step in planned if step.arguments[0] == "audit"] == ["sotu-0/audit-longer"]
 
 
+def test_what_has_run_is_not_planned_anew_with_other_settings(module: Module, tmp_path: Path) -> None:
+    tool = module("reproduce_paper")
+    scale = tool.SCALES["cpu"]
+    changed = dataclasses.replace(scale, fine_tuning={**scale.fine_tuning, "learning_rate": 2e-3})
+    for settings in (scale, changed, scale):  # nothing has run yet
+        tool.plan(settings, tmp_path, ["headline"], ["sotu-0"])
+    (tmp_path / "sotu-0" / "goldfish").mkdir()
+    with pytest.raises(SystemExit, match=r"sotu-0/goldfish_25\.yaml: ran with other settings; remove .*sotu-0, or use"):
+        tool.plan(changed, tmp_path, ["headline"], ["sotu-0"])
+
+
 def rows_of(module: Module, figures: dict[str, dict[str, dict[int, float]]]) -> Any:
     """Return a table: row -> name of a figure -> its values by seed."""
     figure = module("paper.figures").Figure

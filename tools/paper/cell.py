@@ -97,7 +97,8 @@ class Cell:
         parse_run(run, source=f"{self.name}/{name}")
         path = self.folder / f"{name}.yaml"
         content = yaml.safe_dump(run, sort_keys=False)
-        if path.is_file() and path.read_text(encoding="utf-8") != content:
+        ran = Path(run.get("output_dir", run["data"]["dir"])).exists()
+        if ran and path.is_file() and path.read_text(encoding="utf-8") != content:
             raise SystemExit(f"{path}: ran with other settings; remove {self.folder}, or use another --folder")
         write_text(path, content)
         return str(path)
