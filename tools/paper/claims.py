@@ -15,7 +15,10 @@ QUIET = 0.58
 """Two-sided AUC of the strongest attack up to which a defence counts as one."""
 LEVEL = 0.05
 DUAL = ("dual", "dual, reference then probe", "dual, from reference then probe")
-DEFENDED = (*DUAL, "dual_plus", "plain, taken back")
+PLUS = ("dual_plus", "dual_plus, limit 0.55")
+DEFENDED = (*DUAL, *PLUS, "plain, taken back")
+STOPPED = {"plain": "base", "plain, from reference then probe": "reference, then probe"}
+"""Plain training that may stop early -> where it starts."""
 NO_MEMBER_SEEN = ("reference alone", "reference, then probe")
 """Models of the auxiliary documents alone."""
 
@@ -44,7 +47,9 @@ def claims(table: Table) -> Iterator[str]:
         for other in (*DUAL, *NO_MEMBER_SEEN):
             if row != other:
                 yield from better(table, row, other)
-    yield from _better_than_stopped_early(table, "dual_plus")
+    for row in PLUS:
+        for stopped, start in STOPPED.items():
+            yield from _better_than_stopped_early(table, row, stopped, start)
 
 
 def better(table: Table, row: str, other: str, *, note: str = "") -> Iterator[str]:
@@ -57,11 +62,9 @@ def better(table: Table, row: str, other: str, *, note: str = "") -> Iterator[st
             yield _line(claim, [ratio < 1 for ratio in ratios.values()])
 
 
-def _better_than_stopped_early(table: Table, row: str) -> Iterator[str]:
-    """Compare a row with plain training as far as it may go in each seed before it is recognised."""
-    stops = [
-        figures for name, figures in table.items() if name == "base" or (name.startswith("plain") and "step" in name)
-    ]
+def _better_than_stopped_early(table: Table, row: str, stopped: str, start: str) -> Iterator[str]:
+    """Compare a row with plain training as far as it may go in each seed, from its start, before it is recognised."""
+    stops = [figures for name, figures in table.items() if name == start or name.startswith(f"{stopped}, step")]
     if row not in table or not stops:
         return
     ratios = {}
@@ -70,10 +73,8 @@ def _better_than_stopped_early(table: Table, row: str) -> Iterator[str]:
         if quiet:
             ratios[seed] = ours / min(quiet)
     if ratios:
-        claim = (
-            f"perplexity of {row} below that of plain training stopped while its strongest attack is at most {QUIET:g}"
-        )
-        yield _line(f"{claim} (ratio {Figure(ratios)})", [ratio < 1 for ratio in ratios.values()])
+        yield _line(f"perplexity of {row} below that of {stopped}, stopped while its strongest attack is at most "
+                    f"{QUIET:g} (ratio {Figure(ratios)})", [ratio < 1 for ratio in ratios.values()])  # fmt: skip
 
 
 def _line(claim: str, held: list[bool]) -> str:

@@ -11,13 +11,16 @@ from typing import Any, get_args
 from paper.cell import ATTACKER, Cell, Run
 
 from dualtok.audit.config import FurtherAttackName, default_attacks
+from dualtok.reference.config import RetreatConfig
 
 Part = Callable[[Cell], None]
 Made = tuple[str, Path, str]
 """Row, model, and the step that writes it."""
 DELTA = 1e-5
 """Of DP-SGD."""
-TAKEN_BACK = ("dual_plus", "plain, taken back")
+TAKEN_BACK = {"dual_plus": ("cross-fitted", 0.53), "dual_plus, limit 0.55": ("cross-fitted", 0.55),
+              "plain, taken back": ("plain from all", 0.53)}  # fmt: skip
+"""Row -> the model that goes back, and ``retreat.auc``."""
 ALL_AUXILIARY = "reference probe"
 """The reference that is trained on by the documents of the split ``probe``."""
 WAY_BACK = (0.03, 0.06, 0.1, 0.15)
@@ -278,19 +281,19 @@ def _of_all_auxiliary(cell: Cell) -> list[Made]:
     made["plain from all"] = "plain, from reference then probe", cell.train("plain from all", run, [reference])
     made["cross-fitted"] = "dual, cross-fitted", _cross_fitted(cell, reference)
     stand_in = _reference(cell, "probe", ready)
-    for name, row in zip(("cross-fitted", "plain from all"), TAKEN_BACK, strict=True):
+    for row, (name, limit) in TAKEN_BACK.items():
         models = {"model": name, "reference": ALL_AUXILIARY, "stand_in": "probe"}
+        back = f"back-{name}" + ("" if limit == RetreatConfig.auc else f" {limit:g}")
         run = {
             "data": cell.data,
-            "output_dir": str(cell.folder / f"back-{name}"),
+            "output_dir": str(cell.folder / back),
             "seed": cell.seed,
             "audit": {"batch_size": 16},
-            "retreat": {key: str(cell.model(value)) for key, value in models.items()},
+            "retreat": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
         }
-        target = cell.model(f"back-{name}")
-        step = cell.add(f"retreat {name}", ["retreat", cell.write(f"back-{name}", run), str(target)],
+        step = cell.add(back.replace("back-", "retreat "), ["retreat", cell.write(back, run), str(cell.model(back))],
                         [stand_in, reference, f"{cell.name}/export {name}"])  # fmt: skip
-        made[f"back-{name}"] = row, step
+        made[back] = row, step
     return [(row, cell.model(name), step) for name, (row, step) in made.items()]
 
 
