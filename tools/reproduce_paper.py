@@ -2,7 +2,7 @@
 
     python tools/reproduce_paper.py --scale smoke --folder runs/paper-smoke      # minutes: a test of the way itself
     python tools/reproduce_paper.py --scale cpu --folder runs/paper              # headline rows, 3 seeds x 2 corpora
-    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus known   # taken back; reference known
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus frontier known  # dual_plus
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts further --cells sotu-0 wikipedia-0
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps private ablations longer lora lira
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts dynamics backdoor auxiliary pretraining
@@ -11,9 +11,8 @@
 A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with a run file of its
 own in the cell's folder, and is done once: started again, the tool goes on where it stopped. A part is run with all
 that it needs, and nothing else. The tables are written after each finished audit, to ``results.md`` and
-``results.json``. All parts but ``headline``, ``plus``, ``known`` and
-``further`` are for the first corpus and seed. What is in each part stands in ``tools/paper/parts.py``, how large in
-``tools/paper/scales.py``.
+``results.json``. All parts but ``headline``, ``plus``, ``frontier``, ``known`` and ``further`` are for the first corpus
+and seed. What is in each part stands in ``tools/paper/parts.py``, how large in ``tools/paper/scales.py``.
 
 The scale ``gpu`` needs a data hub, a model hub and a GPU; it has not been run.
 """
@@ -33,7 +32,7 @@ from paper.tables import write_results
 
 from dualtok.data.corpora import sotu_passages, wikipedia_leads, write_jsonl
 
-EVERY_CELL = ("headline", "plus", "known", "further")
+EVERY_CELL = ("headline", "plus", "frontier", "known", "further")
 PARTS = (*CELL_PARTS, *OWN_DATA)
 
 

@@ -17,9 +17,10 @@ LEVEL = 0.05
 DUAL = ("dual", "dual, reference then probe", "dual, from reference then probe")
 PLUS = ("dual_plus", "dual_plus, limit 0.55")
 DEFENDED = (*DUAL, *PLUS, "plain, taken back")
-STOPPED = {"plain": "base", "plain, from reference then probe": "reference, then probe"}
+REFERENCE = "reference, then probe"
+STOPPED = {"plain": "base", "plain, from reference then probe": REFERENCE}
 """Plain training that may stop early -> where it starts."""
-NO_MEMBER_SEEN = ("reference alone", "reference, then probe")
+NO_MEMBER_SEEN = ("reference alone", REFERENCE)
 """Models of the auxiliary documents alone."""
 
 
@@ -47,9 +48,7 @@ def claims(table: Table) -> Iterator[str]:
         for other in (*DUAL, *NO_MEMBER_SEEN):
             if row != other:
                 yield from better(table, row, other)
-    for row in PLUS:
-        for stopped, start in STOPPED.items():
-            yield from _better_than_stopped_early(table, row, stopped, start)
+    yield from _stopped_early(table)
 
 
 def better(table: Table, row: str, other: str, *, note: str = "") -> Iterator[str]:
@@ -62,19 +61,36 @@ def better(table: Table, row: str, other: str, *, note: str = "") -> Iterator[st
             yield _line(claim, [ratio < 1 for ratio in ratios.values()])
 
 
-def _better_than_stopped_early(table: Table, row: str, stopped: str, start: str) -> Iterator[str]:
-    """Compare a row with plain training as far as it may go in each seed, from its start, before it is recognised."""
-    stops = [figures for name, figures in table.items() if name == start or name.startswith(f"{stopped}, step")]
-    if row not in table or not stops:
-        return
-    ratios = {}
-    for seed, ours in table[row]["perplexity"].by_seed.items():
-        quiet = [stop["perplexity"].by_seed[seed] for stop in stops if stop["strongest"].by_seed.get(seed, 1) <= QUIET]
-        if quiet:
-            ratios[seed] = ours / min(quiet)
-    if ratios:
-        yield _line(f"perplexity of {row} below that of {stopped}, stopped while its strongest attack is at most "
-                    f"{QUIET:g} (ratio {Figure(ratios)})", [ratio < 1 for ratio in ratios.values()])  # fmt: skip
+def _stopped_early(table: Table) -> Iterator[str]:
+    """Compare with plain training as far as it may go in each seed, from its start, before it is recognised.
+
+    The models on the way back are chosen in the same way, by what the audit has found.
+    """
+    ours = {row: table[row]["perplexity"].by_seed for row in PLUS if row in table}
+    ours[f"the furthest model between {REFERENCE} and dual, cross-fitted that is as quiet"] = _quiet(
+        table, REFERENCE, "dual, cross-fitted, at w")  # fmt: skip
+    for row, perplexities in ours.items():
+        for stopped, start in STOPPED.items():
+            theirs = _quiet(table, start, f"{stopped}, step")
+            ratios = {seed: value / theirs[seed] for seed, value in perplexities.items() if seed in theirs}
+            if ratios:
+                claim = f"perplexity of {row} below that of {stopped}, stopped while its strongest attack is at most"
+                held = [ratio < 1 for ratio in ratios.values()]
+                yield _line(f"{claim} {QUIET:g} (ratio {Figure(ratios)})", held)
+
+
+def _quiet(table: Table, start: str, way: str) -> dict[int, float]:
+    """Return the lowest perplexity in each seed of a row and those that begin with ``way``, none where it is alone.
+
+    Only models that no attack recognises count.
+    """
+    found: dict[int, float] = {}
+    rows = [figures for name, figures in table.items() if name.startswith(way)]
+    for figures in (*rows, table[start]) if rows and start in table else ():
+        for seed, perplexity in figures["perplexity"].by_seed.items():
+            if figures["strongest"].by_seed.get(seed, 1) <= QUIET:
+                found[seed] = min(perplexity, found.get(seed, perplexity))
+    return found
 
 
 def _line(claim: str, held: list[bool]) -> str:

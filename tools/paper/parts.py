@@ -23,8 +23,8 @@ TAKEN_BACK = {"dual_plus": ("cross-fitted", 0.53), "dual_plus, limit 0.55": ("cr
 """Row -> the model that goes back, and ``retreat.auc``."""
 ALL_AUXILIARY = "reference probe"
 """The reference that is trained on by the documents of the split ``probe``."""
-WAY_BACK = (0.03, 0.06, 0.1, 0.15)
-"""Shares of the way from the reference to a trained model at which LiRA judges what is between them."""
+WAY_BACK = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+"""Shares of the way from the reference to a trained model at which what is between them is judged."""
 
 
 def headline(cell: Cell) -> None:
@@ -129,8 +129,7 @@ def lira(cell: Cell) -> None:
     whole = {row: (model, step) for row, model, step in _of_all_auxiliary(cell)}
     _judged_by_shadows(cell, "plain", "causal_lm", half | whole, {})
     _judged_by_shadows(cell, "dual", "dual", half, cell.reference())
-    whole |= {row: (model, step) for name in ("cross-fitted", "plain from all")
-              for row, model, step in _mixed(cell, name)}  # fmt: skip
+    whole |= {row: (model, step) for row, model, step in _mixed(cell)}
     _judged_by_shadows(cell, "plus", "dual", whole, cell.reference(ALL_AUXILIARY), base=ALL_AUXILIARY)
 
 
@@ -150,15 +149,16 @@ def _judged_by_shadows(
              [*needs, f"{cell.name}/export {ATTACKER}"])  # fmt: skip
 
 
-def _mixed(cell: Cell, name: str) -> list[Made]:
-    """Add models on the way from the reference of all auxiliary documents to another; return row, model and step."""
+def _mixed(cell: Cell) -> list[Made]:
+    """Add models on the way from the reference of all auxiliary documents to others."""
     made = []
-    for w in WAY_BACK:
-        target = cell.model(f"{name} {w:g}")
-        ends = [str(cell.model(ALL_AUXILIARY)), str(cell.model(name))]
-        step = cell.add(f"mix {name} {w:g}", ["tools/paper/mix.py", *ends, str(w), str(target)],
-                        [f"{cell.name}/export {ALL_AUXILIARY}", f"{cell.name}/export {name}"])  # fmt: skip
-        made.append((f"{w:g} of the way from the reference to {name}", target, step))
+    for name, row in (("cross-fitted", "dual, cross-fitted"), ("plain from all", "plain, from reference then probe")):
+        for w in WAY_BACK:
+            target = cell.model(f"{name} {w:g}")
+            ends = [str(cell.model(ALL_AUXILIARY)), str(cell.model(name))]
+            step = cell.add(f"mix {name} {w:g}", ["tools/paper/mix.py", *ends, str(w), str(target)],
+                            [f"{cell.name}/export {ALL_AUXILIARY}", f"{cell.name}/export {name}"])  # fmt: skip
+            made.append((f"{row}, at w = {w:g}", target, step))
     return made
 
 
@@ -237,6 +237,14 @@ def plus(cell: Cell) -> None:
     _stopped(cell, "plain from all", cell.run("plain-from-all", "causal_lm"), _first_steps(cell),
              row="plain, from reference then probe")  # fmt: skip
     cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
+
+
+def frontier(cell: Cell) -> None:
+    """What is between the reference of all auxiliary documents and trained models, before all attacks."""
+    _of_all_auxiliary(cell)
+    for row, model, step in _mixed(cell):
+        cell.attack(row, model, step)
+    cell.audit("frontier", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
 def known(cell: Cell) -> None:
@@ -368,8 +376,9 @@ def _vocabulary(cell: Cell) -> int:
 
 
 CELL_PARTS: dict[str, Part] = {
-    "headline": headline, "plus": plus, "known": known, "further": further, "sweeps": sweeps, "private": private,
-    "ablations": ablations, "longer": longer, "lora": lora, "lira": lira, "backdoor": backdoor, "dynamics": dynamics,
+    "headline": headline, "plus": plus, "frontier": frontier, "known": known, "further": further, "sweeps": sweeps,
+    "private": private, "ablations": ablations, "longer": longer, "lora": lora, "lira": lira, "backdoor": backdoor,
+    "dynamics": dynamics,
 }  # fmt: skip
 """Parts within a cell of the scale's data; all build on the first."""
 

@@ -110,6 +110,9 @@ def trade_off(table: Table, path: Path) -> None:
         for row, figures in table.items():
             if name in figures and not any(under in row for under in STRONGER):
                 point = statistics.fmean(figures[name].values), statistics.fmean(figures["perplexity"].values)
+                if ", at w = " in row:
+                    axes.plot(*point, ".", color="grey")
+                    continue
                 axes.plot(*point, "o")
                 axes.annotate(row, point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         axes.axvline(0.5, linewidth=0.6, color="grey")
