@@ -45,8 +45,10 @@ def plan(scale: Scale, root: Path, parts: list[str], chosen: list[str] | None) -
     def add(cell: Cell, part: Part, *, asked: bool) -> None:
         start = len(cell.steps)
         part(cell)
-        known.update({step.name: step for step in cell.steps[start:]})
-        wanted.extend(step.name for step in cell.steps[start:] if asked)
+        new = cell.steps[start:]
+        known.update({step.name: step for step in new})
+        ends = [step for step in new if step.arguments[0] == "audit"] or new  # the part dynamics has no audit
+        wanted.extend(step.name for step in ends if asked)
 
     for seed in scale.seeds:
         for corpus in scale.corpora:
@@ -103,6 +105,13 @@ def main() -> None:
     if options.model is not None and options.scale != "gpu":
         parser.error("--model: has no effect without --scale gpu")
     scale, root = SCALES[options.scale], options.folder.resolve()
+    names = [f"{corpus}-{seed}" for seed in scale.seeds for corpus in scale.corpora]
+    unknown = [name for name in options.cells or () if name not in names]
+    if unknown:
+        parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(names)}")
+    idle = [name for name in options.parts if name in CELL_PARTS and name not in EVERY_CELL]
+    if idle and options.cells and names[0] not in options.cells:
+        parser.error(f"--parts: {idle[0]} is for the cell {names[0]} alone, which --cells leaves out")
     if options.model is not None:
         scale = with_model(scale, options.model)
     for name, texts in {"sotu": sotu_passages, "wikipedia": wikipedia_leads}.items():

@@ -66,17 +66,20 @@ figures = {'unlike': {'device': {'loss': 1e-6, 'gradient_norm': 2e-5}, 'bf16': {
                       'pipeline': {'loss': float('nan'), 'gradient_norm': 0.0}},
            'failed': {'stored scores': 'no such file'}, 'left_out': ['sharded pipeline'], 'steps': 8}
 print(table.markdown({'parity': figures}))
+on_gpu = commands.allowed_of('device', on_gpu=True)
+print('| norms on a GPU |', on_gpu['gradient_norm'] / on_gpu['loss'], '|')
 """
 
 
 def test_a_way_that_trains_another_model_is_a_fault() -> None:
-    shown = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(), cwd=ROOT, capture_output=True, text=True,
-                           timeout=120, check=True).stdout  # fmt: skip
+    shown = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
+                           capture_output=True, text=True, timeout=120, check=True).stdout  # fmt: skip
     table = rows(shown)
     assert table["parity: device"] == "1.0e-06, 2.0e-05, more than 1e-05, 1e-05: FAULT"
     assert table["parity: bf16"] == "1.0e-03, 2.0e-03"
     assert table["parity: pipeline"] == "nan, 0.0e+00, more than 1e-05, 1e-05: FAULT"
     assert table["parity: stored scores"] == "failed: no such file"
+    assert float(table["norms on a GPU"]) == pytest.approx(20), "host cores add up less exactly"
     assert table["parity: sharded pipeline"] == "left out, for it needs two devices"
 
 

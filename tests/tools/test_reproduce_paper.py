@@ -23,13 +23,15 @@ from tests.support import ROOT, environment
 
 PARTS = ("headline", "plus", "further", "dynamics", "pretraining")
 STOPS = {"plain, step 2", "plain, step 4", "plain, step 6"}
-HEADLINE = {"base", "reference alone", "plain", "goldfish 25 %", "DP-SGD (8, 1e-05)", "dual"}
+HEADLINE = {"base", "reference alone", "plain", "plain, best on validation", "goldfish 25 %", "DP-SGD (8, 1e-05)",
+            "dual", *STOPS}  # fmt: skip
+KINDS = {"reference alone", "plain", "goldfish 25 %", "DP-SGD (8, 1e-05)", "dual"}
 FROM = "from reference then probe"
 ALL_AUXILIARY = {"reference, then probe", "dual, reference then probe", f"dual, {FROM}", f"plain, {FROM}",
-                 *(f"plain, {FROM}, step {step}" for step in (1, 2, 3)), "dual, cross-fitted"}  # fmt: skip
+                 *(f"plain, {FROM}, step {step}" for step in range(1, 7)), "dual, cross-fitted"}  # fmt: skip
 TAKEN_BACK = {"dual_plus", "dual_plus, limit 0.55", "plain, taken back"}
 PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *TAKEN_BACK}
-FURTHER = {f"{row}, further attacks" for row in (HEADLINE | TAKEN_BACK) - {"base"}}
+FURTHER = {f"{row}, further attacks" for row in KINDS | TAKEN_BACK}
 PRETRAINED = {f"{row}, from scratch" for row in ("reference alone", "plain", "dual")}
 Module = Callable[[str], Any]
 
@@ -96,7 +98,7 @@ def test_a_failed_step_ends_the_tool_with_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "model", "steps"),
-    [("smoke", None, 163), ("cpu", None, 493), ("gpu", "gpt2", 487), ("gpu", "llama-2-7b-lora", 487)],
+    [("smoke", None, 166), ("cpu", None, 511), ("gpu", "gpt2", 505), ("gpu", "llama-2-7b-lora", 505)],
 )
 def test_the_steps_of_every_part_have_sound_settings_and_needs(
     module: Module, tmp_path: Path, scale: str, model: str | None, steps: int
@@ -134,17 +136,35 @@ def test_a_part_alone_is_planned_with_what_it_needs_and_nothing_else(module: Mod
     models = ("reference", "attack_reference", "longer plain", "longer dual")
     assert trained == {"base-sotu/train", *(f"sotu-0/train {model}" for model in models)}
     assert [step.name for step in planned if step.arguments[0] == "audit"] == ["sotu-0/audit-longer"]
+    planned = tool.plan(tool.SCALES["cpu"], tmp_path, ["frontier"], ["sotu-0"])[1]
+    assert {"retreat", "dual all"}.isdisjoint(word for step in planned for word in (step.arguments[0], step.name[13:]))
+    assert "sotu-0/train cross-fitted" in {step.name for step in planned}
 
 
-def test_what_has_run_is_not_planned_anew_with_other_settings(module: Module, tmp_path: Path) -> None:
+def test_what_was_planned_is_not_planned_anew_with_other_settings(module: Module, tmp_path: Path) -> None:
     tool = module("reproduce_paper")
     scale = tool.SCALES["cpu"]
     changed = dataclasses.replace(scale, fine_tuning={**scale.fine_tuning, "learning_rate": 2e-3})
-    for settings in (scale, changed, scale):  # nothing has run yet
-        tool.plan(settings, tmp_path, ["headline"], ["sotu-0"])
-    (tmp_path / "sotu-0" / "goldfish").mkdir()
-    with pytest.raises(SystemExit, match=r"sotu-0/goldfish_25\.yaml: ran with other settings; remove .*sotu-0, or use"):
+    for _ in range(2):
+        tool.plan(scale, tmp_path, ["headline"], ["sotu-0"])
+    with pytest.raises(SystemExit, match=r"sotu-0/\w+\.yaml: was planned with other settings; remove it if it has not"):
         tool.plan(changed, tmp_path, ["headline"], ["sotu-0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cells", "sotu-9"], "--cells: no cell 'sotu-9'; there are sotu-0, wikipedia-0"),
+        (["--parts", "longer", "--cells", "sotu-1"], "--parts: longer is for the cell sotu-0 alone"),
+    ],
+)
+def test_a_choice_without_effect_is_an_error(
+    module: Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", "--scale", "cpu", "--folder", "never", *arguments])
+    with pytest.raises(SystemExit):
+        module("reproduce_paper").main()
+    assert said in capsys.readouterr().err
 
 
 def rows_of(module: Module, figures: dict[str, dict[str, dict[int, float]]]) -> Any:
@@ -173,6 +193,7 @@ def test_plain_training_is_stopped_in_each_seed_before_it_is_recognised(module: 
         "plain, from reference then probe, step 1": row((16.0, 16.0), (0.6, 0.58)),
         "dual, cross-fitted, at w = 0.1": row((12.0, 17.0), (0.57, 0.57)),
         "dual, cross-fitted, at w = 0.2": row((9.0, 12.0), (0.6, 0.57)),
+        "dual, cross-fitted, at w = 0.2, by 8 dual shadows": row((9.0, 12.0), (0.5, 0.5)),
     })  # fmt: skip
     claims = list(module("paper.claims").claims(table))
     claim = "perplexity of dual_plus below that of {}, stopped while its strongest attack is at most 0.58 (ratio {})"
@@ -180,7 +201,7 @@ def test_plain_training_is_stopped_in_each_seed_before_it_is_recognised(module: 
     assert f"| {claim.format('plain', '0.925 ± 0.247')} | 1 of 2 seeds |" in claims
     # 9 / 18 and 22 / 16, for in the first seed the model had to stop before it began
     assert f"| {claim.format('plain, from reference then probe', '0.938 ± 0.619')} | 1 of 2 seeds |" in claims
-    [furthest] = [line for line in claims if "furthest model" in line and "plain, from" in line]
+    [furthest] = [line for line in claims if "the best of the models" in line and "below that of plain, from" in line]
     assert furthest.endswith("(ratio 0.708 ± 0.059) | 2 of 2 seeds |")  # 12 / 18 and 12 / 16
 
 
@@ -189,7 +210,8 @@ def test_stronger_attackers_are_held_to_the_claims_and_left_out_of_the_plot(
 ) -> None:
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
     strongest = {"dual": 0.55, "dual, by 8 dual shadows": 0.61, "dual, cross-fitted, reference known": 0.7,
-                 "dual_plus, reference known": 0.6, "dual_plus, further attacks": 0.57, "selective": 0.9}  # fmt: skip
+                 "dual_plus, reference known": 0.6, "dual_plus, further attacks": 0.57, "selective": 0.9,
+                 "dual, cross-fitted, at w = 0.1": 0.55}  # fmt: skip
     table = rows_of(module, {
         row: {"perplexity": {0: 9.0}, "strongest": {0: value}, "collections 50": {0: 0.5}, "ref": {0: 0.5}}
         for row, value in strongest.items()
@@ -205,7 +227,7 @@ def test_stronger_attackers_are_held_to_the_claims_and_left_out_of_the_plot(
     drawn = (tmp_path / "plot.svg").read_text()
     assert "<!-- selective -->" in drawn
     assert "<!-- dual -->" in drawn
-    assert not any(under in drawn for under in ("shadows", "known", "further"))
+    assert not any(under in drawn for under in ("shadows", "known", "further", "at w"))
 
 
 def test_a_row_has_the_better_of_both_tests_of_collections_and_both_sides_of_lira(module: Module) -> None:

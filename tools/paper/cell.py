@@ -93,13 +93,15 @@ class Cell:
         return step.name
 
     def write(self, name: str, run: Run) -> str:
-        """Write a run file and return its path; another one of that name must not have run here."""
+        """Write a run file and return its path; another one of that name must not be there, for it may have run."""
         parse_run(run, source=f"{self.name}/{name}")
         path = self.folder / f"{name}.yaml"
         content = yaml.safe_dump(run, sort_keys=False)
-        ran = Path(run.get("output_dir", run["data"]["dir"])).exists()
-        if ran and path.is_file() and path.read_text(encoding="utf-8") != content:
-            raise SystemExit(f"{path}: ran with other settings; remove {self.folder}, or use another --folder")
+        if path.is_file() and path.read_text(encoding="utf-8") != content:
+            raise SystemExit(
+                f"{path}: was planned with other settings; remove it if it has not run, else {self.folder}, or use "
+                "another --folder"
+            )
         write_text(path, content)
         return str(path)
 

@@ -67,8 +67,9 @@ def _stopped_early(table: Table) -> Iterator[str]:
     The models on the way back are chosen in the same way, by what the audit has found.
     """
     ours = {row: table[row]["perplexity"].by_seed for row in PLUS if row in table}
-    ours[f"the furthest model between {REFERENCE} and dual, cross-fitted that is as quiet"] = _quiet(
-        table, REFERENCE, "dual, cross-fitted, at w")  # fmt: skip
+    for end in ("dual, cross-fitted", "plain, from reference then probe"):
+        ours[f"the best of the models between {REFERENCE} and {end} whose strongest attack is at most {QUIET:g}"] = (
+            _quiet(table, REFERENCE, f"{end}, at w"))  # fmt: skip
     for row, perplexities in ours.items():
         for stopped, start in STOPPED.items():
             theirs = _quiet(table, start, f"{stopped}, step")
@@ -80,12 +81,13 @@ def _stopped_early(table: Table) -> Iterator[str]:
 
 
 def _quiet(table: Table, start: str, way: str) -> dict[int, float]:
-    """Return the lowest perplexity in each seed of a row and those that begin with ``way``, none where it is alone.
+    """Return each seed's lowest perplexity among a row and those that begin with ``way``; nothing without the latter.
 
-    Only models that no attack recognises count.
+    Only models that none of the attacks of their audit recognises count.
     """
     found: dict[int, float] = {}
-    rows = [figures for name, figures in table.items() if name.startswith(way)]
+    rows = [figures for name, figures in table.items()
+            if name.startswith(way) and not any(under in name for under in STRONGER)]  # fmt: skip
     for figures in (*rows, table[start]) if rows and start in table else ():
         for seed, perplexity in figures["perplexity"].by_seed.items():
             if figures["strongest"].by_seed.get(seed, 1) <= QUIET:

@@ -28,13 +28,14 @@ WAY_BACK = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 
 
 def headline(cell: Cell) -> None:
-    """Table 1 of the paper."""
+    """Table 1 of the paper, and what it leaves out: the reference alone, and plain training that stops early."""
     ready = cell.prepare()
     cell.attack("base", cell.model("base"), ready)
     reference = _reference(cell, "reference", ready, row="reference alone")
     attacker = _reference(cell, ATTACKER, ready)
     run = cell.run("plain", "causal_lm", train={"evaluate_every": cell.scale.early, "checkpoint_keep": 100})
     cell.train("plain", run, [ready], row="plain")
+    _plain_stopped(cell)
     cell.train("goldfish 25", cell.run("goldfish", "goldfish", goldfish={"drop_every": 4}), [ready],
                row="goldfish 25 %")  # fmt: skip
     _private(cell, 8, ready)
@@ -122,23 +123,23 @@ def lira(cell: Cell) -> None:
     """LiRA (Carlini et al. 2022): shadow models of plain training, and of dual training with either reference.
 
     A model that was taken back is judged by shadows that were not: an attacker who trained eight of those would have to
-    repeat two folds, a training and a retreat for each. They also judge models on the way back, step by step.
+    repeat two folds, a training and a retreat for each. Those of dual training, from the weights of the reference of
+    all auxiliary documents, also judge models on the way back, step by step; plain ones start from the base.
     """
     rows = {"reference alone": "reference", "plain": "plain", "dual": "dual"}
     half = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
     whole = {row: (model, step) for row, model, step in _of_all_auxiliary(cell)}
-    _judged_by_shadows(cell, "plain", "causal_lm", half | whole, {})
-    _judged_by_shadows(cell, "dual", "dual", half, cell.reference())
+    _judged_by_shadows(cell, "plain", "plain", cell.run("audit-lira-plain", "causal_lm"), half | whole)
+    run = cell.run("audit-lira-dual", "dual", **cell.reference())
+    _judged_by_shadows(cell, "dual", "dual", run, half)
     whole |= {row: (model, step) for row, model, step in _mixed(cell)}
-    _judged_by_shadows(cell, "plus", "dual", whole, cell.reference(ALL_AUXILIARY), base=ALL_AUXILIARY)
+    run = cell.run("audit-lira-plus", "dual", base=ALL_AUXILIARY, **cell.reference(ALL_AUXILIARY))
+    _judged_by_shadows(cell, "plus", "dual (from reference then probe)", run, whole)
 
 
-def _judged_by_shadows(
-    cell: Cell, name: str, objective: str, models: dict[str, tuple[Path, str]], sections: Run, *, base: str = "base"
-) -> None:
-    """Add an audit of models, given with their steps, whose shadow models are trained with ``objective``."""
-    shadows, kind = cell.scale.shadows, "plain" if objective == "causal_lm" else objective
-    run = cell.run(f"audit-lira-{name}", objective, base=base, **sections)
+def _judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[str, tuple[Path, str]]) -> None:
+    """Add an audit of models, given with their steps, whose shadow models are trained as ``run`` says."""
+    shadows = cell.scale.shadows
     run["audit"] = {
         "models": {f"{row}, by {shadows} {kind} shadows": str(path) for row, (path, _) in models.items()},
         "attacks": ["loss", "ref", "min_k", "zlib"], "batch_size": 16, "shadow_checkpoint": "latest",
@@ -228,19 +229,15 @@ def plus(cell: Cell) -> None:
     plain training that stops early, from the base and from the reference. Plain training taken back in the same way
     shows what the dual loss adds.
     """
-    early = cell.scale.early
-    run = cell.run("plain", "causal_lm")
-    _stopped(cell, "plain", run, (early, 2 * early, 3 * early))
-    cell.export("plain best", run, f"{cell.name}/train plain", row="plain, best on validation", which="best")
+    _plain_stopped(cell)
     for row, model, step in _of_all_auxiliary(cell):
         cell.attack(row, model, step)
-    _stopped(cell, "plain from all", cell.run("plain-from-all", "causal_lm"), _first_steps(cell),
-             row="plain, from reference then probe")  # fmt: skip
+    _stopped(cell, "plain from all", _steps_from_all(cell), row="plain, from reference then probe")
     cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
 def frontier(cell: Cell) -> None:
-    """What is between the reference of all auxiliary documents and trained models, before all attacks."""
+    """What is between the reference of all auxiliary documents and trained models."""
     _of_all_auxiliary(cell)
     for row, model, step in _mixed(cell):
         cell.attack(row, model, step)
@@ -284,7 +281,7 @@ def _of_all_auxiliary(cell: Cell) -> list[Made]:
     scored = cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", duals["dual all"])], [reference])
     for name, row in (("dual all", "dual, reference then probe"), ("dual from all", "dual, from reference then probe")):
         made[name] = row, cell.train(name, duals[name], [scored])
-    kept = {"checkpoint_every": min(_first_steps(cell)), "checkpoint_keep": 100}
+    kept = {"checkpoint_every": min(_steps_from_all(cell)), "checkpoint_keep": 100}
     run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, train=kept)
     made["plain from all"] = "plain, from reference then probe", cell.train("plain from all", run, [reference])
     made["cross-fitted"] = "dual, cross-fitted", _cross_fitted(cell, reference)
@@ -305,14 +302,26 @@ def _of_all_auxiliary(cell: Cell) -> list[Made]:
     return [(row, cell.model(name), step) for name, (row, step) in made.items()]
 
 
-def _first_steps(cell: Cell) -> tuple[int, ...]:
-    """Return the steps after which training from a reference is judged as stopped: it is recognised soon."""
+def _plain_stopped(cell: Cell) -> None:
+    """Let the next audit attack plain training from the base as it was early, and at its best on validation."""
+    early = cell.scale.early
+    _stopped(cell, "plain", (early, 2 * early, 3 * early))
+    run = {"output_dir": str(cell.folder / "plain"), "model": cell.scale.adapters}
+    cell.export("plain best", run, f"{cell.name}/train plain", row="plain, best on validation", which="best")
+
+
+def _steps_from_all(cell: Cell) -> tuple[int, ...]:
+    """Return the steps at which plain training from the reference of all auxiliary documents is attacked.
+
+    They lie closer than those from the base: members stand out sooner.
+    """
     third = max(1, cell.scale.early // 3)
-    return third, 2 * third, 3 * third
+    return tuple(third * number for number in range(1, 7))
 
 
-def _stopped(cell: Cell, name: str, run: Run, steps: Sequence[int], row: str = "") -> None:
+def _stopped(cell: Cell, name: str, steps: Sequence[int], row: str = "") -> None:
     """Let the next audit attack a model as it was after some steps."""
+    run = {"output_dir": str(cell.folder / name.replace(" ", "-")), "model": cell.scale.adapters}
     for step in steps:
         cell.export(f"{name}, step {step}", run, f"{cell.name}/train {name}", row=f"{row or name}, step {step}",
                     which=f"step-{step:08d}")  # fmt: skip
