@@ -150,7 +150,7 @@ class TrainConfig:
     loss_backend: Literal["torch", "cut_cross_entropy", "liger"] = "torch"
     """What computes the token losses from the last hidden states. ``torch`` runs everywhere and its backward pass
     visits selected tokens only; the others are GPU kernels of packages to be installed, whose weighted gradients are
-    checked when the run starts."""
+    checked when the run starts. ``cut_cross_entropy`` wants ``precision: bf16``."""
 
     loss_memory_mib: Count | None = None
     """Memory per rank for logits in MiB, with ``loss_backend: torch``: as many as fit are kept for the backward pass,

@@ -26,7 +26,8 @@ class Scale:
     private: dict[str, Any]
     """What DP-SGD changes in ``fine_tuning``."""
     early: int
-    """Steps between evaluations; plain training is also judged as stopped after one, two and three times as many."""
+    """Steps between evaluations. Plain training is also judged as stopped after one, two and three times as many, and
+    plain training from a reference after one to six times a third of as many."""
     reference_epochs: float
     model: dict[str, Any]
     """Section ``model`` of the base model."""
