@@ -235,11 +235,14 @@ def test_batches_hold_the_very_tokens_of_the_documents(mixed_folder: Path) -> No
     assert torch.equal(stream.read_rows(file, rows)["input_ids"], everything["input_ids"][rows])
 
 
-def test_reference_losses_come_with_their_tokens(folder: Path) -> None:
+@pytest.mark.parametrize("by_column", [False, True])
+def test_reference_losses_come_with_their_tokens(folder: Path, by_column: bool) -> None:
     class Scores:
         def read(self, shard_stem: str, rows: np.ndarray) -> np.ndarray:
             lane, number = map(int, shard_stem.split("-")[1:])
-            return np.tile(lane + 100.0 * number + 10000 * rows[:, None], (1, BLOCK_LENGTH)).astype(np.float16)
+            place = lane + 100.0 * number + 10000 * rows[:, None]
+            columns = np.arange(BLOCK_LENGTH)  # beside the place they would be rounded away
+            return (np.tile(columns, (len(rows), 1)) if by_column else place.repeat(BLOCK_LENGTH, 1)).astype(np.float16)
 
     stream = BlockStream(folder, "train", seed=3, scores=Scores())
     for sample in range(0, 2 * BLOCKS, 7):
@@ -248,7 +251,8 @@ def test_reference_losses_come_with_their_tokens(folder: Path) -> None:
         loss = stream.read([sample])["reference_loss"]
         assert loss.dtype == torch.float32
         # The last token of a document predicts nothing.
-        expected = [float(np.float16(lane + 100.0 * number + 10000 * row))] * (BLOCK_LENGTH - 1) + [0.0]
+        place = [float(np.float16(lane + 100.0 * number + 10000 * row))] * (BLOCK_LENGTH - 1)
+        expected = [*(map(float, range(BLOCK_LENGTH - 1)) if by_column else place), 0.0]
         assert loss.tolist() == [expected]
 
 

@@ -107,6 +107,27 @@ def test_an_interrupted_save_leaves_the_earlier_one_in_force(tmp_path: Path, bac
         find_checkpoint(tmp_path, tag_of(10))
 
 
+@pytest.mark.parametrize("where", ["write_part", "seal"])
+def test_what_fails_in_the_background_is_raised_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    save(tmp_path, 5)
+    writer = CheckpointWriter(tmp_path, {}, background=True)
+    with monkeypatch.context() as changed:
+        changed.setattr(f"dualtok.engine.checkpoint.{where}", full)
+        writer.save(OneVectorEngine(), 10, {})  # type: ignore[arg-type]
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
+    writer.check()  # once is enough
+    assert find_checkpoint(tmp_path).manifest.step == 5
+    writer.save(OneVectorEngine(), 15, {})  # type: ignore[arg-type]
+    writer.wait()
+    assert find_checkpoint(tmp_path).manifest.step == 15
+
+
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
 def test_a_damaged_checkpoint_is_refused_and_the_file_named(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 5)

@@ -303,9 +303,11 @@ def test_the_goldfish_objective_averages_over_what_its_mask_keeps() -> None:
 def test_settings_reach_the_dual_loss() -> None:
     batch = make_batch(3)
     token_loss, _ = random_losses(13, (3, 40))
-    options: dict[str, Any] = {"hard_share": 0.3, "memorised_share": 0.4, "tau": -0.2, "alpha": 0.3,
+    options: dict[str, Any] = {"hard_share": 0.3, "memorised_share": 0.4, "tau": -3.0, "alpha": 0.3,
                                "normalize": "per_share"}  # fmt: skip
     outcome = build_objective("dual", SelectionConfig(**options))(token_loss, batch)
+    unlimited = build_objective("dual", SelectionConfig(**{**options, "tau": 0.0}))(token_loss, batch)
+    assert outcome.memorised.sum() < unlimited.memorised.sum(), "tau decides nothing here"
     mask = batch["labels"] != -100
     expected = expected_dual(token_loss.detach().numpy(), batch["reference_loss"].numpy(), mask.numpy(), **options)
     assert outcome.loss.item() == pytest.approx(expected.loss, rel=1e-5)
