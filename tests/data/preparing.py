@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from dualtok.data.config import DataConfig
 from tests.data.support import data_config
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, python
 
 PASSAGES, CHUNK = 360, 50
 CHILD = """
@@ -46,14 +46,16 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def child(
-    section: dict[str, Any], verb: str = "prepare", *, chunk: int = CHUNK, delay: float = 0
+    section: dict[str, Any], verb: str = "prepare", *, chunk: int = CHUNK, delay: float = 0, afresh: bool = False
 ) -> subprocess.Popen[str]:
     """Start ``prepare``, a part ``i/n`` or ``finish`` in a process of its own: small chunks, perhaps a slow disk.
 
-    It prints a dot before each of its writes reaches the disk.
+    It prints a dot before each of its writes reaches the disk. With workers, or ``afresh``, it is started anew: of a
+    fork neither its memory nor its children are those of the process that is returned.
     """
+    start = [sys.executable] if afresh or section["processes"] > 1 else python()
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(section), str(chunk), str(delay), verb], env=environment(), cwd=ROOT,
+        [*start, "-c", CHILD, json.dumps(section), str(chunk), str(delay), verb], env=environment(), cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
             "vocab_size": 2000, "rows_per_shard": 256,
             "shares": {"train": 0.88, "reference": 0.02, "held_out": 0.1},
         }  # fmt: skip
-        peaks.append(finish(child(section, chunk=100)))
+        peaks.append(finish(child(section, chunk=100, afresh=True)))
     extra = (tmp_path / "3200.jsonl").stat().st_size - (tmp_path / "800.jsonl").stat().st_size
     print(f"peak memory of 800 and 3,200 documents: {peaks} kB; {extra:,} bytes more of text")
     assert extra > 22e6

@@ -225,7 +225,7 @@ def test_a_part_that_fails_at_once_leaves_nothing_and_no_other_changed(
 
 @pytest.mark.slow
 def test_a_running_part_is_neither_started_again_nor_finished(two_of_three: DataConfig) -> None:
-    process = child(section_of(two_of_three), "2/3", delay=20)
+    process = child(section_of(two_of_three), "2/3", delay=20, afresh=True)
     try:
         deadline = time.monotonic() + 120
         while not (Part(2, 3).folder(Path(two_of_three.dir) / STAGING) / parts.BEGUN).parent.is_dir():

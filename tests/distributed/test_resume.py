@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.faults.worker import FAULT, SAMPLES, Fault
 from tests.support import (
     ROOT,
     command,
@@ -18,7 +18,6 @@ from tests.support import (
     environment,
     error_line,
     history,
-    kill_job,
     measured,
     read_weights,
     save_model,
@@ -45,17 +44,17 @@ def run_file(
 
 
 def kill_after_step(run: Path, step: int, ranks: int) -> None:
-    """Start training and kill every process of the job as soon as a checkpoint of ``step`` is complete."""
-    job = command("dualtok", "train", run, ranks=ranks, afresh=True)
-    process = subprocess.Popen(job, env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
-    latest = run.with_suffix("") / "checkpoints" / "latest"
-    deadline = time.monotonic() + 240
-    while not (latest.is_file() and latest.read_text() == f"step-{step:08d}"):
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.02)
-    kill_job(process)
+    """Train until one rank is killed two steps after the checkpoint of ``step``, which ends the job."""
+    samples, mark = run.with_suffix(".samples"), run.with_suffix(".killed")
+    samples.mkdir()
+    fault = Fault("kill", rank=ranks - 1, step=step + 2, mark=str(mark))
+    job = command("tests.faults.worker", "train", run, ranks=ranks)
+    variables = {FAULT: fault.as_json(), SAMPLES: str(samples), "LOCAL_SIZE": str(ranks)}
+    ended = subprocess.run(job, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300,
+                           check=False)  # fmt: skip
+    assert mark.exists(), f"the run ended before it could be interrupted\n{ended.stderr[-3000:]}"
+    assert ended.returncode != 0
+    assert (run.with_suffix("") / "checkpoints" / "latest").read_text() == f"step-{step:08d}"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from itertools import islice
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dualtok.data.corpora import sotu_passages, write_jsonl
+from tests import warm
 from tests.support import ROOT, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,8 +23,9 @@ def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
     for content, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", README, re.DOTALL):
         (tmp_path / name).write_text(content)
     (script,) = re.findall(r"<!-- quickstart -->\n```bash\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run(["bash", "-euxc", script], cwd=tmp_path, env=environment(LOCAL_SIZE="2"), text=True,
-                          capture_output=True, timeout=800, check=False)  # fmt: skip
+    variables = environment(LOCAL_SIZE="2", PATH=f"{warm.programs()}:{os.environ['PATH']}")
+    done = subprocess.run(["bash", "-euxc", script], cwd=tmp_path, env=variables, text=True, capture_output=True,
+                          timeout=800, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "runs" / "audit" / "report" / "report.html").read_text()
     for model in ("reference alone", "plain", "dual"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tests.support import (
     dualtok,
     environment,
     error_line,
+    python,
     tiny_llama_config,
     write_run,
 )
@@ -51,7 +51,7 @@ def run_file(small_corpus: dict[str, Any], path: Path, **train: Any) -> Path:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradients_that_are_not_finite_stop_the_run(small_corpus: dict[str, Any], tmp_path: Path, stage: int) -> None:
     run = run_file(small_corpus, tmp_path / "run.yaml", deepspeed=deepspeed_json(f"zero{stage}"))
-    done = subprocess.run([sys.executable, "-c", SPOILED, str(run)], env=environment(), cwd=ROOT, text=True,
+    done = subprocess.run(python("-c", SPOILED, run), env=environment(), cwd=ROOT, text=True,
                           capture_output=True, timeout=300, check=False)  # fmt: skip
     assert "step 4: training diverged" in error_line(done)
     steps = [json.loads(row)["step"] for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -14,18 +14,18 @@ import pytest
 
 from dualtok.engine import heartbeat
 from dualtok.engine.heartbeat import LOST_HOST, Host, Silence, group_by_host, resume_command
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, python
 
 SECONDS = 3.0
 MEMBER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from dualtok.engine.heartbeat import Heartbeat, Host, open_store
 rank, port, seconds, status = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
 hosts = [Host("node0", (0,)), Host("node1", (1, 2)), Host("node2", (3,))]
 store = open_store("127.0.0.1", len(hosts)) if rank == 0 else None
 port = store.port if store else port
-print(port, flush=True)
+print(port, os.getpid(), flush=True)
 sys.stdin.readline()  # all have imported what they need
 with Heartbeat(hosts, rank, ("127.0.0.1", port), seconds, store=store, status=status, resume="dualtok train x"):
     sys.stdin.readline()
@@ -38,13 +38,18 @@ class Member:
     """A rank, as a process."""
 
     def __init__(self, rank: int, port: int, folder: Path) -> None:
-        command = [sys.executable, "-c", MEMBER, str(rank), str(port), str(SECONDS), str(folder / "hosts.json")]
+        command = python("-c", MEMBER, rank, port, SECONDS, folder / "hosts.json")
         self.process = subprocess.Popen(command, text=True, cwd=ROOT, env=environment(), stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
     def started(self) -> int:
         assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
+        port, self.number = map(int, self.process.stdout.readline().split())
+        return port
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the rank itself, of which ``process`` is the client (:mod:`tests.warm`)."""
+        os.kill(self.number, number)
 
     def go_on(self) -> None:
         stream: IO[str] | None = self.process.stdin
@@ -81,7 +86,7 @@ def test_a_silent_host_is_named_and_ends_the_job(tmp_path: Path) -> None:
 
     started = time.monotonic()
     for member in members[1:3]:
-        member.process.send_signal(signal.SIGSTOP)  # as if the whole host hung
+        member.signal(signal.SIGSTOP)  # as if the whole host hung
     first, last = members[0].end(), members[3].end()
     assert SECONDS * 0.8 < time.monotonic() - started < 4 * SECONDS
     error = "dualtok: error: host node1 (ranks 1-2) has not been heard from for 3 s"
@@ -92,7 +97,7 @@ def test_a_silent_host_is_named_and_ends_the_job(tmp_path: Path) -> None:
     assert "dualtok: host node1 (ranks 1-2) was last heard from 2 s ago; at 3 s it counts as lost" in first[1]
 
     for member in members[1:3]:
-        member.process.send_signal(signal.SIGCONT)
+        member.signal(signal.SIGCONT)
     status, said = members[1].end()
     assert status == LOST_HOST
     assert "host node0 (rank 0), which the others meet at, has not been heard from for 3 s" in said
@@ -108,7 +113,7 @@ def test_a_lost_host_ends_the_job_even_if_nobody_reads_of_it(tmp_path: Path) -> 
         assert member.process.stderr is not None
         member.process.stderr.close()
     for member in members[1:3]:
-        member.process.send_signal(signal.SIGSTOP)
+        member.signal(signal.SIGSTOP)
     assert [members[place].process.wait(60) for place in (0, 3)] == [LOST_HOST, LOST_HOST]
     for member in members[1:3]:
         member.process.kill()
@@ -120,10 +125,10 @@ def test_a_late_host_and_one_that_leaves_are_not_lost(tmp_path: Path) -> None:
     members = job(tmp_path)
     members[3].go_on()
     for member in members[1:3]:
-        member.process.send_signal(signal.SIGSTOP)
-    time.sleep(0.7 * SECONDS)
+        member.signal(signal.SIGSTOP)
+    time.sleep(0.83 * SECONDS)  # longer than it takes to be noticed, shorter than to be lost
     for member in members[1:3]:
-        member.process.send_signal(signal.SIGCONT)
+        member.signal(signal.SIGCONT)
     assert members[3].end() == (0, "")
     time.sleep(1.5 * SECONDS)
     for member in members:

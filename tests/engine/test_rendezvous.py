@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, python
 
 RANK = """
 import os
@@ -44,7 +43,7 @@ def port() -> int:
 
 def start(rank: int, world_size: int, port: int, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", RANK, str(rank), str(world_size), str(seconds)], cwd=ROOT, text=True,
+        python("-c", RANK, rank, world_size, seconds), cwd=ROOT, text=True,
         env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)), stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -57,7 +56,7 @@ def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 @pytest.mark.slow
 def test_ranks_that_come_late_are_waited_for_and_named_meanwhile(port: int) -> None:
     ranks = [start(rank, 3, port, 60) for rank in (0, 1)]
-    time.sleep(8)
+    time.sleep(5)
     found = ends([*ranks, start(2, 3, port, 60)])
     assert [status for status, _ in found] == [0, 0, 0], found
     assert re.search(r"dualtok: 1 of 3 ranks have not come within \d+ s: 2; here are those of", found[0][1])
@@ -68,9 +67,9 @@ def test_ranks_that_come_late_are_waited_for_and_named_meanwhile(port: int) -> N
 @pytest.mark.slow
 def test_ranks_that_never_come_are_named_by_all_that_did(port: int) -> None:
     host = socket.gethostname()
-    for status, error in ends([start(rank, 12, port, 15) for rank in (0, 11)]):
+    for status, error in ends([start(rank, 12, port, 6) for rank in (0, 11)]):
         assert status == 1
-        assert "10 of 12 ranks have not come within 15 s: 1, 2, 3, 4, 5, 6, 7, 8 and 2 more" in error
+        assert "10 of 12 ranks have not come within 6 s: 1, 2, 3, 4, 5, 6, 7, 8 and 2 more" in error
         assert f"here are those of {host}." in error.splitlines()[-1]
 
 
@@ -94,8 +93,8 @@ def test_a_port_that_another_job_holds_is_named(port: int) -> None:
 def under_torchrun(seconds: float, late: float) -> subprocess.CompletedProcess[str]:
     """Start two ranks, of which rank 0 comes ``late`` seconds after its start."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python",
-         sys.executable, "-c", RANK, "-1", "2", str(seconds), str(late)],
+        python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python",
+               *python("-c", RANK, "-1", "2", seconds, late)),
         cwd=ROOT, text=True, env=environment(), capture_output=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -117,7 +116,7 @@ def test_a_rank_0_under_torchrun_that_never_comes_is_named() -> None:
 @pytest.mark.slow
 def test_a_second_process_of_a_rank_is_refused_by_the_name_of_the_first(port: int) -> None:
     host = socket.gethostname()
-    (_, waiting), *twins = ends([start(rank, 3, port, 20) for rank in (0, 1, 1)])
+    (_, waiting), *twins = ends([start(rank, 3, port, 8) for rank in (0, 1, 1)])
     assert "1 of 3 ranks have not come within" in waiting
     refused = [error for _, error in twins if f"{host} (process " in error]
     assert len(refused) == 1, twins

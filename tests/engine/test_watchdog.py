@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dualtok.engine.job_record import read_ends
-from tests.support import ROOT
+from tests.support import ROOT, python
 
 HANGING = """
 import sys, time
@@ -31,7 +30,7 @@ with Watchdog(0.6, Path(sys.argv[1]), 3) as watchdog:
 
 def run(folder: Path, last: str) -> subprocess.CompletedProcess[str]:
     code = HANGING.replace("{last}", last)
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=50,
+    return subprocess.run(python("-c", code, folder), capture_output=True, text=True, timeout=50,
                           check=False, cwd=ROOT)  # fmt: skip
 
 
@@ -50,7 +49,7 @@ def test_a_hang_ends_even_if_it_cannot_be_reported(tmp_path: Path, broken: str) 
     if broken == "folder":
         (tmp_path / "stacks").write_text("a file where the folder should be")
     code = HANGING.replace("{last}", "stuck_here()")
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "stacks")], cwd=ROOT, stdout=subprocess.DEVNULL,
+    with subprocess.Popen(python("-c", code, tmp_path / "stacks"), cwd=ROOT, stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE) as process:  # fmt: skip
         assert process.stderr is not None
         if broken == "pipe":

@@ -40,11 +40,11 @@ def test_a_job_that_torchrun_restarts_goes_on_from_its_checkpoint(small_corpus: 
 
 @pytest.mark.slow
 def test_a_hang_ends_the_job_with_every_ranks_stack(small_corpus: dict[str, Any], tmp_path: Path) -> None:
-    run = run_file(small_corpus, tmp_path / "run.yaml", hang_seconds=25)
+    run = run_file(small_corpus, tmp_path / "run.yaml", hang_seconds=12)
     ended = train(run, tmp_path / "samples", fault=Fault("hang", rank=1, step=3, mark=str(tmp_path / "mark")))
     assert ended.status != 0
     assert ended.at - float((tmp_path / "mark").read_text()) < 60
-    assert "rank 1: no progress for 25 s while in step 3; its main thread is in strike" in ended.output
+    assert "rank 1: no progress for 12 s while in step 3; its main thread is in strike" in ended.output
     stacks = [tmp_path / "run" / "stacks" / f"rank-{rank:05d}.txt" for rank in range(RANKS)]
     assert "strike" in stacks[1].read_text()
     assert "train_step" in stacks[0].read_text()

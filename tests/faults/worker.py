@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,12 +91,15 @@ class Injector:
         engine.train_step = step_with_fault
 
     def install(self) -> None:
-        build, write_part, seal = train_module.build_engine, checkpoint_module.write_part, checkpoint_module.seal
+        write_part, seal = checkpoint_module.write_part, checkpoint_module.seal
 
-        def build_with_fault(*arguments: Any, **settings: Any) -> Any:
-            engine = build(*arguments, **settings)
-            self.around_step(engine)
-            return engine
+        def with_fault(build: Callable[..., Any]) -> Callable[..., Any]:
+            def build_with_fault(*arguments: Any, **settings: Any) -> Any:
+                engine = build(*arguments, **settings)
+                self.around_step(engine)
+                return engine
+
+            return build_with_fault
 
         def write_with_fault(folder: Path, rank: int, pieces: Iterable[Any]) -> None:
             step = int(folder.name.removeprefix("step-"))
@@ -114,7 +117,8 @@ class Injector:
                 self.strike()
             seal(folder, **facts)
 
-        train_module.build_engine = build_with_fault  # type: ignore[assignment]
+        for name in ("build_engine", "build_private_engine"):
+            setattr(train_module, name, with_fault(getattr(train_module, name)))
         checkpoint_module.write_part = write_with_fault  # type: ignore[assignment]
         checkpoint_module.seal = seal_with_fault  # type: ignore[assignment]
         # A file for every few pieces, so that a fault can strike between two of them.

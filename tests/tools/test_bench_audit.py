@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT, environment, succeed
+from tests.support import ROOT, environment, python, succeed
 
 TINY = ["--hidden", "64", "--layers", "1", "--block-length", "64", "--blocks", "8", "--pairs", "1", "--passages", "100"]
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "tools/bench_audit.py", *TINY, *arguments],
+        python("tools/bench_audit.py", *TINY, *arguments),
         env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, environment, succeed
+from tests.support import ROOT, environment, python, succeed
 
 MOSAICML = ROOT / "build" / "mosaicml"
 SMALL = ["--blocks", "1024", "--block-length", "64", "--seconds", "0.05", "--warm-up", "0.02", "--pairs", "1"]
@@ -21,7 +20,7 @@ SMALL = ["--blocks", "1024", "--block-length", "64", "--seconds", "0.05", "--war
 def run_tool(folder: Path, *arguments: str) -> str:
     return succeed(
         subprocess.run(
-            [sys.executable, "tools/bench_stream.py", "--folder", str(folder), *SMALL, *arguments],
+            python("tools/bench_stream.py", "--folder", folder, *SMALL, *arguments),
             env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         )
     )  # fmt: skip
@@ -59,7 +58,7 @@ def test_the_stream_is_compared_with_mosaicml(tmp_path: Path) -> None:
 
 def test_a_missing_reader_is_named_with_the_way_to_install_it(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "tools/bench_stream.py", *SMALL, "--parts", "readers", "--mosaicml", str(tmp_path)],
+        python("tools/bench_stream.py", *SMALL, "--parts", "readers", "--mosaicml", tmp_path),
         env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert result.returncode == 1

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, python
 
 
 @pytest.mark.slow
 def test_a_tiny_model_takes_dual_steps_and_the_plan_stands_beside_what_was_measured(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tools/billion.py",
-         "--size", "tiny", "--states", "cpu", "--folder", str(tmp_path)],
+        python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tools/billion.py",
+               "--size", "tiny", "--states", "cpu", "--folder", tmp_path),
         env=environment(LOCAL_SIZE="2"), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

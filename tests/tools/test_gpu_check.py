@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, python
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "tools/gpu_check.py", *arguments], env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
+        python("tools/gpu_check.py", *arguments), env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ print('| norms on a GPU |', on_gpu['gradient_norm'] / on_gpu['loss'], '|')
 
 
 def test_a_way_that_trains_another_model_is_a_fault() -> None:
-    shown = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
+    shown = subprocess.run(python("-c", PROGRAM), env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
                            capture_output=True, text=True, timeout=120, check=True).stdout  # fmt: skip
     table = rows(shown)
     assert table["parity: device"] == "1.0e-06, 2.0e-05, more than 1e-05, 1e-05: FAULT"
@@ -88,7 +88,7 @@ import sys; sys.path.insert(0, 'tools')
 from argparse import Namespace
 from pathlib import Path
 from gpu_check import in_a_fresh_process
-print(in_a_fresh_process('command:doctor', Namespace(folder=Path(sys.argv[1]), ways=None, deadline=25)))
+print(in_a_fresh_process('command:doctor', Namespace(folder=Path(sys.argv[1]), ways=None, deadline=15)))
 """
 
 
@@ -97,7 +97,7 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -
     """The doctor takes longer; its processes work in the folder."""
     shown = subprocess.run([sys.executable, "-c", TOO_LONG, str(tmp_path)], env=environment(), cwd=ROOT, text=True,
                            stdout=subprocess.PIPE, timeout=120, check=True).stdout  # fmt: skip
-    assert shown == "{'error': 'not done after 25 s'}\n"
+    assert shown == "{'error': 'not done after 15 s'}\n"
     left = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(tmp_path)]
     assert left == []
 
@@ -114,7 +114,7 @@ for arguments in ('--only step:dula', '--only parity --ways fp4', '--only machin
 
 
 def test_what_it_does_not_measure_is_named() -> None:
-    shown = subprocess.run([sys.executable, "-c", REFUSED], env=environment(), cwd=ROOT, text=True, capture_output=True,
+    shown = subprocess.run(python("-c", REFUSED), env=environment(), cwd=ROOT, text=True, capture_output=True,
                            timeout=120, check=True).stderr  # fmt: skip
     errors = [line.partition(": error: ")[2] for line in shown.splitlines() if ": error: " in line]
     starts = [

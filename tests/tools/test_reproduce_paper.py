@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from dualtok.audit.config import FurtherAttackName
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, python
 
 PARTS = ("headline", "plus", "further", "dynamics", "pretraining")
 STOPS = {"plain, step 2", "plain, step 4", "plain, step 6"}
@@ -44,7 +44,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Module:
 
 
 def reproduce(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/reproduce_paper.py", "--scale", "smoke", "--folder", str(folder), "--jobs", "2"]
+    command = python("tools/reproduce_paper.py", "--scale", "smoke", "--folder", folder, "--jobs", "2")
     return subprocess.run(
         [*command, "--parts", *PARTS], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900,
         check=False,
