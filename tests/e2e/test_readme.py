@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
     page = (tmp_path / "runs" / "audit" / "report" / "report.html").read_text()
     for model in ("reference alone", "plain", "dual"):
         assert model in page
+
+
+def test_the_installed_command_starts(tmp_path: Path) -> None:
+    """The quickstart above forks what it starts; this is the program that pip installs."""
+    program = Path(sys.executable).with_name("dualtok")
+    shown = subprocess.run([program, "--help"], cwd=tmp_path, env=environment(), text=True, capture_output=True,
+                           timeout=120, check=True).stdout  # fmt: skip
+    assert "prepare" in shown
+    assert "audit" in shown
 
 
 def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
