@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.skips import pytest_runtest_makereport  # noqa: F401  # a hook
@@ -18,6 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # folder of its own, or because another `ninja` comes first than the one that compiled them.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+# The same examples in each run; a test that fails now and then tells nobody what to mend.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 
 LONGEST = ("jobs/test_demo.py", "tools/test_reproduce_paper.py", "distributed/test_layout_parity.py",
            "tools/test_gpu_check.py", "faults/test_campaign.py", "doctor/test_hosts.py", "e2e/test_readme.py",

@@ -126,3 +126,29 @@ def test_what_a_fork_cannot_do_is_started_anew() -> None:
     assert first[0] == "False"
     assert printed("-c", asks, PYTHONPATH="/nowhere")[0] == "False"
     assert printed("-I", "-c", asks)[0] == "False"
+
+
+SPAWNING = """
+import multiprocessing, os, sys
+def work(queue, lock, number):
+    with lock:
+        queue.put((number, "transformers" in sys.modules))
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    queue, lock = spawn.Queue(), spawn.Lock()
+    workers = [spawn.Process(target=work, args=(queue, lock, number)) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    print(sorted(queue.get() for _ in workers), flush=True)
+    for worker in workers:
+        worker.join()
+    for _ in range(3):  # workers that have hardly begun are asked to end
+        with spawn.Pool(2) as pool:
+            print(pool.map(abs, [-1, 2]), flush=True)
+"""
+
+
+def test_what_multiprocessing_spawns_is_forked_and_ends_when_it_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    shown = " ".join(printed(str(tmp_path / "spawning.py")))
+    assert shown == "[(0, True), (1, True)] [1, 2] [1, 2] [1, 2]"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -26,16 +27,26 @@ import time
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
+from typing import NoReturn
 
 READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_", "HF_TOKEN", "MY_")
 """First letters of variables that no module reads on import, so that a fork may be given its own."""
 FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 """Variables of every process: one thread per rank, DeepSpeed on the CPU."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-LONGEST_REQUEST = 1 << 20
+LONGEST_REQUEST, MOST_FILES = 1 << 20, 250
 PROGRAMS = {"python": [], "dualtok": ["-m", "dualtok"], "torchrun": ["-m", "torch.distributed.run"],
             "deepspeed": ["-m", "deepspeed.launcher.runner"]}  # fmt: skip
 """What each stands for, as arguments of Python."""
+IMPORTED = (
+    "deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
+    "dualtok.cli", "dualtok.data.prepare", "dualtok.engine.pipeline", "dualtok.engine.train", "dualtok.jobs.audit",
+    "dualtok.jobs.score", "peft.tuners.lora.bnb", "pyarrow.pandas_compat", "sklearn.ensemble", "sklearn.linear_model",
+    "torch.distributed.run", "torch.utils.cpp_extension", "torch.utils.tensorboard",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "transformers.optimization",
+    "xml.dom.minidom",
+)  # fmt: skip
+"""What jobs import, all that they start included."""
 
 
 def takes(variables: Iterable[str]) -> bool:
@@ -90,13 +101,24 @@ def _write_programs(folder: Path, address: str) -> None:
     (folder / "ninja").symlink_to(beside_python)
 
 
+def is_spawned(arguments: list[str]) -> bool:
+    """Return whether this is a process that :mod:`multiprocessing` spawns."""
+    return arguments[0] == "-c" and arguments[1].startswith("from multiprocessing.spawn import spawn_main; ")
+
+
+def inherited() -> list[int]:
+    """Return the open files beside the first three; those that it needs are handed to a spawned process by number."""
+    found = (int(entry.name) for entry in list(Path("/proc/self/fd").iterdir()))
+    return sorted(number for number in found if number > 2 and Path(f"/proc/self/fd/{number}").exists())
+
+
 def needs_afresh(arguments: list[str]) -> bool:
     """Return whether a fork cannot do what ``python ARGUMENTS`` does.
 
-    Children of :mod:`multiprocessing` inherit open files; other options, search paths and seeds of hashes are read when
+    Servers of :mod:`multiprocessing` inherit open files; other options, search paths and seeds of hashes are read when
     Python starts.
     """
-    if not arguments or (arguments[0] == "-c" and "multiprocessing" in arguments[1]):
+    if not arguments or (arguments[0] == "-c" and "multiprocessing" in arguments[1] and not is_spawned(arguments)):
         return True
     if os.environ.get("PYTHONPATH", "") not in ("", str(Path(__file__).parent.parent)):
         return True
@@ -109,12 +131,13 @@ def client(address: str, arguments: list[str]) -> None:
         arguments = arguments[1:]
     if needs_afresh(arguments):
         os.execv(sys.executable, [sys.executable, *arguments])
-    request = {"arguments": arguments, "python": f"{Path(address).parent}/python", "directory": str(Path.cwd()),
-               "variables": dict(os.environ), "umask": os.umask(0)}  # fmt: skip
+    places = [0, 1, 2, *(inherited() if is_spawned(arguments) else [])]
+    request = {"arguments": arguments, "places": places, "python": f"{Path(address).parent}/python",
+               "directory": str(Path.cwd()), "variables": dict(os.environ), "umask": os.umask(0)}  # fmt: skip
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(address)
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until it is known whom to hand them to
-    files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+    files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", places))]
     connection.sendmsg([json.dumps(request).encode()], files)
     process = int(connection.recv(64))
     for number in HANDED_ON:
@@ -174,10 +197,11 @@ class Server:
 
     def _fork(self, connection: socket.socket) -> None:
         self._selector.unregister(connection.fileno())
-        message, files, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, 3)
+        message, files, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, MOST_FILES)
         if not message:
             connection.close()
             return
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # the server ignores them, and its fork must not
         process = os.fork()
         if not process:
             for other in (connection, self._listener, *self._alive.values()):
@@ -187,6 +211,7 @@ class Server:
                     os.close(key.fd)
             self._selector.close()
             raise Forked(partial(_become, json.loads(message), files))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
         for file in files:
             os.close(file)
         self._alive[process] = connection
@@ -227,17 +252,23 @@ def _kill_family(process: int) -> None:
 def _become(request: dict[str, object], files: list[int]) -> None:
     """Make this fork what ``python ARGUMENTS`` would have started."""
     import inspect
+    import multiprocessing
     import random
     import runpy
     import types
 
     import numpy as np
 
-    for place, file in enumerate(files):
+    # None of the places may still be one of the files when it is written over.
+    beyond = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
+    for file in files:
+        os.close(file)
+    for place, file in zip(request["places"], beyond, strict=True):  # type: ignore[call-overload]
         os.dup2(file, place)
         os.close(file)
     for number in HANDED_ON:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     os.environ.clear()
     os.environ.update(request["variables"])  # type: ignore[call-overload]
     os.chdir(str(request["directory"]))
@@ -251,6 +282,7 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     frames = {str(Path("<frozen runpy>").absolute()): "runpy", __file__: "tests.warm"}
     inspect.modulesbyfile.update(frames)  # type: ignore[attr-defined]
     sys.executable = str(request["python"])  # what it starts with its own Python is forked as well
+    multiprocessing.set_executable(sys.executable)
     what, *rest = request["arguments"]  # type: ignore[misc]
     if what == "-m":
         sys.argv = rest
@@ -266,19 +298,50 @@ def _become(request: dict[str, object], files: list[int]) -> None:
         runpy.run_path(what, run_name="__main__")
 
 
+def _run_and_leave(program: Callable[[], None]) -> NoReturn:
+    """Run a program and end as Python does, but for taking apart all modules: that costs .3 s, as many were imported."""
+    import atexit
+    import threading
+
+    status = 0
+    try:
+        program()
+    except SystemExit as ending:
+        status = _status_of(ending)
+    except BaseException as error:
+        status = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):
+            status = -signal.SIGINT
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone, or the program closed it
+            stream.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def _status_of(ending: SystemExit) -> int:
+    if ending.code is None or isinstance(ending.code, int):
+        return (ending.code or 0) & 0xFF
+    print(ending.code, file=sys.stderr)
+    return 1
+
+
 def server(address: str) -> None:
     """Import what jobs need, then serve."""
     import gc
+    import importlib
 
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import transformers.models.gpt2.modeling_gpt2
-    import transformers.models.llama.modeling_llama
-    import transformers.optimization  # noqa: F401
+    import cpuinfo
 
-    import dualtok.engine.train
-    import dualtok.jobs.audit  # noqa: F401
-
+    for module in IMPORTED:
+        importlib.import_module(module)
+    known = cpuinfo.get_cpu_info()
+    cpuinfo.get_cpu_info = lambda: known  # starts a process for a second, each time that DeepSpeed asks
     gc.collect()
     gc.freeze()  # or the first collection in a fork would copy all memory
     for number in HANDED_ON:
@@ -287,7 +350,7 @@ def server(address: str) -> None:
         Server(address).serve()
     except Forked as forked:
         become = forked.run
-    become()
+    _run_and_leave(become)
 
 
 if __name__ == "__main__":

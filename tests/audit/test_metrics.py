@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualtok.audit.metrics import (
+    ROUNDING,
     auc_of_counts,
     bootstrap,
     bootstrap_interval,
@@ -80,7 +81,7 @@ def test_tpr_is_the_best_of_all_thresholds(members: list[float], non_members: li
     for threshold in [np.inf, *members, *non_members]:
         rate = float(np.mean([n >= threshold for n in non_members]))
         tpr = float(np.mean([m >= threshold for m in members]))
-        if rate <= fpr and (tpr, -rate) > (best[0], -best[1]):
+        if rate * len(non_members) <= fpr * len(non_members) + ROUNDING and (tpr, -rate) > (best[0], -best[1]):
             best = (tpr, rate)
     assert roc_curve(members, non_members).tpr_within(fpr) == best
 
@@ -239,9 +240,9 @@ def test_a_wider_confidence_gives_a_wider_interval_and_settings_are_checked() ->
 def test_a_thousand_resamples_of_two_thousand_documents_take_under_a_few_seconds() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(1, 1, 1000), rng.normal(0, 1, 1000)
-    start = time.perf_counter()
+    start = time.process_time()
     low, high = bootstrap_interval(*scores, resamples=1000)
-    assert time.perf_counter() - start < 5  # about 0.2 s on one idle core
+    assert time.process_time() - start < 5  # about 0.2 s
     assert low < roc_auc(*scores) < high
 
 

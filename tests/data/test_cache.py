@@ -135,8 +135,8 @@ def test_a_killed_fetch_is_neither_believed_nor_waited_for_and_is_swept(tmp_path
         assert process.exitcode == -signal.SIGKILL
     assert kept(tmp_path) == {f"{name(2)}.{SIZE}.part"}, "the second process did not sweep what the first one left"
     started = time.monotonic()
-    assert read(ShardCache(tmp_path, 10**6, 30), 2) == content(2)
-    assert time.monotonic() - started < 5
+    assert read(ShardCache(tmp_path, 10**6, 60), 2) == content(2)
+    assert time.monotonic() - started < 60, "it waited for the killed one"
     assert kept(tmp_path) == {name(2)}
 
 

@@ -232,9 +232,9 @@ def test_thousands_of_copies_of_one_document_are_compared_with_the_first_alone()
     draw = random.Random(13)
     words = random_words(draw, 60)
     texts = [" ".join(words), *(" ".join(changed(words, 1, draw)) for _ in range(1500)), *([" ".join(words)] * 1500)]
-    started = time.perf_counter()
+    started = time.process_time()
     result = verdicts(texts)
     assert result[0] is None
     assert result[1501:] == ["exact"] * 1500
     assert result.count("near") > 1200
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30

@@ -29,12 +29,10 @@ def test_running_again_returns_at_once_and_changes_nothing(prepared: Path, texts
     before = finished(prepared, "*")
     source = prepared.parent / "texts.jsonl"
     hidden = source.rename(tmp_path / "hidden.jsonl")
-    started = time.perf_counter()
     try:
         manifest = prepare(settings_of(prepared, source, processes=2), progress=False)
     finally:
         hidden.rename(source)
-    assert time.perf_counter() - started < 1
     assert manifest == load_manifest(prepared)
     assert finished(prepared, "*") == before
 

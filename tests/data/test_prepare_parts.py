@@ -111,9 +111,7 @@ def test_a_complete_part_returns_at_once_and_a_finished_folder_too(prepared: Pat
         prepare_part(config, Part(number, 2), progress=False)
     hidden = source.rename(tmp_path / "hidden.jsonl")
     before = contents(tmp_path / "prepared")
-    started = time.perf_counter()
-    prepare_part(config, Part(2, 2), progress=False)
-    assert time.perf_counter() - started < 1
+    prepare_part(config, Part(2, 2), progress=False)  # without its source nothing could be done again
     assert contents(tmp_path / "prepared").keys() == before.keys()
     manifest = finish(config, progress=False)  # nor does the end need the source
     prepare_part(config, Part(1, 2), progress=False)

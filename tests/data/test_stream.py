@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -131,13 +130,11 @@ def test_a_lane_finishes_a_shard_before_it_opens_the_next(folder: Path) -> None:
 
 def test_seeking_costs_no_replay(folder: Path) -> None:
     stream = BlockStream(folder, "train", seed=3)
-    started = time.perf_counter()
-    for sample in (10**9, 10**15 + 7):
+    for sample in (10**9, 10**15 + 7):  # a replay would take years
         epoch, file, row = stream.locate(sample)
         assert epoch == sample // BLOCKS
         assert numbers(stream.read([sample])) == [order(stream, epoch)[sample % BLOCKS]]
         assert (file, row) == stream.locate(sample)[1:]
-    assert time.perf_counter() - started < 1
 
 
 def test_data_workers_change_neither_batches_nor_order(mixed_folder: Path) -> None:

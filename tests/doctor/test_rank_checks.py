@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import psutil
 import pytest
 
 from dualtok.doctor.rank_job import RankJob, results_of, run_ranks
+from tests import warm
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,8 @@ def spoiled(what: str, seconds: float = 180) -> RankJob:
 
 
 @pytest.mark.slow
-def test_sums_that_are_wrong_and_gradients_that_are_divided_twice_are_found() -> None:
+def test_sums_that_are_wrong_and_gradients_that_are_divided_twice_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", warm.launcher()[0])
     collectives, gradients, kernels = results_of([run_ranks(spoiled("wrong"))])
     assert collectives.status == "fail"
     assert "sums or gathered values are wrong" in collectives.found

@@ -72,9 +72,9 @@ _CPU_OPTIMISER = {"precision": "fp32", "batch_size": 16}
 SCALES = {
     "smoke": Scale(
         name="smoke", corpora=("sotu",), seeds=(0,), block_length=64, vocabulary=512, model=llama(32, 2, 64),
-        shares={"sotu": _shares(train=0.006, auxiliary=0.003, held_out=0.006)},
-        pretraining_shares={"train": 0.02, "reference": 0.05, "validation": 0.005},
-        from_scratch=_shares(train=0.01, auxiliary=0.0025, held_out=0.01), auxiliary=(2,), shadows=2,
+        shares={"sotu": _shares(train=0.004, auxiliary=0.002, held_out=0.004)},
+        pretraining_shares={"train": 0.01, "reference": 0.02, "validation": 0.002},
+        from_scratch=_shares(train=0.005, auxiliary=0.0015, held_out=0.005), auxiliary=(2,), shadows=2,
         neighbours=2,
         pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
         fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},

@@ -16,8 +16,11 @@ from pathlib import Path
 
 from dualtok.files import write_text
 
-IMPORTED_ONCE = ["dualtok.engine.train", "dualtok.jobs.audit", "deepspeed", "peft",
-                 "transformers.models.gpt2.modeling_gpt2", "transformers.optimization"]  # fmt: skip
+IMPORTED_ONCE = ["dualtok.cli", "dualtok.data.prepare", "dualtok.engine.train", "dualtok.jobs.audit",
+                 "dualtok.jobs.score", "deepspeed.module_inject.auto_ep_layer", "peft", "sklearn.ensemble",
+                 "sklearn.linear_model", "torch.utils.cpp_extension", "torch.utils.tensorboard",
+                 "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
+                 "transformers.optimization"]  # fmt: skip
 """A step is forked from a process that has imported these; to do so itself would take it some ten seconds."""
 
 _PROCESSES = threading.Lock()
