@@ -299,7 +299,7 @@ def _become(request: dict[str, object], files: list[int]) -> None:
 
 
 def _run_and_leave(program: Callable[[], None]) -> NoReturn:
-    """Run a program and end as Python does, but for taking apart all modules: that costs .3 s, as many were imported."""
+    """Run a program and end as Python does, but for taking apart all modules, which are many: .3 s."""
     import atexit
     import threading
 

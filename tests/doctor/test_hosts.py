@@ -49,8 +49,9 @@ class Hosts:
         hostfile, run = self.folder / "hostfile", self.folder / "run.yaml"
         hostfile.write_text("\n".join(slots) + "\n")
         run.write_text(f"data: {{dir: none}}\noutput_dir: {self.shared}\n")
+        variables = {"PYTHONPATH": f"{self.folder}/packages:{ROOT}"} if packages else {}
         done = dualtok("doctor", run, "--hosts", hostfile, "--ssh", self.ssh, "--json", *(["--quick"] if quick else []),
-                       timeout=1500, **({"PYTHONPATH": f"{self.folder}/packages:{ROOT}"} if packages else {}))  # fmt: skip
+                       timeout=1500, **variables)  # fmt: skip
         assert done.returncode in (0, 1), done.stderr[-3000:]
         return done.returncode, json.loads(done.stdout)["checks"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests import warm
 from tests.support import ROOT, deepspeed_json, dualtok, environment, save_model, succeed, tiny_llama_config, write_run
 
 STEPS = 6
@@ -39,7 +41,8 @@ def test_every_launcher_trains_the_same_model(small_corpus: dict[str, Any], tmp_
     for name in ("torchrun", "deepspeed"):
         command = [str(ROOT / "launch" / f"{name}.sh"), "train", str(runs[name])]
         logs = tmp_path / "logs" / name
-        variables = environment(RANKS="2", INTERFACE="lo", LOGS=str(logs))
+        path = f"{warm.programs()}:{os.environ['PATH']}"
+        variables = environment(RANKS="2", INTERFACE="lo", LOGS=str(logs), PATH=path)
         succeed(subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, cwd=ROOT,
                                check=False))  # fmt: skip
         texts = [path.read_text() for path in logs.rglob("*.log") if re.search(r"/\d/stdout|_rank\d", str(path))]
