@@ -34,6 +34,8 @@ READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_",
 FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 """Variables of every process: one thread per rank, DeepSpeed on the CPU."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STANDS_FOR = "fork "
+"""Name of a client's process, before its fork's number; Linux keeps 15 characters."""
 LONGEST_REQUEST, MOST_FILES = 1 << 20, 250
 PROGRAMS = {"python": [], "dualtok": ["-m", "dualtok"], "torchrun": ["-m", "torch.distributed.run"],
             "deepspeed": ["-m", "deepspeed.launcher.runner"]}  # fmt: skip
@@ -57,6 +59,15 @@ def takes(variables: Iterable[str]) -> bool:
 def programs() -> Path:
     """Return a folder of programs that fork: ``python``, ``dualtok``, ``torchrun`` and ``deepspeed``."""
     return Path(_server()).parent
+
+
+def fork_of(client: int) -> int:
+    """Return the number of the fork that a client, given by its own number, stands for; waits until there is one."""
+    deadline = time.monotonic() + 60
+    while not (name := Path(f"/proc/{client}/comm").read_text()).startswith(STANDS_FOR):
+        assert time.monotonic() < deadline, "there is no fork"
+        time.sleep(0.005)
+    return int(name.removeprefix(STANDS_FOR))
 
 
 def launcher() -> list[str]:
@@ -140,6 +151,7 @@ def client(address: str, arguments: list[str]) -> None:
     files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", places))]
     connection.sendmsg([json.dumps(request).encode()], files)
     process = int(connection.recv(64))
+    Path("/proc/self/comm").write_text(f"{STANDS_FOR}{process}")
     for number in HANDED_ON:
         signal.signal(number, lambda received, _: _hand_on(process, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from tests.support import (
     succeed,
     write_run,
 )
+from tests.warm import fork_of
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_scoring_killed_at_random_moments_gives_the_same_bytes(
     done = 0
     for _ in range(2):
         process = subprocess.Popen(
-            command("dualtok", "score", run, afresh=True), env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
+            command("dualtok", "score", run), env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         wanted, deadline = done + draw.randrange(1, shards // 3), time.monotonic() + 240
@@ -134,7 +136,7 @@ def test_scoring_killed_at_random_moments_gives_the_same_bytes(
             assert time.monotonic() < deadline
             time.sleep(0.001)
         assert process.poll() is None, "it ended before it could be killed"
-        process.kill()
+        os.kill(fork_of(process.pid), signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not list(Path(broken["dir"]).glob("scores/*/scores.json"))

@@ -20,6 +20,7 @@ from dualtok.jobs.status import RunStatus, describe, read_status
 from tests.faults.harness import train as train_on_ranks
 from tests.faults.worker import FAULT, SAMPLES, Fault
 from tests.support import ROOT, command, dualtok, environment, error_line, succeed, tiny_llama_config, write_run
+from tests.warm import fork_of
 
 STEPS = 8
 
@@ -37,7 +38,7 @@ def start(run: Path, fault: Fault, *overrides: str) -> subprocess.Popen[str]:
     """Start one rank, without a launcher, that a fault will hit."""
     variables = {FAULT: fault.as_json(), SAMPLES: str(run.parent)}
     return subprocess.Popen(
-        command("tests.faults.worker", "train", run, *overrides, "--auto-resume", afresh=True),
+        command("tests.faults.worker", "train", run, *overrides, "--auto-resume"),
         env=environment(**variables), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -82,7 +83,7 @@ def test_one_run_through_all_its_ends(small_corpus: dict[str, Any], tmp_path: Pa
         while not Path(hang.mark).exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        check_running(run, process.pid)
+        check_running(run, fork_of(process.pid))
         process.communicate(timeout=120)
     hung = read_status(folder)
     assert (hung.state, hung.checkpoint) == ("hung", "step-00000004"), hung.reason
@@ -92,11 +93,12 @@ def test_one_run_through_all_its_ends(small_corpus: dict[str, Any], tmp_path: Pa
 
     # Killed whole, it says nothing at all.
     with start(run, Fault("kill", rank=0, step=6, mark=str(tmp_path / "again"))) as process:
+        number = fork_of(process.pid)
         process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     gone = read_status(folder)
     assert gone.state == "killed", gone.reason
-    assert f"process {process.pid} of 1 rank) is gone and said nothing" in gone.reason
+    assert f"process {number} of 1 rank) is gone and said nothing" in gone.reason
     assert gone.stacks == (), "those of the job before"
     assert gone.next_command == f"dualtok train {folder}/run.yaml --resume"
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, python
 
 
 @pytest.mark.slow
 def test_export_stays_within_its_bound() -> None:
     result = subprocess.run(
-        [sys.executable, "tools/bench_export.py", "--parameters", "6", "--mebibytes", "8"],
+        python("tools/bench_export.py", "--parameters", "6", "--mebibytes", "8"),
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     found = re.search(r"grew by ([\d.]+) GiB, bound ([\d.]+) GiB", result.stdout)

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT, environment, succeed
+from tests.support import ROOT, environment, python, succeed
 
 
 @pytest.mark.slow
@@ -15,7 +14,7 @@ def test_the_head_needs_a_fraction_of_the_plain_losss_memory() -> None:
     sizes = ["--tokens", "1024", "--vocabulary", "32000", "--hidden", "64", "--memory-mib", "32"]
     output = succeed(
         subprocess.run(
-            [sys.executable, "tools/bench_head.py", *sizes], env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT,
+            python("tools/bench_head.py", *sizes), env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT,
             capture_output=True, text=True, timeout=120, check=False,
         )
     )  # fmt: skip
