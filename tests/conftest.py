@@ -15,6 +15,7 @@ from tests.support import ROOT, write_small_corpus
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a hub that cannot be reached is asked again and again
 # Whoever starts pytest by itself gets what `make test` sets: else DeepSpeed would compile its operators anew, into a
 # folder of its own, or because another `ninja` comes first than the one that compiled them.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 import torch
@@ -27,13 +29,19 @@ VOCABULARY = 512
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_small_corpus(folder: Path) -> dict[str, Any]:
-    """Prepare 300 SOTU passages (blocks of 64 tokens, 512 ids, 8 lanes) and return the section ``data``."""
+def write_small_corpus(folder: Path, characters: int | None = 600) -> dict[str, Any]:
+    """Prepare 300 SOTU passages (blocks of 64 tokens, 512 ids, 8 lanes) and return the section ``data``.
+
+    Args:
+        folder: for the source and the prepared folder.
+        characters: kept of each passage; 600 make some three blocks. None: all, some eight.
+    """
     from dualtok.data.config import DataConfig
     from dualtok.data.corpora import sotu_passages, write_jsonl
     from dualtok.data.prepare import prepare
 
-    source = write_jsonl(islice(sotu_passages(), 300), folder / "sotu.jsonl")
+    passages = [passage[:characters] for passage in islice(sotu_passages(), 300)]
+    source = write_jsonl(passages, folder / "sotu.jsonl")
     section: dict[str, Any] = {
         "dir": str(folder / "prepared"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 8,
         "vocab_size": VOCABULARY, "processes": 1,
@@ -191,6 +199,32 @@ def relative_distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) ->
     return (difference / sum(float(a[name].double().square().sum()) for name in a)) ** 0.5
 
 
+_PORTS_TAKEN: list[BinaryIO] = []
+"""Locked files, one per port, until this process ends."""
+
+
+def free_port() -> int:
+    """Return a port for a server that must be told one.
+
+    It lies below those that Linux gives by itself, and no other test process of this machine is given it meanwhile.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    folder = Path(tempfile.gettempdir()) / "dualtok-test-ports"
+    folder.mkdir(exist_ok=True)
+    for port in range(lowest - 1, 1024, -1):
+        lock = (folder / str(port)).open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.bind(("", port))
+        except OSError:
+            lock.close()
+            continue
+        _PORTS_TAKEN.append(lock)
+        return port
+    raise AssertionError("no port is free")
+
+
 def kill_job(process: subprocess.Popen[Any]) -> None:
     """Kill a launcher and all that it has started, which torchrun puts into sessions of their own, and wait for it."""
     launcher = psutil.Process(process.pid)
@@ -210,9 +244,7 @@ def without_launcher(
 
     A rank that hangs fails the test at the deadline.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
     start = command("dualtok", *arguments, afresh=not warm.takes(variables))

@@ -134,7 +134,8 @@ def work(queue, lock, number):
     with lock:
         queue.put((number, "transformers" in sys.modules))
 if __name__ == "__main__":
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context(sys.argv[1])
+    spawn.set_forkserver_preload(["transformers"])
     queue, lock = spawn.Queue(), spawn.Lock()
     workers = [spawn.Process(target=work, args=(queue, lock, number)) for number in range(2)]
     for worker in workers:
@@ -148,7 +149,8 @@ if __name__ == "__main__":
 """
 
 
-def test_what_multiprocessing_spawns_is_forked_and_ends_when_it_is_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_what_multiprocessing_spawns_is_forked_and_ends_when_it_is_asked(tmp_path: Path, method: str) -> None:
     (tmp_path / "spawning.py").write_text(SPAWNING)
-    shown = " ".join(printed(str(tmp_path / "spawning.py")))
+    shown = " ".join(printed(str(tmp_path / "spawning.py"), method))
     assert shown == "[(0, True), (1, True)] [1, 2] [1, 2] [1, 2]"

@@ -113,8 +113,9 @@ def _write_programs(folder: Path, address: str) -> None:
 
 
 def is_spawned(arguments: list[str]) -> bool:
-    """Return whether this is a process that :mod:`multiprocessing` spawns."""
-    return arguments[0] == "-c" and arguments[1].startswith("from multiprocessing.spawn import spawn_main; ")
+    """Return whether this is a process that :mod:`multiprocessing` spawns, or its server that forks."""
+    begins = ("from multiprocessing.spawn import spawn_main; ", "from multiprocessing.forkserver import main; ")
+    return arguments[0] == "-c" and arguments[1].startswith(begins)
 
 
 def inherited() -> list[int]:
@@ -126,8 +127,8 @@ def inherited() -> list[int]:
 def needs_afresh(arguments: list[str]) -> bool:
     """Return whether a fork cannot do what ``python ARGUMENTS`` does.
 
-    Servers of :mod:`multiprocessing` inherit open files; other options, search paths and seeds of hashes are read when
-    Python starts.
+    :mod:`multiprocessing` tracks resources in a process that needs no module; other options, search paths and seeds of
+    hashes are read when Python starts.
     """
     if not arguments or (arguments[0] == "-c" and "multiprocessing" in arguments[1] and not is_spawned(arguments)):
         return True

@@ -25,6 +25,8 @@ VERDICT = "dualtok/verdict"
 NOTICE_SECONDS = 60.0
 """After which rank 0 first says whom it waits for."""
 VERDICT_SECONDS = 2.0
+ANY_PORT = "0"
+"""The store takes whichever is free: one that was looked for before may be another job's by then."""
 
 
 def complete_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -48,7 +50,7 @@ def complete_environment(environment: Mapping[str, str]) -> dict[str, str]:
             "start one torchrun per host, set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or use "
             "`srun --mpi=pmix` with mpi4py; `dualtok launch --backend slurm` writes such a job"
         )
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ANY_PORT}
 
 
 def ask_mpi(environment: Mapping[str, str]) -> dict[str, str]:
@@ -131,7 +133,9 @@ def _open(timeout: timedelta) -> dist.TCPStore:
         _agent_store(timeout).set(STORE_PORT, str(store.port))
         return store
     try:
-        return dist.TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False)
+        os.environ["MASTER_PORT"] = str(store.port)
+        return store
     except RuntimeError as error:
         raise ConfigError(
             f"MASTER_PORT: rank 0 cannot open port {port} of {host} ({str(error).splitlines()[0]}); another job may "

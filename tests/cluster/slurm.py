@@ -18,6 +18,8 @@ from types import TracebackType
 
 import psutil
 
+from tests.support import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so")
 """What Debian 12's Slurm loads for ``srun --mpi=pmix``; only libpmix-dev has it under this name."""
@@ -158,7 +160,7 @@ class Slurm:
         key = self.folder / "munge" / "key-file"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        host, ports = socket.gethostname(), _free_ports(1 + len(self.nodes))
+        host, ports = socket.gethostname(), [free_port() for _ in range(1 + len(self.nodes))]
         nodes = [f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:2"
                  for node, port in zip(self.nodes, ports[1:], strict=True)]  # fmt: skip
         text = CONFIGURATION.format(host=host, folder=self.folder, ports=ports, nodes="\n".join(nodes))
@@ -186,17 +188,6 @@ def _quietly(ready: Callable[[], bool]) -> bool:
         return ready()
     except AssertionError:  # the controller does not answer yet
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def main() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.support import free_port
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
@@ -18,9 +19,7 @@ def ssh_daemon(folder: Path) -> Iterator[str]:
     """Run sshd with keys made for it in ``folder``; yields the options with which ssh gets in."""
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     Path("/run/sshd").mkdir(exist_ok=True)  # sshd separates privileges there, and only an installed service makes it
     (folder / "config").write_text(
         f"ListenAddress 127.0.0.1\nListenAddress 127.0.0.2\nPort {port}\nHostKey {folder / 'host'}\n"

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from dualtok.launch.kubernetes import mpi_job
 from tests.cluster.processes import rank_processes
 from tests.cluster.sshd import HOSTS, ssh_daemon
 from tests.e2e.test_launchers import run_file
-from tests.support import ROOT, dualtok, environment, history, succeed
+from tests.support import ROOT, dualtok, environment, free_port, history, succeed
 
 pytestmark = pytest.mark.slow
 DEADLINE = 800
@@ -57,9 +56,7 @@ def run(small_corpus: dict[str, Any], tmp_path: Path) -> Path:
 
 def start(recipe: str, run: Path, **variables: str) -> subprocess.Popen[str]:
     """Start a recipe in the run's folder for two hosts with one rank each."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     settings = {"NODES": "2", "GPUS": "1", "PORT": port, "MASTER": HOSTS[0], "HOSTFILE": str(run.parent / "hosts"),
                 "INTERFACE": "lo", "LOGS": str(run.parent / "logs"), "PYTHONPATH": str(ROOT)}  # fmt: skip
     return subprocess.Popen(

@@ -33,7 +33,7 @@ def runs(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
             run = write_run(
                 folder / f"{case}-{layout}.yaml", small_corpus, seed=5, objective="dual",
                 model={"config": tiny_llama_config()}, reference={"model": str(reference)},
-                train={"learning_rate": 2e-2, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS,
+                train={"learning_rate": 5e-2, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS,
                        "precision": "fp32", "checkpoint_every": 3, "guard": guard},
             )  # fmt: skip
             set_layout(run, engine, folder)

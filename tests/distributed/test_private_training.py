@@ -27,13 +27,13 @@ from tests.support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-STEPS = 40
+STEPS = 20
 
 
 def private_run(path: Path, small_corpus: dict[str, Any], **changes: Any) -> Path:
     model = changes.pop("model", {"config": tiny_llama_config()})
     train = {"engine": "opacus", "learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS,
-             "precision": "fp32", "warmup_steps": 2, "evaluate_every": 20, "checkpoint_every": 5,
+             "precision": "fp32", "warmup_steps": 2, "evaluate_every": 10, "checkpoint_every": 5,
              **changes.pop("train", {})}  # fmt: skip
     privacy = {"epsilon": 8.0, "delta": 1e-5, **changes.pop("privacy", {})}
     return write_run(path, small_corpus, seed=5, objective="causal_lm", model=model, privacy=privacy, train=train,

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.doctor.test_checks import plant
-from tests.support import ROOT, dualtok
+from tests.support import ROOT, dualtok, free_port
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ["PATH"])
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
@@ -61,9 +61,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     folder, shared = tmp_path_factory.mktemp("ssh"), tmp_path_factory.mktemp("shared")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "config").write_text(
         f"Host *\n  Port {port}\n  IdentityFile {folder}/user\n  IdentitiesOnly yes\n  LogLevel ERROR\n"
         f"  StrictHostKeyChecking no\n  UserKnownHostsFile {folder}/known_hosts\n"

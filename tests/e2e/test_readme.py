@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.slow
 def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
-    write_jsonl(islice(sotu_passages(), 400), tmp_path / "corpus.jsonl")
+    write_jsonl(islice(sotu_passages(), 250), tmp_path / "corpus.jsonl")
     for content, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", README, re.DOTALL):
         (tmp_path / name).write_text(content)
     (script,) = re.findall(r"<!-- quickstart -->\n```bash\n(.*?)```", README, re.DOTALL)

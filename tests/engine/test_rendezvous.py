@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.support import ROOT, environment, python
+from tests.support import ROOT, environment, free_port, python
 
 RANK = """
 import os
@@ -36,9 +36,7 @@ while rank == 0 and store.add("done", 0) < world_size:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def start(rank: int, world_size: int, port: int, seconds: float) -> subprocess.Popen[str]:

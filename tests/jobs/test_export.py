@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
 from tests.support import (
     deepspeed_json,
@@ -22,6 +23,8 @@ from tests.support import (
     write_run,
 )
 
+VALIDATION_BLOCKS = 128
+"""No fewer than the small corpus has, so that an evaluation reads them all."""
 CASES = [
     ("zero0", "fp32", 1), ("zero1", "fp32", 2), ("zero2", "fp32", 2), ("zero3", "fp32", 2),
     ("zero3_offload", "fp32", 2),
@@ -33,8 +36,8 @@ def trained(small_corpus: dict[str, Any], path: Path, json_name: str, precision:
     """Train a few steps and return the run's folder."""
     run = write_run(
         path, {"dir": small_corpus["dir"]}, objective="causal_lm", model={"config": tiny_llama_config(**model)},
-        train={"learning_rate": 5e-3, "batch_size": 8, "steps": 3, "precision": precision, "evaluation_blocks": 10_000,
-               "deepspeed": deepspeed_json(json_name)},
+        train={"learning_rate": 5e-3, "batch_size": 8, "steps": 3, "precision": precision,
+               "evaluation_blocks": VALIDATION_BLOCKS, "deepspeed": deepspeed_json(json_name)},
     )  # fmt: skip
     succeed(dualtok("train", run, ranks=ranks))
     return path.with_suffix("")
@@ -66,6 +69,7 @@ def test_the_exported_model_has_the_loss_that_training_saw(
     evaluation = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     found = validation_loss(small_corpus, tmp_path / "hf", dtype)
+    assert load_manifest(small_corpus["dir"]).splits["validation"].blocks <= VALIDATION_BLOCKS
     assert found == pytest.approx(evaluation["validation_loss"], rel=1e-5 if precision == "fp32" else 2e-3)
     weights = read_weights(tmp_path / "hf")
     assert all(tensor.dtype == torch.float32 for tensor in weights.values()), "master weights are fp32"
@@ -107,8 +111,8 @@ def test_a_lora_run_is_exported_as_a_peft_adapter_and_merged(
     run = write_run(
         tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
         model={"config": tiny_llama_config(), "lora": {"rank": 4, "dropout": 0.1}},
-        train={"learning_rate": 2e-2, "batch_size": 8, "steps": 3, "precision": precision, "evaluation_blocks": 10_000,
-               "deepspeed": deepspeed_json(json_name)},
+        train={"learning_rate": 2e-2, "batch_size": 8, "steps": 3, "precision": precision,
+               "evaluation_blocks": VALIDATION_BLOCKS, "deepspeed": deepspeed_json(json_name)},
     )  # fmt: skip
     succeed(dualtok("train", run, ranks=ranks))
     folder = tmp_path / "run"

@@ -205,9 +205,8 @@ def test_prepared_data_and_a_local_config_are_used(tiny: Path, tmp_path: Path) -
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(
-    tiny: Path, overrides: list[str], machines: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, overrides: list[str], machines: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "opacus" in message:
         overrides = [*overrides, "train.precision=fp32", "objective=causal_lm", "reference=null",
                      "privacy={epsilon: 8, delta: 1.0e-5}"]  # fmt: skip
