@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from pydantic import TypeAdapter
 from dualtok.data.config import DataConfig
 from tests.data.support import data_config
 from tests.support import ROOT, environment, python
+from tests.warm import fork_of
 
 PASSAGES, CHUNK = 360, 50
 CHILD = """
@@ -50,14 +53,21 @@ def child(
 ) -> subprocess.Popen[str]:
     """Start ``prepare``, a part ``i/n`` or ``finish`` in a process of its own: small chunks, perhaps a slow disk.
 
-    It prints a dot before each of its writes reaches the disk. With workers, or ``afresh``, it is started anew: of a
-    fork neither its memory nor its children are those of the process that is returned.
+    It prints a dot before each of its writes reaches the disk. ``afresh``: not as a fork (:mod:`tests.warm`), whose
+    memory is its server's as well.
     """
-    start = [sys.executable] if afresh or section["processes"] > 1 else python()
+    start = [sys.executable] if afresh else python()
     return subprocess.Popen(
         [*start, "-c", CHILD, json.dumps(section), str(chunk), str(delay), verb], env=environment(), cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a preparation, and wait until its pipes are closed, which a worker that lives on would hold."""
+    os.kill(fork_of(process.pid), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
 
 
 def finish(process: subprocess.Popen[str]) -> int:

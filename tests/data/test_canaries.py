@@ -21,7 +21,7 @@ from dualtok.data.prepare import finish, prepare, prepare_part, summary
 from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import encode, load_tokenizer
 from dualtok.errors import ConfigError, DataError
-from tests.data.preparing import CHUNK, child, contents, finished, section_of, settings_of
+from tests.data.preparing import CHUNK, child, contents, finished, kill, section_of, settings_of
 from tests.data.preparing import finish as finish_child
 from tests.support import dualtok, error_line, succeed, write_run
 
@@ -130,8 +130,7 @@ def test_a_killed_preparation_goes_on_with_more_processes_to_the_same_bytes(fold
     assert started.stdout is not None
     while len(finished(tmp_path / "killed", "packed-*.done")) < 2:
         assert started.stdout.read(1), "it ended before it was killed"
-    started.kill()
-    started.communicate()
+    kill(started)
     assert not (tmp_path / "killed" / "manifest.json").exists()
     finish_child(child({**section, "processes": 2}))
     assert contents(tmp_path / "killed") == contents(folder)

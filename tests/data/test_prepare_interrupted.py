@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from dualtok.data.corpora import write_jsonl
 from dualtok.data.manifest import Manifest, load_manifest
 from dualtok.data.prepare import prepare
 from dualtok.errors import DataError
-from tests.data.preparing import CHUNK, child, contents, finish, finished, section_of, settings_of
+from tests.data.preparing import CHUNK, child, contents, finish, finished, kill, section_of, settings_of
 
 if TYPE_CHECKING:
     from dualtok.data.config import DataConfig
@@ -62,9 +60,7 @@ def kill_when(process: subprocess.Popen[str], so_far: Callable[[], bool]) -> Non
         assert process.poll() is None, f"it ended before it could be killed: {process.communicate()}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    kill(process)
 
 
 @pytest.mark.slow

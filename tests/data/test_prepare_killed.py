@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import pytest
 
 from dualtok.data.parts import Part
 from dualtok.data.prepare import STAGING
-from tests.data.preparing import child, contents, finish, section_of, settings_of
+from tests.data.preparing import child, contents, finish, kill, section_of, settings_of
+from tests.warm import fork_of
 
 SEEDS = range(int(os.environ.get("DUALTOK_SOAK", "1")))
 SLOW_DISK = 0.02
@@ -31,12 +31,10 @@ def kill_at(section: dict[str, Any], verb: str, write: int, draw: random.Random)
     if seen.count(".") < write:
         assert process.wait(timeout=60) == 0, process.communicate()
         return False
-    workers = children(process.pid)
+    workers = children(fork_of(process.pid))
     time.sleep(draw.uniform(0, 2 * SLOW_DISK))
     assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # a worker that lives on would hold the pipe
-    assert process.returncode == -signal.SIGKILL
+    kill(process)
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "a worker outlives its parent"

@@ -40,7 +40,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
                             "evaluation_blocks": 32}  # fmt: skip
         if name == "base":
             run["model"]["config"].update(hidden_size=48, intermediate_size=64, num_hidden_layers=1)
-        run["data"] = {**run["data"], "max_documents": 900}
+        run["data"] = {**run["data"], "max_documents": 500}
         run["data"]["shares"] = {name: share * 2 for name, share in run["data"]["shares"].items()}
         if "wikipedia" in run["data"]["dir"]:
             run["data"]["shares"] = {"train": 0.7, "reference": 0.2, "validation": 0.1}

@@ -79,10 +79,10 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     assert (tmp_path / "trade-off-sotu.svg").stat().st_size > 1000
 
     steps = len(list(tmp_path.glob("*/done/*")))
-    (tmp_path / "sotu-0" / "done" / "audit-headline").unlink()  # as if it had been stopped there
+    (tmp_path / "sotu-0-pretraining" / "done" / "audit-pretraining").unlink()  # as if it had been stopped there
     again = reproduce(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.startswith(f"[{steps}/{steps}] sotu-0/audit-headline"), "a step was done again"
+    assert again.stdout.startswith(f"[{steps}/{steps}] sotu-0-pretraining/audit-pretraining"), "a step was done again"
     assert json.loads((tmp_path / "results.json").read_text())["sotu"] == results
 
 
