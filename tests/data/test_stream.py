@@ -67,6 +67,26 @@ def test_rows_of_a_shard_come_in_another_order_each_epoch(tmp_path: Path) -> Non
     assert [block // 2 for block in lanes[0]] != [block // 2 for block in lanes[1]]
 
 
+def test_the_order_of_shards_and_that_of_rows_each_follow_the_seed_and_the_epoch(tmp_path: Path) -> None:
+    """Either alone would make the whole order differ."""
+    blocks, lanes = 240, 2
+    folder = write_prepared(tmp_path, whole_documents(blocks), lanes=lanes, rows_per_shard=12)
+
+    def orders(seed: int, epoch: int) -> tuple[list[str], list[tuple[str, list[int]]]]:
+        """Return the shards of lane 0 in their order, and by name with their rows in theirs."""
+        stream, rows = BlockStream(folder, "train", seed=seed), dict[str, list[int]]()
+        for sample in range(epoch * blocks, (epoch + 1) * blocks, lanes):
+            _, file, row = stream.locate(sample)
+            rows.setdefault(file, []).append(row)
+        assert len(rows) == 10
+        return list(rows), sorted(rows.items())
+
+    (shards, rows), *others = (orders(seed, epoch) for seed, epoch in ((3, 0), (3, 1), (4, 0)))
+    for other_shards, other_rows in others:
+        assert other_shards != shards
+        assert all(mine != others for mine, others in zip(rows, other_rows, strict=True))
+
+
 def test_the_order_depends_on_the_seed_and_on_nothing_else(folder: Path) -> None:
     first = BlockStream(folder, "train", seed=3)
     second = BlockStream(folder, "train", seed=3, verify=False)
