@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -10,9 +11,14 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests import warm
 from tests.skips import pytest_runtest_makereport  # noqa: F401  # a hook
-from tests.support import ROOT, write_small_corpus
 
+ROOT = Path(__file__).resolve().parent.parent
+
+# A test process may be a fork (below), and what starts Python by `sys.executable` shall start it anew.
+sys.executable = os.environ.setdefault("DUALTOK_TESTS_PYTHON", sys.executable)
+multiprocessing.set_executable(sys.executable)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a hub that cannot be reached is asked again and again
@@ -32,6 +38,13 @@ LONGEST = ("jobs/test_demo.py", "tools/test_reproduce_paper.py", "distributed/te
 """Files that take minutes; they begin first, so that no core is left idle at the end."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Fork the processes that run tests from one that has imported what they need."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        warm.share()
+        config.option.tx = [f"popen//python={warm.launcher()[0]}"] * len(config.option.tx)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order files by what they take: the longest, those with slow tests, the others."""
     place = {str(ROOT / "tests" / name): number for number, name in enumerate(LONGEST)}
@@ -42,4 +55,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the ``data`` section of 300 prepared SOTU passages: blocks of 64 tokens, 512 ids, 8 lanes."""
+    from tests.support import write_small_corpus
+
     return write_small_corpus(tmp_path_factory.mktemp("corpus"))

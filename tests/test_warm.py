@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import warm
 from tests.support import ROOT, command, environment, python
 
 PROGRAM = """
@@ -89,10 +90,11 @@ def test_a_fork_ends_with_whoever_started_it(folder: Path) -> None:
 
 
 def test_the_server_ends_with_the_process_that_needed_it(tmp_path: Path) -> None:
-    program = "from tests import warm; print(warm.launcher()[-1])"
+    own = {name: value for name, value in os.environ.items() if name != warm.SHARED}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-    )
+        [sys.executable, "-c", "from tests import warm; print(warm.launcher()[-1])"], cwd=ROOT, env=own,
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
     address = done.stdout.strip()
     deadline = time.monotonic() + 20
     while any(address in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):

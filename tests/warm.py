@@ -1,7 +1,8 @@
 """Processes of dualtok that start in milliseconds: forks of one that has imported torch, transformers and DeepSpeed.
 
-Most of a small job's time on a CPU would be imports, some ten seconds in each rank. So each test process keeps one
-server, which has imported what a job needs and forks itself on demand. What tests start is this file as a small client,
+Most of a small job's time on a CPU would be imports, some ten seconds in each rank. So the tests keep one server, which
+has imported what a job needs and forks itself on demand; under ``pytest -n`` the test processes are such forks
+themselves, and share it (``tests/conftest.py``). What tests start is this file as a small client,
 which stands for its fork: it passes on its arguments, variables, working directory and the first three files, hands on
 signals and ends as the fork ends; with the client, the fork ends. To torchrun, and to a test, it looks like
 ``python -m MODULE ...``, ``python -c PROGRAM ...`` or ``python SCRIPT.py ...``.
@@ -24,6 +25,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +36,10 @@ READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_",
 FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 """Variables of every process: one thread per rank, DeepSpeed on the CPU."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SHARED = "DUALTOK_TESTS_WARM"
+"""Variable with the address of a server that test processes share."""
+TEST_PROCESS = "PYTEST_XDIST_WORKER"
+"""Variable with the name of the test process that has started something."""
 STANDS_FOR = "fork "
 """Name of a client's process, before its fork's number; Linux keeps 15 characters."""
 LONGEST_REQUEST, MOST_FILES = 1 << 20, 250
@@ -75,9 +81,28 @@ def launcher() -> list[str]:
     return [str(programs() / "python")]
 
 
+def share() -> None:
+    """Start a server for this process and for all that it starts."""
+    os.environ[SHARED] = _server()
+
+
+def used(test_process: str) -> float:
+    """Return seconds of the processors of a test process' forks that have ended, by a server that it shares."""
+    try:
+        return float(_account(os.environ[SHARED], test_process).read_text())
+    except FileNotFoundError:
+        return 0.0
+
+
+def _account(address: str, test_process: str) -> Path:
+    return Path(address).with_name(f"used-{test_process}")
+
+
 @cache
 def _server() -> str:
-    """Start this process's server; returns its address."""
+    """Start this process's server, or find a shared one; returns its address."""
+    if SHARED in os.environ:
+        return os.environ[SHARED]
     import atexit
     import subprocess
     import tempfile
@@ -185,7 +210,11 @@ class Server:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(address)
         self._listener.listen(64)
+        self._address = address
         self._alive: dict[int, socket.socket] = {}
+        self._started_by: dict[int, str] = {}
+        """Fork -> the test process it is for."""
+        self._used: Counter[str] = Counter()
         self._watch(self._listener.fileno(), self._accept)
         self._watch(sys.stdin.fileno(), self._end)
 
@@ -215,6 +244,7 @@ class Server:
             connection.close()
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # the server ignores them, and its fork must not
+        request = json.loads(message)
         process = os.fork()
         if not process:
             for other in (connection, self._listener, *self._alive.values()):
@@ -223,11 +253,13 @@ class Server:
                 with contextlib.suppress(OSError):
                     os.close(key.fd)
             self._selector.close()
-            raise Forked(partial(_become, json.loads(message), files))
+            raise Forked(partial(_become, request, files))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
         for file in files:
             os.close(file)
         self._alive[process] = connection
+        if TEST_PROCESS in request["variables"]:
+            self._started_by[process] = request["variables"][TEST_PROCESS]
         with contextlib.suppress(OSError):
             connection.send(str(process).encode())
         end = os.pidfd_open(process)
@@ -237,7 +269,10 @@ class Server:
     def _ended(self, process: int, end: int) -> None:
         self._selector.unregister(end)
         os.close(end)
-        _, status = os.waitpid(process, 0)
+        _, status, usage = os.wait4(process, 0)
+        if test_process := self._started_by.pop(process, ""):
+            self._used[test_process] += usage.ru_utime + usage.ru_stime
+            _account(self._address, test_process).write_text(str(self._used[test_process]))
         connection = self._alive.pop(process)
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection.fileno())

@@ -86,7 +86,7 @@ def test_what_was_learned_by_heart_is_found_and_an_untrained_model_gives_nothing
     models = {"learned": str(tmp_path / "learned"),
               "fresh": str(save_model(tmp_path / "fresh", 4, vocab_size=400))}  # fmt: skip
     audit = {"models": models, "attack_reference": str(save_model(tmp_path / "other", 2, vocab_size=400)),
-             "fpr_targets": [0.2], "bootstrap_resamples": 200, "canary_candidates": 60, "batch_size": 7}  # fmt: skip
+             "fpr_targets": [0.2], "bootstrap_resamples": 200, "canary_candidates": 60, "batch_size": 23}  # fmt: skip
     audited = write_run(tmp_path / "audit.yaml", {"dir": data["dir"]}, audit=audit)
     shown = succeed(dualtok("audit", audited, ranks=2))
     assert "Canaries" in shown
