@@ -19,9 +19,9 @@ install: $(DEV) system-packages cluster-packages
 demo: $(RUNTIME)
 	$(BIN)/dualtok demo
 
-# The longest files begin first (tests/conftest.py). With more processes ranks that spin while they wait for each other
-# take the cores from the rest: docs/log.md, "The tests".
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# The longest files begin first (tests/conftest.py). Twice as many processes as cores: many tests wait for a deadline or
+# for ranks that start (docs/log.md, "The tests").
+PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 
 test: $(DEV) system-packages
 	$(BIN)/python -m pytest $(PARALLEL) -p tests.times --times .test-times.json --ignore tests/cluster

@@ -90,7 +90,7 @@ def test_a_fork_ends_with_whoever_started_it(folder: Path) -> None:
 
 
 def test_the_server_ends_with_the_process_that_needed_it(tmp_path: Path) -> None:
-    own = {name: value for name, value in os.environ.items() if name != warm.SHARED}
+    own = {**os.environ, warm.SHARED: "/nowhere/server /another/tree"}  # of a copy of the tree, with other modules
     done = subprocess.run(
         [sys.executable, "-c", "from tests import warm; print(warm.launcher()[-1])"], cwd=ROOT, env=own,
         capture_output=True, text=True, check=True, timeout=120,

@@ -30,12 +30,11 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 def processor_seconds() -> float:
     """Return user and system seconds of this process, of its ended children, its living descendants and its forks."""
-    forks = warm.used(os.environ[warm.TEST_PROCESS]) if warm.SHARED in os.environ else 0.0
     own = sum(
         usage.ru_utime + usage.ru_stime
         for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     )
-    return own + forks + sum(map(_alive_seconds, _children(os.getpid())))
+    return own + warm.seconds_of_forks() + sum(map(_alive_seconds, _children(os.getpid())))
 
 
 def _children(process: int) -> list[int]:

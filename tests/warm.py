@@ -2,9 +2,9 @@
 
 Most of a small job's time on a CPU would be imports, some ten seconds in each rank. So the tests keep one server, which
 has imported what a job needs and forks itself on demand; under ``pytest -n`` the test processes are such forks
-themselves, and share it (``tests/conftest.py``). What tests start is this file as a small client,
-which stands for its fork: it passes on its arguments, variables, working directory and the first three files, hands on
-signals and ends as the fork ends; with the client, the fork ends. To torchrun, and to a test, it looks like
+themselves, and share it (``tests/conftest.py``). What tests start is this file as a small client, which stands for its
+fork: it passes on its arguments, variables, working directory and the first three files, hands on signals and ends as
+the fork ends; with the client, the fork ends. To torchrun, to :mod:`multiprocessing` and to a test it looks like
 ``python -m MODULE ...``, ``python -c PROGRAM ...`` or ``python SCRIPT.py ...``.
 
 What differs from a process started afresh: its number and the command line that ``ps`` shows, that it outlives a client
@@ -37,7 +37,8 @@ FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLEL
 """Variables of every process: one thread per rank, DeepSpeed on the CPU."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SHARED = "DUALTOK_TESTS_WARM"
-"""Variable with the address of a server that test processes share."""
+"""Variable with the address of a server that test processes share, and the tree whose modules it has imported."""
+ROOT = str(Path(__file__).resolve().parent.parent)
 TEST_PROCESS = "PYTEST_XDIST_WORKER"
 """Variable with the name of the test process that has started something."""
 STANDS_FOR = "fork "
@@ -83,13 +84,22 @@ def launcher() -> list[str]:
 
 def share() -> None:
     """Start a server for this process and for all that it starts."""
-    os.environ[SHARED] = _server()
+    os.environ[SHARED] = f"{_server()} {ROOT}"
 
 
-def used(test_process: str) -> float:
-    """Return seconds of the processors of a test process' forks that have ended, by a server that it shares."""
+def _shared() -> str | None:
+    """Return the address of a server that this process shares with others of the same tree."""
+    address, _, root = os.environ.get(SHARED, "").partition(" ")
+    return address if root == ROOT else None
+
+
+def seconds_of_forks() -> float:
+    """Return what ended forks of a shared server have used for this test process, in seconds of the processors."""
+    address, test_process = _shared(), os.environ.get(TEST_PROCESS)
+    if address is None or test_process is None:
+        return 0.0
     try:
-        return float(_account(os.environ[SHARED], test_process).read_text())
+        return float(_account(address, test_process).read_text())
     except FileNotFoundError:
         return 0.0
 
@@ -101,8 +111,8 @@ def _account(address: str, test_process: str) -> Path:
 @cache
 def _server() -> str:
     """Start this process's server, or find a shared one; returns its address."""
-    if SHARED in os.environ:
-        return os.environ[SHARED]
+    if (shared := _shared()) is not None:
+        return shared
     import atexit
     import subprocess
     import tempfile
@@ -113,7 +123,7 @@ def _server() -> str:
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.warm", "--serve", address], env={**clean, **FOR_ALL}, start_new_session=True,
-        cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdin is not None
     atexit.register(folder.cleanup)
@@ -157,7 +167,7 @@ def needs_afresh(arguments: list[str]) -> bool:
     """
     if not arguments or (arguments[0] == "-c" and "multiprocessing" in arguments[1] and not is_spawned(arguments)):
         return True
-    if os.environ.get("PYTHONPATH", "") not in ("", str(Path(__file__).parent.parent)):
+    if os.environ.get("PYTHONPATH", "") not in ("", ROOT):
         return True
     return "PYTHONHASHSEED" in os.environ or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c"))
 
@@ -272,7 +282,9 @@ class Server:
         _, status, usage = os.wait4(process, 0)
         if test_process := self._started_by.pop(process, ""):
             self._used[test_process] += usage.ru_utime + usage.ru_stime
-            _account(self._address, test_process).write_text(str(self._used[test_process]))
+            account = _account(self._address, test_process)
+            account.with_suffix(".new").write_text(str(self._used[test_process]))
+            account.with_suffix(".new").replace(account)
         connection = self._alive.pop(process)
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection.fileno())
@@ -308,10 +320,11 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     import numpy as np
 
     # None of the places may still be one of the files when it is written over.
-    beyond = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
+    places: list[int] = request["places"]  # type: ignore[assignment]
+    beyond = [fcntl.fcntl(file, fcntl.F_DUPFD, max(places) + 1) for file in files]
     for file in files:
         os.close(file)
-    for place, file in zip(request["places"], beyond, strict=True):  # type: ignore[call-overload]
+    for place, file in zip(places, beyond, strict=True):
         os.dup2(file, place)
         os.close(file)
     for number in HANDED_ON:
