@@ -41,6 +41,8 @@ SHARED = "DUALTOK_TESTS_WARM"
 ROOT = str(Path(__file__).resolve().parent.parent)
 TEST_PROCESS = "PYTEST_XDIST_WORKER"
 """Variable with the name of the test process that has started something."""
+PACKAGES = "DUALTOK_TESTS_PACKAGES"
+"""Variable with a folder in which a fork looks for packages first: what it has not imported, and versions."""
 STANDS_FOR = "fork "
 """Name of a client's process, before its fork's number; Linux keeps 15 characters."""
 LONGEST_REQUEST, MOST_FILES = 1 << 20, 250
@@ -337,6 +339,8 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     random.seed()
     np.random.seed()
     sys.path[0] = str(Path.cwd())
+    if PACKAGES in os.environ:
+        sys.path.insert(0, os.environ[PACKAGES])
     by_lines = 1 if {"RANK", "PYTHONUNBUFFERED"} & os.environ.keys() else -1  # torchrun starts ranks with -u
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", by_lines), os.fdopen(2, "w", 1)
     # torchrun asks inspect for its stack, which would look for the modules of these frames among all, again and again.

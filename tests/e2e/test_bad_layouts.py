@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.support import deepspeed_json, error_line, save_model, tiny_llama_config, without_launcher, write_run
 
 TRAIN = {"learning_rate": 1e-3, "batch_size": 4, "steps": 1, "precision": "fp32", "engine": "pipeline",
@@ -87,7 +88,7 @@ def test_an_untested_deepspeed_is_refused_until_it_is_allowed(small_corpus: dict
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     run = run_file(tmp_path / "run.yaml", small_corpus)
     overrides = ["train.engine=sharded_pipeline", f"train.deepspeed={tmp_path / 'ds.json'}"]
-    elsewhere = {"PYTHONPATH": str(package.parent)}
+    elsewhere = {warm.PACKAGES: str(package.parent)}
     for line in lines_of_all_ranks(run, *overrides, **elsewhere):
         assert "tested with DeepSpeed 0.19.8" in line
         assert "99.1 is installed" in line
