@@ -3,9 +3,10 @@
 ``make test`` prints the slowest tests and the folders; with ``--times FILE`` all figures are kept as JSON, and
 ``tools/compare_test_times.py`` sets two such files side by side.
 
-Processor seconds are user and system time of the test process and of all that it has started, servers of forked
-processes (:mod:`tests.warm`) included. What is missing: processes still alive when their starter ends and that nobody
-waits for. A fixture's cost belongs to the test that first asks for it.
+Processor seconds are user and system time of the test process and of all that it has started, forks of a server
+(:mod:`tests.warm`) included, those of a shared one when they end. What is missing: processes still alive when their
+starter ends and that nobody waits for, and a shared server itself. A fixture's cost belongs to the test that first asks
+for it.
 """
 
 from __future__ import annotations

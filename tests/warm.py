@@ -400,6 +400,7 @@ def server(address: str) -> None:
     """Import what jobs need, then serve."""
     import gc
     import importlib
+    import inspect
 
     import cpuinfo
 
@@ -407,6 +408,7 @@ def server(address: str) -> None:
         importlib.import_module(module)
     known = cpuinfo.get_cpu_info()
     cpuinfo.get_cpu_info = lambda: known  # starts a process for a second, each time that DeepSpeed asks
+    inspect.stack()  # torchrun asks for its own; the files of all modules are looked up here, once
     gc.collect()
     gc.freeze()  # or the first collection in a fork would copy all memory
     for number in HANDED_ON:

@@ -30,10 +30,10 @@ def test_planned_speed_is_within_a_fifth_of_what_was_published() -> None:
 
 @pytest.mark.slow
 def test_planned_memory_is_near_what_ranks_hold(tmp_path: Path) -> None:
-    """9 million parameters, of which a rank holds 80 MiB and more; what libraries take beside them weighs more here, and in a
-    fork, which maps their pages anew.
+    """9 million parameters, of which a rank holds 80 MiB and more; what libraries take beside them weighs more here.
 
-    So the errors may be above a tenth, and the status must say it, by the worst rank and not by the mean.
+    A fork maps their pages anew, too. So the errors may be above a tenth, and the status must say it, by the worst rank
+    and not by the mean.
     """
     done = check_plan("memory", "--size", "small", "--layout", "zero2", "--out", str(tmp_path / "figures.json"))
     row = json.loads((tmp_path / "figures.json").read_text())["rows"][0]
