@@ -26,7 +26,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
@@ -82,6 +82,16 @@ def fork_of(client: int) -> int:
 def launcher() -> list[str]:
     """Return what stands for ``python`` where a fork will do."""
     return [str(programs() / "python")]
+
+
+@contextlib.contextmanager
+def spawning() -> Iterator[None]:
+    """Have what :mod:`multiprocessing` spawns here forked by the server."""
+    import multiprocessing
+
+    multiprocessing.set_executable(launcher()[0])
+    yield
+    multiprocessing.set_executable(sys.executable)
 
 
 def share() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +17,10 @@ from tests.data.preparing import CHUNK, PASSAGES, settings_of
 from tests.data.servers import CREDENTIALS, s3_server
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _workers_are_forked() -> Iterator[None]:
-    """Have the workers of preparations forked, which start in less time so."""
-    multiprocessing.set_executable(warm.launcher()[0])
-    yield
-    multiprocessing.set_executable(sys.executable)
+    with warm.spawning():
+        yield
 
 
 @pytest.fixture(scope="session")

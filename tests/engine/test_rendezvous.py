@@ -119,3 +119,22 @@ def test_a_second_process_of_a_rank_is_refused_by_the_name_of_the_first(port: in
     refused = [error for _, error in twins if f"{host} (process " in error]
     assert len(refused) == 1, twins
     assert re.search(r"has come as rank 1 before this process: .* or choose another port", refused[0])
+
+
+ALONE = """
+import os, time
+from datetime import timedelta
+from dualtok.engine import rendezvous
+os.environ.update(rendezvous.complete_environment({}))
+store = rendezvous.meet(0, 1, timedelta(seconds=30))
+print(os.environ["MASTER_PORT"] == str(store.port) != "0", flush=True)
+time.sleep(1)
+"""
+
+
+@pytest.mark.slow
+def test_jobs_of_one_process_never_take_each_others_port() -> None:
+    """Many at once on one host: none looks for a port that it has not opened yet."""
+    jobs = [subprocess.Popen(python("-c", ALONE), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE)
+            for _ in range(8)]  # fmt: skip
+    assert [job.communicate(timeout=90)[0] for job in jobs] == ["True\n"] * 8

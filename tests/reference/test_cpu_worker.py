@@ -31,12 +31,10 @@ if TYPE_CHECKING:
 ROWS = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _forked() -> Iterator[None]:
-    """Have workers forked, which start in less time so."""
-    multiprocessing.set_executable(warm.launcher()[0])
-    yield
-    multiprocessing.set_executable(sys.executable)
+@pytest.fixture(autouse=True)
+def _workers_are_forked() -> Iterator[None]:
+    with warm.spawning():
+        yield
 
 
 @pytest.fixture(scope="module")
