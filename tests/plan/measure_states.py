@@ -75,7 +75,7 @@ def counting(name: str, call: Any) -> Any:
 def held(ranks: Ranks, before: dict[int, int]) -> int:
     """Return the bytes of storages that were not there before.
 
-    A collective's thread lets go of what it has sent a moment after it is waited for; so the least of some looks counts.
+    A collective's thread lets go of what it sent a moment after it is waited for: the least of some looks counts.
     """
     ranks.barrier()
     looks = []
