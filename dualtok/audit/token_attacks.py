@@ -89,12 +89,14 @@ def error_zone_score(target: Signals, context: AttackContext) -> Floats:
     """Of log p_target - log p_reference where the target's likeliest token is wrong: the gains' share of all change.
 
     With P the sum of the gains and N that of the losses, the published score is P / N. P / (P + N) ranks documents
-    alike and is finite where nothing was lost. Where no token changed, or none is wrong, it is 1/2: P / N of 1.
+    alike and is finite where nothing was lost. A document without a wrong token is the strongest sign of a member, as
+    in the paper's appendix: 1. The published code gives it, and each one that lost nothing, the weakest score, 0.
+    Where tokens are wrong and none has changed it is 1/2: P / N of 1.
     """
     d = np.where(target.top1, 0.0, _gain(target, context))
     gained, lost = segment_sum(np.maximum(d, 0), target.offsets), segment_sum(np.maximum(-d, 0), target.offsets)
-    changed = gained + lost
-    share: Floats = np.divide(gained, changed, out=np.full(len(changed), 0.5), where=changed > 0)
+    changed, wrong = gained + lost, segment_sum(~target.top1, target.offsets)
+    share: Floats = np.divide(gained, changed, out=np.where(wrong > 0, 0.5, 1.0), where=changed > 0)
     return share
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dualtok.audit.attacks import ATTACKS, AttackContext
+from dualtok.audit.metrics import roc_auc
 from dualtok.audit.signals import Signals
 from dualtok.audit.token_attacks import WINDOWS, smoothed_frequencies
 from dualtok.errors import DataError
@@ -64,7 +65,7 @@ def naive_error_zone(log_p: list[float], ref_log_p: list[float], top1: list[bool
     """The paper's P / N, as P / (P + N)."""
     d = [x - r for x, r, right in zip(log_p, ref_log_p, top1, strict=True) if not right]
     gained, lost = sum(x for x in d if x > 0), -sum(x for x in d if x < 0)
-    return gained / (gained + lost) if d else 0.5
+    return gained / (gained + lost) if d else 1.0
 
 
 def naive(attack: str, target: Signals, reference: Signals, share: float) -> list[float]:
@@ -224,4 +225,18 @@ def test_the_error_zone_is_finite_where_nothing_was_lost(make_signals: MakeSigna
     gain = np.array([1, 2, -9, -1, -2, 9, 5, -5, 5], np.float32)
     reference = replace(target, log_prob=target.log_prob - gain)
     scores = ATTACKS["error_zone"](target, AttackContext(reference=reference))
-    assert scores.tolist() == [1.0, 0.0, 0.5], "all gained, all lost, never wrong"
+    assert scores.tolist() == [1.0, 0.0, 1.0], "all gained, all lost, never wrong"
+    unchanged = ATTACKS["error_zone"](target, AttackContext(reference=target))
+    assert unchanged.tolist() == [0.5, 0.5, 1.0], "wrong as before, and never wrong"
+
+
+def test_documents_known_by_heart_are_members_to_the_error_zone(make_signals: MakeSignals) -> None:
+    """A model that predicts each token of its members, and others' as well as its reference."""
+    draw = np.random.default_rng(5)
+    lengths = (9,) * 40
+    signals = make_signals(lengths=lengths)
+    known = np.repeat(np.arange(40) < 20, 9)
+    target = replace(signals, top1=known | (draw.random(360) < 0.5))
+    gain = np.where(known, 3.0, draw.normal(0, 1, 360)).astype(np.float32)
+    scores = ATTACKS["error_zone"](target, AttackContext(reference=replace(target, log_prob=target.log_prob - gain)))
+    assert roc_auc(scores[:20], scores[20:]) > 0.9
