@@ -155,6 +155,7 @@ class TrainingLoop:
                     for history in (metrics, evaluations):
                         history.forget_after(self.state.step)
                     times.use(lambda ranks: ranks.forget_after(self.state.step))
+                    events.forget_after(self.state.step)
                     continue
                 metrics.append(outcome)
                 progress.advance(1, f"loss {outcome.loss:.4f} {outcome.tokens_per_second:,.0f} tokens/s")

@@ -74,18 +74,27 @@ class DeepSpeedMonitor:
     Args:
         sections: its section as in DeepSpeed's JSON.
         end: ends it; DeepSpeed never does.
+        forget: takes back what was written of later steps than the one given. A server keeps them: W&B leaves out what
+            is written of a step before its last one, and Comet shows both.
     """
 
-    def __init__(self, sections: dict[str, Any], end: Callable[[Any], object] = lambda _: None) -> None:
+    def __init__(
+        self, sections: dict[str, Any], end: Callable[[Any], object] = lambda _: None,
+        forget: Callable[[int], object] = lambda _: None,
+    ) -> None:  # fmt: skip
         from deepspeed.monitor.config import get_monitor_config
         from deepspeed.monitor.monitor import MonitorMaster
 
         self.master = MonitorMaster(get_monitor_config(sections))
-        self._end = end
+        self._end, self._forget = end, forget
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write the scalars of one optimiser step."""
         self.master.write_events([(name, value, step) for name, value in values.items()])
+
+    def forget_after(self, step: int) -> None:
+        """Take back what was written of later steps, where that can be."""
+        self._forget(step)
 
     def close(self) -> None:
         """End the backend."""
@@ -93,14 +102,22 @@ class DeepSpeedMonitor:
 
 
 def _csv(output: Path, done: int) -> DeepSpeedMonitor:
-    monitor = DeepSpeedMonitor({"csv_monitor": {"enabled": True, "output_path": str(output), "job_name": "csv"}})
-    for file in sorted((output / "csv").glob("*.csv")):
+    section = {"enabled": True, "output_path": str(output), "job_name": "csv"}
+    monitor = DeepSpeedMonitor({"csv_monitor": section}, forget=lambda step: _drop_rows(output / "csv", step))
+    monitor.master.csv_monitor.filenames += _drop_rows(output / "csv", done)
+    return monitor
+
+
+def _drop_rows(folder: Path, after: int) -> list[str]:
+    """Take the rows of later steps out of all CSV files; returns the names of those that have their header."""
+    names = []
+    for file in sorted(folder.glob("*.csv")):
         with file.open(encoding="utf-8", newline="") as stream:
             header, *rows = [*csv.reader(stream)] or [["step", file.stem]]
-        kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= done]  # a crash may cut the last one
+        kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= after]  # a crash may cut the last one
         write_text(file, "".join(",".join(row) + "\n" for row in (header, *kept)))
-        monitor.master.csv_monitor.filenames.append(file.stem)  # those that have their header
-    return monitor
+        names.append(file.stem)
+    return names
 
 
 def _wandb(section: dict[str, Any], output: Path) -> DeepSpeedMonitor:

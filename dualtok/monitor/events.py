@@ -49,7 +49,10 @@ class ScalarWriter(Protocol):
     """Takes scalars, beside TensorBoard."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write the scalars of an optimiser step; steps never go backwards within one start of a run."""
+        """Write the scalars of an optimiser step; steps go backwards only after :meth:`forget_after`."""
+
+    def forget_after(self, step: int) -> None:
+        """Take back what was written of later steps, where that can be."""
 
     def close(self) -> None:
         """Bring all to where it belongs."""
@@ -90,6 +93,18 @@ class EventWriter:
         self._board(write)
         for other in self._others:
             other.use(lambda writer: writer.scalars(known, step))
+
+    def forget_after(self, step: int) -> None:
+        """Take back the events of later steps, which will be trained again."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        def hide(writer: SummaryWriter) -> None:
+            restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            writer._get_file_writer().add_event(restart, step + 1)
+
+        self._board(hide)
+        for other in self._others:
+            other.use(lambda writer: writer.forget_after(step))
 
     def histogram(self, name: str, counts: np.ndarray, step: int) -> None:
         """Write a histogram given as :func:`fixed_bins` counts, summed over ranks."""

@@ -47,6 +47,26 @@ def write(monitor: MonitorConfig, output: Path, steps: tuple[int, ...] = STEPS, 
             events.scalars({"evaluation/ref_auc": 0.5}, step)  # at the same step, as an evaluation comes
 
 
+def test_no_step_is_there_twice_after_a_roll_back(tmp_path: Path) -> None:
+    """In CSV files, and for whoever reads TensorBoard's events as TensorBoard does."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventWriter(tmp_path / "events", others=scalar_writers(MonitorConfig(csv=True), tmp_path, 0))
+    for step in (4, 8, 12):
+        events.scalars({"loss/dual": step / 2, "time/data": 0.25}, step)
+    events.forget_after(4)
+    for step in (8, 12, 16):
+        events.scalars({"loss/dual": step / 4}, step)
+    events.close()
+    expected = [(4, 2.0), (8, 2.0), (12, 3.0), (16, 4.0)]
+    rows = list(csv.reader((tmp_path / "csv" / "loss_dual.csv").open()))
+    assert [(int(step), float(value)) for step, value in rows[1:]] == expected
+    assert list(csv.reader((tmp_path / "csv" / "time_data.csv").open())) == [["step", "data"], ["4", "0.25"]]
+    seen = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("loss/dual")] == expected
+    assert [event.step for event in seen.Scalars("time/data")] == [4]
+
+
 def test_csv_has_one_header_and_each_step_once_after_a_restart(tmp_path: Path) -> None:
     monitor = MonitorConfig(csv=True)
     write(monitor, tmp_path, (4, 8, 12))
