@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from dualtok import __version__
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
 app = typer.Typer(
@@ -30,8 +31,19 @@ Overrides = Annotated[
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"dualtok {__version__}")
+        raise typer.Exit
+
+
+ShowVersion = Annotated[
+    bool, typer.Option("--version", help="Show the version and end.", callback=_print_version, is_eager=True)
+]
+
+
 @app.callback()
-def common(local_rank: LocalRank = None) -> None:
+def common(local_rank: LocalRank = None, show_version: ShowVersion = False) -> None:
     """Take the argument that DeepSpeed's launcher puts in front; the rank itself comes from the environment."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -26,6 +26,11 @@ from dualtok.objective.loss import OBJECTIVES, GoldfishConfig
 from dualtok.objective.selection import SelectionConfig
 from dualtok.reference.config import ReferenceConfig, RetreatConfig
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""What pydantic calls a key that it does not know."""
 ObjectiveName = Literal["dual", "dual_plus", "causal_lm", "selective", "goldfish"]
 
 
@@ -242,23 +247,25 @@ def _without_content(error: yaml.YAMLError) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """Turn pydantic's report into one line: the first problem in full, and how many more there are."""
-    problems = error.errors()
-    first = problems[0]
-    location = [str(part) for part in first["loc"] if not str(part).endswith("]")]
+    """Turn pydantic's report into one line: all problems, unknown keys first, for one may be why another is missing."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in UNKNOWN)
+    texts = list(dict.fromkeys(" ".join(_explain_one(problem).split()) for problem in problems))
+    return texts[0] if len(texts) == 1 else f"{len(texts)} problems: " + "; ".join(
+        f"({number}) {text}" for number, text in enumerate(texts, start=1))  # fmt: skip
+
+
+def _explain_one(problem: ErrorDetails) -> str:
+    location = [str(part) for part in problem["loc"] if not str(part).endswith("]")]
     key = ".".join(location)
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        text = f"unknown key {key!r}{did_you_mean(location[-1], _known_keys(location[:-1]))}"
-    elif first["type"] in ("missing", "missing_argument"):
-        text = f"{key}: missing; add it to the run"
-    elif first["type"] == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        text = message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
-    else:
-        secret = key.startswith("data.stream.storage")
-        text = f"{key}: {first['msg']}" + ("" if secret else f", got {first['input']!r}")
-    more = len(problems) - 1
-    return " ".join(text.split()) + (f" (and {more} more problem{'s' * (more > 1)})" if more else "")
+    if problem["type"] in UNKNOWN:
+        return f"unknown key {key!r}{did_you_mean(location[-1], _known_keys(location[:-1]))}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing; add it to the run"
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
+    secret = key.startswith("data.stream.storage")
+    return f"{key}: {problem['msg']}" + ("" if secret else f", got {problem['input']!r}")
 
 
 def _known_keys(location: list[str]) -> list[str]:

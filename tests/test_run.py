@@ -82,6 +82,26 @@ def test_a_bad_setting_is_named(run_file: Path, override: str, expected: list[st
         assert part in message
 
 
+def test_all_mistakes_are_listed_unknown_keys_first(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({
+        "data": {"dri": "data", "block_length": 1}, "seed": -1, "objektive": "dual",
+        "train": {"learning_rate": "fast", "batch_size": 8, "steps": 3},
+    }))  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: 6 problems: (1) unknown key ")
+    assert "\n" not in message
+    parts = message.partition("6 problems: ")[2].split("; (")
+    assert {part.split(") ", 1)[1] for part in parts[:2]} == {
+        "unknown key 'data.dri' (did you mean 'dir'?)",
+        "unknown key 'objektive' (did you mean 'objective'?)",
+    }
+    for part in ("data.dir: missing; add it", "data.block_length: ", "seed: ", "train.learning_rate: ", "got 'fast'"):
+        assert part in message
+
+
 @pytest.mark.parametrize(
     ("objective", "section", "expected"),
     [
