@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dualtok.engine.jit_locks import clear_the_way
+from dualtok.engine.operators import watch_operators
 from dualtok.engine.rendezvous import complete_environment, meet
 from dualtok.errors import DualtokError
 from dualtok.network import check_interfaces
@@ -152,6 +153,7 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
         os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         clear_the_way()
+    watch_operators()
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         backend = get_accelerator().communication_backend_name()

@@ -26,10 +26,10 @@ SETTLE_SECONDS = 0.5
 def stale_locks(folder: Path) -> list[Path]:
     """Return the lock files that no process of this host holds open."""
     found = [lock for pattern in ("*/lock", "*/*/lock") for lock in sorted(folder.glob(pattern))]
-    abandoned = [lock for lock in found if not _is_held(lock)]
+    abandoned = [lock for lock in found if not is_held(lock)]
     if abandoned:
         time.sleep(SETTLE_SECONDS)
-    return [lock for lock in abandoned if not _is_held(lock)]
+    return [lock for lock in abandoned if not is_held(lock)]
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:
@@ -63,7 +63,7 @@ def clear_the_way() -> None:
         print(f"removed {lock}, a lock that a killed compilation had left", file=sys.stderr, flush=True)
 
 
-def _is_held(lock: Path) -> bool:
+def is_held(lock: Path) -> bool:
     """Return whether a process has the file open, as torch does while it compiles."""
     try:
         there = lock.stat()
