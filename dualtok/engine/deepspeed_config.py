@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from dualtok.errors import ConfigError
+from dualtok.engine.deepspeed_keys import checked
+from dualtok.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from dualtok.engine.config import TrainConfig
@@ -35,7 +36,24 @@ OWNED_SECTIONS = {
     "wandb": "monitor.wandb",
     "comet": "monitor.comet",
     "fp16": "train.precision (fp32 or bf16: gradient ascent on memorised tokens drives fp16's loss scale down)",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "pipeline": "train.pipeline",
+    "elasticity": "train.batch_size; a run can be resumed on any number of ranks",
+    "curriculum_learning": "data, whose blocks dualtok draws itself",
+    "data_efficiency": "data, whose blocks dualtok draws itself",
 }
+UNSUPPORTED = (
+    "autotuning", "compile", "compression_training", "eigenvalue", "expert_parallel", "hybrid_engine",
+    "progressive_layer_drop", "quantize_training", "sequence_parallel_size", "sparse_attention", "tensor_parallel",
+    "weight_quantization",
+)  # fmt: skip
+"""Sections that change what is trained, or how, in ways that were never tried with dualtok."""
+
+
+IMPLEMENTATIONS = ("torch_adam", "fused", "foreach", "set_grad_none")
+"""Parameters of an optimiser that choose an implementation; dualtok chooses its own."""
 
 
 def refuse_wrong_gradients(installed: str) -> None:
@@ -56,7 +74,7 @@ def read_deepspeed_json(path: str | Path) -> Json:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: the file is missing, not JSON or not an object.
+        ConfigError: the file is missing or not JSON, or has a key or a value that DeepSpeed does not know.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -68,7 +86,7 @@ def read_deepspeed_json(path: str | Path) -> Json:
         raise ConfigError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object")
-    return values
+    return checked(values, path)
 
 
 def zero_stage(config: Json) -> int:
@@ -126,9 +144,11 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
         _agree(merged, key, value, origin, str(train.deepspeed))
     _check_optimizer(merged, train)
     for section, instead in OWNED_SECTIONS.items():
-        value = merged.get(section)
-        if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
+        if _is_on(merged.get(section)):
             raise ConfigError(f"{train.deepspeed}: {section!r} is set, but the run decides it: use {instead}")
+    for section in UNSUPPORTED:
+        if _is_on(merged.get(section)):
+            raise ConfigError(f"{train.deepspeed}: {section!r} is not supported; take it out")
     if half and zero_stage(merged) == 0:
         raise ConfigError(
             f"{train.deepspeed}: zero_optimization.stage is 0, at which DeepSpeed cannot accumulate the gradients of a "
@@ -239,6 +259,11 @@ def inference_config(path: str | Path | Json, precision: str, batch_size: int) -
     }
 
 
+def _is_on(section: Any) -> bool:
+    """Return whether a section asks for something."""
+    return section is not None and not (isinstance(section, dict) and section.get("enabled") is False)
+
+
 def _check_optimizer(merged: Json, train: TrainConfig) -> None:
     """Compare an ``optimizer`` section with the run's, then drop it: dualtok builds AdamW from the YAML."""
     section = merged.pop("optimizer", None)
@@ -246,12 +271,23 @@ def _check_optimizer(merged: Json, train: TrainConfig) -> None:
         return
     if str(section.get("type", "")).lower() not in ("adamw", "adam"):
         raise ConfigError(f"{train.deepspeed}: optimizer.type is {section.get('type')!r}; dualtok trains with AdamW")
-    wanted = {"lr": ("learning_rate", train.learning_rate), "weight_decay": ("weight_decay", train.weight_decay),
-              "eps": ("epsilon", train.epsilon), "betas": ("betas", list(train.betas))}  # fmt: skip
+    wanted = {"lr": (train.learning_rate, "train.learning_rate"), "eps": (train.epsilon, "train.epsilon"),
+              "weight_decay": (train.weight_decay, "train.weight_decay"), "betas": (list(train.betas), "train.betas"),
+              "adam_w_mode": (True, "dualtok trains with AdamW"), "amsgrad": (False, "AdamW without AMSGrad"),
+              "bias_correction": (True, "AdamW with bias correction")}  # fmt: skip
     params = section.get("params", {})
-    for key, (name, value) in wanted.items():
-        if key in params:
-            _require_equal(params[key], value, f"optimizer.params.{key}", f"train.{name}", str(train.deepspeed))
+    if not isinstance(params, dict):
+        raise ConfigError(f"{train.deepspeed}: optimizer.params is {params!r}, but must be an object {{...}}")
+    for key, given in params.items():
+        if key in IMPLEMENTATIONS:
+            continue
+        if key not in wanted:
+            raise ConfigError(
+                f"{train.deepspeed}: optimizer.params.{key} is no setting of AdamW{did_you_mean(key, wanted)}; correct "
+                "it or take it out"
+            )
+        value, origin = wanted[key]
+        _require_equal(given, value, f"optimizer.params.{key}", origin, str(train.deepspeed))
 
 
 def _agree(merged: Json, dotted: str, value: Any, origin: str, file: str) -> None:

@@ -140,3 +140,98 @@ def test_a_sharded_pipeline_has_one_sub_group_and_fetches_nothing_ahead(tmp_path
         path = written(tmp_path, {"zero_optimization": {"stage": 3, key: 1000}})
         with pytest.raises(ConfigError, match=key):
             training_config(settings(path, **layout), world_size=1)
+
+
+UNKNOWN = [
+    ({"zero_optimisation": {"stage": 3}}, "zero_optimisation is no key of DeepSpeed (did you mean 'zero_optim"),
+    ({"gradient_cliping": 5.0}, "gradient_cliping is no key of DeepSpeed (did you mean 'gradient_clipping'?)"),
+    ({"bfloat": {"enabled": True}}, "bfloat is no key of DeepSpeed (did you mean 'bfloat16'?)"),
+    ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com is no key of DeepSpeed"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}},
+     "zero_optimization.offload_param.devise is no key of DeepSpeed (did you mean 'device'?)"),
+    ({"bf16": {"enable": True}}, "bf16.enable is no key of DeepSpeed (did you mean 'enabled'?)"),
+    ({"aio": {"blocksize": 1}}, "aio.blocksize is no key of DeepSpeed (did you mean 'block_size'?)"),
+    ({"flops_profiler": {"enabled": False, "profile_steps": 1}}, "flops_profiler.profile_steps is no key"),
+    ({"optimizer": {"type": "AdamW", "parms": {}}}, "optimizer.parms is no key of DeepSpeed (did you mean 'params'?)"),
+    ({"optimizer": {"type": "AdamW", "params": {"weight_deca": 0.1}}}, "optimizer.params.weight_deca is no setting"),
+    ({"comment": "ours"}, "comment is no key of DeepSpeed"),
+]  # fmt: skip
+CONTRADICTIONS = [
+    ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode is False"),
+    ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "optimizer.params.amsgrad is True"),
+    ({"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}}, "optimizer.params.bias_correction is"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 2e-3}}}, "optimizer.params.lr is 0.002"),
+    ({"torch_autocast": {"enabled": True}}, "'torch_autocast' is set, but the run decides it: use train.precision"),
+    ({"activation_checkpointing": {"cpu_checkpointing": True}}, "use model.activation_checkpointing"),
+    ({"compile": {"deepcompile": True}}, "'compile' is not supported"),
+    ({"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel' is not supported"),
+]  # fmt: skip
+NOT_OF_ITS_KIND = [
+    ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto", which nothing decides here'),
+    ({"zero_optimization": {"stage": "three"}}, "zero_optimization.stage is 'three': "),
+    ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7: "),
+    ({"zero_optimization": [3]}, "zero_optimization is [3], but must be an object"),
+    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size is -1: "),
+    ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown is 'yes', but must be true or false"),
+    ({"gradient_clipping": "1"}, "gradient_clipping is '1', but"),
+    ({"train_batch_size": 16.5}, "train_batch_size is 16.5, but"),
+    ({"train_batch_size": True}, "train_batch_size is True, but"),
+    ({"optimizer": "AdamW"}, "optimizer is 'AdamW', but must be an object"),
+    ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params is [1], but must be an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), UNKNOWN + CONTRADICTIONS + NOT_OF_ITS_KIND)
+def test_a_json_that_deepspeed_would_take_otherwise_is_refused(tmp_path: Path, values: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        training_config(settings(written(tmp_path, values), precision="fp32"), world_size=1)
+    assert message in str(caught.value)
+    assert str(tmp_path / "ds.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_holds_of_a_references_json(tmp_path: Path) -> None:
+    path = written(tmp_path, {"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 5}})
+    with pytest.raises(ConfigError, match=r"stage3_max_live_parameter is no key .*'stage3_max_live_parameters'"):
+        inference_config(path, "fp32", 1)
+
+
+def test_auto_is_what_deepspeed_does_by_itself(tmp_path: Path) -> None:
+    path = written(tmp_path, {
+        "steps_per_print": "auto", "wall_clock_breakdown": "auto", "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"}},
+        "scheduler": "auto",
+    })  # fmt: skip
+    config = training_config(settings(path, precision="fp32"), world_size=1)
+    assert config["zero_optimization"] == {"stage": 2}
+    assert "wall_clock_breakdown" not in config
+    assert config["train_micro_batch_size_per_gpu"] == 8
+    assert config["gradient_clipping"] == 1.0
+    assert config["bf16"]["enabled"] is False
+
+
+@pytest.mark.parametrize(("written_as", "stage"), [(True, 1), (False, 0)])
+def test_the_older_form_of_zero_is_a_stage(tmp_path: Path, written_as: bool, stage: int) -> None:
+    path = written(tmp_path, {"zero_optimization": written_as})
+    assert training_config(settings(path, precision="fp32"), 1)["zero_optimization"] == {"stage": stage}
+
+
+def test_the_known_keys_are_those_that_deepspeed_reads(tmp_path: Path) -> None:
+    """DeepSpeed's own examples of each section."""
+    path = written(tmp_path, {
+        "steps_per_print": 100, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "dump_state": False,
+        "communication_data_type": "fp32", "disable_allgather": True, "memory_breakdown": False,
+        "dataloader_drop_last": True, "checkpoint": {"tag_validation": "Warn", "load_universal": False},
+        "comms_logger": {"enabled": False, "verbose": False, "prof_all": True},
+        "timers": {"throughput": {"enabled": True}},
+        "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True,
+                           "output_file": None},
+        "aio": {"block_size": 1048576, "queue_depth": 8, "single_submit": False, "overlap_events": True},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True, "ratio": 1.0},
+                              "offload_param": {"device": "cpu"}, "stage3_gather_16bit_weights_on_model_save": False,
+                              "sub_group_size": 1e9, "stage3_max_live_parameters": 1e9, "round_robin_gradients": False,
+                              "zero_hpz_partition_size": 1, "ignore_unused_parameters": True},
+    })  # fmt: skip
+    assert training_config(settings(path, precision="fp32"), 1)["zero_optimization"]["stage"] == 3
