@@ -16,6 +16,7 @@ import scipy.stats
 
 from dualtok.audit.crossfit import FEWEST, WIDENING, cross_fitted_scores
 from dualtok.audit.metrics import bootstrap_interval, roc_auc
+from dualtok.audit.passages import MOST_SHARED, PASSAGE_CHARACTERS, shared_passages
 from dualtok.audit.report_data import Checks, Estimate, NullModel
 
 if TYPE_CHECKING:
@@ -28,21 +29,14 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     TokenIds = NDArray[np.int64]
 
-PASSAGE_CHARACTERS = 200
-"""Length of a passage that two documents do not share by chance: the 50 tokens of Lee et al. 2022 (arXiv 2107.06499) at
-about 4 characters each."""
 BLIND_CONFIDENCE = 0.99
 """Of the blind baseline's interval: one sound audit in 200 is called void."""
-MOST_SHARED = 0.1
-"""Share of non-members with such a passage above which the audit warns."""
 MOST_DUPLICATES = 0.01
 """Share of non-members equal to a member above which the audit warns."""
 SURPRISING = 0.05
 """p-value up to which the strongest attack on a model that saw no member has found something."""
 BLOCK = 256
 """Permutations at a time."""
-BASE, MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
-"""Two odd 64-bit numbers of splitmix64 (Steele et al. 2014)."""
 
 
 @dataclass(frozen=True)
@@ -127,47 +121,6 @@ def duplicates(members: Sequence[TokenIds], non_members: Sequence[TokenIds]) -> 
 
 def _digest(ids: TokenIds) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
-
-
-def shared_passages(members: Sequence[TokenIds], non_members: Sequence[TokenIds], tokens: int) -> float:
-    """Return the share of non-members that have a run of so many token ids which some member has too.
-
-    A document shorter than that counts when a member contains all of it; an empty one is left out.
-    """
-    lengths = np.array([min(tokens, len(ids)) for ids in non_members], dtype=np.int64)
-    shared = np.zeros(len(lengths), dtype=bool)
-    known, asked = _Runs(members), _Runs(non_members)
-    for length in np.unique(lengths[lengths > 0]).tolist():
-        hashes, document = asked.of(length)
-        here = lengths[document] == length
-        found = np.intersect1d(known.of(length)[0], hashes[here])
-        shared[document[here][np.isin(hashes[here], found)]] = True
-    return float(shared[lengths > 0].mean()) if (lengths > 0).any() else 0.0
-
-
-class _Runs:
-    """64-bit hashes of all runs of token ids inside documents, each length in one pass.
-
-    A run from place i is hashed to the sum of mix(id) * BASE^j over its tokens, divided by BASE^i, modulo 2^64 (numpy's
-    integers wrap around). Two of 10^7 runs are taken for equal by mistake with a chance of about 10^-5.
-    """
-
-    def __init__(self, documents: Sequence[TokenIds]) -> None:
-        sizes = [len(ids) for ids in documents]
-        self.document = np.repeat(np.arange(len(sizes)), sizes)
-        ids = np.concatenate([*documents, np.zeros(0, np.int64)]).astype(np.uint64) + np.uint64(1)
-        mixed = (ids ^ (ids << np.uint64(31))) * np.uint64(MIX)
-        mixed ^= mixed >> np.uint64(29)
-        powers = np.cumprod(np.full(len(ids), BASE, np.uint64))
-        self.sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed * powers, dtype=np.uint64)])
-        self.inverse = np.cumprod(np.full(len(ids), pow(BASE, -1, 2**64), np.uint64))
-
-    def of(self, length: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Return the hash of every run of ``length`` ids inside a document, and that document's place in the list."""
-        count = max(len(self.document) - length + 1, 0)
-        first, last = self.document[:count], self.document[length - 1 :]
-        hashes = (self.sums[length : length + count] - self.sums[:count]) * self.inverse[:count]
-        return hashes[first == last], first[first == last]
 
 
 def warnings_of(

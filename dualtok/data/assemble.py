@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from dualtok.data.config import SPLITS, DataConfig, SplitName
 from dualtok.data.decide import fates_path
+from dualtok.data.losses_of_text import SpelledOut
 from dualtok.data.manifest import ShardEntry, SplitEntry
 from dualtok.data.packing import pack_documents
 from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 ENCODED_AT_ONCE = 1 << 20
 """Characters whose token ids are in memory as Python's integers at one time."""
+TEXTS_AT_ONCE = 256
+"""Documents whose texts are in memory at one time where they are wanted one by one."""
 DOCUMENT = pa.schema([
     ("doc", pa.int64()), ("sha256", pa.string()), ("n_tokens", pa.int64()), ("n_characters", pa.int64()),
     ("zlib_bytes", pa.int64()),
@@ -79,8 +82,8 @@ def split_texts(staged: Staged, chunks: list[Chunk], split: str) -> Iterator[str
     """Yield the texts of a split's documents in some chunks."""
     for chunk in chunks:
         docs = _documents(staged, chunk, split)
-        if len(docs):
-            yield from staged.take(docs, ["text"])["text"].to_pylist()
+        for first in range(0, len(docs), TEXTS_AT_ONCE):
+            yield from staged.take(docs[first : first + TEXTS_AT_ONCE], ["text"])["text"].to_pylist()
 
 
 def pack_chunks(
@@ -88,9 +91,15 @@ def pack_chunks(
     canaries: dict[int, list[Canary]], progress: RunProgress,
 ) -> None:  # fmt: skip
     """Tokenise and pack the chunks that are not packed yet, each with the canaries of its number."""
-    work = partial(_pack_chunk, place=staged.at, tokenizer_at=tokenizer, block_length=config.block_length)
+    work = partial(_pack_chunk, place=staged.at, tokenizer_at=tokenizer, block_length=config.block_length,
+                   special=config.special_tokens_in_text == "encode")  # fmt: skip
     for _ in workers.map(work, [_PackTask(chunk, canaries.get(chunk.number, [])) for chunk in chunks]):
         progress.advance(1)
+
+
+def spelled_out(staging: Path, chunks: list[Chunk]) -> int:
+    """Return how many packed documents spell out a special token."""
+    return sum(int(_done_path(staging, chunk).read_text(encoding="utf-8") or 0) for chunk in chunks)
 
 
 def write_splits(
@@ -125,18 +134,22 @@ def _documents(staged: Staged, chunk: Chunk, split: str) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer_of_process(place: TokenizerAt) -> PreTrainedTokenizerBase:
+def _tokenizer_of_process(place: TokenizerAt) -> tuple[PreTrainedTokenizerBase, SpelledOut]:
     """Return the tokenizer, loaded once per process: each load keeps some megabytes of memory for good."""
-    return load_tokenizer(place.folder)
+    tokenizer = load_tokenizer(place.folder)
+    return tokenizer, SpelledOut(tokenizer)
 
 
-def _pack_chunk(task: _PackTask, *, place: StagedAt, tokenizer_at: TokenizerAt, block_length: int) -> None:
+def _pack_chunk(
+    task: _PackTask, *, place: StagedAt, tokenizer_at: TokenizerAt, block_length: int, special: bool
+) -> None:  # fmt: skip
     """Tokenise and pack one chunk, split by split; runs in a worker process."""
     chunk = task.chunk
-    done = place.folder / f"packed-{chunk.number:06d}.done"
+    done = _done_path(place.folder, chunk)
     if done.is_file():
         return
-    staged, tokenizer = staged_at(place), _tokenizer_of_process(tokenizer_at)
+    staged, (tokenizer, spelled) = staged_at(place), _tokenizer_of_process(tokenizer_at)
+    with_special = 0
     for split in SPLITS:
         table = _split_of(staged, chunk, split)
         if split == "train" and task.canaries:
@@ -144,7 +157,8 @@ def _pack_chunk(task: _PackTask, *, place: StagedAt, tokenizer_at: TokenizerAt, 
         if not table.num_rows:
             continue
         docs, texts = table["doc"].to_pylist(), table["text"].to_pylist()
-        ids = _encoded(tokenizer, texts)
+        ids = _encoded(tokenizer, texts, special=special)
+        with_special += spelled.count(texts)
         blocks = pack_documents(list(zip(docs, ids, strict=True)), block_length)
         documents = pa.Table.from_arrays([
             pa.array(docs, pa.int64()), pa.array([digest.hex() for digest in table["sha256"].to_pylist()]),
@@ -153,7 +167,7 @@ def _pack_chunk(task: _PackTask, *, place: StagedAt, tokenizer_at: TokenizerAt, 
         ], schema=DOCUMENT)  # fmt: skip
         _write_table(_packed_path(place.folder, chunk, split, "blocks"), blocks_table(blocks, block_length))
         _write_table(_packed_path(place.folder, chunk, split, "table"), documents)
-    write_text(done, "")
+    write_text(done, str(with_special))
 
 
 def _split_of(staged: Staged, chunk: Chunk, split: str) -> pa.Table:
@@ -172,15 +186,20 @@ def _as_documents(canaries: list[Canary]) -> pa.Table:
     )  # fmt: skip
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int32]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[NDArray[np.int32]]:
     ids: list[NDArray[np.int32]] = []
     first = characters = 0
     for place, text in enumerate(texts):
         characters += len(text)
         if characters >= ENCODED_AT_ONCE or place == len(texts) - 1:
-            ids += [np.array(row, dtype=np.int32) for row in encode(tokenizer, texts[first : place + 1])]
+            some = encode(tokenizer, texts[first : place + 1], special=special)
+            ids += [np.array(row, dtype=np.int32) for row in some]
             first, characters = place + 1, 0
     return ids
+
+
+def _done_path(staging: Path, chunk: Chunk) -> Path:
+    return staging / f"packed-{chunk.number:06d}.done"
 
 
 def _packed_path(staging: Path, chunk: Chunk, split: str, kind: str) -> Path:
@@ -246,7 +265,12 @@ def _split_entry(folder: Path, tables: list[Path], shards: list[ShardEntry]) -> 
         blocks=blocks,
         shards=shards,
         documents_sha256=file_sha256(path),
+        largest_id=max((_largest_id(folder / shard.file) for shard in shards), default=0),
     )
+
+
+def _largest_id(shard: Path) -> int:
+    return int(pc.max(read_staged(shard)["input_ids"].combine_chunks().flatten()).as_py())
 
 
 def _pieces(shard: Path) -> int:

@@ -168,11 +168,16 @@ class DataConfig:
     """Seed of the split."""
 
     near_duplicate_threshold: Annotated[float, Field(gt=0, lt=1)] | None = 0.8
-    """Documents whose sets of word n-grams have at least this (estimated) Jaccard similarity count as one; null keeps
+    """Documents whose sets of n-grams have at least this (estimated) Jaccard similarity count as one; null keeps
     them."""
 
     shingle_words: Count = 5
-    """Words per n-gram."""
+    """Words per n-gram. A document mostly in scripts that put no spaces between words (Chinese, Japanese, Thai, Khmer,
+    ...) has n-grams of characters instead, twice as many; ``prepare`` says how many documents do."""
+
+    special_tokens_in_text: Literal["text", "encode"] = "text"
+    """What a document's text becomes where it spells out a special token, e.g. ``<|endoftext|>``: pieces like any other
+    text, or (``encode``) the special token itself, for texts that were written with them."""
 
     permutations: Annotated[int, Field(ge=16)] = 128
     """Hash functions of a MinHash signature."""

@@ -42,6 +42,8 @@ class Decisions:
     """Documents of each fate."""
     reference_characters: int = 0
     """Length of the split ``reference``, on which a tokenizer is trained."""
+    compared_by_characters: int = 0
+    """Documents whose n-grams are of characters."""
 
     def count(self, fate: str) -> int:
         """Return how many documents met this fate."""
@@ -95,6 +97,8 @@ def decide(config: DataConfig, staged: Staged, groups: Groups, progress: RunProg
                 np.save(stream, fates)
         result.chunks.append(chunk)
         result.counts += np.bincount(fates, minlength=len(FATES))
+        of_characters = staged.take(np.arange(chunk.first, chunk.end), ["of_characters"])["of_characters"]
+        result.compared_by_characters += int(of_characters.to_numpy().sum())
         reference = np.flatnonzero(fates == SPLITS.index("reference"))
         if len(reference):
             lengths = staged.take(chunk.first + reference, ["n_characters"])["n_characters"].to_numpy()

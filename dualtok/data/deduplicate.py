@@ -24,6 +24,15 @@ BAND_WEIGHTS = (0.1, 0.9)
 """What false candidates and missed pairs weigh when the bands are chosen."""
 EXACT_BYTES = 16
 SHINGLES_AT_ONCE = 1 << 14
+CHARACTERS_PER_WORD = 2
+"""What a word counts in characters of a script without spaces, most of whose words have one or two."""
+WITHOUT_SPACES = (
+    (0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x3040, 0x30FF),
+    (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA000, 0xA4CF), (0xA980, 0xA9DF), (0xAA60, 0xAA7F),
+    (0xF900, 0xFAFF), (0xFF66, 0xFF9D), (0x20000, 0x3FFFF),
+)  # fmt: skip
+"""Code points of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Tai, kana, Chinese
+characters, Yi, Javanese."""
 HASHES_AT_ONCE = 512
 """Keeps the [p, n] products of a signature in the processor's cache."""
 
@@ -35,6 +44,8 @@ class Sketch(NamedTuple):
     """Digest of the normalised text."""
     signature: NDArray[np.uint32] | None
     """MinHash values [p], or None when near duplicates are kept."""
+    of_characters: bool = False
+    """Whether its n-grams are of characters, for want of spaces between words."""
 
 
 class _Constants(NamedTuple):
@@ -66,7 +77,40 @@ def sketch(text: str, config: DataConfig) -> Sketch:
     exact = _digest(plain)
     if config.near_duplicate_threshold is None:
         return Sketch(exact, None)
-    return Sketch(exact, _signature(plain, config.shingle_words, config.permutations))
+    letters = np.frombuffer(plain, dtype=np.uint8)
+    of_characters = is_without_spaces(letters)
+    starts, ends = _characters(letters) if of_characters else _words(letters)
+    width = config.shingle_words * (CHARACTERS_PER_WORD if of_characters else 1)
+    return Sketch(exact, _signature(letters, starts, ends, width, config.permutations), of_characters)
+
+
+def is_without_spaces(letters: NDArray[np.uint8]) -> bool:
+    """Return whether most characters of a UTF-8 text are of scripts that put no spaces between words."""
+    if not len(letters) or letters.max() < 0xE0:  # no character of three bytes or more
+        return False
+    starts, _ = _characters(letters)
+    lead = letters[starts].astype(np.int64)
+    three, four = starts[lead >> 4 == 0xE], starts[lead >> 3 == 0x1E]
+    tail = [letters[three + place].astype(np.int64) & 0x3F for place in (1, 2)]
+    codes = [((letters[three].astype(np.int64) & 0xF) << 12) | (tail[0] << 6) | tail[1]]
+    tail = [letters[four + place].astype(np.int64) & 0x3F for place in (1, 2, 3)]
+    codes.append(((letters[four].astype(np.int64) & 0x7) << 18) | (tail[0] << 12) | (tail[1] << 6) | tail[2])
+    every = np.concatenate(codes)
+    edges = np.array(WITHOUT_SPACES).ravel() + np.tile([0, 1], len(WITHOUT_SPACES))
+    found = np.count_nonzero(np.searchsorted(edges, every, side="right") % 2)
+    return bool(2 * found > len(starts) - np.count_nonzero(lead == ord(" ")))
+
+
+def _characters(letters: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where each character of a UTF-8 text begins and ends."""
+    starts = np.flatnonzero((letters & 0xC0) != 0x80)
+    return starts, np.append(starts[1:], len(letters))
+
+
+def _words(letters: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where each word of a normalised text begins and ends."""
+    spaces = np.flatnonzero(letters == ord(" "))
+    return np.concatenate([[0], spaces + 1]), np.concatenate([spaces, [len(letters)]])
 
 
 def key_count(config: DataConfig) -> int:
@@ -101,7 +145,10 @@ def _bands_for(threshold: float, permutations: int) -> tuple[int, int]:
     # datasketch chooses the bands for this threshold; its own storages are memory or a server. A candidate is compared
     # by its whole signature, so a false one costs time only and misses weigh more: even weights would find 40 % of the
     # pairs at a similarity of .8 and 93 % at .9, these find 87 % and 99.9 %.
-    lsh = MinHashLSH(threshold=threshold, num_perm=permutations, weights=BAND_WEIGHTS)
+    try:
+        lsh = MinHashLSH(threshold=threshold, num_perm=permutations, weights=BAND_WEIGHTS)
+    except ValueError:  # it would take one band, and refuses that: two halves find all that one would
+        return 2, permutations // 2
     return int(lsh.b), int(lsh.r)
 
 
@@ -118,8 +165,17 @@ def _constants(count: int) -> _Constants:
     return _Constants(byte | np.uint64(1), base[0] | np.uint64(5), multiply | np.uint64(1), add)
 
 
-def _signature(plain: bytes, width: int, permutations: int) -> NDArray[np.uint32]:
-    """Return the MinHash signature of the set of word n-grams: for each permutation the least hash of an n-gram.
+def _signature(
+    letters: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64], width: int, permutations: int
+) -> NDArray[np.uint32]:
+    """Return the MinHash signature of the set of n-grams: for each permutation the least hash of an n-gram.
+
+    Args:
+        letters: bytes of the text.
+        starts: where its words, or its characters, begin.
+        ends: where they end.
+        width: n.
+        permutations: p.
 
     Written out because datasketch calls a Python hash per n-gram. The family is multiply-shift, (a x + b) >> 32 of a
     32-bit x, pairwise independent as datasketch's own.
@@ -127,9 +183,6 @@ def _signature(plain: bytes, width: int, permutations: int) -> NDArray[np.uint32
     constants = _constants(permutations)
     lowest = np.full(permutations, np.iinfo(np.uint64).max, dtype=np.uint64)
     space = np.empty((permutations, HASHES_AT_ONCE), dtype=np.uint64)
-    letters = np.frombuffer(plain, dtype=np.uint8)
-    spaces = np.flatnonzero(letters == ord(" "))
-    starts, ends = np.concatenate([[0], spaces + 1]), np.concatenate([spaces, [len(letters)]])
     width = min(width, len(starts))
     for first in range(0, len(starts) - width + 1, SHINGLES_AT_ONCE):
         here = starts[: len(starts) - width + 1][first : first + SHINGLES_AT_ONCE]

@@ -1,35 +1,33 @@
-"""Documents in: .txt, .jsonl and .parquet files, folders of them, and streamed ``datasets`` datasets."""
+"""Documents in: text, JSON, CSV and Parquet files, folders of them, and streamed ``datasets`` datasets.
+
+What each kind of file holds is read in :mod:`.formats`.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualtok.errors import DataError, did_you_mean
+from dualtok.data.formats import (
+    READERS,
+    SUFFIXES_IN_WORDS,
+    Document,
+    Wanted,
+    kind_of,
+    no_field,
+    read_parquet,
+    reason_of,
+    text_of,
+)
+from dualtok.errors import DataError
 
 if TYPE_CHECKING:
     from dualtok.data.config import DataConfig
-
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-PARQUET_BATCH = 1024
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
-
-
-class Document(NamedTuple):
-    """A text and where it came from (file and line or row), for errors."""
-
-    text: str
-    origin: str
-
-
-Wanted = Callable[[int], bool]
-"""Whether the document of this number is to be read; others are passed over, as cheaply as the format allows."""
 
 
 class Unit(NamedTuple):
@@ -78,7 +76,7 @@ def read_unit(unit: Unit, config: DataConfig) -> Iterator[Document]:
     if unit.row_group is None:
         documents = _read_file(unit.path, config, lambda number: True)
     else:
-        documents = _read_parquet(unit.path, config, lambda number: True, unit.row_group)
+        documents = read_parquet(unit.path, config, lambda number: True, unit.row_group)
     return (document for document in documents if document is not None)
 
 
@@ -111,173 +109,94 @@ def source_files(config: DataConfig) -> list[Path] | None:
     if path.is_dir():
         files = _files_in(path, config)
         if not files:
-            raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this folder (data.source)")
+            raise DataError(f"{path}: no file in this folder that can be read ({SUFFIXES_IN_WORDS}) (data.source)")
         return files
-    if path.suffix in SUFFIXES or path.is_absolute() or config.source.startswith("."):
+    if kind_of(path) or path.is_absolute() or config.source.startswith("."):
         raise DataError(f"{path}: no such file or folder (data.source)")
     return None
 
 
+def left_out(config: DataConfig) -> list[str]:
+    """Return the files of a source folder that are not read, each with the reason; none of another kind of source."""
+    path = Path(config.source or "")
+    return [f"{file}: {reason}" for file, reason in _look_through(path, config) if reason] if path.is_dir() else []
+
+
 def _files_in(folder: Path, config: DataConfig) -> list[Path]:
     """Return the readable files of a folder by name, without those of a ``data.dir`` inside it."""
-    prepared = Path(config.dir).resolve()
-    files = (file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    return sorted(file for file in files if prepared not in file.resolve().parents)
+    return sorted(file for file, reason in _look_through(folder, config) if not reason)
+
+
+def _look_through(folder: Path, config: DataConfig) -> Iterator[tuple[Path, str]]:
+    """Yield the files below a folder, through links as well, with why one is not read, or nothing.
+
+    A folder that is reached twice is read where it is reached first in the order of the names.
+    """
+    prepared, seen = Path(config.dir).resolve(), {folder.resolve()}
+    for name, folders, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        kept = []
+        for below in sorted(folders):
+            real = (here / below).resolve()
+            if real == prepared:
+                continue
+            if real in seen:
+                yield here / below, "a link to a folder that is read already"
+                continue
+            seen.add(real)
+            kept.append(below)
+        folders[:] = kept
+        for file in sorted(files):
+            path = here / file
+            if path.is_file():
+                yield path, "" if kind_of(path) else f"cannot read {path.suffix or 'files without suffix'}"
+            else:
+                yield path, "not a file, or a link to nothing"
 
 
 def _read_file(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: cannot read {path.suffix or 'files without suffix'}; give {', '.join(SUFFIXES)}")
-    yield from readers[path.suffix](path, config, wanted)
-
-
-def _read_txt(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
-    if config.txt_documents == "file":
-        yield Document(_decode(path.read_bytes(), str(path)), str(path)) if wanted(0) else None
-        return
-    for number, (text, origin) in enumerate(_paragraphs(path)):
-        yield Document(text, origin) if wanted(number) else None
-
-
-def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
-    paragraph: list[str] = []
-    first = 1
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            line = _decode(raw, f"{path}:{number}")
-            if line.strip():
-                first = first if paragraph else number
-                paragraph.append(line)
-            elif paragraph:
-                yield "".join(paragraph).strip(), f"{path}:{first}"
-                paragraph = []
-    if paragraph:
-        yield "".join(paragraph).strip(), f"{path}:{first}"
-
-
-def _read_jsonl(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
-    count = 0
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            origin = f"{path}:{number}"
-            if _is_blank(raw, origin):
-                continue
-            count += 1
-            yield _json_document(raw, config.field, origin) if wanted(count - 1) else None
-
-
-def _is_blank(raw: bytes, origin: str) -> bool:
-    first = raw.lstrip()[:1]
-    if b"!" <= first <= b"~":
-        return False
-    return not _decode(raw, origin).strip()  # other white space than ASCII's
-
-
-def _json_document(raw: bytes, field: str, origin: str) -> Document:
-    try:
-        row = json.loads(_decode(raw, origin))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
-    return Document(_text_of(row, field, origin), origin)
-
-
-def _read_parquet(
-    path: Path, config: DataConfig, wanted: Wanted, row_group: int | None = None
-) -> Iterator[Document | None]:
-    row = 0
-    try:
-        file = pq.ParquetFile(path)
-        if config.field not in file.schema_arrow.names:
-            raise DataError(_no_field(config.field, file.schema_arrow.names, str(path)))
-        first = sum(file.metadata.row_group(group).num_rows for group in range(row_group or 0))
-        groups = None if row_group is None else [row_group]
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=groups, columns=[config.field]):
-            column = batch.column(0)
-            for place in range(len(column)):
-                origin = f"{path}: row {first + row}"
-                yield (
-                    Document(_require_text(column[place].as_py(), config.field, origin), origin)
-                    if wanted(row) else None
-                )  # fmt: skip
-                row += 1
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: row {row}: not UTF-8; convert the file to UTF-8") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        after = f" after row {row}" if row else ""
-        raise DataError(f"{path}: not a readable Parquet file{after}: {_reason(error)}") from None
+    kind = kind_of(path)
+    if kind is None:
+        raise DataError(f"{path}: cannot read {path.suffix or 'files without suffix'}; give {SUFFIXES_IN_WORDS}")
+    yield from READERS[kind](path, config, wanted)
 
 
 def _row_groups(path: Path) -> list[Unit]:
-    if path.suffix != ".parquet":
+    if kind_of(path) != "parquet":
         return [Unit(path)]
     try:
         return [Unit(path, group) for group in range(pq.ParquetFile(path).metadata.num_row_groups)]
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_reason(error)}") from None
+        raise DataError(f"{path}: not a readable Parquet file: {reason_of(error)}") from None
 
 
 def _stream_dataset(config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     name = str(config.source)
     try:
-        dataset = load_dataset(name, config.dataset_config, split=config.dataset_split, streaming=True)
+        builder = load_dataset_builder(name, config.dataset_config)
+        if hasattr(builder.config, "on_mixed_types"):
+            # Else one value that is no text makes every text of its 10 MB the JSON source of itself, without a word.
+            builder.config.on_mixed_types = None
+        dataset = builder.as_streaming_dataset(split=config.dataset_split)
         columns = dataset.column_names
     except Exception as error:  # the library raises a dozen unrelated classes for "cannot be had"
-        raise DataError(f"{name}: neither a file, a folder nor a dataset that can be read: {_reason(error)}") from None
+        raise DataError(
+            f"{name}: neither a file, a folder nor a dataset that can be read: {reason_of(error)}"
+        ) from None
     if columns is not None and config.field not in columns:
-        raise DataError(_no_field(config.field, columns, name))
+        raise DataError(no_field(config.field, columns, name))
     number = 0
     try:
         for number, row in enumerate(dataset):
             origin = f"{name}: row {number}"
-            yield Document(_text_of(row, config.field, origin), origin) if wanted(number) else None
+            yield Document(text_of(row, config.field, origin), origin) if wanted(number) else None
     except DataError:
         raise
     except Exception as error:
         # Not the library's own words, which may repeat what stands in the row.
         raise DataError(
-            f"{name}: cannot be read after row {number} ({type(error).__name__}); read it with the datasets library "
-            "to see why"
+            f"{name}: cannot be read after row {number} ({type(error).__name__}), e.g. because a field holds values of "
+            "several types there; read it with the datasets library to see why, or give its files themselves"
         ) from None
-
-
-def _decode(raw: bytes, origin: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        newlines = raw.count(b"\n", 0, error.start)
-        line = "" if re.search(r":\d+$", origin) else f" (line {newlines + 1})"
-        raise DataError(f"{origin}: not UTF-8 at byte {error.start}{line}; convert the file to UTF-8") from None
-
-
-def _text_of(row: dict[str, object], field: str, origin: str) -> str:
-    if field not in row:
-        raise DataError(_no_field(field, list(row), origin))
-    return _require_text(row[field], field, origin)
-
-
-def _require_text(value: object, field: str, origin: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{origin}: field {field!r} holds {type(value).__name__}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON's escapes can spell half a character, which no file could hold
-        place = f"character {error.start}"
-        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {place}; mend the text") from None
-    return value
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
-
-
-def _no_field(field: str, known: list[str], origin: str) -> str:
-    # A JSON object may have texts for keys, which no message must repeat.
-    names = [name for name in map(str, known) if NAME.fullmatch(name)]
-    others = len(known) - len(names)
-    fields = ", ".join([*names, *([f"{others} that are no names"] if others else [])])
-    return f"{origin}: no field {field!r}{did_you_mean(field, names)}; fields are {fields} (data.field)"

@@ -38,6 +38,7 @@ class _Prepared(NamedTuple):
     exact: bytes
     signature: bytes | None
     blank: bool
+    of_characters: bool
 
 
 def staged_files(folder: Path) -> list[Path]:
@@ -68,6 +69,7 @@ def stage_part(
             pa.array([document.signature for document in prepared], schema.field("signature").type),
             pa.array([len(text) for text in texts], pa.int64()),
             pa.array([document.blank for document in prepared], pa.bool_()),
+            pa.array([document.of_characters for document in prepared], pa.bool_()),
             pa.array(texts, pa.large_string()),
         ]
         path = folder / f"documents-{len(rows):06d}.arrow"
@@ -84,7 +86,8 @@ def staged_schema(config: DataConfig) -> pa.Schema:
     signature = pa.null() if config.near_duplicate_threshold is None else pa.binary(4 * config.permutations)
     return pa.schema([
         ("sha256", pa.binary(32)), ("exact", pa.binary(EXACT_BYTES)), ("signature", signature),
-        ("n_characters", pa.int64()), ("blank", pa.bool_()), ("text", pa.large_string()),
+        ("n_characters", pa.int64()), ("blank", pa.bool_()), ("of_characters", pa.bool_()),
+        ("text", pa.large_string()),
     ])  # fmt: skip
 
 
@@ -123,5 +126,6 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[str]]:
 
 def _prepare_text(text: str, *, config: DataConfig) -> _Prepared:
     """Hash one text; runs in a worker process."""
-    exact, signature = sketch(text, config)
-    return _Prepared(content_digest(text), exact, None if signature is None else signature.tobytes(), not text.strip())
+    exact, signature, of_characters = sketch(text, config)
+    stored = None if signature is None else signature.tobytes()
+    return _Prepared(content_digest(text), exact, stored, not text.strip(), of_characters)

@@ -52,6 +52,8 @@ class SplitEntry(_Entry):
     shards: list[ShardEntry]
     documents_sha256: Sha256
     """Checksum of the split's table of documents."""
+    largest_id: int | None = None
+    """The largest token id in it; None in a folder of an earlier version."""
 
 
 class CanariesEntry(_Entry):
@@ -64,6 +66,23 @@ class CanariesEntry(_Entry):
     sha256: Sha256
 
 
+class Facts(_Entry):
+    """What ``prepare`` has seen of the texts that nobody asked about, and says in its summary."""
+
+    compared_by_characters: int
+    """Documents in scripts without spaces, whose near duplicates were found by n-grams of characters."""
+    with_special_tokens: int
+    """Documents that spell out a special token of the tokenizer."""
+    sampled: int
+    """Documents that were encoded and decoded again."""
+    lost: dict[str, int]
+    """What was lost on the way -> in how many of them."""
+    shared_passages: float | None
+    """Share of the split ``held_out`` that has a passage in common with ``train``; None if one of them is missing."""
+    left_out_files: int
+    """Files of the source's folder that were not read."""
+
+
 class Manifest(_Entry):
     """A prepared data folder."""
 
@@ -73,7 +92,7 @@ class Manifest(_Entry):
     seed: int
     tokenizer_fingerprint: str
     vocabulary: int
-    """Ids of the tokenizer."""
+    """The tokenizer's largest id and one: its number of ids where they have no holes."""
     block_length: int
     lanes: int
     documents_read: int
@@ -85,6 +104,8 @@ class Manifest(_Entry):
     splits: dict[FileName, SplitEntry]
     canaries: CanariesEntry | None = None
     """None if the folder was prepared without; they are not among the documents read."""
+    facts: Facts | None = None
+    """None in a folder of an earlier version, and in a subset."""
 
 
 def load_manifest(data_dir: str | Place) -> Manifest:

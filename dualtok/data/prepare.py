@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from dualtok.data.assemble import DOCUMENT, TokenizerAt, pack_chunks, split_texts, write_splits
-from dualtok.data.canaries import CANARIES, Canary, check_canaries, deal, draw_canaries, write_canaries
+from dualtok.data.assemble import DOCUMENT, TokenizerAt, pack_chunks, spelled_out, split_texts, write_splits
+from dualtok.data.canaries import Canary, check_canaries, deal, draw_canaries, write_canaries
 from dualtok.data.config import SPLITS, DataConfig, is_address
 from dualtok.data.decide import Decisions, UnusableCorpusError, decide
+from dualtok.data.documents import left_out
 from dualtok.data.groups import find_groups, steps
 from dualtok.data.ingest import stage_part, staged_files
-from dualtok.data.manifest import MANIFEST, Manifest, load_manifest, save_manifest
+from dualtok.data.losses_of_text import lost, sample
+from dualtok.data.manifest import MANIFEST, Facts, Manifest, load_manifest, save_manifest
 from dualtok.data.parallel import Workers
 from dualtok.data.parts import (
     ALONE,
@@ -36,8 +38,10 @@ from dualtok.data.parts import (
     parts_in,
     require_same_part,
 )
+from dualtok.data.shared_passages import shared_with_members
 from dualtok.data.staged import Staged
-from dualtok.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from dualtok.data.summary import summary
+from dualtok.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
 from dualtok.errors import ConfigError, DataError
 from dualtok.files import write_text
 from dualtok.monitor.progress import RunProgress
@@ -132,25 +136,6 @@ def finish(config: DataConfig, *, progress: bool = True) -> Manifest:
         return _finish(config, settings, of, workers, progress=progress)
 
 
-def summary(manifest: Manifest) -> str:
-    """Return what was prepared, in a few lines."""
-    lines = [
-        f"{manifest.documents_read:,} documents read; left out: {manifest.exact_duplicates:,} exact and "
-        f"{manifest.near_duplicates:,} near duplicates, {manifest.too_short:,} too short, "
-        f"{manifest.unused:,} in no split"
-    ]
-    for name, split in manifest.splits.items():
-        fill = split.tokens / max(1, split.blocks * manifest.block_length)
-        lines.append(
-            f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens in {split.blocks:,} blocks "
-            f"({fill:.1%} full), {len(split.shards)} shards"
-        )
-    if manifest.canaries is not None:
-        entry = manifest.canaries
-        lines.append(f"  canaries: {entry.included:,} of {entry.count:,} are in train, as {CANARIES} tells")
-    return "\n".join(lines)
-
-
 def _stage(config: DataConfig, part: Part, settings: dict[str, Any], workers: Workers, *, progress: bool) -> None:
     staging = Path(config.dir) / STAGING
     folder = part.folder(staging)
@@ -181,17 +166,26 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
         pack_chunks(config, staged, decisions.chunks, place, workers, canaries=dealt, progress=bar)
     splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
+    texts = sample(split_texts(staged, decisions.chunks, "train"))
+    unread = left_out(config)
+    facts = Facts(
+        compared_by_characters=decisions.compared_by_characters,
+        with_special_tokens=spelled_out(staging, decisions.chunks), sampled=len(texts),
+        lost=dict(lost(tokenizer, texts)), left_out_files=len(unread),
+        shared_passages=shared_with_members(folder, splits),
+    )  # fmt: skip
     manifest = Manifest(
-        config=settings, seed=config.seed, tokenizer_fingerprint=place.fingerprint, vocabulary=len(tokenizer),
+        config=settings, seed=config.seed, tokenizer_fingerprint=place.fingerprint,
+        vocabulary=vocabulary_size(tokenizer),
         block_length=config.block_length, lanes=config.lanes, documents_read=decisions.read,
         exact_duplicates=decisions.count("exact"), near_duplicates=decisions.count("near"),
         too_short=decisions.count("too_short"), unused=decisions.count("unused"), splits=splits,
-        canaries=write_canaries(canaries, folder) if canaries else None,
+        canaries=write_canaries(canaries, folder) if canaries else None, facts=facts,
     )  # fmt: skip
     _sweep(folder)  # a worker of a killed start may have outlived it for a moment
     save_manifest(manifest, folder)
     shutil.rmtree(staging)
-    _say(summary(manifest), active=progress)
+    _say(summary(manifest, unread), active=progress)
     return manifest
 
 
@@ -274,8 +268,8 @@ def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    for key in sorted(set(earlier) | set(settings)):
-        if earlier.get(key) != settings.get(key):
+    for key in sorted(earlier):  # a setting that is younger than the folder is not held against it
+        if earlier[key] != settings.get(key):
             raise ConfigError(
                 f"data.{key}: {settings.get(key)!r}, but {folder} was prepared with {earlier.get(key)!r}; choose "
                 "another data.dir or remove the folder"

@@ -69,7 +69,7 @@ def write_subset(
         update={
             "config": {**manifest.config, **note}, "splits": entries,
             "documents_read": sum(entry.documents for entry in entries.values()),
-            "exact_duplicates": 0, "near_duplicates": 0, "too_short": 0, "unused": 0,
+            "exact_duplicates": 0, "near_duplicates": 0, "too_short": 0, "unused": 0, "facts": None,
         }
     )  # fmt: skip
     save_manifest(made, folder)
@@ -112,4 +112,5 @@ def _write_split(
         documents=len(documents), tokens=count,
         predicted_tokens=count - sum(len(block.segments) for block in blocks),
         blocks=len(blocks), shards=shards, documents_sha256=file_sha256(path),
+        largest_id=max(int(ids.max()) for _, ids in documents),
     )  # fmt: skip

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dualtok.data.remote import place_of
+from dualtok.data.sentencepiece_model import END_OF_TEXT, load_from_folder, load_sentencepiece, sentencepiece_in
 from dualtok.errors import DataError
 from dualtok.files import atomic_folder
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from dualtok.data.manifest import Manifest
     from dualtok.data.remote import Place, RemoteFolder
 
-END_OF_TEXT = "<|endoftext|>"
 FOLDER = "tokenizer"
 FETCHING, STALE_SECONDS = ".fetching-", 86_400
 KNOWN_FILES = (
@@ -36,16 +36,30 @@ KNOWN_FILES = (
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder, a hub name or a SentencePiece ``.model`` file.
+    """Load a tokenizer from a folder, a hub name or a SentencePiece ``.model`` file, to prepare data with it.
 
     Raises:
         DataError: it cannot be read, or has no end-of-sequence token.
+    """
+    tokenizer = read_tokenizer(source)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{source}: the tokenizer has no end-of-sequence token, which must close every document")
+    return tokenizer
+
+
+def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that need not end documents, e.g. to compare it with another.
+
+    Raises:
+        DataError: it cannot be read.
     """
     from transformers import AutoTokenizer
 
     path = Path(source)
     if path.suffix == ".model":
-        return _from_sentencepiece(path)
+        return load_sentencepiece(path)
+    if path.is_dir() and (model := sentencepiece_in(path)) is not None:
+        return load_from_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the library raises a dozen unrelated classes for "cannot be had"
@@ -56,9 +70,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             ) from None
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{source}: not a tokenizer that can be read: {reason} (data.tokenizer)") from None
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{source}: the tokenizer has no end-of-sequence token, which must close every document")
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a tokenizer's largest id and one, the rows that an embedding needs; ``len`` counts no holes."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def load_data_tokenizer(data_dir: str | Place, manifest: Manifest) -> PreTrainedTokenizerBase:
@@ -117,12 +134,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the token ids of documents, end token included."""
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool = False) -> list[list[int]]:
+    """Return the token ids of documents, end token included.
+
+    Args:
+        tokenizer: with an end token.
+        texts: the documents.
+        special: whether special tokens that a text spells out become these tokens, and not pieces like other text.
+    """
     # An empty text shows which special tokens the tokenizer adds by itself; only a leading BOS is wanted.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     head = [tokenizer.bos_token_id] if adds_bos else []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
+                        split_special_tokens=not special)["input_ids"]  # fmt: skip
     return [[*head, *ids, tokenizer.eos_token_id] for ids in encoded]
 
 
@@ -138,43 +162,3 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a tokenizer as a Hugging Face folder that is whole or absent."""
     with atomic_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-
-
-def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
-    """Return a SentencePiece model as a fast tokenizer that gives the same ids (tested on real text)."""
-    from tokenizers import decoders
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
-
-    if not path.is_file():
-        raise DataError(f"{path}: no such SentencePiece model (data.tokenizer)")
-    try:
-        extractor = SentencePieceExtractor(str(path))
-        parts: Any = extractor.extract(None)  # the library's annotation is another method's
-        backend = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, parts["vocab"], parts.get("merges"))
-        if backend is None:
-            raise ValueError("it is neither a unigram nor a BPE model, or empty")
-    except Exception as error:  # protobuf and the converter raise unrelated classes for a malformed file
-        raise DataError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())[:120]}") from None
-    settings, trainer = extractor.proto.normalizer_spec, extractor.proto.trainer_spec
-    backend.normalizer = _sentencepiece_normalizer(settings)
-    if settings.add_dummy_prefix:
-        backend.decoder = decoders.Sequence([backend.decoder, decoders.Fuse(), decoders.Strip(content=" ", left=1)])
-    special = {"unk_token": trainer.unk_piece, "eos_token": trainer.eos_piece if trainer.eos_id >= 0 else END_OF_TEXT}
-    if trainer.bos_id >= 0:
-        special["bos_token"] = trainer.bos_piece
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-
-
-def _sentencepiece_normalizer(settings: Any) -> object:
-    from tokenizers import Regex, normalizers
-
-    steps: list[normalizers.Normalizer] = []
-    if settings.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(settings.precompiled_charsmap))
-    if settings.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    if settings.add_dummy_prefix:
-        steps.append(normalizers.Prepend("▁"))
-    steps.append(normalizers.Replace(" ", "▁"))
-    return normalizers.Sequence(steps)

@@ -113,6 +113,7 @@ class _Work:
         self._run, self._settings, self._ranks = run, run.audit, ranks
         manifest = load_manifest(prepared(run.data))
         self._block_length = manifest.block_length
+        self._special = manifest.config.get("special_tokens_in_text") == "encode"
         self._tokenizer = load_data_tokenizer(prepared(run.data), manifest)
         *head, self._eos = encode(self._tokenizer, [""])[0]
         self._bos = head[0] if head else None
@@ -182,7 +183,7 @@ class _Work:
         documents, prefixes = ranks.together(lambda: (self._share(split), self._prefixes(each)))
         tools = Tools(
             settings=self._settings.passes, seed=self._settings.seed, block_length=self._block_length,
-            lowercased=partial(lowercased, self._tokenizer, bos=self._bos, eos=self._eos,
+            lowercased=partial(lowercased, self._tokenizer, bos=self._bos, eos=self._eos, special=self._special,
                                block_length=self._block_length),
             bos=self._bos, eos=self._eos, prefixes=prefixes, gradient_norm=gradient_norm,
         )  # fmt: skip
@@ -246,14 +247,16 @@ class _Work:
 
 
 def lowercased(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Ids], *, bos: int | None, eos: int, block_length: int
-) -> list[Ids]:
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Ids], *, bos: int | None, eos: int, block_length: int,
+    special: bool = False,
+) -> list[Ids]:  # fmt: skip
     """Return the token ids of the same texts in lower case, cut to a block; end tokens stay or stay away."""
     ends = [bool(tokens[-1] == eos) for tokens in documents]
     bodies = [tokens[0 if bos is None else 1 : -1 if end else None]
               for tokens, end in zip(documents, ends, strict=True)]  # fmt: skip
     texts = [str(tokenizer.decode(body, clean_up_tokenization_spaces=False)).lower() for body in bodies]
+    encoded = encode(tokenizer, texts, special=special) if texts else []
     again = [np.array(ids if end else ids[:-1], dtype=np.int64)[:block_length]
-             for ids, end in zip(encode(tokenizer, texts) if texts else [], ends, strict=True)]  # fmt: skip
+             for ids, end in zip(encoded, ends, strict=True)]  # fmt: skip
     # A text may vanish, e.g. one of spaces under a tokenizer that strips them: it then differs from itself in nothing.
     return [lower if len(lower) > 1 else tokens for lower, tokens in zip(again, documents, strict=True)]

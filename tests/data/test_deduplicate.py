@@ -238,3 +238,72 @@ def test_thousands_of_copies_of_one_document_are_compared_with_the_first_alone()
     assert result[1501:] == ["exact"] * 1500
     assert result.count("near") > 1200
     assert time.process_time() - started < 30
+
+
+SCRIPTS = {
+    "Chinese": range(0x4E00, 0x4E00 + 1500), "Japanese": [*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)] * 3,
+    "Thai": range(0x0E01, 0x0E3B), "Khmer": range(0x1780, 0x17B4), "rare characters": range(0x20000, 0x20400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_near_duplicates_are_found_where_no_spaces_are(script: str) -> None:
+    """150 documents twice, the second time with another last character; none of them like another one."""
+    draw = random.Random(3)
+    letters = [chr(code) for code in SCRIPTS[script]]
+    first = ["".join(draw.choices(letters, k=300)) for _ in range(150)]
+    found = verdicts([*(text + "。" for text in first), *(text + "!" for text in first)])
+    assert found == [None] * 150 + ["near"] * 150
+
+
+def test_as_many_false_ones_are_found_in_characters_as_in_words() -> None:
+    """Documents of a few common phrases and their own text: as alike in both scripts."""
+    draw = random.Random(4)
+    chinese = [chr(code) for code in SCRIPTS["Chinese"]]
+    phrases = ["".join(draw.choices(chinese, k=20)) for _ in range(5)]
+    spaced = [" ".join(random_words(draw, 10)) for _ in range(5)]
+    texts = [draw.choice(phrases) + "".join(draw.choices(chinese, k=200)) for _ in range(100)]
+    words = [f"{draw.choice(spaced)} {' '.join(random_words(draw, 100))}" for _ in range(100)]
+    assert verdicts(texts).count("near") == verdicts(words).count("near") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("一二三四五", True), ("一二三四五 with some English words", False),
+        ("東京タワー and 漢字かな交じり文である", True),
+        ("русский текст", False), ("한국어 문장은 띄어쓰기가 있다", False), ("العربية", False), ("हिन्दी में", False),
+        ("ภาษาไทย", True), ("", False), ("é" * 9, False), ("\U0001f600" * 9, False), ("\uff21\uff22", False),
+    ],
+)  # fmt: skip
+def test_which_texts_are_cut_into_characters(text: str, expected: bool) -> None:
+    assert sketch(text, config()).of_characters == expected
+    assert sketch(text, config(near_duplicate_threshold=None)).of_characters is False
+
+
+def test_an_edge_of_a_script_belongs_to_it() -> None:
+    for first, last in deduplicate.WITHOUT_SPACES:
+        for code, inside in ((first, True), (last, True), (first - 1, None), (last + 1, None)):
+            within = any(low <= code <= high for low, high in deduplicate.WITHOUT_SPACES)
+            assert within or inside is None
+            assert sketch(chr(code) * 5, config()).of_characters == within, hex(code)
+
+
+@pytest.mark.parametrize("permutations", [16, 32, 128])
+@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.95, 0.99, 0.999])
+def test_any_threshold_goes_with_any_number_of_permutations(threshold: float, permutations: int) -> None:
+    draw = random.Random(5)
+    words = random_words(draw, 300)
+    texts = [" ".join(words), " ".join(random_words(draw, 300)), " ".join(words) + " "]
+    found = verdicts(texts, near_duplicate_threshold=threshold, permutations=permutations)
+    assert found[0] is None
+    assert found[2] == "exact"
+    settings = config(near_duplicate_threshold=threshold, permutations=permutations)
+    copies = keys(*stacked([texts[0], texts[0] + " once more"], settings), settings)
+    assert copies.shape == (2, key_count(settings))
+
+
+def stacked(texts: list[str], settings: DataConfig) -> tuple[Any, Any]:
+    made = [sketch(text, settings) for text in texts]
+    exact = np.stack([np.frombuffer(one.exact, dtype=np.uint8) for one in made])
+    return exact, np.stack([one.signature for one in made if one.signature is not None])

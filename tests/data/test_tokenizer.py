@@ -182,3 +182,83 @@ def test_a_tokenizer_without_end_token_is_refused(trained: PreTrainedTokenizerBa
             path.write_text(json.dumps(values))
     with pytest.raises(DataError, match=r"no end-of-sequence token"):
         load_tokenizer(tmp_path / "tokenizer")
+
+
+SPELLED = [
+    "struck </s> out",
+    "<s>",
+    "a<unk>b",
+    "byte <0x0A> and <0x41>",
+    "<ctl> here",
+    "price <sep> <sep>x",
+    "</s></s>",
+]
+WHITE = ["final newline\n", "a\r\nb\r\n\r\nc", "a\rb", "  a   b  ", "a \n\n b", "\n", " ", "a\u00a0b\u3000c", "\tx\t"]
+IDENTITY: dict[str, Any] = {"normalization_rule_name": "identity"}
+KEPT: dict[str, Any] = {"remove_extra_whitespaces": False}
+OWN_IDS: dict[str, dict[str, Any]] = {
+    "unigram": {}, "unigram, bytes": {"byte_fallback": True}, "bpe": {"model_type": "bpe"},
+    "identity": IDENTITY, "identity, bpe": {"model_type": "bpe", **IDENTITY},
+    "white space kept": KEPT, "white space kept, bpe, bytes": {"model_type": "bpe", "byte_fallback": True, **KEPT},
+    "identity, white space kept": {"model_type": "bpe", **IDENTITY, **KEPT},
+    "control symbols": {"control_symbols": ["<ctl>", "<|turn|>"]},
+    "symbols without a space in front": {
+        "model_type": "bpe", "user_defined_symbols": ["<sep>", "\n"], "add_dummy_prefix": False, **IDENTITY, **KEPT},
+    "no space in front": {"add_dummy_prefix": False}, "digits": {"split_digits": True, "model_type": "bpe"},
+}  # fmt: skip
+"""Kinds of models that tokenizers can follow."""
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "symbols": ({"model_type": "bpe", "user_defined_symbols": ["<sep>"]}, "it has user-defined symbols; "),
+    "symbols, unigram": ({"user_defined_symbols": ["<sep>", "<x>"]}, "it has user-defined symbols; "),
+    "suffix": ({"treat_whitespace_as_suffix": True}, "it writes white space at the end of words"),
+}
+
+
+def trained_model(folder: Path, passages: list[str], **settings: Any) -> Path:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(passages[:200]), model_prefix=str(folder / "odd"), vocab_size=1000, minloglevel=2,
+        num_threads=1, **settings,
+    )  # fmt: skip
+    return folder / "odd.model"
+
+
+@pytest.mark.parametrize("kind", OWN_IDS)
+def test_a_sentencepiece_model_of_any_kind_gives_its_own_ids(kind: str, passages: list[str], tmp_path: Path) -> None:
+    file = trained_model(tmp_path, passages, **OWN_IDS[kind])
+    own = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    save_tokenizer(load_tokenizer(file), tmp_path / "saved")
+    shutil.copyfile(file, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": true}')
+    texts = [*passages[200:260], *ODD_TEXTS, *SPELLED, *WHITE]
+    for tokenizer in (load_tokenizer(file), load_tokenizer(tmp_path / "saved"), load_tokenizer(tmp_path)):
+        for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
+            assert ids == [*own.encode(text), own.eos_id()], text[:80]
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_cannot_be_followed_is_refused_with_the_reason(
+    kind: str, passages: list[str], tmp_path: Path
+) -> None:
+    settings, reason = REFUSED[kind]
+    file = trained_model(tmp_path, passages, **settings)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(file)
+    assert f"tokenizers cannot give the ids of sentencepiece itself: {reason}" in str(caught.value)
+    shutil.copyfile(file, tmp_path / "tokenizer.model")
+    with pytest.raises(DataError, match="cannot give the ids of sentencepiece itself"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokens_that_a_folder_adds_to_its_model_keep_their_ids(passages: list[str], tmp_path: Path) -> None:
+    file = trained_model(tmp_path, passages)
+    shutil.copyfile(file, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": {"content": "<|end|>"}, "chat_template": "{{ messages }}", "add_bos_token": True}))  # fmt: skip
+    (tmp_path / "added_tokens.json").write_text('{"<|end|>": 1000, "<pad>": 1001}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|end|>", 1000)
+    assert tokenizer.convert_tokens_to_ids("<pad>") == 1001
+    assert tokenizer.chat_template == "{{ messages }}"
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 1005, "<|end|>": 1000}')
+    with pytest.raises(DataError, match=r"added_tokens\.json: '<pad>' is 1005, but would be 1001"):
+        load_tokenizer(tmp_path)
