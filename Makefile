@@ -11,7 +11,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-fast test-parity test-cluster soak check docs system-packages cluster-packages clean
+.PHONY: install demo test test-fast test-parity test-cluster test-peers soak check docs system-packages cluster-packages clean
 
 # Everything that the other targets set up for themselves.
 install: $(DEV) system-packages cluster-packages
@@ -22,12 +22,14 @@ demo: $(RUNTIME)
 # The longest files begin first (tests/conftest.py). Twice as many processes as cores: many tests wait for a deadline or
 # for ranks that start (docs/log.md, "The tests").
 PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
+# What has a target of its own.
+APART := --ignore tests/cluster --ignore tests/peers
 
 test: $(DEV) system-packages
-	$(BIN)/python -m pytest $(PARALLEL) -p tests.times --times .test-times.json --ignore tests/cluster
+	$(BIN)/python -m pytest $(PARALLEL) -p tests.times --times .test-times.json $(APART)
 
 test-fast: $(DEV)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --ignore tests/cluster
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(APART)
 
 # The whole matrix of layouts that must train alike; `make test` runs a part of it.
 test-parity: $(DEV)
@@ -36,6 +38,14 @@ test-parity: $(DEV)
 # The recipes of launch/ on a Slurm, ssh daemons and hosts that the tests set up themselves; as root.
 test-cluster: $(DEV) cluster-packages
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/cluster
+
+# Exports read by transformers 4, peft, TRL and lm-eval, which are installed beside the environment for this alone.
+test-peers: $(DEV) build/peers/.installed
+	$(BIN)/python -m pytest tests/peers
+
+build/peers/.installed: requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers --requirement requirements-peers.txt
+	touch $@
 
 # Training under randomly drawn faults, for as long as asked.
 MINUTES ?= 30

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from dualtok.data.config import DataConfig
 from dualtok.data.documents import read_documents
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import MANIFEST, load_manifest
 from dualtok.data.prepare import prepare
 from dualtok.data.splits import assign_split, content_digest
@@ -26,8 +27,10 @@ from dualtok.data.stream import BlockStream
 from dualtok.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dualtok.errors import CheckpointError, ConfigError, DataError
 from dualtok.model.adapters import read_adapter_settings
+from dualtok.model.check import check_same_tokenizer
+from dualtok.model.empty import empty_causal_lm
 from dualtok.model.fresh import write_fresh_weights
-from dualtok.model.load import check_same_vocabulary, load_causal_lm, read_model_config
+from dualtok.model.load import load_causal_lm, read_model_config
 from dualtok.model.weights import WeightFiles
 from dualtok.reference.fingerprint import weights_digest
 from dualtok.run import load_run, parse_run
@@ -103,9 +106,9 @@ def test_code_for_an_architecture_that_transformers_knows_is_left_alone(marker: 
     assert not marker.exists()
 
 
-def test_code_of_a_tokenizer_is_never_run(marker: Path, tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(["some text"], 300)
-    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+def test_code_of_a_tokenizer_is_never_run(marker: Path, small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    data = small_corpus
+    save_tokenizer(train_tokenizer(["some text"], 300), tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "own_code.py").write_text(OWN_CODE)
     path = tmp_path / "tokenizer" / "tokenizer_config.json"
     settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own_code.OwnTokenizer"]}}
@@ -113,8 +116,8 @@ def test_code_of_a_tokenizer_is_never_run(marker: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "own"}')
     with pytest.raises(DataError, match=r"tokenizer brings Python code of its own.*never runs.*data\.tokenizer"):
         load_tokenizer(tmp_path / "tokenizer")
-    with pytest.raises(ConfigError, match=r"reference\.model x: its tokenizer brings Python code of its own"):
-        check_same_vocabulary(tmp_path / "tokenizer", tokenizer, origin="reference.model x")
+    with pytest.raises(ConfigError, match=r"reference\.model x: .*the tokenizer brings Python code of its own"):
+        check_same_tokenizer(tmp_path / "tokenizer", DataFolder(data["dir"]), origin="reference.model x")
     assert not marker.exists()
 
 
@@ -173,7 +176,7 @@ def test_an_index_of_weights_cannot_lead_out_of_its_folder(tmp_path: Path, name:
     with pytest.raises(ConfigError, match=r"index\.json: names .*x\.safetensors', which is outside the model's folder"):
         load_causal_lm(folder)
     with pytest.raises(ConfigError, match="outside the model's folder"):
-        WeightFiles(folder, load_causal_lm(save_model(tmp_path / "other", seed=1)))
+        WeightFiles(folder, empty_causal_lm(read_model_config(folder)))
 
 
 @pytest.mark.parametrize("name", ["../shard-00000-00000.arrow", "/etc/passwd", "a/b.arrow", "..", ".hidden", ""])
@@ -302,7 +305,13 @@ def test_an_error_about_a_row_of_parquet_or_a_dataset_repeats_none_of_it(
             yield {"text": "one"}
             raise ValueError(f"cannot cast {CANARY}")
 
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset())
+    class Builder:
+        config = None
+
+        def as_streaming_dataset(self, split: str) -> Dataset:
+            return Dataset()
+
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: Builder())
     with pytest.raises(DataError, match=r"somebody/corpus: cannot be read after row 0 \(ValueError\)") as caught:
         list(read_documents(DataConfig("data", source="somebody/corpus")))
     assert CANARY not in str(caught.value)

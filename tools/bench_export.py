@@ -56,6 +56,7 @@ def write_checkpoint(run: Path, parameters: int, mebibytes: int) -> None:
     """Write a run's folder with one complete checkpoint."""
     (run / "start").mkdir(parents=True)
     (run / "start" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (run / "run.yaml").write_text("objective: causal_lm\nmodel: {path: null}\n")
     folder = run / "checkpoints" / tag_of(1)
     folder.mkdir(parents=True)
     for rank in range(RANKS):

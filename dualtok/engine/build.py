@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from dualtok.engine.deepspeed_config import offloads_optimizer, zero_stage
 from dualtok.engine.optimizer import build_adamw, build_schedule
 from dualtok.engine.zero import build_zero_engine, quiet_deepspeed
+from dualtok.model.empty import tied_weights
 from dualtok.model.load import DTYPES, read_model_config
 from dualtok.model.loss_backends import load_backend
-from dualtok.model.stages import build_stage, stage_names, tied_weights
+from dualtok.model.stages import build_stage, stage_names
 from dualtok.monitor.timing import PhaseTimer
 from dualtok.objective.selection import RankGather
 

@@ -56,6 +56,7 @@ def gradient_error(ranks: Ranks, stage: int) -> float:
         "train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": ACCUMULATION,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # left out, it is 1.0
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(
         model=trained, optimizer=torch.optim.SGD(trained.parameters(), lr=1.0), config=config

@@ -22,8 +22,9 @@ from torch import nn
 from dualtok.engine.objective_model import ObjectiveModel
 from dualtok.engine.optimizer import SkippingAdamW
 from dualtok.engine.states import states_of
+from dualtok.model.empty import tied_weights
 from dualtok.model.losses import probe_batch, require_faithful
-from dualtok.model.stages import tied_weights
+from dualtok.model.norms import total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PIPELINE, PhaseTimer
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class StageEngine(PipelineEngine):
         At ZeRO-0 DeepSpeed forgets it, and would leave out the ranks that it takes for copies.
         """
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None and p.model_parallel]
-        square = nn.utils.get_total_norm(gradients).square()
+        square = total_norm(gradients).to(self.device).square()
         dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
         return square.sqrt()
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
+from dualtok.errors import ConfigError
 from dualtok.files import write_text
 
 FILE = "privacy.json"
@@ -61,15 +62,26 @@ class PrivacyAccount:
 
     @classmethod
     def plan(cls, privacy: PrivacyConfig, *, rate: float, steps: int, documents: int, truncated: int) -> PrivacyAccount:
-        """Find the noise for the target, or take it as given."""
+        """Find the noise for the target, or take it as given.
+
+        Raises:
+            ConfigError: the target is out of the accountant's reach.
+        """
         from opacus.accountants.utils import get_noise_multiplier
 
         noise = privacy.noise_multiplier
         if noise is None:
-            noise = get_noise_multiplier(
-                target_epsilon=privacy.epsilon, target_delta=privacy.delta, sample_rate=rate, steps=steps,
-                accountant=privacy.accountant,
-            )  # fmt: skip
+            try:
+                noise = get_noise_multiplier(
+                    target_epsilon=privacy.epsilon, target_delta=privacy.delta, sample_rate=rate, steps=steps,
+                    accountant=privacy.accountant,
+                )  # fmt: skip
+            except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+                raise ConfigError(
+                    f"privacy.epsilon: the accountant {privacy.accountant!r} finds no noise for {privacy.epsilon:g} in "
+                    f"{steps} steps at a sample rate of {rate:.3g} ({' '.join(str(error).split())[:100]}); choose "
+                    "another epsilon, fewer steps, or give privacy.noise_multiplier"
+                ) from None
         return cls(noise, rate, steps, privacy.delta, privacy.max_gradient_norm, privacy.accountant, documents,
                    truncated, privacy.secret_seed)  # fmt: skip
 

@@ -21,6 +21,7 @@ from dualtok.engine.states import ReplicatedStates
 from dualtok.errors import ConfigError
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import probe_batch, probe_errors, require_faithful
+from dualtok.model.norms import total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PhaseTimer
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import CausalLM
@@ -131,8 +132,7 @@ class PrivateEngine:
                 self.optimizer.signal_skip_step(do_skip=number < last)
                 self.optimizer.step()
                 if number == last:
-                    norms = [p.grad.norm() for p in self.optimizer.params]
-                    self._norm = float(torch.stack(norms).norm())
+                    self._norm = float(total_norm(p.grad for p in self.optimizer.params))
                 self.optimizer.zero_grad()
         self.engine.lr_scheduler.step()
         self.engine.global_steps += 1

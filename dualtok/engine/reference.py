@@ -9,39 +9,32 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.engine.deepspeed_config import offload_json
 from dualtok.engine.zero import build_forward_only
-from dualtok.model.load import check_fits, check_same_vocabulary, read_model_config
+from dualtok.model.check import check_model
 from dualtok.model.weights import model_folder
 from dualtok.reference.background import BackgroundReference, WorkerSettings, share_cores
-from dualtok.reference.fingerprint import weight_files
 from dualtok.reference.live import Share, WindowReference
 
 if TYPE_CHECKING:
-    from dualtok.data.manifest import Manifest
-    from dualtok.data.remote import Place
+    from dualtok.data.folder import DataFolder
     from dualtok.engine.distributed import Ranks
     from dualtok.engine.layout import Layout
     from dualtok.reference.config import ReferenceConfig
     from dualtok.reference.live import LiveReference
 
 
-def check_reference(reference: ReferenceConfig, data_dir: str | Place, manifest: Manifest) -> Path:
+def check_reference(reference: ReferenceConfig, data: DataFolder) -> Path:
     """Return the reference model's folder after comparing it with the blocks; reads no weights.
 
     Raises:
-        ConfigError: there is no such model, or its vocabulary or positions do not fit the blocks.
+        ConfigError: there is no such model, it is not whole, or it does not fit the blocks.
     """
     folder = model_folder(reference.origin)
-    tokenizer = load_data_tokenizer(data_dir, manifest)
-    config = read_model_config(
-        folder, trust_remote_code=reference.trust_remote_code, setting="reference.trust_remote_code"
-    )
-    check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length,
-               origin=f"reference.model {reference.origin}")  # fmt: skip
-    check_same_vocabulary(folder, tokenizer, origin=f"reference.model {reference.origin}")
-    weight_files(folder)
+    check_model(
+        folder, data, origin=f"reference.model {reference.origin}", trust_remote_code=reference.trust_remote_code,
+        setting="reference.trust_remote_code",
+    )  # fmt: skip
     return folder
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import secrets
-import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from torch import nn
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import split_entry
 from dualtok.data.mixture import Mixture, load_sources
 from dualtok.data.poisson import PoissonDocuments
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
-from dualtok.data.tokenizer import load_data_tokenizer
+from dualtok.data.tokenizer import load_data_tokenizer, vocabulary_size
 from dualtok.engine.build import build_engine
 from dualtok.engine.checkpoint import find_checkpoint
 from dualtok.engine.checkpoint_files import COMPLETE
@@ -31,14 +33,12 @@ from dualtok.engine.monitors import require_monitors
 from dualtok.engine.privacy import PrivacyAccount
 from dualtok.engine.private import build_private_engine
 from dualtok.engine.reference import build_reference, check_reference
+from dualtok.engine.start_folder import RUN_FILE, START_FOLDER, lay_down_start
 from dualtok.engine.watch import efficiency
 from dualtok.engine.watchdog import Watchdog
 from dualtok.errors import CheckpointError, ConfigError
-from dualtok.files import write_text
-from dualtok.model.adapters import plan_adapters, save_settings
-from dualtok.model.fresh import write_fresh_weights
-from dualtok.model.load import check_fits, starting_config
-from dualtok.model.weights import model_folder
+from dualtok.model.adapters import plan_adapters
+from dualtok.model.load import starting_config
 from dualtok.objective.loss import OBJECTIVES, build_objective
 from dualtok.reference.fingerprint import blocks_digest, reference_fingerprint
 from dualtok.reference.live import AdapterReference
@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from dualtok.reference.live import LiveReference
     from dualtok.run import RunConfig
 
+ROUNDING = 1e-9
 Resume = Literal["never", "always", "if_any"]
 CHECKPOINTS = "checkpoints"
-RUN_FILE = "run.yaml"
 FREE_ON_RESUME = ("monitor", "audit", "retreat", "launch", "output_dir", "data.processes", "data.source", "data.stream",
                   "data.on_bad_shard", "train.data_workers",
                   "train.evaluate_every", "train.evaluation_blocks", "train.checkpoint_every", "train.checkpoint_keep",
@@ -72,11 +72,6 @@ FREE_ON_RESUME = ("monitor", "audit", "retreat", "launch", "output_dir", "data.p
                   "train.loss_backend", "train.loss_memory_mib", "train.guard",
                   "reference.prefetch", "reference.threads", "reference.cores")  # fmt: skip
 """Settings that change nothing about what is learned."""
-START_FOLDER = "start"
-"""Folder of a run that holds the model's config and tokenizer (and, for a model from a config, its first weights)."""
-
-ADAPTER_FOLDER = "adapter"
-"""Folder within it that holds the settings of a run's LoRA adapters."""
 
 
 def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
@@ -128,10 +123,10 @@ def _train(
     if private:
         secret_seed = ranks.from_first(secrets.randbits(62))
         stream = ranks.together(lambda: draw_documents(run, settings, stream, secret_seed))
-    total_steps = count_steps(settings, len(stream))
+    total_steps = _count_and_tell(settings, len(stream), ranks)
     reference_folder = _check_reference(run, manifest, ranks)
     adapters = _plan_adapters(run, model, manifest, deepspeed_config, ranks)
-    folder = _start_folder(run, model, manifest, adapters, ranks, resumed=saved is not None)
+    folder = lay_down_start(run, model, sources, adapters, ranks, resumed=saved is not None)
     record.begin(total_steps)
     reference: LiveReference | None = None
     if run.reference is not None and reference_folder is not None:
@@ -183,11 +178,36 @@ def draw_documents(run: RunConfig, settings: TrainConfig, stream: TrainingStream
 
 
 def count_steps(settings: TrainConfig, blocks: int) -> int:
-    """Return the optimiser steps of a run over a split of ``blocks`` blocks."""
+    """Return the optimiser steps of a run over a split of ``blocks`` blocks.
+
+    The last step of ``train.epochs`` may take some blocks of one more pass, less than a batch.
+
+    Raises:
+        ConfigError: a batch holds more blocks than the split.
+    """
+    if settings.batch_size > blocks:
+        raise ConfigError(
+            f"train.batch_size: {settings.batch_size} blocks, but the split {settings.split!r} has {blocks}, so that a "
+            "step would see some of them twice; make it smaller"
+        )
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None
-    return max(1, round(settings.epochs * blocks / settings.batch_size))
+    return max(1, math.ceil(settings.epochs * blocks / settings.batch_size - ROUNDING))
+
+
+def _count_and_tell(settings: TrainConfig, blocks: int, ranks: Ranks) -> int:
+    """Return the optimiser steps, and say how far the last one goes beyond ``train.epochs``."""
+    steps = count_steps(settings, blocks)
+    if settings.epochs is None or settings.engine == "opacus" or not ranks.is_first:
+        return steps
+    beyond = steps * settings.batch_size - round(settings.epochs * blocks)
+    if beyond > 0:
+        print(
+            f"dualtok: train.epochs {settings.epochs:g}: {steps} steps of {settings.batch_size}; the last one takes "
+            f"{beyond} blocks of one more pass over {blocks}", file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return steps
 
 
 def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], ranks: Ranks) -> list[TrainingStream]:
@@ -241,7 +261,7 @@ def _check_reference(run: RunConfig, manifest: Manifest, ranks: Ranks) -> Path |
     reference = run.reference
     if reference is None or reference.mode in ("stored", "adapter"):
         return None
-    return Path(ranks.first_does(lambda: check_reference(reference, prepared(run.data), manifest)))
+    return Path(ranks.first_does(lambda: check_reference(reference, DataFolder(prepared(run.data), manifest))))
 
 
 def _plan_adapters(
@@ -258,7 +278,7 @@ def _plan_adapters(
     base = model.path or str(Path(run.output_dir) / START_FOLDER)
 
     def plan() -> Adapters:
-        vocabulary = len(load_data_tokenizer(prepared(run.data), manifest))
+        vocabulary = vocabulary_size(load_data_tokenizer(prepared(run.data), manifest))
         return plan_adapters(lora, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
 
     return ranks.together(plan)
@@ -272,45 +292,6 @@ def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: Resume) -> SavedC
     if there:
         raise CheckpointError(f"{root}: holds checkpoints of an earlier run; pass --resume, or change output_dir")
     return None
-
-
-def _start_folder(
-    run: RunConfig, model: ModelConfig, manifest: Manifest, adapters: Adapters | None, ranks: Ranks, *, resumed: bool
-) -> Path:
-    """Check the model against the blocks and lay down what ``dualtok export`` needs later; done by rank 0."""
-
-    def prepare() -> Path:
-        output = Path(run.output_dir)
-        start = output / START_FOLDER
-        tokenizer = load_data_tokenizer(prepared(run.data), manifest)
-        config = starting_config(model, len(tokenizer))
-        origin = str(model.path or "model.config")
-        check_fits(config, vocabulary=len(tokenizer), block_length=manifest.block_length, origin=origin)
-        if run.privacy is not None:
-            config.tie_word_embeddings = False  # as it is trained; see untie()
-        if model.path is None and not resumed:
-            write_fresh_weights(config, run.seed, start)
-        config.save_pretrained(start)
-        if model.trust_remote_code and model.path is not None:  # an export is nothing without it
-            for file in model_folder(model.path).glob("*.py"):
-                shutil.copyfile(file, start / file.name)
-        tokenizer.save_pretrained(start)
-        if adapters is not None:
-            save_settings(adapters, start / ADAPTER_FOLDER)
-        write_text(output / RUN_FILE, run.to_yaml())
-        return Path(model.path or start)
-
-    folder = Path(ranks.first_does(prepare))
-    ranks.together(lambda: _require_shared(Path(run.output_dir) / RUN_FILE))
-    return folder
-
-
-def _require_shared(file: Path) -> None:
-    """Every rank writes its own part of a checkpoint, which is complete only in a folder that all hosts share."""
-    if not file.is_file():
-        raise ConfigError(
-            f"output_dir: rank 0 wrote {file}, which another rank cannot see; use a folder that all hosts share"
-        )
 
 
 def _require_same_settings(run: RunConfig) -> None:

@@ -19,6 +19,7 @@ from dualtok.engine.states import states_of
 from dualtok.model.load import load_causal_lm
 from dualtok.model.loss_backends import load_backend
 from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
+from dualtok.model.norms import total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PhaseTimer
 from dualtok.objective.selection import RankGather
 
@@ -50,6 +51,13 @@ class ZeroEngine:
         """Ask how the optimiser steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
         self._steps_with_torch = isinstance(self.engine.optimizer, torch.optim.Optimizer)
         self._norm = float("nan")
+        if self._steps_with_torch:
+            self.engine.clip_fp32_gradients = self._clip
+
+    def _clip(self) -> None:
+        """Clip by the norm that was taken before the step; DeepSpeed's own is a float32 sum on host cores."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), torch.tensor(self._norm))
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to this rank's device."""
@@ -246,8 +254,7 @@ def _trace_again(engine: Any) -> None:
 
 def _gradient_norm(model: torch.nn.Module) -> float:
     """Return the norm of the gradients, which are reduced over the ranks by now; 0 when no parameter has one."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    return float(total_norm(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
 
 
 def quiet_deepspeed() -> None:

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from dualtok.audit.attacks import AttackContext
 from dualtok.audit.canaries import audit_canaries
-from dualtok.audit.checks import PASSAGE_CHARACTERS, check_audit
+from dualtok.audit.checks import check_audit
 from dualtok.audit.evaluate import audit_model
+from dualtok.audit.passages import PASSAGE_CHARACTERS
 from dualtok.audit.report_data import AuditFigures
 from dualtok.audit.table import (
     adaptive_table,
@@ -28,11 +29,11 @@ from dualtok.audit.table import (
     further_table,
     token_table,
 )
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.data.packing import document_pieces
 from dualtok.data.remote import prepared
 from dualtok.data.stream import BlockStream
-from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.engine.distributed import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
@@ -41,7 +42,7 @@ from dualtok.jobs.audit_signals import ModelPasses
 from dualtok.jobs.audit_texts import attacker_frequencies, predicted_ids
 from dualtok.jobs.canaries import KIND, open_canaries
 from dualtok.jobs.shadows import document_losses, fit_losses, train_shadows
-from dualtok.model.load import check_fits, read_model_config
+from dualtok.model.check import check_model
 from dualtok.model.weights import model_folder
 
 if TYPE_CHECKING:
@@ -132,16 +133,14 @@ def audit_folder(run: RunConfig) -> Path:
 
 
 def _check_models(run: RunConfig, folders: dict[str, Path]) -> None:
-    """Raise ConfigError if a model does not fit the blocks, or cannot be compared with the attacker's reference."""
-    place = prepared(run.data)
-    manifest = load_manifest(place)
-    vocabulary = len(load_data_tokenizer(place, manifest))
+    """Raise ConfigError if a model is not whole, does not fit the blocks, or cannot be compared with the attacker's."""
+    data = DataFolder(prepared(run.data))
     logits = {}
     for name, folder in folders.items():
-        config = read_model_config(
-            folder, trust_remote_code=run.audit.trust_remote_code, setting="audit.trust_remote_code"
-        )
-        check_fits(config, vocabulary=vocabulary, block_length=manifest.block_length, origin=f"audit: {name}")
+        config = check_model(
+            folder, data, origin=f"audit: {name} ({folder})", trust_remote_code=run.audit.trust_remote_code,
+            setting="audit.trust_remote_code",
+        )  # fmt: skip
         logits[name] = config.get_text_config().vocab_size
     differ = [name for name in folders if _compares(run) and logits[name] != logits[ATTACKER]]
     if differ:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+import yaml
 
 from dualtok.engine.checkpoint import find_checkpoint
-from dualtok.engine.train import ADAPTER_FOLDER, CHECKPOINTS, RUN_FILE, START_FOLDER
+from dualtok.engine.start_folder import ADAPTER_FOLDER, FACTS_FILE, RUN_FILE, START_FOLDER
+from dualtok.engine.train import CHECKPOINTS
 from dualtok.errors import CheckpointError, ConfigError
-from dualtok.files import atomic_folder, grant_as_umask_does, write_text
+from dualtok.files import atomic_folder
+from dualtok.jobs.model_card import write_card
 from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
-from dualtok.model.load import DTYPES
-
-if TYPE_CHECKING:
-    from dualtok.engine.checkpoint_files import CheckpointReader
+from dualtok.model.load import DTYPES, load_causal_lm, read_model_config
+from dualtok.model.save import write_config, write_weights
 
 MODEL_FILES = ("config.json", "generation_config.json")
 """What an adapter's folder must not hold: transformers would take it for a whole model's."""
-WEIGHTS_PATTERN = "model{suffix}.safetensors"
 
 
 def export(
@@ -56,58 +56,48 @@ def export(
     adapter = start / ADAPTER_FOLDER if (start / ADAPTER_FOLDER).is_dir() else None
     if merge and adapter is None:
         raise ConfigError(f"--merge: has no effect, as {run_dir} trained the whole model (no model.lora)")
+    run = yaml.safe_load((run_dir / RUN_FILE).read_text(encoding="utf-8"))
     with atomic_folder(target) as folder:
         for file in start.iterdir():
             weights_file = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
-            if file.is_file() and not weights_file and not (adapter is not None and file.name in MODEL_FILES):
+            left_out = weights_file or file.name == FACTS_FILE or (adapter is not None and file.name in MODEL_FILES)
+            if file.is_file() and not left_out:
                 shutil.copyfile(file, folder / file.name)
         reader = saved.reader()
         if adapter is None:
-            _write_weights(reader, folder, DTYPES[precision], shard_size)
-            _set_dtype(folder / "config.json", precision)
+            config = read_model_config(start, trust_remote_code=bool(run["model"].get("trust_remote_code")))
+            shapes = {name: torch.Size(entry.shape) for name, entry in reader.parameters.items()}
+            write_weights(config, shapes, reader.whole, folder, dtype=DTYPES[precision], shard_size=shard_size)
+            _set_dtype(folder, precision)
         else:
             found = adapter_weights({name: reader.whole(name) for name in reader.parameters})
             write_adapter({name: value.to(DTYPES[precision]) for name, value in found.items()}, adapter, folder)
         if merge:
-            _merge(folder, run_dir, DTYPES[precision], shard_size)
+            _merge(folder, run, run_dir, precision, shard_size)
+        write_card(run_dir, run, saved.manifest.step, folder, adapter=adapter is not None and not merge)
     return target
 
 
-def _merge(folder: Path, run_dir: Path, dtype: torch.dtype, shard_size: str) -> None:
+def _merge(folder: Path, run: dict[str, Any], run_dir: Path, precision: str, shard_size: str) -> None:
     """Turn an adapter's folder into one of the whole model; the base is read in float32, and held in memory."""
     import peft
-    import yaml
 
-    from dualtok.model.load import load_causal_lm
-
-    run = yaml.safe_load((run_dir / RUN_FILE).read_text(encoding="utf-8"))
     trusted = bool(run["model"].get("trust_remote_code"))
     base = load_causal_lm(run["model"]["path"] or run_dir / START_FOLDER, trust_remote_code=trusted)
     merged = peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         (folder / name).unlink()
-    merged.config.use_cache = True
-    merged.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-    for file in folder.glob("*.safetensors"):
-        grant_as_umask_does(file)
+    weights = dict(merged.named_parameters())
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    write_weights(merged.config, shapes, lambda name: weights[name].detach(), folder, dtype=DTYPES[precision],
+                  shard_size=shard_size)  # fmt: skip
+    for name in MODEL_FILES:
+        if (run_dir / START_FOLDER / name).is_file():
+            shutil.copyfile(run_dir / START_FOLDER / name, folder / name)
+    _set_dtype(folder, precision)
 
 
-def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    shapes = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in reader.parameters.items()}
-    plan = split_torch_state_dict_into_shards(shapes, filename_pattern=WEIGHTS_PATTERN, max_shard_size=shard_size)
-    for file, members in plan.filename_to_tensors.items():
-        # One file's parameters at a time: memory is bounded by the larger of shard_size and the largest parameter.
-        save_file({name: reader.whole(name).to(dtype) for name in members}, folder / file, metadata={"format": "pt"})
-        grant_as_umask_does(folder / file)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True))
-
-
-def _set_dtype(path: Path, precision: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["dtype"] = str(DTYPES[precision]).removeprefix("torch.")
-    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+def _set_dtype(folder: Path, precision: str) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # its older name
+    write_config({**config, "dtype": str(DTYPES[precision]).removeprefix("torch.")}, folder)

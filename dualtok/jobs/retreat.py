@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dualtok.audit.metrics import roc_auc
-from dualtok.data.manifest import load_manifest
+from dualtok.data.folder import DataFolder
 from dualtok.data.remote import prepared
 from dualtok.engine.distributed import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.jobs.audit_signals import ModelPasses
 from dualtok.jobs.export import export
+from dualtok.model.check import check_model
 from dualtok.model.interpolate import interpolate
 from dualtok.model.weights import model_folder
 from dualtok.reference.retreat import expected_auc, furthest
@@ -52,7 +53,8 @@ def retreat(run: RunConfig, target: Path) -> Trial:
 
     Raises:
         CheckpointError: the run's own model is asked for, and it has no complete checkpoint.
-        ConfigError: there is no section ``retreat``, the target exists, or the models differ in shape.
+        ConfigError: there is no section ``retreat``, the target exists, a model is not whole or does not fit the
+            blocks, or the models differ in shape.
         DataError: a shard is missing or altered, or a class has no documents.
     """
     settings = run.need("retreat", "retreat")
@@ -72,7 +74,9 @@ def retreat(run: RunConfig, target: Path) -> Trial:
     if settings.model is None:
         ranks.first_does(lambda: _export(run, own_model))
     folders["model"] = model_folder(settings.model or own_model)
-    models = ModelPasses(own, load_manifest(prepared(run.data)), work / "signals", ranks)
+    data = DataFolder(prepared(run.data))
+    ranks.first_does(lambda: _check_models(own, data, folders | stand_ins))
+    models = ModelPasses(own, data.manifest, work / "signals", ranks)
 
     reference = _losses(models, "reference", folders["reference"])
     by_class = zip(*(_losses(models, name, folder) for name, folder in stand_ins.items()), strict=True)
@@ -101,6 +105,12 @@ def retreat(run: RunConfig, target: Path) -> Trial:
     for folder in (candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept
+
+
+def _check_models(run: RunConfig, data: DataFolder, folders: dict[str, Path]) -> None:
+    for name, folder in folders.items():
+        check_model(folder, data, origin=f"retreat: {name} ({folder})", trust_remote_code=run.audit.trust_remote_code,
+                    setting="audit.trust_remote_code")  # fmt: skip
 
 
 def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:

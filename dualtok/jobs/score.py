@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.folds import fold_of
 from dualtok.data.manifest import split_entry
 from dualtok.data.mixture import load_sources
@@ -113,7 +114,7 @@ def _score_with(
     """Score what one model has not scored yet."""
     place, manifest = sources[0][0].place, sources[0][0].manifest
     one = replace(reference, model=model, folds=())
-    folder = Path(ranks.first_does(lambda: check_reference(one, place, manifest)))
+    folder = Path(ranks.first_does(lambda: check_reference(one, DataFolder(place, manifest))))
     expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
     targets = ranks.together(lambda: [_score_files(source, expected) for source, _ in sources])
     tasks = _all_tasks([source for source, _ in sources], [splits for _, splits in sources], targets)

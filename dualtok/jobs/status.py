@@ -18,7 +18,8 @@ from dualtok.engine.checkpoint import BEST, tag_of
 from dualtok.engine.checkpoint_files import COMPLETE, read_manifest
 from dualtok.engine.job_record import read_ends, read_started
 from dualtok.engine.metrics import StepMetrics, read_history
-from dualtok.engine.train import CHECKPOINTS, RUN_FILE
+from dualtok.engine.start_folder import RUN_FILE
+from dualtok.engine.train import CHECKPOINTS
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.run import load_run
 

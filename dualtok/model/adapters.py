@@ -21,7 +21,8 @@ from torch import nn
 
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.files import grant_as_umask_does
-from dualtok.model.own_code import has_own_class
+from dualtok.model.empty import empty_causal_lm
+from dualtok.model.weights import first_difference, model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +68,7 @@ def lora_settings(lora: LoraConfig, config: PretrainedConfig, base: str | None =
                 f"model.lora.targets: {target!r} is no linear layer of this model's decoder"
                 f"{did_you_mean(target, known)}; it has {', '.join(known)}"
             )
-    transposed = any(_is_transposed(module) for module in _without_weights(config).modules())
+    transposed = any(_is_transposed(module) for module in empty_causal_lm(config).modules())
     return peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets or known),
         fan_in_fan_out=transposed, task_type="CAUSAL_LM", base_model_name_or_path=base,
@@ -76,10 +77,17 @@ def lora_settings(lora: LoraConfig, config: PretrainedConfig, base: str | None =
 
 def linear_layers(config: PretrainedConfig) -> list[str]:
     """Return the names that the linear layers of a model's decoder have within their layer, e.g. ``q_proj``."""
-    model = _without_weights(config)
+    return sorted({name.rpartition(".")[2] for name in _linear_names(empty_causal_lm(config))})
+
+
+def _linear_names(model: PreTrainedModel) -> set[str]:
+    """Return the names of a model's linear layers, without the head."""
     head = model.get_output_embeddings()
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules()
-                   if _is_linear(module) and module is not head})  # fmt: skip
+    return {name for name, module in model.named_modules() if _is_linear(module) and module is not head}
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -229,11 +237,39 @@ def read_adapter_settings(folder: Path, config: PretrainedConfig) -> peft.LoraCo
         )
     if not (folder / WEIGHTS_FILE).is_file():
         raise ConfigError(f"reference.adapter: {folder} has no {WEIGHTS_FILE}")
-    known = set(linear_layers(config))
-    missing = sorted(key for key in _stored_layers(folder) if key.rpartition(".")[2] not in known)
+    missing = sorted(_stored_layers(folder) - _linear_names(empty_causal_lm(config)))
     if missing:
-        raise ConfigError(f"reference.adapter: {folder} adapts {missing[0]}, which the model in training does not have")
+        raise ConfigError(
+            f"reference.adapter: {folder} adapts {missing[0]}{_and_more(missing)}, which the model in training does "
+            "not have; it belongs to another base"
+        )
     return settings
+
+
+def require_same_base(adapters: Adapters, base: Path) -> None:
+    """Refuse a reference's adapter that was trained on another base model than the run starts from.
+
+    Two folders hold the same base if they hold the same tensors, of which the first row of each is compared.
+
+    Args:
+        adapters: the run's.
+        base: folder of the weights that it starts from.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if adapters.reference is None or not (named := adapters.reference.base_model_name_or_path):
+        return
+    where = f"reference.adapter: {adapters.reference_folder}/{CONFIG_FILE} names the base {named}"
+    try:
+        theirs = model_folder(named)
+    except ConfigError:
+        raise ConfigError(
+            f"{where}, which is not there to be compared with {base}; if that is the same model, write its folder into "
+            "base_model_name_or_path"
+        ) from None
+    if theirs.resolve() != base.resolve() and (name := first_difference(theirs, base)) is not None:
+        raise ConfigError(f"{where}, but the run starts from {base}, and {name} differs; train an adapter of this base")
 
 
 def load_adapter(module: nn.Module, folder: Path, *, name: str = REFERENCE, name_of: Names = str) -> None:
@@ -313,10 +349,3 @@ def _is_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
-
-
-def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=has_own_class(config))

@@ -19,6 +19,7 @@ from torch import nn
 
 from dualtok.errors import ConfigError
 from dualtok.files import grant_as_umask_does, write_text
+from dualtok.model.empty import NO_MODEL, no_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -108,8 +109,8 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-        raise ConfigError(f"model.config: no model can be built: {' '.join(str(error).split())[:200]}") from None
+    except NO_MODEL as error:
+        raise no_model(error, config, None, "model.config") from None
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from dualtok.data.packing import model_inputs
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import TokenLossModel, probe_batch, require_faithful
+from dualtok.model.norms import total_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,6 @@ def build_gradient_norm(
         model.zero_grad(set_to_none=True)
         (model(batch).sum() / (len(ids) - 1)).backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+        return float(total_norm(gradients))
 
     return gradient_norm

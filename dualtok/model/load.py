@@ -1,22 +1,23 @@
-"""Hugging Face causal language models in: checked against tokenizer and blocks before any weight is read."""
+"""Hugging Face causal language models in: their configuration, and their weights once these are seen to be whole."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dualtok.errors import ConfigError, did_you_mean
+from dualtok.model.adapters import CONFIG_FILE
+from dualtok.model.empty import NO_MODEL, empty_causal_lm
 from dualtok.model.own_code import needs_own_code, refusal
-from dualtok.model.weights import model_folder, weight_map
+from dualtok.model.weights import WeightFiles, model_folder
 from dualtok.objective.linear_cross_entropy import LogitScaling
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from dualtok.model.config import ModelConfig
 
@@ -37,13 +38,15 @@ def read_model_config(
         ConfigError: there is no such folder or hub model, its config is not one that transformers knows, or it needs
             code that is not trusted.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    _require_no_adapter(Path(path))
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{path}: not a Hugging Face model folder (no config.json); write one with `dualtok export`")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, *NO_MODEL, StrictDataclassError) as error:
         if needs_own_code(error):
             raise refusal(path, setting) from None
         reason = " ".join(str(error).split())[:200]
@@ -52,60 +55,19 @@ def read_model_config(
     return config
 
 
-def check_fits(config: PretrainedConfig, *, vocabulary: int, block_length: int, origin: str) -> None:
-    """Refuse a model that cannot take the prepared blocks.
-
-    Args:
-        config: the model's configuration.
-        vocabulary: number of ids of the tokenizer that made the blocks.
-        block_length: tokens per block.
-        origin: names the model in errors.
-
-    Raises:
-        ConfigError: the vocabulary is smaller than the tokenizer's, or the blocks are longer than the positions.
-    """
-    text = config.get_text_config()
-    if text.vocab_size < vocabulary:
-        raise ConfigError(
-            f"{origin}: vocab_size is {text.vocab_size}, but the tokenizer of the blocks has {vocabulary} ids; "
-            "raise vocab_size or prepare the data with the model's own tokenizer (data.tokenizer)"
-        )
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and positions < block_length:
-        raise ConfigError(
-            f"{origin}: max_position_embeddings is {positions}, but data.block_length is {block_length}; "
-            "raise the former or prepare shorter blocks"
-        )
-
-
-def check_same_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, *, origin: str) -> None:
-    """Refuse a model whose own tokenizer gives other ids than the one that made the blocks.
-
-    A folder without a tokenizer passes: the sizes alone can be compared then (:func:`check_fits`).
-
-    Raises:
-        ConfigError: names a token that the two number differently.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+def _require_no_adapter(folder: Path) -> None:
+    """Refuse a folder with a peft adapter: transformers would add it to the weights there, or look for its base."""
+    if not (folder / CONFIG_FILE).is_file():
         return
-    try:
-        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
-    except ValueError as error:
-        if not needs_own_code(error):
-            raise
+    if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{origin}: its tokenizer brings Python code of its own, which dualtok never runs; save it as a fast "
-            "tokenizer (tokenizer.json), or remove it from the folder if the blocks were made with it"
-        ) from None
-    for token, index in tokenizer.get_vocab().items():
-        if theirs.get(token) != index:
-            raise ConfigError(
-                f"{origin}: its tokenizer has another vocabulary than the blocks': {token!r} is {theirs.get(token)} "
-                f"there and {index} in the blocks; prepare the data with its tokenizer (data.tokenizer), or choose "
-                "another model"
-            )
+            f"{folder}: holds an adapter and no model; write the whole model with `dualtok export RUN_DIR TARGET "
+            "--merge` (or peft's merge_and_unload) and give that folder"
+        )
+    raise ConfigError(
+        f"{folder}: holds an adapter ({CONFIG_FILE}) beside a model's weights; if it is merged into them, remove its "
+        "files from the folder, else merge it with peft's merge_and_unload and give the result"
+    )
 
 
 def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
@@ -113,7 +75,7 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
 
     Args:
         model: pretrained weights or a configuration.
-        vocabulary: ids of the tokenizer, used where ``model.config`` leaves ``vocab_size`` out.
+        vocabulary: rows that the tokenizer needs, used where ``model.config`` leaves ``vocab_size`` out.
 
     Raises:
         ConfigError: the folder cannot be read, or ``model.config`` has an unknown architecture, key or value.
@@ -133,7 +95,7 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
             raise ConfigError(f"model.config: {model_type} has no setting {key!r}{did_you_mean(key, known)}")
     try:
         config = AutoConfig.for_model(model_type, **settings)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+    except (*NO_MODEL, StrictDataclassError) as error:
         raise ConfigError(f"model.config: {' '.join(str(error).split())[:200]}") from None
     config.architectures = None
     return config
@@ -156,7 +118,8 @@ def load_causal_lm(
         trust_remote_code: run Python code that the model brings.
 
     Raises:
-        ConfigError: the model cannot be read or needs code that is not trusted, its architecture takes no
+        ConfigError: the folder does not hold exactly the model that its ``config.json`` describes
+            (:class:`dualtok.model.weights.WeightFiles`), it needs code that is not trusted, its architecture takes no
             ``position_ids``, or bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
@@ -164,20 +127,15 @@ def load_causal_lm(
     extra = {} if quantise is None else {"quantization_config": _nf4(precision)}
     # A local folder: transformers would ask a service of the hub to convert pickled weights of a hub name.
     folder = model_folder(path)
-    weight_map(folder)
+    config = read_model_config(folder, trust_remote_code=trust_remote_code, setting="trust_remote_code of its section")
+    empty = empty_causal_lm(config, attention, origin=f"{path}/config.json")
+    WeightFiles(folder, empty)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[precision], attn_implementation=attention, trust_remote_code=trust_remote_code,
             weights_only=True, **extra,
         )  # fmt: skip
-    except UnpicklingError:
-        raise ConfigError(
-            f"{path}: its pickled weights (*.bin) hold more than tensors, which may run code; they are not read. Get "
-            "the model as safetensors"
-        ) from None
-    except (OSError, ValueError, ImportError) as error:
-        if needs_own_code(error):
-            raise refusal(path, "trust_remote_code of its section") from None
+    except (OSError, ImportError, *NO_MODEL) as error:
         raise ConfigError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:240]}") from None
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ConfigError(

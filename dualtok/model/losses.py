@@ -47,6 +47,7 @@ class TokenLossModel(nn.Module):
     def __init__(
         self,
         causal_lm: PreTrainedModel,
+        *,
         memory_mib: float | None = None,
         kernel: LinearCrossEntropy | None = None,
     ) -> None:

@@ -8,7 +8,6 @@ the head, everywhere a run of decoder layers. transformers' own forward pass of 
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,11 @@ import torch
 from torch import nn
 
 from dualtok.errors import ConfigError
+from dualtok.model.empty import empty_causal_lm
 from dualtok.model.weights import WeightFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel
@@ -81,40 +81,6 @@ def cut_plan(config: PretrainedConfig) -> CutPlan:
         )
     place = names.index("layers")
     return CutPlan(tuple(names[:place]), "layers", tuple(names[place + 1 :]))
-
-
-def empty_causal_lm(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """Return a model whose parameters have shapes but no memory; buffers (rotary frequencies) are real.
-
-    Raises:
-        ConfigError: the architecture does not support the attention implementation.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with no_partitioning(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"model.attention: {' '.join(str(error).split())[:240]}") from None
-    model.config.use_cache = False
-    return model
-
-
-@contextmanager
-def no_partitioning() -> Iterator[None]:
-    """Let transformers build a model as it is, though a ZeRO-3 engine of this process (a reference) is alive.
-
-    Its ``HfDeepSpeedConfig`` is global, and makes every model that is built or read partitioned.
-    """
-    from transformers.integrations import deepspeed
-
-    alive = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
 def layer_costs(model: PreTrainedModel, plan: CutPlan) -> tuple[list[int], int]:
@@ -273,12 +239,12 @@ def build_stage(
     Raises:
         ConfigError: the architecture cannot be cut, there are too many stages, or a weight is missing.
     """
-    causal_lm = empty_causal_lm(config, model.attention)
+    causal_lm = empty_causal_lm(config, model.attention, origin=str(folder), real_buffers=True)
     plan = cut_plan(causal_lm.config)
     costs, head = layer_costs(causal_lm, plan)
     bounds = cut(costs, head, stages, balance)
     mine = bounds[stage]
-    tied, names = tied_weights(causal_lm), stage_names(causal_lm, bounds)
+    names = stage_names(causal_lm, bounds)
     files = WeightFiles(folder, causal_lm)
     keep_stage(causal_lm, plan, mine)
     if model.activation_checkpointing:
@@ -287,16 +253,9 @@ def build_stage(
         own = list(module.named_parameters(recurse=False))
         for leaf, parameter in own:
             whole = names.whole(f"{name}.{leaf}", stage)
-            value = files.read(tied.get(whole, whole), tuple(parameter.shape))
+            value = files.read(whole, tuple(parameter.shape))
             module.register_parameter(leaf, nn.Parameter(value.to(device, dtype), parameter.requires_grad))
         if own and settle is not None:
             settle([getattr(module, leaf) for leaf, _ in own])
     nn.Module.to(causal_lm, device)  # buffers
     return causal_lm, bounds
-
-
-def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Return the parameters that are another one's: name -> the name under which a folder holds it."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return {}
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})

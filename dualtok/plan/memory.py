@@ -39,6 +39,8 @@ Reference = Literal["none", "stored", "offload", "cpu", "resident", "adapter"]
 Precision = Literal["fp32", "bf16"]
 
 MIB = 2**20
+HOST_LOGITS_MIB = 256
+"""Logits that a reference on host cores holds: what the loss takes on a CPU where no setting names it."""
 STATE = 4
 """Bytes of a master weight, a moment, or an accumulated gradient: float32."""
 NF4 = 0.5 + 4 / 64
@@ -331,7 +333,8 @@ def _reference(shape: ModelShape, job: Job) -> Bytes:
     if job.reference == "resident":
         return Bytes(bytes_each * (largest + share if job.reference_sharded else shape.parameters))
     if job.reference == "cpu":
-        return Bytes(host=bytes_each * shape.parameters)
+        logits = min(HOST_LOGITS_MIB * MIB, job.tokens * shape.vocabulary * 4)
+        return Bytes(host=bytes_each * shape.parameters + logits)
     if job.reference == "offload":
         return Bytes(bytes_each * largest, bytes_each * share)
     return Bytes()

@@ -82,7 +82,7 @@ def read_shape(config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, .
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from dualtok.model.stages import no_partitioning
+    from dualtok.model.empty import no_partitioning
 
     build: Any = AutoModelForCausalLM.from_config
     with no_partitioning(), torch.device("meta"):

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 START_SECONDS = 600.0
 """Longest time that a worker may take to load its model."""
-CHUNK_TOKENS = 2048
-"""Tokens whose logits the worker holds at once."""
 END_SECONDS = 5.0
 """Time that a worker gets to end before it is killed."""
 
@@ -235,7 +233,7 @@ def _load(settings: WorkerSettings) -> Callable[[Batch], torch.Tensor]:
     causal_lm = load_causal_lm(
         settings.model, precision=settings.precision, trust_remote_code=settings.trust_remote_code
     )
-    model = TokenLossModel(causal_lm, CHUNK_TOKENS).eval()
+    model = TokenLossModel(causal_lm).eval()
     checked = False
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from dualtok.engine.distributed import ALONE
 from dualtok.engine.layout import build_layout
 from dualtok.engine.privacy import PrivacyAccount, PrivacyConfig, stated
 from dualtok.engine.private import PrivateEngine, build_private_engine
+from dualtok.errors import ConfigError
 from dualtok.model.config import ModelConfig
 from dualtok.objective.head import IGNORED_LABEL
 from tests.support import tiny_llama_config
@@ -144,6 +145,15 @@ def test_epsilon_is_opacus_own(accountant: Any) -> None:
     assert account.epsilon(50) == pytest.approx(theirs.get_epsilon(1e-5), rel=1e-6)
     assert account.epsilon(0) == 0.0
     assert 0 < account.epsilon(10) < account.epsilon(50)
+
+
+@pytest.mark.parametrize(("accountant", "epsilon"), [("prv", 1e-4), ("rdp", 1e-4), ("rdp", 0.01)])
+def test_a_target_out_of_the_accountants_reach_is_named(accountant: Any, epsilon: float) -> None:
+    privacy = PrivacyConfig(epsilon=epsilon, accountant=accountant)
+    with pytest.raises(
+        ConfigError, match=rf"privacy\.epsilon: the accountant '{accountant}' finds no noise for {epsilon:g}"
+    ):
+        PrivacyAccount.plan(privacy, rate=0.04, steps=100, documents=400, truncated=0)
 
 
 def test_the_noise_reaches_the_target(tmp_path: Path) -> None:

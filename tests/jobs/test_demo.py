@@ -36,8 +36,8 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = yaml.safe_load(demo.SETTINGS.read_text(encoding="utf-8"))
     for name, run in settings["runs"].items():
         if "train" in run:
-            run["train"] = {**run["train"], "epochs": None, "steps": 4, "warmup_steps": 1, "evaluate_every": 2,
-                            "evaluation_blocks": 32}  # fmt: skip
+            run["train"] = {**run["train"], "epochs": None, "steps": 4, "batch_size": 8, "warmup_steps": 1,
+                            "evaluate_every": 2, "evaluation_blocks": 32}  # fmt: skip
         if name == "base":
             run["model"]["config"].update(hidden_size=48, intermediate_size=64, num_hidden_layers=1)
         run["data"] = {**run["data"], "max_documents": 500}

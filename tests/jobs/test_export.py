@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
+from dualtok.data.tokenizer import load_tokenizer
+from dualtok.model.load import load_causal_lm
 from tests.support import (
     deepspeed_json,
     dualtok,
@@ -142,3 +145,124 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     line = error_line(dualtok("export", tmp_path / "absent", tmp_path / "hf", "--precision", "fp16"))
     assert "must be fp32 or bf16" in line
     assert not (tmp_path / "hf").exists()
+
+
+def base_model(folder: Path, model_type: str, small_corpus: dict[str, Any], **settings: Any) -> Path:
+    """Save a tiny pretrained model with the small corpus' tokenizer, and the files that such folders have."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 48, "max_position_embeddings": 128, "eos_token_id": 0}  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **settings}))
+    model.generation_config = GenerationConfig(eos_token_id=[0, 3], do_sample=True, temperature=0.6)
+    model.save_pretrained(folder)
+    load_tokenizer(Path(small_corpus["dir"]) / "tokenizer").save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "LICENSE").write_text("as you like")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The base\n")
+    (folder / "optimizer.pt").write_bytes(b"no setting")
+    return folder
+
+
+def short_run(path: Path, small_corpus: dict[str, Any], model: dict[str, Any], *, steps: int = 1, **train: Any) -> Path:
+    run = write_run(
+        path, {"dir": small_corpus["dir"]}, objective="causal_lm", model=model,
+        train={"learning_rate": 1e-3, "batch_size": 8, "steps": steps, "precision": "fp32", **train},
+    )  # fmt: skip
+    succeed(dualtok("train", run))
+    return path.with_suffix("")
+
+
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("llama", {}), ("gpt_neox", {}), ("mixtral", MIXTRAL), ("gpt2", {"n_positions": 128}), ("gemma2", GEMMA)],
+)
+def test_an_export_is_what_the_base_was(
+    small_corpus: dict[str, Any], tmp_path: Path, model_type: str, settings: dict[str, Any]
+) -> None:
+    from dualtok.jobs.export import export
+
+    base = base_model(tmp_path / "base", model_type, small_corpus, **settings)
+    attention = {"attention": "eager"} if model_type == "gemma2" else {}
+    folder = short_run(tmp_path / "run.yaml", small_corpus, {"path": str(base), **attention})
+    made = export(folder, tmp_path / "made", which="latest")
+    before, after = read_weights(base), read_weights(made)
+    assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before), "nothing was trained"
+    sharded = read_weights(export(folder, tmp_path / "sharded", which="latest", shard_size="20KB"))
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert all(torch.equal(sharded[name], tensor) for name, tensor in after.items())
+    assert load_causal_lm(made, attention=attention.get("attention", "sdpa")) is not None
+    for name in ("generation_config.json", "chat_template.jinja", "LICENSE"):
+        assert (made / name).read_bytes() == (base / name).read_bytes(), name
+    assert not (made / "optimizer.pt").exists()
+    assert not (made / "facts.json").exists()
+    old, new = (json.loads((place / "config.json").read_text()) for place in (base, made))
+    assert {key: value for key, value in new.items() if key in old} == old
+    assert json.loads((made / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_model_card_tells_where_a_model_comes_from(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base", "llama", small_corpus)
+    folder = short_run(tmp_path / "run.yaml", small_corpus, {"path": str(base)})
+    succeed(dualtok("export", folder, tmp_path / "made"))
+    card = (tmp_path / "made" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {"base_model": "base", "license": "apache-2.0", "pipeline_tag": "text-generation",
+                    "library_name": "transformers", "tags": ["dualtok"]}  # fmt: skip
+    entry = load_manifest(small_corpus["dir"]).splits["train"]
+    assert f"{entry.documents:,} documents, {entry.tokens:,} tokens (split `train`)" in card
+    assert "objective: `causal_lm`, 1 optimiser steps" in card
+    assert "Not audited" in card
+    assert str(tmp_path) not in card, "no path of this machine"
+
+    audit = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
+                      audit={"models": {"mine": str(tmp_path / "made")}, "attacks": ["loss"]})  # fmt: skip
+    succeed(dualtok("audit", audit))
+    succeed(dualtok("export", folder, tmp_path / "again"))
+    found = json.loads((folder / "audit" / "audit.json").read_text())["models"][0]["strongest"]["auc_two_sided"][
+        "value"
+    ]
+    assert f"* mine: {found:.3f} [" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_fresh_model_ends_its_texts(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = short_run(tmp_path / "run.yaml", small_corpus, {"config": tiny_llama_config(max_position_embeddings=512)},
+                       steps=60, learning_rate=1e-2)  # fmt: skip
+    succeed(dualtok("export", folder, tmp_path / "made", "--checkpoint", "latest"))
+    tokenizer = load_tokenizer(tmp_path / "made")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    torch.manual_seed(0)
+    start = torch.tensor([tokenizer("The")["input_ids"]] * 16)
+    texts = model.generate(start, do_sample=True, max_new_tokens=400, pad_token_id=1)
+    ended = (texts == tokenizer.eos_token_id).any(dim=1)
+    assert ended.sum() >= 4, "some 190 tokens are the mean length of a document"
+    assert texts.shape[1] <= 401
+
+
+def test_tokens_that_a_run_gives_its_fresh_model_are_kept(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    folder = short_run(tmp_path / "run.yaml", small_corpus, {"config": tiny_llama_config(eos_token_id=7)})
+    config = json.loads((folder / "start" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (7, None)
+
+
+@pytest.mark.slow
+def test_merged_experts_have_the_names_of_the_base(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base", "mixtral", small_corpus, **MIXTRAL)
+    folder = short_run(tmp_path / "run.yaml", small_corpus,
+                       {"path": str(base), "lora": {"rank": 2, "targets": ["q_proj"]}}, learning_rate=1e-1)  # fmt: skip
+    succeed(dualtok("export", folder, tmp_path / "made", "--merge"))
+    before, after = read_weights(base), read_weights(tmp_path / "made")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name}
+    assert (tmp_path / "made" / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()

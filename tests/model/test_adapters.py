@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dualtok.model.adapters import (
     linear_layers,
     lora_layers,
     plan_adapters,
+    require_same_base,
     write_adapter,
 )
 from dualtok.model.config import LoraConfig
@@ -196,6 +198,41 @@ def test_a_reference_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> Non
     (other / "adapter_config.json").write_text((tmp_path / "good" / "adapter_config.json").read_text())
     with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors"):
         plan(reference=other)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(tmp_path: Path) -> None:
+    """Also where its layers have the same names and shapes, of which one model has fewer."""
+    deeper = AutoConfig.for_model("llama", **{**ARCHITECTURES["llama"], "num_hidden_layers": 3}, vocab_size=VOCABULARY)
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_config(deeper), peft.LoraConfig(r=2))
+    wrapped.save_pretrained(tmp_path / "deeper")
+    message = r"adapts model\.layers\.2\.self_attn\.q_proj and 1 more, which the model in training does not have"
+    with pytest.raises(ConfigError, match=message):
+        plan(reference=tmp_path / "deeper")
+
+
+def save_base(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config_of("llama")).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    """Of two models with the same shapes, by their tensors; a copy under another name is the same base."""
+    base, stranger = (save_base(tmp_path / name, seed) for name, seed in (("base", 1), ("stranger", 2)))
+    shutil.copytree(base, tmp_path / "copy")
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=2))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapters = plan(reference=tmp_path / "adapter")
+    assert adapters.reference.base_model_name_or_path == str(base)
+    for folder in (base, tmp_path / "copy"):
+        require_same_base(adapters, folder)
+    with pytest.raises(ConfigError, match=r"config\.json names the base .*/base, but the run starts from .*stranger"):
+        require_same_base(adapters, stranger)
+    shutil.rmtree(base)
+    with pytest.raises(ConfigError, match=r"which is not there to be compared .* into base_model_name_or_path"):
+        require_same_base(adapters, stranger)
+    adapters.reference.base_model_name_or_path = None
+    require_same_base(adapters, stranger)
 
 
 def test_weights_in_four_bits_are_adapted_and_are_their_own_reference(tmp_path: Path) -> None:

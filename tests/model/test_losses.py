@@ -150,7 +150,7 @@ def test_the_output_layer_is_replaced_under_its_own_name(model_type: str, tie: b
     assert tuple(causal_lm.state_dict()) == names
     for now, before in zip(causal_lm.state_dict().values(), values, strict=True):
         torch.testing.assert_close(now, before, rtol=0, atol=0)
-    assert isinstance(TokenLossModel(model.causal_lm, 8.0).causal_lm.get_output_embeddings(), LossHead)
+    assert isinstance(TokenLossModel(model.causal_lm, memory_mib=8.0).causal_lm.get_output_embeddings(), LossHead)
 
 
 class Wrapped(torch.nn.Module):
@@ -170,7 +170,7 @@ def test_an_output_layer_that_is_not_plain_is_called_as_it_is() -> None:
     batch = model_inputs(
         np.random.default_rng(3).integers(0, VOCABULARY, (2, 32)).astype(np.int32), [np.array([32])] * 2
     )
-    losses = [TokenLossModel(causal_lm, memory)(batch) for memory in (None, 0.005)]
+    losses = [TokenLossModel(causal_lm, memory_mib=memory)(batch) for memory in (None, 0.005)]
     assert isinstance(causal_lm.get_output_embeddings(), Wrapped)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
     with torch.no_grad():

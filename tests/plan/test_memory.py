@@ -101,7 +101,7 @@ def test_the_reference_by_mode() -> None:
     }
     assert sizes["none"] == sizes["stored"] == sizes["adapter"] == Bytes()
     assert sizes["resident"] == Bytes(2 * N)
-    assert sizes["cpu"] == Bytes(host=2 * N)
+    assert sizes["cpu"] == Bytes(host=2 * N + 8 * 100 * 4), "weights, and the logits of a micro-batch"
     assert sizes["offload"] == Bytes(2 * 1000, N)
 
 
@@ -124,7 +124,7 @@ def test_hosts_add_up_their_ranks() -> None:
     estimate = estimate_memory(SHAPE, job(ranks=4, stages=2, engine="sharded_pipeline", reference="cpu"))
     totals = [stage.total for stage in estimate.stages]
     assert estimate.per_host(2).device == max(2 * total.device for total in totals)
-    assert estimate.per_host(4).host == 4 * 2 * N
+    assert estimate.per_host(4).host == 4 * (2 * N + 8 * 100 * 4)
 
 
 @pytest.mark.parametrize(

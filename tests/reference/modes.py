@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.data.stream import BlockStream
 from dualtok.engine.build import build_engine
@@ -110,7 +111,7 @@ def own_models(comparison: Comparison, precision: str) -> None:
     }
     for name, settings in modes.items():
         config = ReferenceConfig(model=job["merged"], precision=precision, batch_size=4, **settings)
-        folder = check_reference(config, job["data"], manifest)
+        folder = check_reference(config, DataFolder(job["data"], manifest))
         before = {id(parameter) for parameter in partitioned_parameters()}
         reference = build_reference(config, folder, layout)
         comparison.compare(f"{name} {precision}", reference, expected)

@@ -19,6 +19,7 @@ from dualtok.data.stream import BlockStream
 from dualtok.errors import ConfigError, DualtokError
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import TokenLossModel
+from dualtok.reference import background
 from dualtok.reference.background import BackgroundReference, WorkerSettings, share_cores
 from tests import warm
 from tests.support import ROOT, environment, save_model
@@ -35,6 +36,25 @@ ROWS = 4
 def _workers_are_forked() -> Iterator[None]:
     with warm.spawning():
         yield
+
+
+def test_the_worker_takes_the_memory_for_logits_that_any_model_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once handed a number of tokens over as MiB."""
+    given: list[Any] = []
+
+    class Spy(TokenLossModel):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            given.append((len(arguments), settings))
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setattr("dualtok.model.losses.TokenLossModel", Spy)
+    threads = torch.get_num_threads()
+    background._load(WorkerSettings(str(save_model(tmp_path / "model", seed=0)), "fp32", 8, threads))
+    assert given == [(1, {})]
+    with pytest.raises(TypeError):
+        TokenLossModel(load_causal_lm(tmp_path / "model"), 2048)  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +180,7 @@ def test_what_the_worker_cannot_use_is_a_user_error(model: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match=r"reference\.cores: \[4095\] cannot be used on this host.*choose among"):
         BackgroundReference(WorkerSettings(str(model), "fp32", 8, 1, cores=(4095,)), prefetch=1)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="the model cannot be loaded"):
+    with pytest.raises(ConfigError, match="neither a model folder nor a hub model"):
         BackgroundReference(WorkerSettings(str(tmp_path), "fp32", 8, 1), prefetch=1)
 
 
