@@ -139,8 +139,8 @@ class DataConfig:
     copy of the folder, like ``s3://bucket/prepared``."""
 
     source: str | None = None
-    """What ``prepare`` reads: a .txt, .jsonl or .parquet file, a folder of them, or the name of a ``datasets``
-    dataset."""
+    """What ``prepare`` reads: a file of text, JSON, CSV or Parquet (docs/data.md has the endings), a folder of them, or
+    the name of a ``datasets`` dataset."""
 
     field: str = "text"
     """Key or column that holds the text; .txt files have none."""

@@ -21,7 +21,7 @@ from dualtok.engine.states import ReplicatedStates
 from dualtok.errors import ConfigError
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import probe_batch, probe_errors, require_faithful
-from dualtok.model.norms import total_norm
+from dualtok.model.norms import row_norms, total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PhaseTimer
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import CausalLM
@@ -216,10 +216,12 @@ def build_private_engine(
     """
     try:
         from opacus.grad_sample import GradSampleHooksFastGradientClipping
+        from opacus.grad_sample import grad_sample_module_fast_gradient_clipping as ghost
         from opacus.optimizers import DistributedDPOptimizerFastGradientClipping, DPOptimizerFastGradientClipping
     except ImportError:
         raise ConfigError("train.engine: opacus is not installed; run `pip install 'dualtok[dp]'`") from None
 
+    ghost.create_norm_sample = _create_norm_sample
     ranks = layout.ranks
     causal_lm = load_causal_lm(folder, attention=model.attention, trust_remote_code=model.trust_remote_code)
     untie(causal_lm)
@@ -242,3 +244,13 @@ def build_private_engine(
     )  # fmt: skip
     progress = _Progress(adamw, build_schedule(train, total_steps)(adamw), train.batch_size)
     return PrivateEngine(wrapped, layout, account, hooks, optimizer, progress, seed, timer=PhaseTimer(ranks.device))
+
+
+def _create_norm_sample(*, param: torch.Tensor, grad_sample: torch.Tensor, max_batch_len: int) -> None:
+    """Note the norm of each document's gradient of a parameter, as Opacus does for layers without a rule of their own.
+
+    On host cores its own comes out too small for a long one, such as a matrix of GPT-2's, and clips too little.
+    """
+    if param.requires_grad:
+        noted: Any = param
+        noted._norm_sample = row_norms(grad_sample[:max_batch_len])

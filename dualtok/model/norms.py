@@ -24,6 +24,14 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
 
 
+@torch.no_grad()
+def row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the 2-norms [n] of the rows of a tensor [n, ...], each taken as one vector, in its dtype."""
+    if not len(rows):
+        return rows.new_zeros(0)
+    return torch.stack([_square(row) for row in rows]).sqrt().to(rows.dtype)
+
+
 def _square(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares, float64 (float32 on accelerators, some of which have no float64)."""
     if tensor.device.type != "cpu":

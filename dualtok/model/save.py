@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualtok.data.sentencepiece_model import MODEL_FILES
 from dualtok.data.tokenizer import KNOWN_FILES
 from dualtok.files import grant_as_umask_does, write_text
 from dualtok.model.empty import empty_causal_lm
@@ -151,11 +152,12 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def extra_files(base: Path) -> Iterable[Path]:
     """Return the files of a base model that its fine-tuned descendants keep: generation settings, templates, licences.
 
-    Not weights, nor what is written anew (``config.json``, the tokenizer, the model card).
+    Not weights, nor what is written anew (``config.json``, the tokenizer, the model card). A SentencePiece model stays
+    beside the fast tokenizer that gives its ids: some runtimes read nothing else.
     """
     for file in sorted(base.iterdir()):
         is_notice = file.name.upper().startswith(KEPT_NAMES)
         wanted = is_notice or file.suffix in KEPT_SUFFIXES
         own = file.name in (*OWN_FILES, *KNOWN_FILES) or file.name.endswith(".index.json")
-        if wanted and not own and file.is_file() and file.stat().st_size <= KEPT_BYTES:
+        if ((wanted and not own) or file.name in MODEL_FILES) and file.is_file() and file.stat().st_size <= KEPT_BYTES:
             yield file

@@ -11,6 +11,7 @@ import torch
 
 from dualtok.data.poisson import PoissonDocuments
 from dualtok.data.stream import BlockStream
+from dualtok.engine import private
 from dualtok.engine.config import TrainConfig
 from dualtok.engine.distributed import ALONE
 from dualtok.engine.layout import build_layout
@@ -18,6 +19,7 @@ from dualtok.engine.privacy import PrivacyAccount, PrivacyConfig, stated
 from dualtok.engine.private import PrivateEngine, build_private_engine
 from dualtok.errors import ConfigError
 from dualtok.model.config import ModelConfig
+from dualtok.model.norms import row_norms
 from dualtok.objective.head import IGNORED_LABEL
 from tests.support import tiny_llama_config
 
@@ -131,6 +133,20 @@ def test_the_head_has_a_weight_of_its_own(tmp_path: Path) -> None:
     names = dict(made.model.causal_lm.named_parameters())
     assert torch.equal(names["lm_head.weight"], names["model.embed_tokens.weight"])
     assert names["lm_head.weight"] is not names["model.embed_tokens.weight"]
+
+
+def test_documents_are_clipped_by_norms_that_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer without a rule of its own, as GPT-2's are, by our norm of each document's gradient."""
+    taken: list[int] = []
+
+    def spy(rows: torch.Tensor) -> torch.Tensor:
+        taken.append(rows[0].numel())
+        return row_norms(rows)
+
+    made = engine(tmp_path, "gpt2")
+    monkeypatch.setattr(private, "row_norms", spy)
+    made.train_step([batch(3)])
+    assert max(taken) == 4 * 32 * 32, "the matrices of the feed-forward network"
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])

@@ -160,6 +160,7 @@ def base_model(folder: Path, model_type: str, small_corpus: dict[str, Any], **se
     load_tokenizer(Path(small_corpus["dir"]) / "tokenizer").save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (folder / "LICENSE").write_text("as you like")
+    (folder / "tokenizer.model").write_bytes(b"what the fast tokenizer was made of")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The base\n")
     (folder / "optimizer.pt").write_bytes(b"no setting")
     return folder
@@ -198,7 +199,7 @@ def test_an_export_is_what_the_base_was(
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert all(torch.equal(sharded[name], tensor) for name, tensor in after.items())
     assert load_causal_lm(made, attention=attention.get("attention", "sdpa")) is not None
-    for name in ("generation_config.json", "chat_template.jinja", "LICENSE"):
+    for name in ("generation_config.json", "chat_template.jinja", "LICENSE", "tokenizer.model"):
         assert (made / name).read_bytes() == (base / name).read_bytes(), name
     assert not (made / "optimizer.pt").exists()
     assert not (made / "facts.json").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dualtok.model.norms import total_norm
+from dualtok.model.norms import row_norms, total_norm
 
 LONG = 1 << 22
 
@@ -28,6 +28,13 @@ def test_several_tensors_are_one_vector() -> None:
     assert float(total_norm(parts)) == pytest.approx((15 * 4 + 2) ** 0.5)
     assert float(total_norm([])) == 0.0
     assert total_norm(parts).dtype == torch.float32
+
+
+def test_each_row_has_its_norm() -> None:
+    rows = torch.randn(2, LONG // 1024, 1024, generator=torch.Generator().manual_seed(1))
+    assert row_norms(rows).tolist() == pytest.approx([exact(row) for row in rows], rel=1e-6)
+    assert abs(float(rows.reshape(2, -1).norm(2, dim=-1)[0]) / exact(rows[0]) - 1) > 1e-5, "torch is right by now"
+    assert row_norms(rows[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

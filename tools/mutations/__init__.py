@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutations.audit import AUDIT
+from mutations.borders import BORDERS
 from mutations.data import DATA
 from mutations.fault import Fault
 from mutations.objective import OBJECTIVE
@@ -10,4 +11,4 @@ from mutations.plumbing import PLUMBING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *AUDIT, *PLUMBING)
+FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *AUDIT, *PLUMBING, *BORDERS)
