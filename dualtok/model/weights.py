@@ -23,6 +23,9 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 SHOWN = 3
 """Tensors that an error names; the others are counted."""
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+SETTINGS_PATTERNS = ("*.json", "*.py", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
+                     "COPYING*")  # fmt: skip
+"""What else is fetched of a model on the hub: its tokenizer, and what an export keeps."""
 
 
 def model_folder(path: str | Path) -> Path:
@@ -37,7 +40,7 @@ def model_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.py", *WEIGHT_PATTERNS, "*.model"]))
+        return Path(snapshot_download(str(path), allow_patterns=[*SETTINGS_PATTERNS, *WEIGHT_PATTERNS]))
     except Exception as error:  # the hub client raises a dozen unrelated classes for "cannot be had"
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"{path}: neither a model folder nor a hub model that can be read: {reason}") from None
