@@ -23,8 +23,9 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 SHOWN = 3
 """Tensors that an error names; the others are counted."""
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
-SETTINGS_PATTERNS = ("*.json", "*.py", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
-                     "COPYING*")  # fmt: skip
+SETTINGS_PATTERNS = (
+    "*.json", "*.py", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*", "COPYING*",
+)  # fmt: skip
 """What else is fetched of a model on the hub: its tokenizer, and what an export keeps."""
 
 
