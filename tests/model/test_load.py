@@ -10,6 +10,8 @@ import torch
 
 from dualtok.errors import ConfigError
 from dualtok.model.config import ModelConfig
+from dualtok.model.empty import empty_causal_lm
+from dualtok.model.fresh import meta_model
 from dualtok.model.load import load_causal_lm, read_model_config, starting_config
 from tests.support import VOCABULARY, save_model, tiny_llama_config
 
@@ -32,6 +34,13 @@ def test_a_configuration_that_means_nothing_is_refused(changes: dict[str, Any], 
     with pytest.raises(ConfigError) as caught:
         starting_config(ModelConfig(config=tiny_llama_config(**changes)), VOCABULARY)
     assert message in str(caught.value)
+
+
+def test_an_activation_that_nobody_knows_is_named() -> None:
+    config = starting_config(ModelConfig(config=tiny_llama_config(hidden_act="sillu")), VOCABULARY)
+    for build in (empty_causal_lm, meta_model):
+        with pytest.raises(ConfigError, match=r"model\.config: no model can be built: no 'sillu' is known"):
+            build(config)
 
 
 def test_folders_without_a_model_are_named(tmp_path: Path) -> None:
