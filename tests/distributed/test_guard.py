@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path
                 model={"config": tiny_llama_config()}, reference={"model": str(reference)},
                 train={"learning_rate": 2e-2, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS,
                        "precision": "fp32", "checkpoint_every": 3, "guard": guard},
+                monitor={"csv": True, "log_every": 1},
             )  # fmt: skip
             set_layout(run, engine, folder)
             made[case, layout] = run
@@ -83,3 +85,17 @@ def test_what_was_done_shows_in_the_run(runs: dict[tuple[str, str], Path]) -> No
     # Back from step 5 to the checkpoint of step 3, with two steps' blocks gone: 4 and 5 were taken twice.
     assert state("roll_back")["samples_seen"] == 8 * (STEPS + 2)
     assert state("skip")["samples_seen"] == 8 * STEPS
+
+
+@pytest.mark.slow
+def test_a_roll_back_leaves_no_step_twice_to_who_watches(runs: dict[tuple[str, str], Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = runs["roll_back", "one"].with_suffix("")
+    losses = [row["loss"] for row in history(runs["roll_back", "one"])]
+    rows = list(csv.reader((folder / "csv" / "loss_dual.csv").open()))[1:]
+    assert [int(step) for step, _ in rows] == list(range(1, STEPS + 1))
+    assert [float(loss) for _, loss in rows] == pytest.approx(losses)
+    seen = EventAccumulator(str(folder / "events")).Reload().Scalars("loss/dual")
+    assert [event.step for event in seen] == list(range(1, STEPS + 1))
+    assert [event.value for event in seen] == pytest.approx(losses)

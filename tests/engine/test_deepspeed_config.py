@@ -173,9 +173,9 @@ NOT_OF_ITS_KIND = [
     ({"zero_optimization": [3]}, "zero_optimization is [3], but must be an object"),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size is -1: "),
     ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown is 'yes', but must be true or false"),
-    ({"gradient_clipping": "1"}, "gradient_clipping is '1', but"),
-    ({"train_batch_size": 16.5}, "train_batch_size is 16.5, but"),
-    ({"train_batch_size": True}, "train_batch_size is True, but"),
+    ({"gradient_clipping": "1"}, "gradient_clipping is '1', but must be a number"),
+    ({"train_batch_size": 16.5}, "train_batch_size is 16.5, but must be a whole number"),
+    ({"train_batch_size": True}, "train_batch_size is True, but must be a whole number"),
     ({"optimizer": "AdamW"}, "optimizer is 'AdamW', but must be an object"),
     ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params is [1], but must be an object"),
 ]  # fmt: skip

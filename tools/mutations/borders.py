@@ -12,6 +12,7 @@ DEDUPLICATE, LOSSES = "dualtok/data/deduplicate.py", "dualtok/data/losses_of_tex
 SHARED = "dualtok/data/shared_passages.py"
 KEYS, CONFIG, OPERATORS = (f"dualtok/engine/{name}.py" for name in ("deepspeed_keys", "deepspeed_config", "operators"))
 TRAIN, START, EVENTS = "dualtok/engine/train.py", "dualtok/engine/start_folder.py", "dualtok/monitor/events.py"
+LOOP = "dualtok/engine/loop.py"
 OF_WHOLE, OF_CHECK = ("tests/model/test_whole_models.py",), ("tests/model/test_check.py",)
 OF_ADAPTERS, OF_FORMATS = ("tests/model/test_adapters.py",), ("tests/data/test_formats.py",)
 OF_FACTS, OF_TOKENIZER = ("tests/data/test_facts.py",), ("tests/data/test_tokenizer.py",)
@@ -98,6 +99,8 @@ BORDERS: tuple[Fault, ...] = (
           "a fresh model never ends", OF_EXPORT),
     Fault("settings-of-the-base-lost", START, "for file in extra_files(base):", "for file in ():",
           "an export loses the base's generation settings", OF_EXPORT),
+    Fault("roll-back-not-told", LOOP, "events.forget_after(self.state.step)", "pass",
+          "who watches sees the repeated steps twice", ("tests/distributed/test_guard.py",)),
     Fault("steps-twice", EVENTS, "restart = Event(step=step + 1,", "restart = Event(step=step + 10**6,",
           "TensorBoard shows repeated steps twice", ("tests/engine/test_monitors.py",)),
 )  # fmt: skip
