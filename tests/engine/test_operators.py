@@ -55,6 +55,17 @@ def child(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@contextmanager
+def waiter() -> Iterator[subprocess.Popen[str]]:
+    """Start a process that wants to build the operator; it does not outlive the test."""
+    with subprocess.Popen([sys.executable, "-c", BUILDER, "0"], cwd=ROOT, env=environment(), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def load(seconds: float = 0.0) -> None:
     operators._in_turn(lambda _: time.sleep(seconds))(SimpleNamespace(name="cpu_adam"))
 
@@ -72,29 +83,24 @@ def test_who_waits_says_for_whom_and_goes_on_when_it_is_built(capfd: pytest.Capt
 def test_a_builder_that_is_killed_is_not_waited_for() -> None:
     with child(BUILDER, "60") as process:
         os.kill(process.pid, signal.SIGSTOP)  # its time does not pass
-        waiter = subprocess.Popen([sys.executable, "-c", BUILDER, "0"], cwd=ROOT, env=environment(), text=True,
-                                  stdout=subprocess.PIPE)  # fmt: skip
-        with waiter:
+        with waiter() as waiting:
             time.sleep(1.0)
-            assert waiter.poll() is None
+            assert waiting.poll() is None
             process.kill()
-            assert waiter.communicate(timeout=60)[0] == "building\nbuilt\n"
+            assert waiting.communicate(timeout=60)[0] == "building\nbuilt\n"
 
 
 @pytest.mark.parametrize("place", ["cpu_adam", "py311_cpu/cpu_adam"])
 def test_a_lock_of_torch_itself_is_waited_for_until_its_holder_dies(folder: Path, place: str) -> None:
     lock = folder / place / "lock"
     lock.parent.mkdir(parents=True)
-    with child(HOLDER, str(lock)) as process:
-        waiter = subprocess.Popen([sys.executable, "-c", BUILDER, "0"], cwd=ROOT, env=environment(), text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        with waiter:
-            assert waiter.stderr is not None
-            told = waiter.stderr.readline()
-            assert "waiting for another process to compile DeepSpeed's operator cpu_adam" in told
-            process.kill()
-            process.wait()
-            shown, told = waiter.communicate(timeout=60)
+    with child(HOLDER, str(lock)) as process, waiter() as waiting:
+        assert waiting.stderr is not None
+        told = waiting.stderr.readline()
+        assert "waiting for another process to compile DeepSpeed's operator cpu_adam" in told
+        process.kill()
+        process.wait()
+        shown, told = waiting.communicate(timeout=60)
     assert shown == "building\nbuilt\n"
     assert f"removed {lock}" in told
     assert not lock.exists()
