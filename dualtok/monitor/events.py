@@ -99,7 +99,7 @@ class EventWriter:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         def hide(writer: SummaryWriter) -> None:
-            restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            restart = Event(session_log=SessionLog(status=SessionLog.START))
             writer._get_file_writer().add_event(restart, step + 1)
 
         self._board(hide)

@@ -101,6 +101,6 @@ BORDERS: tuple[Fault, ...] = (
           "an export loses the base's generation settings", OF_EXPORT),
     Fault("roll-back-not-told", LOOP, "events.forget_after(self.state.step)", "pass",
           "who watches sees the repeated steps twice", ("tests/distributed/test_guard.py",)),
-    Fault("steps-twice", EVENTS, "restart = Event(step=step + 1,", "restart = Event(step=step + 10**6,",
+    Fault("steps-twice", EVENTS, "add_event(restart, step + 1)", "add_event(restart, step + 10**6)",
           "TensorBoard shows repeated steps twice", ("tests/engine/test_monitors.py",)),
 )  # fmt: skip
