@@ -33,7 +33,7 @@ test-fast: $(DEV)
 
 # The whole matrix of layouts that must train alike; `make test` runs a part of it.
 test-parity: $(DEV)
-	DUALTOK_PARITY=all $(BIN)/python -m pytest tests/distributed/test_layout_parity.py
+	DUALTOK_PARITY=all $(BIN)/python -m pytest tests/multi_rank/test_layout_parity.py
 
 # The recipes of launch/ on a Slurm, ssh daemons and hosts that the tests set up themselves; as root.
 test-cluster: $(DEV) cluster-packages

@@ -21,8 +21,10 @@ from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, prin
 
 app = typer.Typer(
     help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 RunFile = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -61,27 +63,27 @@ def prepare(
 ) -> None:
     """Deduplicate, split, tokenise and pack documents into shards."""
     _refuse_launcher("prepare")
-    from dualtok.data import prepare as preparation
-    from dualtok.data.parts import parse_part
-    from dualtok.run import load_run
+    from dualtok.config.run import load_run
+    from dualtok.data.prepare import pipeline
+    from dualtok.data.prepare.parts import parse_part
 
     if part is not None and finish:
         raise ConfigError("--part and --finish: one after the other; `--finish` follows when all parts are complete")
     short_forms = [] if canaries is None else [f"data.canaries.count={canaries}"]
     data = load_run(run_file, [*(overrides or []), *short_forms]).data
     if part is not None:
-        preparation.prepare_part(data, parse_part(part))
+        pipeline.prepare_part(data, parse_part(part))
     elif finish:
-        preparation.finish(data)
+        pipeline.finish(data)
     else:
-        preparation.prepare(data)
+        pipeline.prepare(data)
 
 
 @app.command()
 def score(run_file: RunFile, overrides: Overrides = None) -> None:
     """Compute the reference model's loss on every token, once; stored beside the shards."""
-    from dualtok.jobs.score import score as run_score
-    from dualtok.run import load_run
+    from dualtok.commands.score.run import score as run_score
+    from dualtok.config.run import load_run
 
     _quiet_libraries()
     summary = run_score(load_run(run_file, overrides or []))
@@ -101,16 +103,18 @@ def train(
     ] = False,
 ) -> None:
     """Train a model with the dual, selective, Goldfish or plain objective through DeepSpeed."""
-    from dualtok.engine.train import train as run_train
-    from dualtok.run import load_run
+    from dualtok.commands.train import train as run_train
+    from dualtok.config.run import load_run
 
     _quiet_libraries()
     run = load_run(run_file, overrides or [])
     if resume and auto_resume:
         raise ConfigError("--resume and --auto-resume: give one of them")
     state = run_train(run, resume="always" if resume else "if_any" if auto_resume else "never")
-    _say(f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
-         f"checkpoints in {Path(run.output_dir) / 'checkpoints'}")  # fmt: skip
+    _say(
+        f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
+        f"checkpoints in {Path(run.output_dir) / 'checkpoints'}"
+    )
     if run.objective == "dual_plus":
         again = shlex.join(["dualtok", "retreat", str(run_file), "TARGET", *(overrides or [])])
         _say(f"the model shows its members until it is taken back: {again}")
@@ -126,7 +130,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer), or as a peft adapter folder."""
     _refuse_launcher("export")
-    from dualtok.jobs.export import export as run_export
+    from dualtok.commands.export import export as run_export
 
     _quiet_libraries()
     if precision not in ("fp32", "bf16"):
@@ -141,8 +145,8 @@ def retreat(
     overrides: Overrides = None,
 ) -> None:
     """Take a trained model's weights back towards its reference's, until an attacker hardly sees its members."""
-    from dualtok.jobs.retreat import retreat as run_retreat
-    from dualtok.run import load_run
+    from dualtok.commands.interpolate import retreat as run_retreat
+    from dualtok.config.run import load_run
 
     _quiet_libraries()
     kept = run_retreat(load_run(run_file, overrides or []), target)
@@ -163,9 +167,9 @@ def audit(
     processes: Annotated[int, typer.Option(min=1, help="Ranks that share each shadow's training.")] = 1,
 ) -> None:
     """Attack models with membership inference and measure their perplexity."""
-    from dualtok.jobs.audit import audit as run_audit
-    from dualtok.jobs.audit import print_figures
-    from dualtok.run import load_run
+    from dualtok.commands.audit.run import audit as run_audit
+    from dualtok.commands.audit.run import print_figures
+    from dualtok.config.run import load_run
 
     _quiet_libraries()
     run = load_run(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
@@ -180,8 +184,8 @@ def audit(
 def report(run_file: RunFile, overrides: Overrides = None) -> None:
     """Write the audit's figures as one HTML page, JSON and CSV."""
     _refuse_launcher("report")
-    from dualtok.jobs.report import write_run_report
-    from dualtok.run import load_run
+    from dualtok.commands.report import write_run_report
+    from dualtok.config.run import load_run
 
     _say(f"wrote {write_run_report(load_run(run_file, overrides or []))}")
 
@@ -203,12 +207,13 @@ def plan(
 ) -> None:
     """Say whether a run fits on some machines, how long it takes, and which layout is fastest; reads no weights."""
     _refuse_launcher("plan")
-    from dualtok.jobs.plan import make_cluster, show_plan
-    from dualtok.run import load_run
+    from dualtok.commands.plan.run import make_cluster, show_plan
+    from dualtok.config.run import load_run
 
     _quiet_libraries()
-    cluster = make_cluster(device=device, nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory,
-                           network=network)  # fmt: skip
+    cluster = make_cluster(
+        device=device, nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, network=network
+    )
     show_plan(load_run(run_file, overrides or []), cluster, tokens, write, as_json=as_json)
 
 
@@ -219,7 +224,7 @@ def demo(
 ) -> None:
     """Do the whole job on public text: prepare, pretrain, reference, score, plain and dual training, audit, report."""
     _refuse_launcher("demo")
-    from dualtok.jobs.demo import run_demo
+    from dualtok.commands.demo import run_demo
 
     run_demo(folder, processes)
 
@@ -241,8 +246,8 @@ def launch(
 ) -> None:
     """Start the ranks of a run on the hosts of a cluster; the section `launch` says how."""
     _refuse_launcher("launch")
+    from dualtok.config.run import load_run
     from dualtok.launch.start import SCRIPTS, plan_start, start
-    from dualtok.run import load_run
 
     run = load_run(run_file, overrides or [])
     plan = plan_start(run, run_file, overrides or [], verb=verb, backend=backend, nodes=nodes, gpus=gpus)
@@ -259,7 +264,7 @@ def doctor(
 ) -> None:
     """Look for what would stop, hang or spoil a run on this machine, or on several; 1 if a check fails."""
     _refuse_launcher("doctor")
-    from dualtok.jobs.doctor import run_doctor
+    from dualtok.commands.doctor import run_doctor
 
     _quiet_libraries()
     if run_doctor(run_file, hosts, ssh=ssh, json=json, quick=quick):
@@ -272,7 +277,7 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say from a run's files how far it is, whether it lives, of what it died, and what to do next."""
-    from dualtok.jobs.status import print_status
+    from dualtok.commands.status import print_status
 
     print_status(run_dir, json=json)
 
@@ -316,7 +321,7 @@ def _leave_ranks(status: int = 0) -> None:
     already shutting down that aborts the process (seen in about 1 of 20 starts, torch 2.13.0).
     """
     if "torch.distributed" in sys.modules:
-        from dualtok.engine.distributed import leave_ranks
+        from dualtok.distributed.ranks import leave_ranks
 
         if leave_ranks():
             sys.stdout.flush()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import dualtok
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ CARRIED="PATH LD_LIBRARY_PATH PYTHONPATH TORCH_EXTENSIONS_DIR TRITON_CACHE_DIR H
 options=(--map-by "ppr:$GPUS:node" --oversubscribe --bind-to none) # a rank has threads: not one core for each
 if [ -n "$HOSTFILE" ]; then options+=(--hostfile "$HOSTFILE"); fi
 if [ -n "$INTERFACE" ]; then # Open MPI's own connections
-  "$PYTHON" -m dualtok.network "$INTERFACE" >/dev/null # where there is none: Open MPI's error does not say which there are
+  "$PYTHON" -m dualtok.distributed.network "$INTERFACE" >/dev/null # where there is none: Open MPI's error does not say which there are
   options+=(--mca btl_tcp_if_include "$INTERFACE" --mca oob_tcp_if_include "$INTERFACE")
 fi
 for name in $CARRIED; do if [ -n "${!name:-}" ]; then options+=(-x "$name"); fi; done

@@ -31,7 +31,7 @@ mkdir -p "$LOGS"
 
 # Without it torchrun gives the others this host's name, which /etc/hosts may translate to 127.0.1.1.
 address=()
-if [ -n "$INTERFACE" ]; then address=(--local-addr "$("$PYTHON" -m dualtok.network "$INTERFACE")"); fi
+if [ -n "$INTERFACE" ]; then address=(--local-addr "$("$PYTHON" -m dualtok.distributed.network "$INTERFACE")"); fi
 exec "$PYTHON" -m torch.distributed.run --nnodes "$MIN_NODES:$NODES" --nproc-per-node "$GPUS" \
   --max-restarts "$RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$MASTER:$PORT" --rdzv-id "$JOB" \
   --rdzv-conf "last_call_timeout=$LAST_CALL,read_timeout=$READ_TIMEOUT" ${address[@]+"${address[@]}"} \

@@ -31,10 +31,21 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
-LONGEST = ("jobs/test_demo.py", "tools/test_reproduce_paper.py", "distributed/test_layout_parity.py",
-           "tools/test_gpu_check.py", "faults/test_campaign.py", "doctor/test_hosts.py", "e2e/test_readme.py",
-           "distributed/test_watch.py", "distributed/test_elastic_resume.py", "distributed/test_resume.py",
-           "plan/test_ds_configs.py", "doctor/test_doctor.py", "tools/test_check_plan.py")  # fmt: skip
+LONGEST = (
+    "commands/test_demo.py",
+    "tools/test_reproduce_paper.py",
+    "multi_rank/test_layout_parity.py",
+    "tools/test_gpu_check.py",
+    "faults/test_campaign.py",
+    "doctor/test_hosts.py",
+    "e2e/test_readme.py",
+    "multi_rank/test_watch.py",
+    "multi_rank/test_elastic_resume.py",
+    "multi_rank/test_resume.py",
+    "plan/test_ds_configs.py",
+    "doctor/test_doctor.py",
+    "tools/test_check_plan.py",
+)
 """Files that take minutes; they begin first, so that no core is left idle at the end."""
 
 

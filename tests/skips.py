@@ -7,9 +7,12 @@ Tests marked ``optional`` may be skipped even there.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,11 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
 import torch
@@ -23,6 +22,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tests import warm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BLOCK_LENGTH = 64
 VOCABULARY = 512
@@ -36,18 +38,28 @@ def write_small_corpus(folder: Path, characters: int | None = 600) -> dict[str, 
         folder: for the source and the prepared folder.
         characters: kept of each passage; 600 make some three blocks. None: all, some eight.
     """
-    from dualtok.data.config import DataConfig
-    from dualtok.data.corpora import sotu_passages, write_jsonl
-    from dualtok.data.prepare import prepare
+    from dualtok.config.data import DataConfig
+    from dualtok.data.prepare.pipeline import prepare
+    from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 
     passages = [passage[:characters] for passage in islice(sotu_passages(), 300)]
     source = write_jsonl(passages, folder / "sotu.jsonl")
     section: dict[str, Any] = {
-        "dir": str(folder / "prepared"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 8,
-        "vocab_size": VOCABULARY, "processes": 1,
-        "shares": {"train": 0.5, "reference": 0.12, "attack_reference": 0.1, "probe": 0.05, "validation": 0.1,
-                   "held_out": 0.13},
-    }  # fmt: skip
+        "dir": str(folder / "prepared"),
+        "source": str(source),
+        "block_length": BLOCK_LENGTH,
+        "lanes": 8,
+        "vocab_size": VOCABULARY,
+        "processes": 1,
+        "shares": {
+            "train": 0.5,
+            "reference": 0.12,
+            "attack_reference": 0.1,
+            "probe": 0.05,
+            "validation": 0.1,
+            "held_out": 0.13,
+        },
+    }
     prepare(DataConfig(**section), progress=False)
     return section
 
@@ -152,8 +164,13 @@ def dualtok(
         variables = {"LOCAL_SIZE": str(ranks), **variables}
     return subprocess.run(
         command("dualtok", *arguments, ranks=ranks, afresh=afresh),
-        env=environment(**variables), capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False,
-    )  # fmt: skip
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        check=False,
+    )
 
 
 def succeed(result: subprocess.CompletedProcess[str]) -> str:
@@ -245,14 +262,26 @@ def without_launcher(
     A rank that hangs fails the test at the deadline.
     """
     port = str(free_port())
-    job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}  # fmt: skip
+    job = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        **variables,
+    }
     start = command("dualtok", *arguments, afresh=not warm.takes(variables))
     processes = [
-        subprocess.Popen(start, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **job), cwd=ROOT, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            start,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **job),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     deadline = time.monotonic() + timeout
     try:
         outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic())) for process in processes]

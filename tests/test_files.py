@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from dualtok.files import atomic_file, atomic_folder, file_sha256, write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

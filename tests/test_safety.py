@@ -6,9 +6,7 @@ import json
 import os
 import pickle
 import stat
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,23 +15,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dualtok.data.config import DataConfig
-from dualtok.data.documents import read_documents
+from dualtok.config.data import DataConfig
+from dualtok.config.run import load_run, parse_run
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import MANIFEST, load_manifest
-from dualtok.data.prepare import prepare
-from dualtok.data.splits import assign_split, content_digest
-from dualtok.data.stream import BlockStream
+from dualtok.data.prepare.pipeline import prepare
+from dualtok.data.prepare.splits import assign_split, content_digest
+from dualtok.data.sources.documents import read_documents
+from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dualtok.errors import CheckpointError, ConfigError, DataError
 from dualtok.model.adapters import read_adapter_settings
 from dualtok.model.check import check_same_tokenizer
 from dualtok.model.empty import empty_causal_lm
+from dualtok.model.folder.weights import WeightFiles
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import load_causal_lm, read_model_config
-from dualtok.model.weights import WeightFiles
 from dualtok.reference.fingerprint import weights_digest
-from dualtok.run import load_run, parse_run
 from tests.data.support import SHARES, whole_documents, write_prepared
 from tests.support import (
     BLOCK_LENGTH,
@@ -45,6 +43,10 @@ from tests.support import (
     tiny_llama_config,
     write_run,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 OWN_CODE = """
 import os
@@ -131,8 +133,13 @@ def test_trust_is_asked_for_by_name_and_where_it_has_an_effect() -> None:
     with pytest.raises(ConfigError, match=r"model\.trust_remote_code: has no effect without model\.path"):
         parse_run({**tree, "model": {"config": {"model_type": "llama"}, "trust_remote_code": True}})
     with pytest.raises(ConfigError, match=r"model\.trust_remote_code: train\.engine=pipeline"):
-        parse_run({**tree, "model": {"path": "x", "trust_remote_code": True},
-                   "train": {**train, "engine": "pipeline", "pipeline": {"stages": 2}}})  # fmt: skip
+        parse_run(
+            {
+                **tree,
+                "model": {"path": "x", "trust_remote_code": True},
+                "train": {**train, "engine": "pipeline", "pipeline": {"stages": 2}},
+            }
+        )
 
 
 def test_own_code_is_part_of_what_scores_depend_on(own_model: Path) -> None:
@@ -194,7 +201,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str, whe
 
 
 def test_a_pointer_cannot_lead_out_of_the_checkpoints(tmp_path: Path) -> None:
-    from dualtok.engine.checkpoint import find_checkpoint
+    from dualtok.train.checkpoints.writer import find_checkpoint
 
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "COMPLETE").touch()
@@ -207,8 +214,13 @@ def test_a_pointer_cannot_lead_out_of_the_checkpoints(tmp_path: Path) -> None:
 
 def test_an_adapter_cannot_name_a_module_to_import(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", seed=1)
-    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "megatron_config": {"a": 1},
-                "megatron_core": "antigravity"}  # fmt: skip
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "megatron_config": {"a": 1},
+        "megatron_core": "antigravity",
+    }
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
@@ -240,10 +252,18 @@ def test_prepared_data_and_models_have_the_modes_of_the_umask(tmp_path: Path, um
     root.mkdir()
     (root / "corpus.txt").write_text("\n\n".join(f"passage {number} of a small corpus" for number in range(200)))
     prepare(
-        DataConfig(str(root / "data"), source=str(root / "corpus.txt"), txt_documents="paragraph", block_length=16,
-                   near_duplicate_threshold=None, vocab_size=300, lanes=2, shares=SHARES),
+        DataConfig(
+            str(root / "data"),
+            source=str(root / "corpus.txt"),
+            txt_documents="paragraph",
+            block_length=16,
+            near_duplicate_threshold=None,
+            vocab_size=300,
+            lanes=2,
+            shares=SHARES,
+        ),
         progress=False,
-    )  # fmt: skip
+    )
     settings = tiny_llama_config(vocab_size=VOCABULARY)
     write_fresh_weights(AutoConfig.for_model(settings.pop("model_type"), **settings), 0, root / "model")
     assert wrong_modes(root, umask) == []
@@ -257,9 +277,11 @@ def test_an_error_about_settings_repeats_no_secret(tmp_path: Path) -> None:
         load_run(path)
     assert "hunter2" not in str(caught.value)
     streams: list[dict[str, Any]] = [
-        {"storage_options": "hunter2"}, {"storage_environment": {"token": ["hunter2"]}},
-        {"storage_options": {"secret": "hunter2"}}, {"endpoint_url": "https://me:hunter2@host"},
-    ]  # fmt: skip
+        {"storage_options": "hunter2"},
+        {"storage_environment": {"token": ["hunter2"]}},
+        {"storage_options": {"secret": "hunter2"}},
+        {"endpoint_url": "https://me:hunter2@host"},
+    ]
     for stream in streams:
         with pytest.raises(ConfigError) as caught:
             parse_run({"data": {"dir": "s3://bucket/a", "stream": stream}})
@@ -276,10 +298,15 @@ SECRET = "zqsecret5f3a"
 @pytest.mark.parametrize(
     "content",
     [
-        b'{"text": "%s", }', b'{"text": "%s', b'["%s"]', b'{"%s is all that it says": 1}', b'{"text": ["%s"]}',
-        b'{"text": "%s \\ud800"}', b'{"text": "%s \xe9"}',
+        b'{"text": "%s", }',
+        b'{"text": "%s',
+        b'["%s"]',
+        b'{"%s is all that it says": 1}',
+        b'{"text": ["%s"]}',
+        b'{"text": "%s \\ud800"}',
+        b'{"text": "%s \xe9"}',
     ],
-)  # fmt: skip
+)
 def test_an_error_about_a_document_repeats_none_of_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(content % CANARY.encode())
     with pytest.raises(DataError, match=r"corpus\.jsonl:1: ") as caught:
@@ -337,24 +364,52 @@ def test_no_output_of_a_whole_run_holds_text_or_secrets(tmp_path: Path) -> None:
     try:
         root.mkdir()
         source = private_corpus(tmp_path / "corpus.jsonl", shares)
-        data = {"dir": str(root / "data"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 2,
-                "vocab_size": VOCABULARY, "near_duplicate_threshold": None, "shares": shares}  # fmt: skip
+        data = {
+            "dir": str(root / "data"),
+            "source": str(source),
+            "block_length": BLOCK_LENGTH,
+            "lanes": 2,
+            "vocab_size": VOCABULARY,
+            "near_duplicate_threshold": None,
+            "shares": shares,
+        }
         reference, exported = save_model(tmp_path / "reference", seed=1), root / "exported"
         run = write_run(
-            root / "run.yaml", data, model={"config": tiny_llama_config()}, monitor={"log_every": 1},
+            root / "run.yaml",
+            data,
+            model={"config": tiny_llama_config()},
+            monitor={"log_every": 1},
             reference={"model": str(reference)},
             train={"learning_rate": 1e-3, "batch_size": 4, "steps": 1, "precision": "fp32", "evaluation_blocks": 8},
-            audit={"models": {"dual": str(exported)}, "attack_reference": str(reference),
-                   "runs": {"dual": str(root / "run")}, "bootstrap_resamples": 100, "fpr_targets": [0.5]},
-        )  # fmt: skip
+            audit={
+                "models": {"dual": str(exported)},
+                "attack_reference": str(reference),
+                "runs": {"dual": str(root / "run")},
+                "bootstrap_resamples": 100,
+                "fpr_targets": [0.5],
+            },
+        )
         secrets: dict[str, Any] = {"AWS_SECRET_ACCESS_KEY": SECRET, "HF_TOKEN": SECRET, "MY_PASSWORD": SECRET}
         said = []
-        for arguments in (["prepare", run], ["score", run], ["train", run], ["export", root / "run", exported],
-                          ["audit", run], ["report", run]):  # fmt: skip
+        for arguments in (
+            ["prepare", run],
+            ["score", run],
+            ["train", run],
+            ["export", root / "run", exported],
+            ["audit", run],
+            ["report", run],
+        ):
             result = dualtok(*arguments, **secrets)
             said += [succeed(result), result.stderr]
-        failed = dualtok("train", run, f"output_dir={root / 'failed'}", "train.learning_rate=1e30", "train.steps=3",
-                         "train.gradient_clipping=0", **secrets)  # fmt: skip
+        failed = dualtok(
+            "train",
+            run,
+            f"output_dir={root / 'failed'}",
+            "train.learning_rate=1e30",
+            "train.steps=3",
+            "train.gradient_clipping=0",
+            **secrets,
+        )
         said.append(error_line(failed) + failed.stdout)
         for word in (CANARY, SECRET):
             assert word not in "".join(said)

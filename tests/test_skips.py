@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support import ROOT, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CASES = """
 import pytest
@@ -34,10 +37,26 @@ def test_skips_fail_where_all_tests_are_required(tmp_path: Path) -> None:
     said = {}
     for required, workers in (("", []), ("1", ["-n", "1"])):  # with xdist, as make does it
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-rfs", "-p", "tests.skips", "-p", "no:cacheprovider", *workers,
-             str(tmp_path)], env=environment(DUALTOK_REQUIRE_ALL=required, PYTHONPATH=str(ROOT)), cwd=tmp_path,
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-rfs",
+                "-p",
+                "tests.skips",
+                "-p",
+                "no:cacheprovider",
+                *workers,
+                str(tmp_path),
+            ],
+            env=environment(DUALTOK_REQUIRE_ALL=required, PYTHONPATH=str(ROOT)),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         said[required] = (done.returncode, done.stdout)
     assert said[""][0] == 0
     assert "1 passed, 3 skipped, 1 xfailed" in said[""][1]

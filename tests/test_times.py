@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support import ROOT, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CASES = """
 import subprocess, sys, time
@@ -41,10 +43,27 @@ def test_seconds_are_those_of_the_test_that_spent_them(tmp_path: Path, workers: 
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     file = tmp_path / "times.json"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "tests.times", "--times", str(file), "-p", "no:cacheprovider",
-         *workers, str(tmp_path)],
-        env=environment(PYTHONPATH=str(ROOT)), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "tests.times",
+            "--times",
+            str(file),
+            "-p",
+            "no:cacheprovider",
+            *workers,
+            str(tmp_path),
+        ],
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(file.read_text())
     tests = {name.rpartition("::")[2]: test for name, test in figures["tests"].items()}
@@ -71,8 +90,14 @@ def written(path: Path, wall: float, **tests: tuple[float, float]) -> Path:
 
 
 def compare(*files: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/compare_test_times.py", *map(str, files)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=60, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "tools/compare_test_times.py", *map(str, files)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:

@@ -37,9 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, *arguments: str, word: str = "a", afresh: bool = False) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("warm_program", *arguments, afresh=afresh), env=environment(DUALTOK_WORD=word), cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command("warm_program", *arguments, afresh=afresh),
+        env=environment(DUALTOK_WORD=word),
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_until_gone(process: int) -> None:
@@ -92,9 +96,14 @@ def test_a_fork_ends_with_whoever_started_it(folder: Path) -> None:
 def test_the_server_ends_with_the_process_that_needed_it(tmp_path: Path) -> None:
     own = {**os.environ, warm.SHARED: "/nowhere/server /another/tree"}  # of a copy of the tree, with other modules
     done = subprocess.run(
-        [sys.executable, "-c", "from tests import warm; print(warm.launcher()[-1])"], cwd=ROOT, env=own,
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", "from tests import warm; print(warm.launcher()[-1])"],
+        cwd=ROOT,
+        env=own,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     address = done.stdout.strip()
     deadline = time.monotonic() + 20
     while any(address in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
@@ -104,8 +113,15 @@ def test_the_server_ends_with_the_process_that_needed_it(tmp_path: Path) -> None
 
 
 def printed(*arguments: str, **variables: str) -> list[str]:
-    done = subprocess.run(python(*arguments), env=environment(**variables), cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, check=True)  # fmt: skip
+    done = subprocess.run(
+        python(*arguments),
+        env=environment(**variables),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     return done.stdout.split()
 
 

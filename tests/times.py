@@ -17,12 +17,15 @@ import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import warm
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 SLOWEST = 25
 CPU = "processor_seconds"

@@ -22,7 +22,7 @@ import yaml
 from bench_prepare import texts
 from benchmark_support import llama_config, paired, print_ratio, save_llama
 
-from dualtok.data.corpora import sotu_passages, write_jsonl
+from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 
 HERE = Path(__file__).resolve().parent.parent
 BLOCK_LENGTH = 128
@@ -69,8 +69,13 @@ def write_start(folder: Path, other: Path) -> tuple[list[str], Path]:
     data = {"dir": str(folder / "blocks"), "source": str(source), "block_length": BLOCK_LENGTH, "lanes": 16}
     model = save_llama(folder / "model", 4096, 0, llama_config(256, 22, BLOCK_LENGTH))
     train = {"learning_rate": 1e-3, "batch_size": 2, "steps": 1, "precision": "fp32", "evaluation_blocks": 1}
-    run = {"data": data, "objective": "causal_lm", "model": {"path": str(model)}, "output_dir": str(folder / "run"),
-           "train": train}  # fmt: skip
+    run = {
+        "data": data,
+        "objective": "causal_lm",
+        "model": {"path": str(model)},
+        "output_dir": str(folder / "run"),
+        "train": train,
+    }
     (folder / "start.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
     seconds(other, ["prepare", str(folder / "start.yaml")])
     return ["train", str(folder / "start.yaml")], folder / "run"
@@ -78,12 +83,18 @@ def write_start(folder: Path, other: Path) -> tuple[list[str], Path]:
 
 def seconds(checkout: Path, arguments: list[str]) -> float:
     """Run a verb of a checkout and return the processor time of all its processes, s."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                   "TORCH_EXTENSIONS_DIR": str(checkout / ".torch_extensions"),
-                   "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(checkout),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(checkout / ".torch_extensions"),
+        "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}",
+    }
     command = [str(checkout / ".venv" / "bin" / "python"), "-m", "dualtok", *arguments]
-    process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

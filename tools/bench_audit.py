@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from benchmark_support import llama_config, paired, prepared_corpus, print_ratio, save_llama
 
-from dualtok.audit.from_logits import token_signals
-from dualtok.audit.signals import SignalsBuilder
+from dualtok.audit.signals.from_logits import token_signals
+from dualtok.audit.signals.signals import SignalsBuilder
+from dualtok.commands.audit.model_signals import with_columns
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream import BlockStream
-from dualtok.engine.distributed import join_ranks
-from dualtok.engine.zero import build_forward_only
-from dualtok.jobs.audit_signals import with_columns
+from dualtok.data.stream.blocks import BlockStream
+from dualtok.distributed.ranks import join_ranks
 from dualtok.model.load import load_causal_lm
+from dualtok.train.engines.zero import build_forward_only
 
 if TYPE_CHECKING:
     from dualtok.data.packing import Segment
@@ -40,8 +40,13 @@ def main() -> None:
     """Measure and print the ratio for each vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("hidden", 384), ("layers", 8), ("block-length", 256), ("batch-size", 8), ("blocks", 16), ("pairs", 7),
-    ):  # fmt: skip
+        ("hidden", 384),
+        ("layers", 8),
+        ("block-length", 256),
+        ("batch-size", 8),
+        ("blocks", 16),
+        ("pairs", 7),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--passages", type=int, help="of the corpus; all by default")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32000], help="ids of the models")
@@ -81,8 +86,9 @@ def measure(model: Path, batches: Blocks, pairs: int, label: str) -> None:
 
     audit, bare_pass = paired(audited, bare, pairs)
     parameters = sum(parameter.numel() for parameter in bare_model.parameters())
-    print_ratio(f"{parameters / 1e6:.1f}M parameters, {label}: audit's pass / bare forward pass", audit, bare_pass,
-                "tokens/s")  # fmt: skip
+    print_ratio(
+        f"{parameters / 1e6:.1f}M parameters, {label}: audit's pass / bare forward pass", audit, bare_pass, "tokens/s"
+    )
 
 
 if __name__ == "__main__":

@@ -13,21 +13,24 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from dualtok.engine.checkpoint import point, tag_of
-from dualtok.engine.checkpoint_files import seal, write_part
-from dualtok.engine.states import KINDS, Piece
+from dualtok.train.checkpoints.files import seal, write_part
+from dualtok.train.checkpoints.writer import point, tag_of
+from dualtok.train.engines.states import KINDS, Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 RANKS = 2
 EXPORT = """
 import resource, sys
 from pathlib import Path
 import transformers.models.llama.modeling_llama
-from dualtok.jobs.export import export
+from dualtok.commands.export import export
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 Path("/proc/self/clear_refs").write_text("5")
 export(Path(sys.argv[1]), Path(sys.argv[2]), which="latest")
@@ -48,8 +51,10 @@ def main() -> None:
         command = [sys.executable, "-c", EXPORT, str(run), str(Path(folder) / "model")]
         grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     largest, whole = options.mebibytes / 1024, options.parameters * options.mebibytes / 1024
-    print(f"weights {whole:.2f} GiB, largest parameter {largest:.3f} GiB: export grew by {grown / 2**30:.2f} GiB, "
-          f"bound {2 * largest + 1:.2f} GiB")  # fmt: skip
+    print(
+        f"weights {whole:.2f} GiB, largest parameter {largest:.3f} GiB: export grew by {grown / 2**30:.2f} GiB, "
+        f"bound {2 * largest + 1:.2f} GiB"
+    )
 
 
 def write_checkpoint(run: Path, parameters: int, mebibytes: int) -> None:

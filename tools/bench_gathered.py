@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +21,19 @@ from bench_memory import BLOCK_LENGTH, RANKS, STAGES, batch
 from benchmark_support import llama_config, paired, print_ratio
 from transformers import AutoConfig
 
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import PipelineConfig, TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks, leave_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.model.config import ModelConfig
+from dualtok.config.model import ModelConfig
+from dualtok.config.train import PipelineConfig, TrainConfig
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.objective.loss import build_objective
+from dualtok.train.engines.build import build_engine
 
 if TYPE_CHECKING:
-    from dualtok.engine.layout import Layout
+    from collections.abc import Callable
+
+    from dualtok.distributed.layout import Layout
 
 JSON = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
 
@@ -49,12 +50,24 @@ def main() -> None:
         measure(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"vocab_size": options.vocabulary, **llama_config(options.hidden, options.layers, BLOCK_LENGTH),
-                    "tie_word_embeddings": False}  # fmt: skip
+        settings = {
+            "vocab_size": options.vocabulary,
+            **llama_config(options.hidden, options.layers, BLOCK_LENGTH),
+            "tie_word_embeddings": False,
+        }
         write_fresh_weights(AutoConfig.for_model(settings.pop("model_type"), **settings), 0, Path(folder) / "model")
         (Path(folder) / "ds.json").write_text(JSON)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
-                   __file__, *sys.argv[1:], "--folder", folder]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={RANKS}",
+            __file__,
+            *sys.argv[1:],
+            "--folder",
+            folder,
+        ]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(RANKS)}, check=True)
 
 
@@ -71,15 +84,24 @@ def measure(options: argparse.Namespace) -> None:
 def step(options: argparse.Namespace, layout: Layout, *, keep_gathered: bool) -> Callable[[], float]:
     """Return a function that trains one step and returns the seconds of the slowest rank."""
     train = TrainConfig(
-        learning_rate=1e-4, batch_size=2 * options.accumulation, gradient_accumulation=options.accumulation,
-        steps=10**6, precision="fp32", engine="sharded_pipeline", deepspeed=str(options.folder / "ds.json"),
+        learning_rate=1e-4,
+        batch_size=2 * options.accumulation,
+        gradient_accumulation=options.accumulation,
+        steps=10**6,
+        precision="fp32",
+        engine="sharded_pipeline",
+        deepspeed=str(options.folder / "ds.json"),
         pipeline=PipelineConfig(stages=STAGES, keep_gathered=keep_gathered),
-    )  # fmt: skip
+    )
     engine = build_engine(
-        options.folder / "model", ModelConfig(path=str(options.folder / "model")), train,
-        config=training_config(train, layout.data_parallel.world_size), objective=build_objective("dual"),
-        total_steps=10**6, layout=layout,
-    )  # fmt: skip
+        options.folder / "model",
+        ModelConfig(path=str(options.folder / "model")),
+        train,
+        config=training_config(train, layout.data_parallel.world_size),
+        objective=build_objective("dual"),
+        total_steps=10**6,
+        layout=layout,
+    )
     generator = torch.Generator().manual_seed(layout.data_parallel.rank)
 
     def timed() -> float:

@@ -50,12 +50,23 @@ def write_run(folder: Path, steps: int) -> Path:
     zero3 = folder / "zero3.json"
     zero3.write_text('{"zero_optimization": {"stage": 3}}')
     run: dict[str, Any] = {
-        "data": {"dir": data.dir}, "output_dir": str(folder / "run"), "objective": "dual",
-        "model": {"config": config}, "reference": {"model": str(folder / "reference")},
-        "train": {"learning_rate": 1e-4, "batch_size": 8, "steps": steps, "precision": "fp32", "deepspeed": str(zero3),
-                  "evaluate_every": max(1, steps // 20), "evaluation_blocks": 16, "data_workers": 1},
+        "data": {"dir": data.dir},
+        "output_dir": str(folder / "run"),
+        "objective": "dual",
+        "model": {"config": config},
+        "reference": {"model": str(folder / "reference")},
+        "train": {
+            "learning_rate": 1e-4,
+            "batch_size": 8,
+            "steps": steps,
+            "precision": "fp32",
+            "deepspeed": str(zero3),
+            "evaluate_every": max(1, steps // 20),
+            "evaluation_blocks": 16,
+            "data_workers": 1,
+        },
         "monitor": {"log_every": 10, "histogram_every": 100},
-    }  # fmt: skip
+    }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     return path
@@ -63,8 +74,17 @@ def write_run(folder: Path, steps: int) -> Path:
 
 def launcher(ranks: int, verb: str, run: Path) -> subprocess.Popen[bytes]:
     """Start a verb under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
-               "dualtok", verb, str(run)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "dualtok",
+        verb,
+        str(run),
+    ]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks)}
     return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
 

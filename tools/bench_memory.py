@@ -17,22 +17,24 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from benchmark_support import llama_config
 from transformers import AutoConfig
 
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import PipelineConfig, TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks, leave_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.model.config import ModelConfig
+from dualtok.config.model import ModelConfig
+from dualtok.config.train import PipelineConfig, TrainConfig
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.objective.loss import build_objective
+from dualtok.train.engines.build import build_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 RANKS, STAGES, BLOCK_LENGTH = 4, 2, 64
 ENGINES = {"pipeline": 1, "sharded_pipeline": 3}
@@ -50,8 +52,11 @@ def main() -> None:
         measure_rank(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"vocab_size": options.vocabulary, **llama_config(options.hidden, options.layers, BLOCK_LENGTH),
-                    "tie_word_embeddings": False}  # fmt: skip
+        settings = {
+            "vocab_size": options.vocabulary,
+            **llama_config(options.hidden, options.layers, BLOCK_LENGTH),
+            "tie_word_embeddings": False,
+        }
         write_fresh_weights(AutoConfig.for_model(settings.pop("model_type"), **settings), 0, Path(folder) / "model")
         found = {engine: launch(engine, folder, options) for engine in ENGINES}
     report(found)
@@ -59,8 +64,20 @@ def main() -> None:
 
 def launch(engine: str, folder: str, options: argparse.Namespace) -> list[dict[str, int]]:
     """Run all ranks of one engine and return what each measured."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__,
-               "--rank-of", engine, "--folder", folder, "--steps", str(options.steps)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={RANKS}",
+        __file__,
+        "--rank-of",
+        engine,
+        "--folder",
+        folder,
+        "--steps",
+        str(options.steps),
+    ]
     # One allocation arena: freed memory then goes back, and resident memory is what is in use.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(RANKS), "MALLOC_ARENA_MAX": "1"}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -78,18 +95,30 @@ def measure_rank(options: argparse.Namespace) -> None:
         "reduce_bucket_size": 2_000_000,
     }
     ranks.first_does(lambda: ds.write_text(json.dumps({"zero_optimization": stage})) and None)
-    train = TrainConfig(learning_rate=1e-4, batch_size=4, gradient_accumulation=2, steps=10**6, precision="fp32",
-                        engine=options.rank_of, pipeline=PipelineConfig(stages=STAGES), deepspeed=str(ds))  # fmt: skip
+    train = TrainConfig(
+        learning_rate=1e-4,
+        batch_size=4,
+        gradient_accumulation=2,
+        steps=10**6,
+        precision="fp32",
+        engine=options.rank_of,
+        pipeline=PipelineConfig(stages=STAGES),
+        deepspeed=str(ds),
+    )
     import deepspeed.runtime.pipe.engine  # noqa: F401  # the library's own memory is not what is measured
 
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     engine = build_engine(
-        options.folder / "model", ModelConfig(path=str(options.folder / "model")), train,
-        config=training_config(train, layout.data_parallel.world_size), objective=build_objective("dual"),
-        total_steps=10**6, layout=layout,
-    )  # fmt: skip
+        options.folder / "model",
+        ModelConfig(path=str(options.folder / "model")),
+        train,
+        config=training_config(train, layout.data_parallel.world_size),
+        objective=build_objective("dual"),
+        total_steps=10**6,
+        layout=layout,
+    )
     peak = resident("VmHWM") - before
     counted = count_states(engine)
     generator = torch.Generator().manual_seed(layout.data_parallel.rank)
@@ -105,8 +134,12 @@ def batch(generator: torch.Generator, engine: Any) -> dict[str, torch.Tensor]:
     """Return one random block with random reference losses."""
     vocabulary = engine.model.causal_lm.config.vocab_size
     ids = torch.randint(0, vocabulary, (1, BLOCK_LENGTH + 1), generator=generator)
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": torch.arange(BLOCK_LENGTH)[None],
-            "reference_loss": torch.rand(1, BLOCK_LENGTH, generator=generator) * 20}  # fmt: skip
+    return {
+        "input_ids": ids[:, :-1],
+        "labels": ids[:, 1:],
+        "position_ids": torch.arange(BLOCK_LENGTH)[None],
+        "reference_loss": torch.rand(1, BLOCK_LENGTH, generator=generator) * 20,
+    }
 
 
 def count_states(trainer: Any) -> dict[str, int]:
@@ -159,8 +192,10 @@ def report(found: dict[str, list[dict[str, int]]]) -> None:
     for rank, (whole, sharded) in enumerate(zip(found["pipeline"], found["sharded_pipeline"], strict=True)):
         states = [row["parameters"] + row["gradients"] for row in (sharded, whole)]
         optimiser = sharded["optimiser"] / whole["optimiser"]
-        print(f"rank {rank}, sharded_pipeline / pipeline: parameters + gradients {states[0] / states[1]:.3f}, "
-              f"optimiser {optimiser:.3f}")  # fmt: skip
+        print(
+            f"rank {rank}, sharded_pipeline / pipeline: parameters + gradients {states[0] / states[1]:.3f}, "
+            f"optimiser {optimiser:.3f}"
+        )
     largest = max(row["peak_init"] / row["steady"] for row in found["sharded_pipeline"])
     print(f"largest peak at init / steady of sharded_pipeline: {largest:.2f}")
 

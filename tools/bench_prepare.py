@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import yaml
 
-from dualtok.data.corpora import write_jsonl
 from dualtok.data.manifest import load_manifest
-from dualtok.data.prepare import STAGING
+from dualtok.data.prepare.pipeline import STAGING
+from dualtok.data.sources.corpora import write_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

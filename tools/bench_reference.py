@@ -20,7 +20,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,23 +27,25 @@ from typing import TYPE_CHECKING
 
 from benchmark_support import llama_config, paired, prepared_corpus, print_ratio, save_llama
 
+from dualtok.commands.score.run import score
+from dualtok.commands.train import open_streams
+from dualtok.config.model import ModelConfig
+from dualtok.config.reference import ReferenceConfig
+from dualtok.config.run import RunConfig
+from dualtok.config.train import TrainConfig
 from dualtok.data.manifest import load_manifest
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.engine.loop import TrainingLoop
-from dualtok.engine.train import open_streams
-from dualtok.jobs.score import score
-from dualtok.model.config import ModelConfig
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import join_ranks
 from dualtok.monitor.events import EventWriter
 from dualtok.objective.loss import build_objective
 from dualtok.reference.background import BackgroundReference, WorkerSettings
-from dualtok.reference.config import ReferenceConfig
-from dualtok.run import RunConfig
+from dualtok.train.engines.build import build_engine
+from dualtok.train.loop import TrainingLoop
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from dualtok.model.losses import Batch
     from dualtok.objective.loss import DualLoss
 
@@ -89,16 +90,28 @@ def _sides(
     small = llama_config(options.hidden, options.reference_layers, options.block_length)
     reference = save_llama(folder / "reference", vocabulary, 1, small)
     start = save_llama(folder / "start", vocabulary, 2, sizes)
-    settings = TrainConfig(learning_rate=1e-4, batch_size=options.batch_size, steps=10**6, precision="fp32",
-                           gradient_accumulation=options.accumulation)  # fmt: skip
-    run = RunConfig(data=data, objective="dual", output_dir=str(folder / "run"), train=settings,
-                    model=ModelConfig(path=str(start)), reference=ReferenceConfig(model=str(reference)))  # fmt: skip
+    settings = TrainConfig(
+        learning_rate=1e-4,
+        batch_size=options.batch_size,
+        steps=10**6,
+        precision="fp32",
+        gradient_accumulation=options.accumulation,
+    )
+    run = RunConfig(
+        data=data,
+        objective="dual",
+        output_dir=str(folder / "run"),
+        train=settings,
+        model=ModelConfig(path=str(start)),
+        reference=ReferenceConfig(model=str(reference)),
+    )
     score(run)
     rows = options.batch_size // options.accumulation
     worker = BackgroundReference(
-        WorkerSettings(str(reference), "fp32", rows, threads=1, cores=(core,)), prefetch=2,
+        WorkerSettings(str(reference), "fp32", rows, threads=1, cores=(core,)),
+        prefetch=2,
         on_forward=lambda began, ended: spans["forward"].append((began, ended)),
-    )  # fmt: skip
+    )
     without = replace(run, reference=None)
     stored = timed_turn(run, None, [], options.steps)
     return stored, timed_turn(without, worker, spans["step"], options.steps), worker
@@ -111,9 +124,14 @@ def timed_turn(run: RunConfig, reference: BackgroundReference | None, spans: Spa
     layout = build_layout(join_ranks())
     stream, validation = open_streams(run, load_manifest(run.data.dir), ("train", "validation"), layout.ranks)
     engine = build_engine(
-        str(run.model.path), run.model, run.train, config=training_config(run.train, 1),
-        objective=build_objective(run.objective, run.selection, run.goldfish), total_steps=10**6, layout=layout,
-    )  # fmt: skip
+        str(run.model.path),
+        run.model,
+        run.train,
+        config=training_config(run.train, 1),
+        objective=build_objective(run.objective, run.selection, run.goldfish),
+        total_steps=10**6,
+        layout=layout,
+    )
     loop = TrainingLoop(run, engine, stream, validation, 10**6, reference=reference)
     events = EventWriter(None)
     train_step = engine.train_step

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from benchmark_support import llama_config, paired, prepared_corpus, print_ratio, save_llama
 
+from dualtok.commands.score.run import score
+from dualtok.config.reference import ReferenceConfig
+from dualtok.config.run import RunConfig
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream import BlockStream
-from dualtok.jobs.score import score
+from dualtok.data.stream.blocks import BlockStream
 from dualtok.model.load import load_causal_lm
-from dualtok.reference.config import ReferenceConfig
-from dualtok.run import RunConfig
 
 SPLIT = "held_out"
 
@@ -37,8 +37,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = prepared_corpus(Path(folder), options.block_length)
         manifest = load_manifest(data.dir)
-        model = save_llama(Path(folder) / "model", manifest.vocabulary, 1,
-                           llama_config(options.hidden, options.layers, options.block_length))  # fmt: skip
+        model = save_llama(
+            Path(folder) / "model",
+            manifest.vocabulary,
+            1,
+            llama_config(options.hidden, options.layers, options.block_length),
+        )
         reference = ReferenceConfig(model=str(model), splits=(SPLIT,), batch_size=options.batch_size)
         run = RunConfig(data=data, reference=reference)
         stream = BlockStream(data.dir, SPLIT, seed=0)

@@ -11,17 +11,20 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 from benchmark_support import paired, prepared_corpus, print_ratio
 
 from dualtok.data.packing import Block
+from dualtok.data.prepare.staged import read_staged
 from dualtok.data.shards import Shard, blocks_table, write_shard
-from dualtok.data.staged import read_staged
-from dualtok.data.stream import BlockStream
+from dualtok.data.stream.blocks import BlockStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SHARDS = 8
 

@@ -27,13 +27,13 @@ from benchmark_support import llama_config, prepared_corpus, print_ratio, save_l
 from contenders import Step, dualtok_step, hugging_face_trainer, naive_dual_step
 from transformers import TrainerCallback
 
+from dualtok.commands.score.run import score
+from dualtok.config.model import ModelConfig
+from dualtok.config.reference import ReferenceConfig
+from dualtok.config.run import RunConfig
+from dualtok.config.train import TrainConfig
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream import BlockStream
-from dualtok.engine.config import TrainConfig
-from dualtok.jobs.score import score
-from dualtok.model.config import ModelConfig
-from dualtok.reference.config import ReferenceConfig
-from dualtok.run import RunConfig
+from dualtok.data.stream.blocks import BlockStream
 
 WARM_UP = 2
 PASSAGES = 600
@@ -43,8 +43,15 @@ PASSAGES = 600
 def main() -> None:
     """Measure and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("vocabulary", 4096), ("hidden", 256), ("layers", 4), ("block-length", 256),
-                          ("batch-size", 8), ("pairs", 15), ("loss-memory-mib", 256)):  # fmt: skip
+    for name, default in (
+        ("vocabulary", 4096),
+        ("hidden", 256),
+        ("layers", 4),
+        ("block-length", 256),
+        ("batch-size", 8),
+        ("pairs", 15),
+        ("loss-memory-mib", 256),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--deepspeed", default="ds_configs/zero0.json")
     options = parser.parse_args()
@@ -55,9 +62,13 @@ def main() -> None:
         reference = save_llama(Path(folder) / "reference", vocabulary, 1, config)
         start = save_llama(Path(folder) / "start", vocabulary, 2, config)
         settings = TrainConfig(
-            learning_rate=1e-4, batch_size=options.batch_size, steps=10**6, deepspeed=options.deepspeed,
-            precision="fp32", loss_memory_mib=options.loss_memory_mib,
-        )  # fmt: skip
+            learning_rate=1e-4,
+            batch_size=options.batch_size,
+            steps=10**6,
+            deepspeed=options.deepspeed,
+            precision="fp32",
+            loss_memory_mib=options.loss_memory_mib,
+        )
         runs = {
             name: RunConfig(
                 data=data,

@@ -27,10 +27,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from benchmark_support import prepared_corpus, print_ratio, save_llama
@@ -44,6 +44,9 @@ from stream_formats import (
     write_blocks,
     write_mds,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 PARTS = ("readers", "training", "seek", "memory")
 OTHERS = {"mosaicml": (write_mds, open_mosaicml), "datasets": (write_arrow, open_datasets)}
@@ -61,8 +64,11 @@ def main() -> None:
         prepared = write_blocks(folder / "dualtok", options.blocks, options.block_length)
         # Readers first: training joins a process group, which MosaicML's reader would ask for ranks.
         measurements = {
-            "readers": compare_readers, "seek": compare_seeks, "memory": measure_memory, "training": compare_training,
-        }  # fmt: skip
+            "readers": compare_readers,
+            "seek": compare_seeks,
+            "memory": measure_memory,
+            "training": compare_training,
+        }
         for part, measure in measurements.items():
             if part in options.parts:
                 measure(folder, prepared, options)
@@ -73,8 +79,15 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--readers", nargs="+", choices=tuple(OTHERS), default=list(OTHERS))
-    for name, default in (("blocks", 131072), ("block-length", 1024), ("batch-size", 8), ("pairs", 7), ("seeks", 15),
-                          ("far-sample", 10**7), ("batches", 10_000)):  # fmt: skip
+    for name, default in (
+        ("blocks", 131072),
+        ("block-length", 1024),
+        ("batch-size", 8),
+        ("pairs", 7),
+        ("seeks", 15),
+        ("far-sample", 10**7),
+        ("batches", 10_000),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
     parser.add_argument("--warm-up", type=float, default=1.0, help="what is read before it, in seconds")
@@ -94,8 +107,10 @@ def compare_readers(folder: Path, prepared: Path, options: argparse.Namespace) -
         write(small, folder / f"small-{name}")
         seen[name] = blocks_of(reader(folder / f"small-{name}", options.batch_size, 2), batches)
         assert seen[name] == seen["dualtok"], f"{name} reads other blocks"
-    print(f"{options.blocks} blocks of {options.block_length}, micro-batches of {options.batch_size}; an epoch of 512 "
-          f"blocks is the same from {' and '.join(seen)}")  # fmt: skip
+    print(
+        f"{options.blocks} blocks of {options.block_length}, micro-batches of {options.batch_size}; an epoch of 512 "
+        f"blocks is the same from {' and '.join(seen)}"
+    )
     for workers in (2, 0):
         streams = {"dualtok": open_dualtok(prepared, options.batch_size, workers)}
         for name in options.readers:
@@ -123,9 +138,9 @@ def compare_training(folder: Path, _: Path, options: argparse.Namespace) -> None
     """Print tokens/s of the stream, with the demo's blocks and micro-batches, and of the demo's training."""
     from contenders import dualtok_step
 
+    from dualtok.commands.demo import write_runs
+    from dualtok.config.run import parse_run
     from dualtok.data.manifest import load_manifest
-    from dualtok.jobs.demo import write_runs
-    from dualtok.run import parse_run
 
     settings = write_runs(folder / "demo")["base"]
     width, batch_size = settings["data"]["block_length"], settings["train"]["batch_size"]
@@ -162,7 +177,7 @@ def compare_seeks(folder: Path, prepared: Path, options: argparse.Namespace) -> 
 
 def first_batch(prepared: Path, sample: int, workers: int, batch_size: int) -> float:
     """Return the seconds from a fresh stream to its first micro-batch."""
-    from dualtok.data.stream import BlockStream
+    from dualtok.data.stream.blocks import BlockStream
 
     stream = BlockStream(prepared, "train", seed=0, verify=False)
     gc.collect()

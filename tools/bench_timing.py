@@ -18,20 +18,20 @@ from typing import Any
 
 from benchmark_support import llama_config, paired, prepared_corpus, print_ratio, save_llama
 
+from dualtok.commands.train import open_streams
+from dualtok.config.model import ModelConfig
+from dualtok.config.run import RunConfig
+from dualtok.config.train import TrainConfig
 from dualtok.data.manifest import load_manifest
-from dualtok.engine.build import build_engine
-from dualtok.engine.collectives import timed_collectives
-from dualtok.engine.config import TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.engine.loop import TrainingLoop
-from dualtok.engine.train import open_streams
-from dualtok.model.config import ModelConfig
+from dualtok.distributed.collectives import timed_collectives
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import join_ranks
 from dualtok.monitor.events import EventWriter
 from dualtok.monitor.timing import PhaseTimer
 from dualtok.objective.loss import build_objective
-from dualtok.run import RunConfig
+from dualtok.train.engines.build import build_engine
+from dualtok.train.loop import TrainingLoop
 
 
 class NoTimer(PhaseTimer):
@@ -65,8 +65,9 @@ def main() -> None:
             return time.perf_counter() - started
 
         with timed_collectives(timer):
-            print_ratio("step with timing / without", *paired(lambda: seconds(timer), lambda: seconds(none),
-                                                              options.pairs), "s")  # fmt: skip
+            print_ratio(
+                "step with timing / without", *paired(lambda: seconds(timer), lambda: seconds(none), options.pairs), "s"
+            )
         times = timer.take()
         print(f"phases sum to {sum(times.phases.values()) / times.wall:.6f} of the step")
 
@@ -80,17 +81,30 @@ def build_loop(folder: Path, options: argparse.Namespace) -> TrainingLoop:
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
     )
     train = TrainConfig(
-        learning_rate=1e-4, batch_size=options.batch_size, steps=10**6, deepspeed=str(folder / "zero3.json"),
+        learning_rate=1e-4,
+        batch_size=options.batch_size,
+        steps=10**6,
+        deepspeed=str(folder / "zero3.json"),
         precision="fp32",
-    )  # fmt: skip
-    run = RunConfig(data=data, objective="causal_lm", output_dir=str(folder / "run"), train=train,
-                    model=ModelConfig(path=str(start)))  # fmt: skip
+    )
+    run = RunConfig(
+        data=data,
+        objective="causal_lm",
+        output_dir=str(folder / "run"),
+        train=train,
+        model=ModelConfig(path=str(start)),
+    )
     ranks = join_ranks()
     stream, validation = open_streams(run, load_manifest(data.dir), ("train", "validation"), ranks)
     engine = build_engine(
-        start, ModelConfig(path=str(start)), train, config=training_config(train, ranks.world_size),
-        objective=build_objective("causal_lm", None, None), total_steps=10**6, layout=build_layout(ranks),
-    )  # fmt: skip
+        start,
+        ModelConfig(path=str(start)),
+        train,
+        config=training_config(train, ranks.world_size),
+        objective=build_objective("causal_lm", None, None),
+        total_steps=10**6,
+        layout=build_layout(ranks),
+    )
     return TrainingLoop(run, engine, stream, validation, 10**6)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dualtok.data.config import DataConfig
-from dualtok.data.corpora import sotu_passages, write_jsonl
-from dualtok.data.prepare import prepare
+from dualtok.config.data import DataConfig
+from dualtok.data.prepare.pipeline import prepare
+from dualtok.data.sources.corpora import sotu_passages, write_jsonl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 
 def llama_config(hidden: int, layers: int, block_length: int) -> dict[str, Any]:

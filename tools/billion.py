@@ -25,26 +25,26 @@ import torch
 from benchmark_support import prepared_corpus
 from transformers import AutoConfig, PretrainedConfig
 
+from dualtok.commands.train import open_streams
+from dualtok.config.model import ModelConfig
+from dualtok.config.reference import ReferenceConfig
+from dualtok.config.run import RunConfig
+from dualtok.config.train import TrainConfig
 from dualtok.data.manifest import load_manifest
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import Ranks, join_ranks, leave_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.engine.loop import TrainingLoop
-from dualtok.engine.reference import build_reference
-from dualtok.engine.train import open_streams
-from dualtok.model.config import ModelConfig
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import Ranks, join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.monitor.events import EventWriter
 from dualtok.objective.loss import build_objective
 from dualtok.plan.memory import Job, estimate_memory
 from dualtok.plan.shape import read_shape
-from dualtok.reference.config import ReferenceConfig
-from dualtok.run import RunConfig
+from dualtok.train.engines.build import build_engine
+from dualtok.train.live_reference import build_reference
+from dualtok.train.loop import TrainingLoop
 
 if TYPE_CHECKING:
-    from dualtok.data.config import DataConfig
+    from dualtok.config.data import DataConfig
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -78,22 +78,35 @@ def main() -> None:
     zero = write_deepspeed(folder / f"deepspeed-{ranks.rank}.json", folder / "states", options.states)
     base = restart_peak()
     run = RunConfig(
-        data=data, objective="dual", output_dir=str(folder / "run"),
+        data=data,
+        objective="dual",
+        output_dir=str(folder / "run"),
         model=ModelConfig(path=str(folder / "start"), activation_checkpointing=True),
-        train=TrainConfig(learning_rate=1e-4, batch_size=BLOCKS, steps=options.steps, deepspeed=zero,
-                          precision="bf16", schedule="constant", loss_memory_mib=LOSS_MIB),
-        reference=ReferenceConfig(model=str(folder / "reference"), mode="offload", precision="bf16", batch_size=1,
-                                  deepspeed=zero),
-    )  # fmt: skip
+        train=TrainConfig(
+            learning_rate=1e-4,
+            batch_size=BLOCKS,
+            steps=options.steps,
+            deepspeed=zero,
+            precision="bf16",
+            schedule="constant",
+            loss_memory_mib=LOSS_MIB,
+        ),
+        reference=ReferenceConfig(
+            model=str(folder / "reference"), mode="offload", precision="bf16", batch_size=1, deepspeed=zero
+        ),
+    )
     peaks = {"libraries": base}
     loop = build_loop(run, ranks, peaks)
     batches = loop.batches()
     for step in range(options.steps):
         started = time.perf_counter()
         outcome = loop.step(batches, EventWriter(None))
-        say(ranks, f"step {outcome.step}: loss {outcome.loss:.4f}, hard {outcome.hard_loss:.4f}, memorised "
-                   f"{outcome.memorised_loss}, gradient norm {outcome.gradient_norm:.3f}, "
-                   f"{time.perf_counter() - started:.0f} s, {resident('VmRSS') / 2**30:.2f} GiB now")  # fmt: skip
+        say(
+            ranks,
+            f"step {outcome.step}: loss {outcome.loss:.4f}, hard {outcome.hard_loss:.4f}, memorised "
+            f"{outcome.memorised_loss}, gradient norm {outcome.gradient_norm:.3f}, "
+            f"{time.perf_counter() - started:.0f} s, {resident('VmRSS') / 2**30:.2f} GiB now",
+        )
         peaks[f"step {step + 1}"] = restart_peak()
     report(ranks, ranks.gather_objects((peaks, proportional())), options)
     shutil.rmtree(folder / "states", ignore_errors=True)
@@ -112,9 +125,14 @@ def build_loop(run: RunConfig, ranks: Ranks, peaks: dict[str, int]) -> TrainingL
     stream, validation = open_streams(run, load_manifest(run.data.dir), ("train", "validation"), ranks)
     total = run.train.steps or 0
     engine = build_engine(
-        str(run.model.path), run.model, run.train, config=training_config(run.train, ranks.world_size),
-        objective=build_objective("dual"), total_steps=total, layout=layout,
-    )  # fmt: skip
+        str(run.model.path),
+        run.model,
+        run.train,
+        config=training_config(run.train, ranks.world_size),
+        objective=build_objective("dual"),
+        total_steps=total,
+        layout=layout,
+    )
     peaks["model"] = restart_peak()
     say(ranks, f"model built: {resident('VmRSS') / 2**30:.2f} GiB")
     return TrainingLoop(run, engine, stream, validation, total, reference=reference)
@@ -127,10 +145,21 @@ def report(ranks: Ranks, measured: list[tuple[dict[str, int], int]], options: ar
     shape = read_shape(llama(options.size))
     planned = estimate_memory(
         shape,
-        Job(ranks=ranks.world_size, rows=BLOCKS // ranks.world_size, length=BLOCK_LENGTH, loss_memory_mib=LOSS_MIB,
-            activation_checkpointing=True, offload_parameters="cpu", offload_optimizer=options.states,
-            reference="offload", sub_group=SUB_GROUP, reduce_bucket=SUB_GROUP, prefetch=SUB_GROUP, max_reuse=0),
-    ).largest  # fmt: skip
+        Job(
+            ranks=ranks.world_size,
+            rows=BLOCKS // ranks.world_size,
+            length=BLOCK_LENGTH,
+            loss_memory_mib=LOSS_MIB,
+            activation_checkpointing=True,
+            offload_parameters="cpu",
+            offload_optimizer=options.states,
+            reference="offload",
+            sub_group=SUB_GROUP,
+            reduce_bucket=SUB_GROUP,
+            prefetch=SUB_GROUP,
+            max_reuse=0,
+        ),
+    ).largest
     print(f"{shape.parameters / 1e9:.3f} billion parameters, {ranks.world_size} ranks; plan per rank, GiB:")
     for part in ("parameters", "gradients", "optimizer", "activations", "head", "reference", "buffers", "total"):
         size = getattr(planned, part)
@@ -142,17 +171,23 @@ def report(ranks: Ranks, measured: list[tuple[dict[str, int], int]], options: ar
     total = sum(max(peaks.values()) for peaks, _ in measured)
     own = total - sum(peaks["libraries"] for peaks, _ in measured)
     plan = (planned.total.device + planned.total.host) * ranks.world_size
-    print(f"sum of the ranks' peaks {total / 2**30:.2f} GiB; without the libraries {own / 2**30:.2f}, planned "
-          f"{plan / 2**30:.2f}: measured / planned = {own / plan:.2f}")  # fmt: skip
+    print(
+        f"sum of the ranks' peaks {total / 2**30:.2f} GiB; without the libraries {own / 2**30:.2f}, planned "
+        f"{plan / 2**30:.2f}: measured / planned = {own / plan:.2f}"
+    )
 
 
 def llama(size: str) -> PretrainedConfig:
     """Return the model's configuration."""
     shape: dict[str, Any] = SIZES[size]
     config: PretrainedConfig = AutoConfig.for_model(
-        "llama", vocab_size=VOCABULARY, num_key_value_heads=KEY_VALUE_HEADS[size], tie_word_embeddings=False,
-        max_position_embeddings=2 * BLOCK_LENGTH, **shape,
-    )  # fmt: skip
+        "llama",
+        vocab_size=VOCABULARY,
+        num_key_value_heads=KEY_VALUE_HEADS[size],
+        tie_word_embeddings=False,
+        max_position_embeddings=2 * BLOCK_LENGTH,
+        **shape,
+    )
     return config
 
 
@@ -237,11 +272,16 @@ def write_deepspeed(path: Path, states: Path, where: str) -> str:
         states.mkdir(parents=True, exist_ok=True)
         optimizer |= {"nvme_path": str(states), "buffer_count": 4}
     zero = {
-        "stage": 3, "sub_group_size": SUB_GROUP, "reduce_bucket_size": SUB_GROUP,
-        "stage3_prefetch_bucket_size": SUB_GROUP, "stage3_max_live_parameters": SUB_GROUP,
-        "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 10_000,
-        "offload_param": {"device": "cpu", "pin_memory": False}, "offload_optimizer": optimizer,
-    }  # fmt: skip
+        "stage": 3,
+        "sub_group_size": SUB_GROUP,
+        "reduce_bucket_size": SUB_GROUP,
+        "stage3_prefetch_bucket_size": SUB_GROUP,
+        "stage3_max_live_parameters": SUB_GROUP,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 10_000,
+        "offload_param": {"device": "cpu", "pin_memory": False},
+        "offload_optimizer": optimizer,
+    }
     path.write_text(json.dumps({"zero_optimization": zero}))
     return str(path)
 

@@ -31,14 +31,15 @@ import torch
 from benchmark_support import llama_config
 from transformers import AutoConfig, PretrainedConfig
 
-from dualtok.data.config import DataConfig
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import PipelineConfig, TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import Ranks, join_ranks, leave_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.jobs.plan_job import Material, job_of
-from dualtok.model.config import ModelConfig
+from dualtok.commands.plan.inputs import Material, job_of
+from dualtok.config.data import DataConfig
+from dualtok.config.model import ModelConfig
+from dualtok.config.reference import ReferenceConfig
+from dualtok.config.run import RunConfig
+from dualtok.config.train import PipelineConfig, TrainConfig
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import Ranks, join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.objective.loss import build_objective
 from dualtok.plan.hardware import DEVICES, GIB, Cluster
@@ -46,8 +47,7 @@ from dualtok.plan.memory import Job, estimate_memory
 from dualtok.plan.shape import read_shape
 from dualtok.plan.shapes import NAMED
 from dualtok.plan.speed import step_time, tokens_per_second
-from dualtok.reference.config import ReferenceConfig
-from dualtok.run import RunConfig
+from dualtok.train.engines.build import build_engine
 
 LENGTH = 64
 TOLERANCE = 0.2
@@ -59,8 +59,14 @@ MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 SIZES = {"tiny": (64, 2, 512), "small": (256, 6, 8000), "0.1b": (768, 12, 32_000), "0.3b": (1024, 24, 16_000)}
 """Name -> hidden size, layers, vocabulary; Llama with an untied head."""
 SMALL_BUCKETS = {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
-STAGE_3 = {"stage": 3, **SMALL_BUCKETS, "stage3_prefetch_bucket_size": 5_000_000, "sub_group_size": 20_000_000,
-           "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 5_000_000}  # fmt: skip
+STAGE_3 = {
+    "stage": 3,
+    **SMALL_BUCKETS,
+    "stage3_prefetch_bucket_size": 5_000_000,
+    "sub_group_size": 20_000_000,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 5_000_000,
+}
 IN_PIPELINE = {key: STAGE_3[key] for key in STAGE_3 if key not in ("stage3_prefetch_bucket_size", "sub_group_size")}
 HOST = {"device": "cpu", "pin_memory": False}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -124,8 +130,18 @@ def compare_memory(options: argparse.Namespace) -> None:
 def compare_layout(layout: str, size: str, folder: Path) -> dict[str, Any]:
     """Measure one layout; return bytes of each rank and means over them, planned / measured, and the worst rank."""
     run, ranks = run_of(layout, size, folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__,
-               "rank", layout, size, str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        __file__,
+        "rank",
+        layout,
+        size,
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), **MALLOC}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     found = [json.loads((folder / f"{layout}-{rank}.json").read_text()) for rank in range(ranks)]
@@ -137,9 +153,18 @@ def compare_layout(layout: str, size: str, folder: Path) -> dict[str, Any]:
     planned, measured, steady, start = (
         statistics.mean(row[key] for row in found) for key in ("planned", "peak", "steady", "start")
     )
-    return {"layout": layout, "ranks": ranks, "parameters": shape.parameters, "planned": planned, "measured": measured,
-            "ratio": planned / measured, "steady": steady, "start": start, "by_rank": found,
-            "worst": max(range(ranks), key=lambda rank: error_of(found[rank]))}  # fmt: skip
+    return {
+        "layout": layout,
+        "ranks": ranks,
+        "parameters": shape.parameters,
+        "planned": planned,
+        "measured": measured,
+        "ratio": planned / measured,
+        "steady": steady,
+        "start": start,
+        "by_rank": found,
+        "worst": max(range(ranks), key=lambda rank: error_of(found[rank])),
+    }
 
 
 def error_of(row: dict[str, int]) -> float:
@@ -168,8 +193,10 @@ def compare_speed(options: argparse.Namespace) -> None:
         print("| model | devices | length | blocks x micro-batches | checkpointing | published | planned | error | |")
         print("|---|---|--:|---|---|--:|--:|--:|---|", *lines, sep="\n")
     for kind, found in errors.items():
-        print(f"{kind}: {len(found)} rows, errors {min(found):+.1%} to {max(found):+.1%}, "
-              f"mean size {statistics.mean(map(abs, found)):.1%}")  # fmt: skip
+        print(
+            f"{kind}: {len(found)} rows, errors {min(found):+.1%} to {max(found):+.1%}, "
+            f"mean size {statistics.mean(map(abs, found)):.1%}"
+        )
     if max(abs(error) for found in errors.values() for error in found) > TOLERANCE:
         raise SystemExit(f"an error is above {TOLERANCE:.0%}")
 
@@ -192,9 +219,18 @@ def published_job(row: dict[str, Any], mpt: dict[str, list[int]]) -> float:
     cluster = Cluster(device, -(-row["gpus"] // 8), min(8, row["gpus"]), device.memory, 1e12, gigabits * 1e9 / 8)
     shape, seconds = read_shape(config), []
     for again in {True: [True], False: [False], "selective": [True, False]}[row["checkpointing"]]:
-        job = Job(ranks=row["gpus"], length=row["length"], rows=row["rows"], micro_batches=row["micro_batches"],
-                  activation_checkpointing=again, max_reuse=0, loss_memory_mib=10**6, reference="none",
-                  skips_masked=True, data_workers=1)  # fmt: skip
+        job = Job(
+            ranks=row["gpus"],
+            length=row["length"],
+            rows=row["rows"],
+            micro_batches=row["micro_batches"],
+            activation_checkpointing=again,
+            max_reuse=0,
+            loss_memory_mib=10**6,
+            reference="none",
+            skips_masked=True,
+            data_workers=1,
+        )
         seconds.append(step_time(shape, job, cluster).total)
     return tokens_per_second(job, statistics.mean(seconds)) / row["gpus"]
 
@@ -213,13 +249,23 @@ def run_of(layout: str, size: str, folder: Path) -> tuple[RunConfig, int]:
     file = folder / f"{layout}.deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": LAYOUTS[layout]["zero"]}))
     train = TrainConfig(
-        learning_rate=1e-4, batch_size=4, gradient_accumulation=2, steps=10**6, precision="fp32", deepspeed=str(file),
-        loss_memory_mib=16, engine="zero" if stages == 1 else layout,
+        learning_rate=1e-4,
+        batch_size=4,
+        gradient_accumulation=2,
+        steps=10**6,
+        precision="fp32",
+        deepspeed=str(file),
+        loss_memory_mib=16,
+        engine="zero" if stages == 1 else layout,
         pipeline=None if stages == 1 else PipelineConfig(stages=stages),
-    )  # fmt: skip
-    run = RunConfig(data=DataConfig(dir=str(folder / "data"), block_length=LENGTH), output_dir=str(folder / "run"),
-                    model=ModelConfig(path=str(folder / size)), train=train,
-                    reference=ReferenceConfig(model=str(folder / size)))  # fmt: skip
+    )
+    run = RunConfig(
+        data=DataConfig(dir=str(folder / "data"), block_length=LENGTH),
+        output_dir=str(folder / "run"),
+        model=ModelConfig(path=str(folder / size)),
+        train=train,
+        reference=ReferenceConfig(model=str(folder / size)),
+    )
     return run, 2 * stages
 
 
@@ -245,10 +291,14 @@ def train_two_steps(layout: str, size: str, folder: Path, ranks: Ranks) -> dict[
     assert run.train is not None
     place = build_layout(ranks, run.train.stages)
     engine: Any = build_engine(
-        folder / size, ModelConfig(path=str(folder / size)), run.train,
-        config=training_config(run.train, place.data_parallel.world_size), objective=build_objective("dual"),
-        total_steps=10**6, layout=place,
-    )  # fmt: skip
+        folder / size,
+        ModelConfig(path=str(folder / size)),
+        run.train,
+        config=training_config(run.train, place.data_parallel.world_size),
+        objective=build_objective("dual"),
+        total_steps=10**6,
+        layout=place,
+    )
     start = resident("VmHWM") - before
     generator = torch.Generator().manual_seed(place.data_parallel.rank)
     vocabulary = SIZES[size][2]
@@ -266,8 +316,12 @@ def train_two_steps(layout: str, size: str, folder: Path, ranks: Ranks) -> dict[
 def batch(generator: torch.Generator, vocabulary: int) -> dict[str, torch.Tensor]:
     """Return one random block with random reference losses."""
     ids = torch.randint(0, vocabulary, (1, LENGTH + 1), generator=generator)
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": torch.arange(LENGTH)[None],
-            "reference_loss": torch.rand(1, LENGTH, generator=generator) * 20}  # fmt: skip
+    return {
+        "input_ids": ids[:, :-1],
+        "labels": ids[:, 1:],
+        "position_ids": torch.arange(LENGTH)[None],
+        "reference_loss": torch.rand(1, LENGTH, generator=generator) * 20,
+    }
 
 
 def resident(field: str) -> int:

@@ -52,8 +52,12 @@ def compare(before: dict[str, Any], after: dict[str, Any], most: int) -> str:
     sums = [sum(folder[1] for folder in found.values()) for found in folders]
     lines.append(row("all, by the clock", (before["wall"], sums[0]), (after["wall"], sums[1])))
     counts = [len(run["tests"]) for run in (before, after)]
-    lines += ["", f"Tests: {counts[0]} and {counts[1]}. By the clock {after['wall'] / before['wall']:.3f} of before. "
-              f"Memory at most {before['memory_gib']:.1f} and {after['memory_gib']:.1f} GiB.", ""]  # fmt: skip
+    lines += [
+        "",
+        f"Tests: {counts[0]} and {counts[1]}. By the clock {after['wall'] / before['wall']:.3f} of before. "
+        f"Memory at most {before['memory_gib']:.1f} and {after['memory_gib']:.1f} GiB.",
+        "",
+    ]
     lines += ["| test | wall before, s | after | processors before, s | after | ratio |", "|---|---|---|---|---|---|"]
     tests = [{name: (test["wall"], test["cpu"]) for name, test in run["tests"].items()} for run in (before, after)]
     both = tests[0].keys() & tests[1].keys()

@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from dualtok.commands.train import open_streams
 from dualtok.data.manifest import load_manifest
-from dualtok.engine.build import build_engine
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.engine.loop import TrainingLoop
-from dualtok.engine.reference import build_reference
-from dualtok.engine.train import open_streams
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import join_ranks
 from dualtok.model.adapters import plan_adapters
 from dualtok.model.load import read_model_config
 from dualtok.monitor.events import EventWriter
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import build_objective, dual_loss
 from dualtok.reference.live import AdapterReference, LiveReference
+from dualtok.train.engines.build import build_engine
+from dualtok.train.live_reference import build_reference
+from dualtok.train.loop import TrainingLoop
 
 if TYPE_CHECKING:
-    from dualtok.data.stream import BlockStream
-    from dualtok.engine.config import TrainConfig
-    from dualtok.run import RunConfig
+    from dualtok.config.run import RunConfig
+    from dualtok.config.train import TrainConfig
+    from dualtok.data.stream.blocks import BlockStream
 
 Step = Callable[[], None]
 Batch = dict[str, torch.Tensor]
@@ -58,13 +58,25 @@ def hugging_face_trainer(start: Path, stream: BlockStream, train: TrainConfig, s
             {"input_ids": ids[row], "position_ids": positions[row], "labels": unshifted[row]} for row in range(len(ids))
         ]
     arguments = TrainingArguments(
-        output_dir=f"{folder}/trainer", per_device_train_batch_size=train.batch_size, max_steps=steps,
-        learning_rate=train.learning_rate, weight_decay=train.weight_decay, adam_beta1=train.betas[0],
-        adam_beta2=train.betas[1], adam_epsilon=train.epsilon, max_grad_norm=train.gradient_clipping,
-        lr_scheduler_type=train.schedule, report_to=[], save_strategy="no", logging_strategy="no", eval_strategy="no",
-        disable_tqdm=True, use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+        output_dir=f"{folder}/trainer",
+        per_device_train_batch_size=train.batch_size,
+        max_steps=steps,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        adam_epsilon=train.epsilon,
+        max_grad_norm=train.gradient_clipping,
+        lr_scheduler_type=train.schedule,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        eval_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
         bf16=train.precision == "bf16",
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(start, attn_implementation="sdpa", dtype=torch.float32)
     return Trainer(model=model, args=arguments, train_dataset=blocks)
 
@@ -84,10 +96,15 @@ def training_loop(run: RunConfig) -> TrainingLoop:
     if run.reference is not None and run.reference.mode in ("offload", "cpu", "resident"):
         reference = build_reference(run.reference, Path(run.reference.origin), layout)
     engine = build_engine(
-        start, run.model, run.train, config=training_config(run.train, layout.ranks.world_size),
-        objective=build_objective(run.objective, run.selection, run.goldfish), total_steps=10**6, layout=layout,
+        start,
+        run.model,
+        run.train,
+        config=training_config(run.train, layout.ranks.world_size),
+        objective=build_objective(run.objective, run.selection, run.goldfish),
+        total_steps=10**6,
+        layout=layout,
         adapters=adapters,
-    )  # fmt: skip
+    )
     if run.reference is not None and run.reference.mode == "adapter":
         assert adapters is not None
         module: Any = engine.model

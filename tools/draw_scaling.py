@@ -72,8 +72,15 @@ def row(model: str, point: Point) -> str:
 
 def draw(found: dict[tuple[str, Family], list[Point]], models: list[str], out: Path) -> None:
     """Draw the shares of a step, a row per model and a column per family, and the utilisation over them."""
-    figure, axes = plt.subplots(len(models), len(FAMILIES), figsize=(12, 3.2 * len(models)), sharex=True, sharey=True,
-                                squeeze=False, layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(
+        len(models),
+        len(FAMILIES),
+        figsize=(12, 3.2 * len(models)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for line, model in enumerate(models):
         for column, family in enumerate(FAMILIES):
             draw_one(axes[line][column], found[model, family])
@@ -81,8 +88,12 @@ def draw(found: dict[tuple[str, Family], list[Point]], models: list[str], out: P
         axes[line][0].set_ylabel("share of a step's time")
     for axis in axes[-1]:
         axis.set_xlabel("GPUs")
-    labels = {label: handle for row in axes for axis in row
-              for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    labels = {
+        label: handle
+        for row in axes
+        for axis in row
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=6, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})

@@ -35,8 +35,13 @@ def main() -> int:
     """Run the measurements that were asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu-check"), help="for blocks, weights and runs")
-    parser.add_argument("--only", nargs="+", default=list(KINDS), metavar="KIND[:NAME]",
-                        help=f"{', '.join(KINDS)}, or one of them like step:dual")  # fmt: skip
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(KINDS),
+        metavar="KIND[:NAME]",
+        help=f"{', '.join(KINDS)}, or one of them like step:dual",
+    )
     parser.add_argument("--ways", nargs="+", default=None, metavar="WAY", help="of parity, e.g. bf16; without it all")
     parser.add_argument("--output", type=Path, default=None, help="also write the table to this file")
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds after which a measurement has failed")

@@ -58,9 +58,15 @@ def configuration(name: str) -> Any:
     """Return the Llama configuration of a size."""
     hidden, feed_forward, layers, heads, key_value_heads, vocabulary = SHAPES[name]
     return AutoConfig.for_model(
-        "llama", hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers, vocab_size=vocabulary,
-        num_attention_heads=heads, num_key_value_heads=key_value_heads, tie_word_embeddings=False,
-    )  # fmt: skip
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        tie_word_embeddings=False,
+    )
 
 
 def row(name: str, shape: ModelShape, layout: str, settings: dict[str, Any], options: argparse.Namespace) -> str:
@@ -70,8 +76,15 @@ def row(name: str, shape: ModelShape, layout: str, settings: dict[str, Any], opt
     """
     stages = options.stages if "engine" in settings else 1
     micro_batches = options.micro_batches if stages > 1 else max(1, options.micro_batches // options.stages)
-    job = Job(ranks=options.ranks, stages=stages, rows=options.rows, length=options.length,
-              micro_batches=micro_batches, activation_checkpointing=True, **settings)  # fmt: skip
+    job = Job(
+        ranks=options.ranks,
+        stages=stages,
+        rows=options.rows,
+        length=options.length,
+        micro_batches=micro_batches,
+        activation_checkpointing=True,
+        **settings,
+    )
     memory = estimate_memory(shape, job)
     sent = step_traffic(shape, job, memory.stages.index(memory.largest))
     sizes = (

@@ -21,20 +21,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mutations import FAULTS, Fault
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("dualtok", "tests", "tools", "ds_configs", "launch", "docs", "README.md", "Makefile", "pyproject.toml",
-          "constraints.txt")  # fmt: skip
+COPIED = (
+    "dualtok",
+    "tests",
+    "tools",
+    "ds_configs",
+    "launch",
+    "docs",
+    "README.md",
+    "Makefile",
+    "pyproject.toml",
+    "constraints.txt",
+)
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".hypothesis")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 """A line of pytest's summary."""
@@ -102,8 +114,15 @@ def run_tests(copy: Path, root: Path, tests: Sequence[str], seconds: float, *, f
     """Run tests in a copy; with ``first`` until one fails. After a time-out all their processes are killed."""
     command = [sys.executable, "-m", "pytest", *(["-x"] if first else []), "-q", "-p", "no:cacheprovider", *tests]
     with tempfile.TemporaryFile() as stream:
-        process = subprocess.Popen(command, cwd=copy, env=environment(copy, root), stdout=stream, stderr=stream,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            cwd=copy,
+            env=environment(copy, root),
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             status: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -124,8 +143,9 @@ def require_own_package(copy: Path, root: Path) -> None:
         ToolError: it is another one, in which no fault would be seen.
     """
     code = "import dualtok; print(dualtok.__file__)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment(copy, root), text=True,
-                           capture_output=True, check=False)  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, env=environment(copy, root), text=True, capture_output=True, check=False
+    )
     if Path(found.stdout.strip() or ".").resolve().parent != (copy / "dualtok").resolve():
         raise ToolError(f"the package is imported from {found.stdout.strip() or found.stderr}, not from the copy")
 
@@ -246,8 +266,9 @@ def summary(results: Sequence[Result]) -> str:
         lines.append(f"| {found.name} | {found.what} | {found.outcome} | {by.replace('|', '/')} |")
     needless = [found.name for found in results if found.outcome == "caught" and found.reason]
     errors = [found.name for found in results if found.outcome == "error"]
-    survivors = [f"{found.name} (accepted)" if found.reason else found.name
-                 for found in results if found.outcome == "survived"]  # fmt: skip
+    survivors = [
+        f"{found.name} (accepted)" if found.reason else found.name for found in results if found.outcome == "survived"
+    ]
     caught = sum(found.outcome == "caught" for found in results)
     if needless:
         lines += ["", f"caught although stated to survive: {', '.join(needless)}"]

@@ -30,7 +30,7 @@ from paper.scales import BY_MODEL, SCALES, Scale, resized, with_model
 from paper.steps import Step, carry_out
 from paper.tables import write_results
 
-from dualtok.data.corpora import sotu_passages, wikipedia_leads, write_jsonl
+from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_jsonl
 
 EVERY_CELL = ("headline", "plus", "frontier", "known", "further")
 PARTS = (*CELL_PARTS, *OWN_DATA)
@@ -68,10 +68,11 @@ def plan(scale: Scale, root: Path, parts: list[str], chosen: list[str] | None) -
         return Cell(scale, corpus, seed, root, variant=name, shares=shares)
 
     kinds = {
-        "auxiliary": [variant(f"auxiliary x{factor:g}", resized(scale.shares[corpus], factor))
-                      for factor in scale.auxiliary],
+        "auxiliary": [
+            variant(f"auxiliary x{factor:g}", resized(scale.shares[corpus], factor)) for factor in scale.auxiliary
+        ],
         "pretraining": [variant("pretraining", scale.from_scratch)],
-    }  # fmt: skip
+    }
     for name, variants in kinds.items():
         cells += variants
         if name in parts:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +18,11 @@ from torch.utils.data import DataLoader
 from dualtok.data.manifest import Manifest, ShardEntry, SplitEntry, load_manifest, save_manifest
 from dualtok.data.packing import model_inputs, pack_documents
 from dualtok.data.shards import Shard, blocks_table, shard_name, write_shard
-from dualtok.data.stream import BlockStream
+from dualtok.data.stream.blocks import BlockStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 Batch = dict[str, torch.Tensor]
 LANES = 64
@@ -72,13 +74,27 @@ def link_blocks(prepared: Path, folder: Path, blocks: int) -> Path:
 def _save_manifest(folder: Path, shards: list[ShardEntry], block_length: int) -> None:
     tokens = sum(shard.tokens for shard in shards)
     split = SplitEntry(
-        documents=0, tokens=tokens, predicted_tokens=tokens, blocks=sum(shard.rows for shard in shards), shards=shards,
+        documents=0,
+        tokens=tokens,
+        predicted_tokens=tokens,
+        blocks=sum(shard.rows for shard in shards),
+        shards=shards,
         documents_sha256="0" * 64,  # there is no table of documents; only audits read it
-    )  # fmt: skip
+    )
     manifest = Manifest(
-        config={}, seed=0, tokenizer_fingerprint="none", vocabulary=VOCABULARY, block_length=block_length, lanes=LANES,
-        documents_read=0, exact_duplicates=0, near_duplicates=0, too_short=0, unused=0, splits={"train": split},
-    )  # fmt: skip
+        config={},
+        seed=0,
+        tokenizer_fingerprint="none",
+        vocabulary=VOCABULARY,
+        block_length=block_length,
+        lanes=LANES,
+        documents_read=0,
+        exact_duplicates=0,
+        near_duplicates=0,
+        too_short=0,
+        unused=0,
+        splits={"train": split},
+    )
     save_manifest(manifest, folder)
 
 
@@ -118,9 +134,13 @@ def open_dualtok(prepared: Path, batch_size: int, workers: int) -> Iterator[Batc
 def open_mosaicml(folder: Path, batch_size: int, workers: int) -> Iterator[Batch]:
     """Return StreamingDataset's, shuffled as it is by default (py1e) for one node."""
     dataset = mosaicml().StreamingDataset(
-        local=str(folder), batch_size=batch_size, shuffle=True, shuffle_algo="py1e", shuffle_seed=0,
+        local=str(folder),
+        batch_size=batch_size,
+        shuffle=True,
+        shuffle_algo="py1e",
+        shuffle_seed=0,
         num_canonical_nodes=1,
-    )  # fmt: skip
+    )
     return _endless(dataset, batch_size, workers)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dualtok.launch.config import DeepSpeedLaunchConfig, KubernetesConfig, LaunchConfig, SlurmConfig
+from dualtok.config.launch import DeepSpeedLaunchConfig, KubernetesConfig, LaunchConfig, SlurmConfig
 from dualtok.launch.deepspeed import deepspeed
 from dualtok.launch.job import Job, render
 from dualtok.launch.kubernetes import k8s
@@ -31,10 +31,12 @@ def recipes() -> dict[str, str]:
     ]
     one_host = replace(job, nodes=1, settings=LaunchConfig(), logs="")
     return {
-        **{f"{start}.sh": render("one_host.sh.j2", one_host, recipe=f"launch/{start}.sh", start=start)
-           for start in ("torchrun", "deepspeed")},
+        **{
+            f"{start}.sh": render("one_host.sh.j2", one_host, recipe=f"launch/{start}.sh", start=start)
+            for start in ("torchrun", "deepspeed")
+        },
         **{name: text for start in starts for name, text in start.files.items()},
-    }  # fmt: skip
+    }
 
 
 def _with(job: Job, **sections: DeepSpeedLaunchConfig | SlurmConfig | KubernetesConfig) -> Job:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dualtok.data.manifest import load_manifest
-from dualtok.data.remote import place_of
-from dualtok.data.stream import BlockStream
+from dualtok.data.remote.remote import place_of
+from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_data_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dualtok.data.manifest import Manifest
     from dualtok.data.packing import Segment
-    from dualtok.data.remote import Place
+    from dualtok.data.remote.remote import Place
 
 READ_AT_ONCE = 256
 

@@ -6,34 +6,12 @@ its id alone, on every machine and whatever other documents there are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class LeaveOut:
-    """One of several folds, whose documents are not learned."""
-
-    fold: Annotated[int, Field(ge=0)]
-    """The fold to leave out, counted from 0."""
-
-    folds: Annotated[int, Field(ge=2)]
-    """Folds in all."""
-
-    def __post_init__(self) -> None:
-        """Refuse a fold that is not there."""
-        if self.fold >= self.folds:
-            raise ValueError(f"leave_out.fold: {self.fold} of {self.folds} folds; they are counted from 0")
-
-    def leaves(self, documents: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether each document is left out."""
-        return fold_of(documents, self.folds) == self.fold
 
 
 def fold_of(documents: ArrayLike, folds: int) -> NDArray[np.int64]:

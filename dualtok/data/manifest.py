@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dualtok.data.remote import Place, RemoteFolder, place_of
-from dualtok.data.storage import BadShardError
+from dualtok.data.remote.remote import Place, RemoteFolder, place_of
+from dualtok.data.remote.storage import BadShardError
 from dualtok.errors import DataError
 from dualtok.files import FileName, file_sha256, write_text
 

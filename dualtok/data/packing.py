@@ -9,7 +9,6 @@ Legend: b batch, t position.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,9 +18,10 @@ import torch
 from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-    from dualtok.data.stream import BlockStream
 
 PADDING_ID = 0
 
@@ -119,20 +119,3 @@ def model_inputs(input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int3
         "position_ids": torch.from_numpy(positions.reshape(rows, width)),
         "labels": torch.from_numpy(labels),
     }
-
-
-def document_pieces(
-    stream: BlockStream, documents: NDArray[np.int64], batch_size: int
-) -> dict[int, list[NDArray[np.int64]]]:
-    """Return the token ids of some documents of a split, in the order asked, each cut as it lies in its blocks.
-
-    ``batch_size`` blocks are read at once.
-    """
-    found: dict[int, dict[int, NDArray[np.int64]]] = {int(document): {} for document in documents}
-    for batch, segments in stream.sequential(batch_size, documents=documents):
-        for ids, row in zip(batch["input_ids"].numpy(), segments, strict=True):
-            ends = np.cumsum([piece.length for piece in row])
-            for (document, start, length), end in zip(row, ends, strict=True):
-                if document in found:
-                    found[document][start] = ids[end - length : end]
-    return {document: [parts[start] for start in sorted(parts)] for document, parts in found.items()}

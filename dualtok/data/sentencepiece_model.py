@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
@@ -145,9 +145,10 @@ def _tried(model: SentencePieceProcessor, symbols: list[str]) -> Iterator[tuple[
         for text in (f"a {symbol} b", f"a{symbol}b", f"{symbol} b", f"{symbol}{symbol} "):
             yield "it has user-defined symbols", text
     controls = [
-        model.id_to_piece(i) for i in range(model.get_piece_size())
+        model.id_to_piece(i)
+        for i in range(model.get_piece_size())
         if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-    ]  # fmt: skip
+    ]
     for piece in controls[:TRIED_SYMBOLS]:
         yield "a control piece that is spelled out is taken for the piece itself", f"a {piece} b{piece}"
     yield "a byte piece that is spelled out is taken for the byte", "a <0x0A> b<0x41>"

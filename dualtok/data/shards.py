@@ -5,8 +5,6 @@ Chosen over Parquet by measurement (``tools/bench_shards.py``, figures in ``docs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +12,13 @@ import pyarrow as pa
 
 from dualtok.data.manifest import ShardEntry
 from dualtok.data.packing import Block, Segment
-from dualtok.data.storage import BadShardError
+from dualtok.data.remote.storage import BadShardError
 from dualtok.files import atomic_file, file_sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 SUFFIX = ".arrow"
@@ -57,9 +58,13 @@ def describe_shard(path: Path, lane: int, table: pa.Table) -> ShardEntry:
     """Return the manifest entry of a shard on disk that holds ``table``."""
     lengths = table.column("segments").combine_chunks().flatten().field("length")
     return ShardEntry(
-        file=path.name, lane=lane, rows=table.num_rows, tokens=int(lengths.to_numpy(zero_copy_only=False).sum()),
-        bytes=path.stat().st_size, sha256=file_sha256(path),
-    )  # fmt: skip
+        file=path.name,
+        lane=lane,
+        rows=table.num_rows,
+        tokens=int(lengths.to_numpy(zero_copy_only=False).sum()),
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+    )
 
 
 class Shard:

@@ -9,29 +9,38 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from dualtok.data.remote import place_of
+from dualtok.data.remote.remote import place_of
 from dualtok.data.sentencepiece_model import END_OF_TEXT, load_from_folder, load_sentencepiece, sentencepiece_in
 from dualtok.errors import DataError
 from dualtok.files import atomic_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedTokenizerBase
 
     from dualtok.data.manifest import Manifest
-    from dualtok.data.remote import Place, RemoteFolder
+    from dualtok.data.remote.remote import Place, RemoteFolder
 
 FOLDER = "tokenizer"
 FETCHING, STALE_SECONDS = ".fetching-", 86_400
 KNOWN_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
 """What a tokenizer's folder may hold, for web servers, which cannot be asked for names."""
 
 
@@ -127,9 +136,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
 
@@ -145,8 +156,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: boo
     # An empty text shows which special tokens the tokenizer adds by itself; only a leading BOS is wanted.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     head = [tokenizer.bos_token_id] if adds_bos else []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
-                        split_special_tokens=not special)["input_ids"]  # fmt: skip
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=not special
+    )["input_ids"]
     return [[*head, *ids, tokenizer.eos_token_id] for ids in encoded]
 
 

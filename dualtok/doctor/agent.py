@@ -37,8 +37,11 @@ def tell_versions() -> dict[str, str]:
 
     found = installed_versions(TESTED)
     if torch.cuda.is_available():
-        found |= {"CUDA of torch": str(torch.version.cuda), "GPU": torch.cuda.get_device_name(0),
-                  "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}  # fmt: skip
+        found |= {
+            "CUDA of torch": str(torch.version.cuda),
+            "GPU": torch.cuda.get_device_name(0),
+            "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
+        }
     driver = Path("/sys/module/nvidia/version")
     if driver.is_file():
         found["NVIDIA driver"] = driver.read_text().strip()
@@ -47,9 +50,9 @@ def tell_versions() -> dict[str, str]:
 
 def examine_machine(run: dict[str, Any] | None, folder: str, quick: bool, ranks: int | None) -> list[dict[str, Any]]:
     """Make the checks of one host."""
+    from dualtok.config.run import parse_run
     from dualtok.doctor.examine import machine_checks
     from dualtok.doctor.result import Subject
-    from dualtok.run import parse_run
 
     subject = Subject(Path(folder), None if run is None else parse_run(run), quick)
     return [asdict(result) for result in machine_checks(subject, ranks)]

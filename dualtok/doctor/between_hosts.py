@@ -116,9 +116,13 @@ def check_slots(sessions: Sequence[Session]) -> CheckResult:
     """Compare the ranks per host: DeepSpeed's launcher numbers local ranks as if they were equal."""
     slots = {session.host.name: session.host.slots for session in sessions}
     words = ", ".join(f"{host}: {count}" for host, count in slots.items())
-    return judged("slots", [f"not equal: {words}"] if len(set(slots.values())) > 1 else [], f"equal: {words}",
-                  "give every host as many slots as the smallest has: DeepSpeed's launcher (0.19.8) counts local ranks "
-                  "wrongly otherwise")  # fmt: skip
+    return judged(
+        "slots",
+        [f"not equal: {words}"] if len(set(slots.values())) > 1 else [],
+        f"equal: {words}",
+        "give every host as many slots as the smallest has: DeepSpeed's launcher (0.19.8) counts local ranks "
+        "wrongly otherwise",
+    )
 
 
 def not_run(name: str, error: UnreachableError) -> CheckResult:

@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from dualtok.distributed.deepspeed_config import offloads_optimizer, read_deepspeed_json
+from dualtok.distributed.jit_locks import is_shared, operators_folder, stale_locks
 from dualtok.doctor.result import CheckResult, Subject, judged
-from dualtok.engine.deepspeed_config import offloads_optimizer, read_deepspeed_json
-from dualtok.engine.jit_locks import is_shared, operators_folder, stale_locks
 from dualtok.errors import ConfigError
 
 BUILD_SECONDS = 420
@@ -36,8 +36,13 @@ def check_compiler() -> CheckResult:
         source, program = Path(folder) / "small.cpp", Path(folder) / "small"
         source.write_text(PROGRAM)
         try:
-            subprocess.run([compiler, "-std=c++17", str(source), "-o", str(program)], check=True, capture_output=True,
-                           text=True, timeout=120)  # fmt: skip
+            subprocess.run(
+                [compiler, "-std=c++17", str(source), "-o", str(program)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
             subprocess.run([str(program)], check=True, timeout=60)
             words = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60)
         except FileNotFoundError:
@@ -56,8 +61,12 @@ def check_locks(folder: Path | None = None) -> CheckResult:
     folder = folder or operators_folder()
     stale = stale_locks(folder)
     if stale:
-        return CheckResult(name, "fail", f"left by a killed compilation: {', '.join(map(str, stale))}",
-                           f"rm {' '.join(map(str, stale))}, if no host compiles there now")  # fmt: skip
+        return CheckResult(
+            name,
+            "fail",
+            f"left by a killed compilation: {', '.join(map(str, stale))}",
+            f"rm {' '.join(map(str, stale))}, if no host compiles there now",
+        )
     if is_shared(folder):
         found = f"{folder} lies on a file system that hosts share: they wait for each other's compilations"
         return CheckResult(name, "warn", found, "set TORCH_EXTENSIONS_DIR to a disk of each host")
@@ -113,8 +122,12 @@ def check_operators(names: list[str], *, quick: bool = False, locks: CheckResult
         output.seek(0)
         said = [line for line in output if line.strip()][-1:]
     problem = [f"cannot be built: {''.join(said).strip()[:300]}"] if status else []
-    return judged(name, problem, f"{', '.join(names)}: loaded after {time.perf_counter() - started:.0f} s",
-                  f"mend the compiler (see above), then `{build}`")  # fmt: skip
+    return judged(
+        name,
+        problem,
+        f"{', '.join(names)}: loaded after {time.perf_counter() - started:.0f} s",
+        f"mend the compiler (see above), then `{build}`",
+    )
 
 
 def _is_built(builder_name: str) -> bool:

@@ -119,10 +119,16 @@ def examine_hosts(subject: Subject, hostfile: Path, ssh: str) -> list[CheckResul
                 sessions.append(stack.enter_context(Session(host, ssh)))
                 results.append(CheckResult("ssh", "ok", "enters, and finds dualtok", host=host.name))
             except UnreachableError as error:
-                results.append(CheckResult(
-                    "ssh", "fail", str(error), f"make `{ssh} {host.name} true` work without questions (ssh-copy-id, "
-                    "known_hosts), and have the same Python environment at the same path", host.name,
-                ))  # fmt: skip
+                results.append(
+                    CheckResult(
+                        "ssh",
+                        "fail",
+                        str(error),
+                        f"make `{ssh} {host.name} true` work without questions (ssh-copy-id, "
+                        "known_hosts), and have the same Python environment at the same path",
+                        host.name,
+                    )
+                )
         if sessions:
             results += _each_host(subject, sessions)
             results += _between(subject, sessions)
@@ -175,14 +181,26 @@ def _together(subject: Subject, sessions: Sequence[Session], before: Sequence[Ch
     run = [] if subject.run is None else [check_run(subject.run, ranks)]
     lost = [result.name for result in before if result.name in ("ssh", "ports") and result.status == "fail"]
     if lost:
-        return [*run, *(CheckResult(name, "not-run", f"the hosts cannot work together: see {lost[0]}")
-                        for name in (*NAMES, TRAINING))]  # fmt: skip
+        return [
+            *run,
+            *(
+                CheckResult(name, "not-run", f"the hosts cannot work together: see {lost[0]}")
+                for name in (*NAMES, TRAINING)
+            ),
+        ]
 
     def start(module: str, arguments: list[str]) -> list[Ended]:
         master = f"{sessions[0].host.name}:{sessions[0].ask('free_port')}"
         for node, (session, processes) in enumerate(zip(sessions, counts, strict=True)):
-            job = {"module": module, "arguments": arguments, "processes": processes, "nodes": len(sessions),
-                   "node": node, "master": master, "seconds": SECONDS}  # fmt: skip
+            job = {
+                "module": module,
+                "arguments": arguments,
+                "processes": processes,
+                "nodes": len(sessions),
+                "node": node,
+                "master": master,
+                "seconds": SECONDS,
+            }
             session.send("ranks", job=job)
         return [Ended(**session.receive(SECONDS + 60)) for session in sessions]
 

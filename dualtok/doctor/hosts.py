@@ -19,8 +19,19 @@ from dualtok.errors import DualtokError
 if TYPE_CHECKING:
     from types import TracebackType
 
-PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "DS_", "HF_", "CUDA_", "PYTHONPATH", "TORCH_", "OMP_", "TOKENIZERS_",
-             "LD_LIBRARY_PATH")  # fmt: skip
+PASSED_ON = (
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "DS_",
+    "HF_",
+    "CUDA_",
+    "PYTHONPATH",
+    "TORCH_",
+    "OMP_",
+    "TOKENIZERS_",
+    "LD_LIBRARY_PATH",
+)
 """Beginnings of the environment variables that hosts are given; a launcher must pass the same ones on."""
 ANSWER_SECONDS = 120.0
 SSH = "ssh"
@@ -61,16 +72,26 @@ class Session:
         """
         variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         remote = " ".join(
-            ["cd", shlex.quote(str(Path.cwd())), "&&", "exec", "env",
-             *(shlex.quote(f"{name}={value}") for name, value in variables.items()),
-             shlex.quote(python_here()), "-m", "dualtok.doctor.agent"]
-        )  # fmt: skip
+            [
+                "cd",
+                shlex.quote(str(Path.cwd())),
+                "&&",
+                "exec",
+                "env",
+                *(shlex.quote(f"{name}={value}") for name, value in variables.items()),
+                shlex.quote(python_here()),
+                "-m",
+                "dualtok.doctor.agent",
+            ]
+        )
         self._errors = tempfile.TemporaryFile()  # closed when the session is left
         try:
             self._process = subprocess.Popen(
-                [*self._ssh, *OPTIONS, "--", self.host.name, remote], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [*self._ssh, *OPTIONS, "--", self.host.name, remote],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=self._errors,
-            )  # fmt: skip
+            )
         except OSError as error:
             self._errors.close()
             raise UnreachableError(f"{self._ssh[0]}: {error.strerror}") from None

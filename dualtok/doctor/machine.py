@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from dualtok.distributed.ranks import SHARED_MEMORY
 from dualtok.doctor.result import CheckResult, Subject, judged
-from dualtok.engine.distributed import SHARED_MEMORY
 
 GIB = 2**30
 BUFFER_BYTES = 69 * 2**20
@@ -47,17 +47,23 @@ def check_accelerator(subject: Subject) -> CheckResult:
     if kind == "cpu":
         if shutil.which("nvidia-smi") and os.environ.get("DS_ACCELERATOR") != "cpu":
             return CheckResult(
-                name, "fail", f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no "
-                "GPU", "install a torch built for this driver's CUDA, update the driver, or set DS_ACCELERATOR=cpu",
-            )  # fmt: skip
+                name,
+                "fail",
+                f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU",
+                "install a torch built for this driver's CUDA, update the driver, or set DS_ACCELERATOR=cpu",
+            )
         return CheckResult(name, "ok", f"none: training on {os.cpu_count()} CPU cores")
     count = accelerator.device_count()
     found = (
         f"{count} x {torch.cuda.get_device_name(0) if kind == 'cuda' else kind}, torch for CUDA {torch.version.cuda}"
     )
     if count == 0:
-        return CheckResult(name, "fail", f"DS_ACCELERATOR={kind}, but there is none",
-                           "free the devices (CUDA_VISIBLE_DEVICES), or set DS_ACCELERATOR=cpu")  # fmt: skip
+        return CheckResult(
+            name,
+            "fail",
+            f"DS_ACCELERATOR={kind}, but there is none",
+            "free the devices (CUDA_VISIBLE_DEVICES), or set DS_ACCELERATOR=cpu",
+        )
     half = subject.run is None or subject.run.train is None or subject.run.train.precision == "bf16"
     if half and not accelerator.is_bf16_supported():
         return CheckResult(name, "fail", f"{found}: no bf16", "set train.precision=fp32")
@@ -65,8 +71,12 @@ def check_accelerator(subject: Subject) -> CheckResult:
         free = [torch.cuda.mem_get_info(index) for index in range(count)]
         used = [index for index, (left, whole) in enumerate(free) if left < 0.9 * whole]
         if used:
-            return CheckResult(name, "warn", f"{found}; in use by others: {', '.join(map(str, used))}",
-                               "end what `nvidia-smi` shows, or leave these out with CUDA_VISIBLE_DEVICES")  # fmt: skip
+            return CheckResult(
+                name,
+                "warn",
+                f"{found}; in use by others: {', '.join(map(str, used))}",
+                "end what `nvidia-smi` shows, or leave these out with CUDA_VISIBLE_DEVICES",
+            )
     return CheckResult(name, "ok", found)
 
 
@@ -90,15 +100,21 @@ def check_shared_memory(ranks: int, folder: Path = SHARED_MEMORY) -> CheckResult
     free = shutil.disk_usage(folder).free
     needed = ranks * BUFFER_BYTES
     found = f"{free / GIB:.2f} GiB free in {folder}"
-    remedy = "in a container: --shm-size=8g (Kubernetes: an emptyDir of medium Memory); elsewhere: " \
-             f"mount -o remount,size=8g {folder}"  # fmt: skip
+    remedy = (
+        "in a container: --shm-size=8g (Kubernetes: an emptyDir of medium Memory); elsewhere: "
+        f"mount -o remount,size=8g {folder}"
+    )
     if free < needed:
         return CheckResult(name, "fail", f"{found}; {ranks} ranks need {needed / GIB:.2f}", remedy)
     left = [path for path in folder.glob("deepspeed_allreduce_buffer_*") if not _is_mapped(path)]
     if left:
-        return CheckResult(name, "warn", f"{len(left)} buffers that dead jobs left in {folder}, "
-                           f"{sum(path.stat().st_size for path in left) / GIB:.2f} GiB of memory",
-                           f"rm {folder}/deepspeed_allreduce_buffer_*, when no job runs on this host")  # fmt: skip
+        return CheckResult(
+            name,
+            "warn",
+            f"{len(left)} buffers that dead jobs left in {folder}, "
+            f"{sum(path.stat().st_size for path in left) / GIB:.2f} GiB of memory",
+            f"rm {folder}/deepspeed_allreduce_buffer_*, when no job runs on this host",
+        )
     if free < FREE_SHARED_MEMORY:
         return CheckResult(name, "warn", f"{found}; NCCL and readers of data want 1", remedy)
     return CheckResult(name, "ok", found)
@@ -148,16 +164,24 @@ def check_clock() -> CheckResult:
     if state < 0:
         return CheckResult(name, "not-run", f"the kernel does not say: {os.strerror(ctypes.get_errno())}")
     problem = ["the kernel's clock is not synchronised"] if state == UNSYNCHRONISED else []
-    return judged(name, problem, "synchronised", "start chrony or systemd-timesyncd on the machine; of importance for "
-                  "several hosts: compare them with --hosts", bad="warn")  # fmt: skip
+    return judged(
+        name,
+        problem,
+        "synchronised",
+        "start chrony or systemd-timesyncd on the machine; of importance for several hosts: compare them with --hosts",
+        bad="warn",
+    )
 
 
 def check_network() -> CheckResult:
     """Look whether the interfaces that NCCL and gloo were told to use exist, and whether this host knows its name."""
     name = "network"
     here = sorted(psutil.net_if_addrs())
-    told = {variable: value for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-            if (value := os.environ.get(variable))}  # fmt: skip
+    told = {
+        variable: value
+        for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        if (value := os.environ.get(variable))
+    }
     for variable, value in told.items():
         if not value.startswith("^") and not any(_matches(part, here) for part in value.split(",")):
             remedy = f"set {variable} to the interface that reaches the other hosts (`ip -br addr`)"

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from dualtok.config.train import KERNEL_PRECISIONS
+from dualtok.distributed.deepspeed_config import WRONG_GRADIENTS
+from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.doctor.result import CheckResult, judged
-from dualtok.engine.config import KERNEL_PRECISIONS
-from dualtok.engine.deepspeed_config import WRONG_GRADIENTS
-from dualtok.engine.distributed import join_ranks, leave_ranks
-from dualtok.engine.gradient_check import TOLERANCE, gradient_error
-from dualtok.engine.zero import quiet_deepspeed
 from dualtok.errors import ConfigError
 from dualtok.model.load import DTYPES
 from dualtok.model.loss_backends import KERNELS, MODULES, PACKAGES, WAY_OUT, check_backend
 from dualtok.objective.linear_cross_entropy import linear_cross_entropy
+from dualtok.train.engines.gradient_check import TOLERANCE, gradient_error
+from dualtok.train.engines.zero import quiet_deepspeed
 
 if TYPE_CHECKING:
-    from dualtok.engine.distributed import Ranks
+    from dualtok.distributed.ranks import Ranks
     from dualtok.objective.linear_cross_entropy import LinearCrossEntropy
 
 LINE, DOING = "DUALTOK-DOCTOR ", "DUALTOK-DOING "
@@ -64,14 +64,21 @@ def check_collectives(ranks: Ranks) -> CheckResult:
         share * part.numel() * ranks.world_size * 4 / _seconds(ranks, lambda: dist.all_gather(parts, part), times=3)
     )
     wrong += sum(float((received != rank + 1).sum()) for rank, received in enumerate(parts))
-    found = (f"{ranks.world_size} ranks over {backend}: bus bandwidth of all-reduce {reduce / 1e9:.2f} GB/s, of "
-             f"all-gather {gather / 1e9:.2f} GB/s; latency {latency * 1e6:,.0f} microseconds")  # fmt: skip
+    found = (
+        f"{ranks.world_size} ranks over {backend}: bus bandwidth of all-reduce {reduce / 1e9:.2f} GB/s, of "
+        f"all-gather {gather / 1e9:.2f} GB/s; latency {latency * 1e6:,.0f} microseconds"
+    )
     if float(ranks.sum(torch.tensor([wrong], device=ranks.device))):
         remedy = "a device or link is broken: start fewer devices to find it; NCCL_P2P_DISABLE=1 tells links apart"
         return CheckResult(name, "fail", f"{found}; sums or gathered values are wrong", remedy)
     if min(reduce, gather) < 1e9 * SLOW["cpu" if ranks.device.type == "cpu" else "accelerator"]:
-        return CheckResult(name, "warn", found, "look at the interface with NCCL_DEBUG=INFO (or gloo's), and set "
-                           "NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME, NCCL_IB_HCA")  # fmt: skip
+        return CheckResult(
+            name,
+            "warn",
+            found,
+            "look at the interface with NCCL_DEBUG=INFO (or gloo's), and set "
+            "NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME, NCCL_IB_HCA",
+        )
     return CheckResult(name, "ok", found)
 
 

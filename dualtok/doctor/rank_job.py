@@ -14,7 +14,7 @@ import psutil
 
 from dualtok.doctor.rank_checks import DOING, LINE, NAMES
 from dualtok.doctor.result import CheckResult
-from dualtok.jobs.launch import rank_environment, torchrun
+from dualtok.launch.local import rank_environment, torchrun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,8 +66,14 @@ def run_ranks(job: RankJob) -> Ended:
         where = [f"--nnodes={job.nodes}", f"--node-rank={job.node}", f"--master-addr={host}", f"--master-port={port}"]
     command = torchrun(where, job.processes, job.module, list(job.arguments))
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(command, env=rank_environment(job.processes), start_new_session=True,
-                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            env=rank_environment(job.processes),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         status: int | None = None
         try:
             status = process.wait(job.seconds)
@@ -99,24 +105,34 @@ def _end(pid: int) -> None:
 def results_of(jobs: Sequence[Ended]) -> list[CheckResult]:
     """Return what the ranks of ``rank_checks`` found; each check that they did not get to says why."""
     lines = [line for job in jobs for line in job.output.splitlines()]
-    found = {entry["name"]: CheckResult(**entry) for line in lines if line.startswith(LINE)
-             for entry in [json.loads(line.removeprefix(LINE))]}  # fmt: skip
+    found = {
+        entry["name"]: CheckResult(**entry)
+        for line in lines
+        if line.startswith(LINE)
+        for entry in [json.loads(line.removeprefix(LINE))]
+    }
     missing = [name for name in NAMES if name not in found]
     if not missing:
         return list(found.values())
     doing = next((line.removeprefix(DOING) for line in reversed(lines) if line.startswith(DOING)), "starting")
     failed = next((job for job in jobs if job.status), None)
     if failed is None and any(job.status is None for job in jobs):
-        reason, remedy = f"no answer while {doing}", (
-            "the ranks wait for each other: look at the addresses and interfaces (NCCL_SOCKET_IFNAME, "
-            "GLOO_SOCKET_IFNAME, NCCL_DEBUG=INFO), at firewalls, and at the checks above"
-        )  # fmt: skip
+        reason, remedy = (
+            f"no answer while {doing}",
+            (
+                "the ranks wait for each other: look at the addresses and interfaces (NCCL_SOCKET_IFNAME, "
+                "GLOO_SOCKET_IFNAME, NCCL_DEBUG=INFO), at firewalls, and at the checks above"
+            ),
+        )
     else:
         words = (failed or jobs[0]).last_words()
         reason, remedy = f"the ranks ended while {doing}: {words}", "mend what the message names, and the checks above"
     first, *others = missing
-    return [*found.values(), CheckResult(first, "fail", reason, remedy),
-            *(CheckResult(name, "not-run", f"the ranks had ended: see {first}") for name in others)]  # fmt: skip
+    return [
+        *found.values(),
+        CheckResult(first, "fail", reason, remedy),
+        *(CheckResult(name, "not-run", f"the ranks had ended: see {first}") for name in others),
+    ]
 
 
 def as_job(request: dict[str, object]) -> RankJob:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dualtok.run import RunConfig
+    from dualtok.config.run import RunConfig
 
 Status = Literal["ok", "warn", "fail", "not-run"]
 

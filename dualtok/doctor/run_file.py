@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dualtok.data.mixture import load_sources
+from dualtok.data.stream.mixture import load_sources
+from dualtok.distributed.deepspeed_config import training_config
 from dualtok.doctor.result import CheckResult
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.train import require_reference
 from dualtok.errors import DataError, DualtokError
+from dualtok.train.checks import require_reference
 
 if TYPE_CHECKING:
-    from dualtok.run import RunConfig
+    from dualtok.config.run import RunConfig
 
 
 def check_run(run: RunConfig, ranks: int) -> CheckResult:
@@ -29,8 +29,13 @@ def check_run(run: RunConfig, ranks: int) -> CheckResult:
         run.need("model", "train")
         require_reference(run)
         if ranks % run.train.stages:
-            return CheckResult(name, "warn", f"{run.train.stages} pipeline stages (train.pipeline.stages) cannot share "
-                               f"the {ranks} ranks that are here", "start a multiple of the stages")  # fmt: skip
+            return CheckResult(
+                name,
+                "warn",
+                f"{run.train.stages} pipeline stages (train.pipeline.stages) cannot share "
+                f"the {ranks} ranks that are here",
+                "start a multiple of the stages",
+            )
         if run.train.engine != "opacus":
             training_config(run.train, ranks // run.train.stages)
         sources = load_sources(run.data, run.train.split)

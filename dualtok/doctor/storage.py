@@ -52,11 +52,20 @@ def check_disk(folder: Path, *, quick: bool = False) -> CheckResult:
         return CheckResult(name, "fail", f"{folder}: {size // MIB} MiB cannot be written: {error.strerror}", remedy)
     found = f"{folder}: {free / GIB:.0f} GiB free, writes {write / MIB:,.0f} MiB/s, reads {read / MIB:,.0f} MiB/s"
     if free < FREE_BYTES:
-        return CheckResult(name, "warn", found, "free space: a checkpoint has 12 bytes per parameter, and while one is "
-                           "written the one before stays")  # fmt: skip
+        return CheckResult(
+            name,
+            "warn",
+            found,
+            "free space: a checkpoint has 12 bytes per parameter, and while one is written the one before stays",
+        )
     if write < SLOW:
-        return CheckResult(name, "warn", found, "choose an output_dir on a faster disk, fewer checkpoints "
-                           "(train.checkpoint_every), or train.checkpoint_in_background=true")  # fmt: skip
+        return CheckResult(
+            name,
+            "warn",
+            found,
+            "choose an output_dir on a faster disk, fewer checkpoints "
+            "(train.checkpoint_every), or train.checkpoint_in_background=true",
+        )
     return CheckResult(name, "ok", found)
 
 

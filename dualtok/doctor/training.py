@@ -10,34 +10,40 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dualtok.data.config import DataConfig
-from dualtok.data.corpora import write_jsonl
-from dualtok.data.prepare import prepare
+from dualtok.config.data import DataConfig
+from dualtok.data.prepare.pipeline import prepare
+from dualtok.data.sources.corpora import write_jsonl
 from dualtok.doctor.result import CheckResult
-from dualtok.engine.checkpoint import find_checkpoint
-from dualtok.engine.metrics import read_history
 from dualtok.errors import DualtokError
 from dualtok.files import write_text
+from dualtok.train.checkpoints.writer import find_checkpoint
+from dualtok.train.metrics import read_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dualtok.config.run import RunConfig
     from dualtok.doctor.rank_job import Ended
-    from dualtok.run import RunConfig
 
 NAME = "training"
 STEPS = 2
 DOCUMENTS, WORDS, VOCABULARY, BLOCK = 120, 60, 300, 32
 ACCUMULATION = 2
-TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 2 * BLOCK}  # fmt: skip
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2 * BLOCK,
+}
 KEPT = ("engine", "pipeline", "deepspeed", "precision", "loss_backend")
 """Settings of the section ``train`` that are the run's own."""
 
 
 def check_training(
     folder: Path, run: RunConfig | None, ranks: int, start: Callable[[list[str]], Sequence[Ended]]
-) -> CheckResult:  # fmt: skip
+) -> CheckResult:
     """Train a tiny model for two steps and write its checkpoint.
 
     Args:
@@ -69,8 +75,10 @@ def _outcome(ended: Sequence[Ended], output: Path) -> tuple[str, str]:
         return failed.last_words(), "mend what the message names; `dualtok train` with this run would end alike"
     late = next((host for host in ended if host.status is None), None)
     if late is not None:
-        return (f"no end before the deadline; last line: {late.last_words()}",
-                "the ranks wait for each other: see the checks above, and the interfaces")  # fmt: skip
+        return (
+            f"no end before the deadline; last line: {late.last_words()}",
+            "the ranks wait for each other: see the checks above, and the interfaces",
+        )
     losses = [row["loss"] for row in read_history(output / "metrics.jsonl")]
     shown = f"losses {', '.join(f'{loss:.3f}' for loss in losses)}"
     if len(losses) != STEPS or not all(map(math.isfinite, losses)):
@@ -94,13 +102,23 @@ def _write_run(folder: Path, run: RunConfig | None, ranks: int) -> tuple[Path, d
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(200)]
     source = write_jsonl((" ".join(draw.choices(words, k=WORDS)) for _ in range(DOCUMENTS)), folder / "text.jsonl")
-    data: dict[str, Any] = {"dir": str(folder / "prepared"), "source": str(source), "block_length": BLOCK, "lanes": 4,
-                            "vocab_size": VOCABULARY, "near_duplicate_threshold": None}  # fmt: skip
+    data: dict[str, Any] = {
+        "dir": str(folder / "prepared"),
+        "source": str(source),
+        "block_length": BLOCK,
+        "lanes": 4,
+        "vocab_size": VOCABULARY,
+        "near_duplicate_threshold": None,
+    }
     prepare(DataConfig(**data), progress=False)
     section: dict[str, Any] = {
-        "learning_rate": 1e-3, "steps": STEPS, "batch_size": 2 * ACCUMULATION * ranks, "evaluation_blocks": 4,
-        "gradient_accumulation": ACCUMULATION, "checkpoint_every": STEPS,
-    }  # fmt: skip
+        "learning_rate": 1e-3,
+        "steps": STEPS,
+        "batch_size": 2 * ACCUMULATION * ranks,
+        "evaluation_blocks": 4,
+        "gradient_accumulation": ACCUMULATION,
+        "checkpoint_every": STEPS,
+    }
     settings = {} if run is None else run.as_dict()
     if train is not None:
         section |= {key: settings["train"][key] for key in KEPT}
@@ -108,16 +126,22 @@ def _write_run(folder: Path, run: RunConfig | None, ranks: int) -> tuple[Path, d
             section["pipeline"]["balance"] = "layers"  # a list would be one of the run's own layers
     layers = max(2, 1 if train is None else train.stages)
     tiny: dict[str, Any] = {
-        "output_dir": str(folder / "run"), "data": data, "objective": "dual",
-        "model": {"config": {**TINY, "num_hidden_layers": layers}}, "train": section,
-        "monitor": {"tensorboard": False, "hang_seconds": 600}, "selection": {"tau": 10.0},
-    }  # fmt: skip
+        "output_dir": str(folder / "run"),
+        "data": data,
+        "objective": "dual",
+        "model": {"config": {**TINY, "num_hidden_layers": layers}},
+        "train": section,
+        "monitor": {"tensorboard": False, "hang_seconds": 600},
+        "selection": {"tau": 10.0},
+    }
     if section.get("engine") == "opacus":
         tiny |= {"objective": "causal_lm", "selection": None, "privacy": {"epsilon": 8.0, "delta": 1e-3}}
     else:
         mode = "resident" if run is None or run.reference is None else run.reference.mode
-        tiny["reference"] = {"model": str(_write_reference(folder, layers)),
-                             "mode": mode if mode in ("offload", "cpu") else "resident"}  # fmt: skip
+        tiny["reference"] = {
+            "model": str(_write_reference(folder, layers)),
+            "mode": mode if mode in ("offload", "cpu") else "resident",
+        }
     file = folder / "run.yaml"
     write_text(file, yaml.safe_dump(tiny, sort_keys=False))
     return file, tiny

@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
+from dualtok.distributed.deepspeed_config import refuse_wrong_gradients
 from dualtok.doctor.result import CheckResult
-from dualtok.engine.deepspeed_config import refuse_wrong_gradients
 from dualtok.errors import ConfigError
 from dualtok.versions import installed_versions
 
@@ -51,8 +51,11 @@ def check_versions() -> CheckResult:
     if outside:
         return CheckResult(name, "fail", "; ".join(outside), INSTALL)
     have = installed_versions(TESTED)
-    other = [f"{package} {have[package]} (tested: {tested})" for package, tested in TESTED.items()
-             if package in have and have[package].partition("+")[0] != tested]  # fmt: skip
+    other = [
+        f"{package} {have[package]} (tested: {tested})"
+        for package, tested in TESTED.items()
+        if package in have and have[package].partition("+")[0] != tested
+    ]
     if other:
         return CheckResult(name, "warn", f"never tested with {', '.join(other)}", f"if something fails: {INSTALL}")
     main = ", ".join(f"{package} {have[package]}" for package in ("python", "torch", "deepspeed", "transformers"))

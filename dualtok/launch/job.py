@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 if TYPE_CHECKING:
-    from dualtok.launch.config import LaunchConfig
+    from dualtok.config.launch import LaunchConfig
 
 CARRIED = (
-    "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_HOME", "OMP_NUM_THREADS",
-    "LOCAL_SIZE", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
-)  # fmt: skip
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "TORCH_EXTENSIONS_DIR",
+    "TRITON_CACHE_DIR",
+    "HF_HOME",
+    "OMP_NUM_THREADS",
+    "LOCAL_SIZE",
+    "TOKENIZERS_PARALLELISM",
+    "DS_ACCELERATOR",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+)
 """Variables that ranks on other hosts need and that neither ssh nor pdsh nor mpirun carries there by itself."""
 
 
@@ -72,12 +83,20 @@ def render(template: str, job: Job, *, fixed: bool | None = None, **context: Any
         return f'{name}="{value}"' if fixed else f'{name}="${{{name}:-{value}}}"'
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dualtok.launch"), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("dualtok.launch"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
     environment.filters["quote"] = shlex.quote
     carried = (*CARRIED, *(name for name in job.settings.environment if name not in CARRIED))
     return environment.get_template(template).render(
-        job=job, settings=job.settings, arguments=shlex.join(job.arguments), carried=" ".join(carried), setting=setting,
+        job=job,
+        settings=job.settings,
+        arguments=shlex.join(job.arguments),
+        carried=" ".join(carried),
+        setting=setting,
         **context,
-    )  # fmt: skip
+    )

@@ -59,9 +59,19 @@ HEADERS = {
 def pytorch_job(job: Job) -> Json:
     """Return a PyTorchJob: the operator tells each pod's torchrun the rendezvous through ``PET_*`` variables."""
     command = [
-        job.python, "-m", "torch.distributed.run", "--log-dir", f"{job.logs}/$(POD_NAME)", "--redirects", "3",
-        "--tee", "3", "-m", "dualtok", *_arguments(job),
-    ]  # fmt: skip
+        job.python,
+        "-m",
+        "torch.distributed.run",
+        "--log-dir",
+        f"{job.logs}/$(POD_NAME)",
+        "--redirects",
+        "3",
+        "--tee",
+        "3",
+        "-m",
+        "dualtok",
+        *_arguments(job),
+    ]
     pod_name = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
     patience = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(job.settings.stop_seconds)}
     pod = _pod(job, "pytorch", command, [pod_name, patience])
@@ -72,9 +82,12 @@ def pytorch_job(job: Job) -> Json:
         "spec": {
             "nprocPerNode": str(job.gpus),
             "elasticPolicy": {
-                "rdzvBackend": "c10d", "rdzvPort": job.settings.port, "maxRestarts": job.settings.restarts,
+                "rdzvBackend": "c10d",
+                "rdzvPort": job.settings.port,
+                "maxRestarts": job.settings.restarts,
                 "rdzvConf": [{"key": name, "value": str(value)} for name, value in waits.items()],
-                "minReplicas": job.settings.min_nodes or job.nodes, "maxReplicas": job.nodes,
+                "minReplicas": job.settings.min_nodes or job.nodes,
+                "maxReplicas": job.nodes,
             },
             "runPolicy": _policy(job),
             # A pod that failed or was evicted is started again and meets the others at a new rendezvous.
@@ -82,7 +95,7 @@ def pytorch_job(job: Job) -> Json:
                 "Worker": {"replicas": job.nodes, "restartPolicy": "OnFailure", "template": {"spec": pod}}
             },
         },
-    }  # fmt: skip
+    }
 
 
 def mpi_job(job: Job) -> Json:
@@ -92,10 +105,26 @@ def mpi_job(job: Job) -> Json:
     for layer in () if interface is None else ("btl", "oob"):  # Open MPI's own connections
         options += ["--mca", f"{layer}_tcp_if_include", str(interface)]
     command = [
-        "bash", "-c", HAND_ON, "launcher", "mpirun", "--allow-run-as-root", "-n", str(job.nodes * job.gpus),
-        "--map-by", f"ppr:{job.gpus}:node", "--bind-to", "none", *options, "--output-filename", job.logs, job.python,
-        "-m", "dualtok", *_arguments(job),
-    ]  # fmt: skip
+        "bash",
+        "-c",
+        HAND_ON,
+        "launcher",
+        "mpirun",
+        "--allow-run-as-root",
+        "-n",
+        str(job.nodes * job.gpus),
+        "--map-by",
+        f"ppr:{job.gpus}:node",
+        "--bind-to",
+        "none",
+        *options,
+        "--output-filename",
+        job.logs,
+        job.python,
+        "-m",
+        "dualtok",
+        *_arguments(job),
+    ]
     launcher = _pod(job, "launcher", command, [], accelerators=False)
     worker = _pod(job, "worker", ["sleep", "infinity"], [])
     return {
@@ -132,9 +161,13 @@ def _environment(job: Job) -> list[dict[str, Any]]:
     settings = job.settings
     cache = settings.cache_dir or CACHE
     values = {
-        "TORCH_EXTENSIONS_DIR": f"{cache}/torch_extensions", "TRITON_CACHE_DIR": f"{cache}/triton",
-        "HF_HOME": f"{cache}/huggingface", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(job.gpus), "NCCL_DEBUG": "WARN",
-    }  # fmt: skip
+        "TORCH_EXTENSIONS_DIR": f"{cache}/torch_extensions",
+        "TRITON_CACHE_DIR": f"{cache}/triton",
+        "HF_HOME": f"{cache}/huggingface",
+        "OMP_NUM_THREADS": "1",
+        "LOCAL_SIZE": str(job.gpus),
+        "NCCL_DEBUG": "WARN",
+    }
     if settings.interface is not None:
         values |= {"NCCL_SOCKET_IFNAME": settings.interface, "GLOO_SOCKET_IFNAME": settings.interface}
     return [{"name": name, "value": value} for name, value in (values | settings.environment).items()]

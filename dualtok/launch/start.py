@@ -23,11 +23,15 @@ from dualtok.launch.torchrun import torchrun
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dualtok.run import RunConfig
+    from dualtok.config.run import RunConfig
 
 BACKENDS: dict[str, Callable[[Job], Start]] = {
-    "deepspeed": deepspeed, "torchrun": torchrun, "slurm": slurm, "mpi": mpi, "k8s": k8s,
-}  # fmt: skip
+    "deepspeed": deepspeed,
+    "torchrun": torchrun,
+    "slurm": slurm,
+    "mpi": mpi,
+    "k8s": k8s,
+}
 SCRIPTS = "launch"
 """Folder within a run's ``output_dir`` for what is written here."""
 VERBS = ("train", "score", "audit")
@@ -35,9 +39,15 @@ VERBS = ("train", "score", "audit")
 
 
 def plan_start(
-    run: RunConfig, run_file: Path, overrides: Sequence[str], *, verb: str, backend: str, nodes: int | None,
+    run: RunConfig,
+    run_file: Path,
+    overrides: Sequence[str],
+    *,
+    verb: str,
+    backend: str,
+    nodes: int | None,
     gpus: int | None,
-) -> Start:  # fmt: skip
+) -> Start:
     """Return what starts a run on ``nodes`` hosts with ``gpus`` ranks each; nothing is written or started.
 
     Args:
@@ -75,12 +85,16 @@ def plan_start(
     if local:
         _check_paths(str(Path.cwd()), str(folder), sys.executable)
     job = Job(
-        nodes, gpus, settings,
+        nodes,
+        gpus,
+        settings,
         arguments=(verb, str(run_file.absolute() if local else run_file), *passed_on, *resume),
-        folder=str(Path.cwd()) if local else None, python=sys.executable if local else "python",
+        folder=str(Path.cwd()) if local else None,
+        python=sys.executable if local else "python",
         logs=str((folder if local else Path(run.output_dir)) / "logs"),
-        scripts=str(folder / SCRIPTS), name=_job_name(run.output_dir),
-    )  # fmt: skip
+        scripts=str(folder / SCRIPTS),
+        name=_job_name(run.output_dir),
+    )
     return BACKENDS[backend](job)
 
 
@@ -99,7 +113,7 @@ def check_ranks(run: RunConfig, ranks: int) -> None:
     train = run.need("train", "launch")
     if train.engine == "opacus":
         return
-    from dualtok.engine.deepspeed_config import training_config
+    from dualtok.distributed.deepspeed_config import training_config
 
     stages = 1 if train.pipeline is None else train.pipeline.stages
     if ranks % stages:

@@ -22,7 +22,7 @@ from torch import nn
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.files import grant_as_umask_does
 from dualtok.model.empty import empty_causal_lm
-from dualtok.model.weights import first_difference, model_folder
+from dualtok.model.folder.weights import first_difference, model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from dualtok.model.config import LoraConfig
+    from dualtok.config.model import LoraConfig
 
 TRAINED = "trained"
 """peft's name of the adapter in training; part of its parameters' names."""
@@ -70,9 +70,14 @@ def lora_settings(lora: LoraConfig, config: PretrainedConfig, base: str | None =
             )
     transposed = any(_is_transposed(module) for module in empty_causal_lm(config).modules())
     return peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets or known),
-        fan_in_fan_out=transposed, task_type="CAUSAL_LM", base_model_name_or_path=base,
-    )  # fmt: skip
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets or known),
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
 
 
 def linear_layers(config: PretrainedConfig) -> list[str]:
@@ -227,9 +232,17 @@ def read_adapter_settings(folder: Path, config: PretrainedConfig) -> peft.LoraCo
         raise ConfigError(f"reference.adapter: {folder} cannot be read as a peft adapter: {reason}") from None
     if not isinstance(settings, peft.LoraConfig):
         raise ConfigError(f"reference.adapter: {folder} holds a {settings.peft_type} adapter; only LoRA is supported")
-    extras = [key for key in ("modules_to_save", "use_dora", "trainable_token_indices", "target_parameters",
-                              "megatron_config")  # peft imports whatever module it names
-              if getattr(settings, key, None)]  # fmt: skip
+    extras = [
+        key
+        for key in (
+            "modules_to_save",
+            "use_dora",
+            "trainable_token_indices",
+            "target_parameters",
+            "megatron_config",
+        )  # peft imports whatever module it names
+        if getattr(settings, key, None)
+    ]
     if extras or settings.bias != "none":
         raise ConfigError(
             f"reference.adapter: {folder} changes more than linear layers ({', '.join(extras) or 'bias'}); merge it "

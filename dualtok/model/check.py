@@ -6,16 +6,17 @@ what it has seen, and an audit of it would find nothing.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualtok.data.tokenizer import read_tokenizer, vocabulary_size
 from dualtok.errors import ConfigError, DataError
 from dualtok.model.empty import empty_causal_lm
+from dualtok.model.folder.weights import WeightFiles, model_folder
 from dualtok.model.load import read_model_config
-from dualtok.model.weights import WeightFiles, model_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from dualtok.data.folder import DataFolder
@@ -30,9 +31,14 @@ SAMPLE = (
 
 
 def check_model(
-    path: str | Path, data: DataFolder, *, origin: str, attention: str | None = None, trust_remote_code: bool = False,
+    path: str | Path,
+    data: DataFolder,
+    *,
+    origin: str,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
     setting: str = "model.trust_remote_code",
-) -> PretrainedConfig:  # fmt: skip
+) -> PretrainedConfig:
     """Return a model's configuration after comparing its folder with itself and with prepared blocks.
 
     Args:
@@ -104,8 +110,10 @@ def check_same_tokenizer(folder: Path, data: DataFolder, *, origin: str) -> None
         ours, own = (_cut(tokenizer, text) for tokenizer in (data.tokenizer, theirs))
         if ours != own:
             place = next(i for i in range(len(ours) + 1) if ours[: i + 1] != own[: i + 1])
-            there, here = (tokenizer.convert_ids_to_tokens(ids[place : place + 3])
-                           for tokenizer, ids in ((theirs, own), (data.tokenizer, ours)))  # fmt: skip
+            there, here = (
+                tokenizer.convert_ids_to_tokens(ids[place : place + 3])
+                for tokenizer, ids in ((theirs, own), (data.tokenizer, ours))
+            )
             raise ConfigError(
                 f"{origin}: its tokenizer cuts text otherwise than the blocks': {text!r} goes on with {there} there "
                 f"and with {here} in the blocks after {place} tokens; {advice}"

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 NO_MODEL = (
-    ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ZeroDivisionError, AssertionError,
-)  # fmt: skip
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ZeroDivisionError,
+    AssertionError,
+)
 """What architectures raise on a configuration that describes no model, e.g. an activation that nobody knows."""
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +20,9 @@ from dualtok.files import grant_as_umask_does, write_text
 from dualtok.model.empty import NO_MODEL, no_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from transformers import PretrainedConfig, PreTrainedModel
 
 SHARD_BYTES = 512 * 2**20

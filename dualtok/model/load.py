@@ -12,14 +12,14 @@ import torch
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.model.adapters import CONFIG_FILE
 from dualtok.model.empty import NO_MODEL, empty_causal_lm
+from dualtok.model.folder.weights import WeightFiles, model_folder
 from dualtok.model.own_code import needs_own_code, refusal
-from dualtok.model.weights import WeightFiles, model_folder
 from dualtok.objective.linear_cross_entropy import LogitScaling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from dualtok.model.config import ModelConfig
+    from dualtok.config.model import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -102,9 +102,14 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
 
 
 def load_causal_lm(
-    path: Path | str, *, precision: str = "fp32", attention: str = "sdpa", activation_checkpointing: bool = False,
-    quantise: str | None = None, trust_remote_code: bool = False,
-) -> PreTrainedModel:  # fmt: skip
+    path: Path | str,
+    *,
+    precision: str = "fp32",
+    attention: str = "sdpa",
+    activation_checkpointing: bool = False,
+    quantise: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Load a causal language model that honours the position-based document boundaries of packed blocks.
 
     Under an active ``HfDeepSpeedConfig`` of ZeRO stage 3 the weights are partitioned while they are read.
@@ -119,7 +124,7 @@ def load_causal_lm(
 
     Raises:
         ConfigError: the folder does not hold exactly the model that its ``config.json`` describes
-            (:class:`dualtok.model.weights.WeightFiles`), it needs code that is not trusted, its architecture takes no
+            (:class:`.folder.weights.WeightFiles`), it needs code that is not trusted, its architecture takes no
             ``position_ids``, or bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
@@ -132,9 +137,13 @@ def load_causal_lm(
     WeightFiles(folder, empty)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[precision], attn_implementation=attention, trust_remote_code=trust_remote_code,
-            weights_only=True, **extra,
-        )  # fmt: skip
+            folder,
+            dtype=DTYPES[precision],
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            **extra,
+        )
     except (OSError, ImportError, *NO_MODEL) as error:
         raise ConfigError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())[:240]}") from None
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -155,9 +164,11 @@ def _nf4(precision: str) -> object:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("model.quantise: needs the package bitsandbytes; pip install 'dualtok[qlora]'")
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
-    )  # fmt: skip
+    )
 
 
 def logit_scaling(config: PretrainedConfig) -> LogitScaling:

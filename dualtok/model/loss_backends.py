@@ -60,9 +60,13 @@ def load_backend(
         )
     kernel = KERNELS[name]
     check_backend(
-        name, kernel, device, DTYPES[precision], scaling=logit_scaling(causal_lm.config),
+        name,
+        kernel,
+        device,
+        DTYPES[precision],
+        scaling=logit_scaling(causal_lm.config),
         bias=getattr(causal_lm.get_output_embeddings(), "bias", None) is not None,
-    )  # fmt: skip
+    )
     return kernel
 
 
@@ -136,9 +140,14 @@ def _cut_cross_entropy(
         )
     # filter_eps would drop small gradients; a factor of the logits is one of the hidden states.
     losses: torch.Tensor = cut(
-        hidden_nd * scaling.factor, weight_vd, labels_n, IGNORED_LABEL, softcap=scaling.softcap, reduction="none",
+        hidden_nd * scaling.factor,
+        weight_vd,
+        labels_n,
+        IGNORED_LABEL,
+        softcap=scaling.softcap,
+        reduction="none",
         filter_eps=None,
-    )  # fmt: skip
+    )
     return losses.float()
 
 
@@ -154,9 +163,15 @@ def _liger(
 
     bias = None if bias_v is None else bias_v * scaling.factor
     losses: torch.Tensor = liger_fused_linear_cross_entropy(
-        hidden_nd * scaling.factor, weight_vd, labels_n, bias=bias, ignore_index=IGNORED_LABEL, reduction="none",
-        softcap=scaling.softcap, accum_dtype=torch.float32,
-    )  # fmt: skip
+        hidden_nd * scaling.factor,
+        weight_vd,
+        labels_n,
+        bias=bias,
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
+        softcap=scaling.softcap,
+        accum_dtype=torch.float32,
+    )
     return losses.float()
 
 

@@ -45,11 +45,7 @@ class TokenLossModel(nn.Module):
     """
 
     def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        *,
-        memory_mib: float | None = None,
-        kernel: LinearCrossEntropy | None = None,
+        self, causal_lm: PreTrainedModel, *, memory_mib: float | None = None, kernel: LinearCrossEntropy | None = None
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
@@ -110,9 +106,7 @@ class SignalModel(TokenLossModel):
     """Like :class:`TokenLossModel`, but returns the audit's signals; one block at a time, to bound memory."""
 
     def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        signals: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
+        self, causal_lm: PreTrainedModel, signals: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
     ) -> None:
         super().__init__(causal_lm)
         self._signals = signals

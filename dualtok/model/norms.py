@@ -6,9 +6,12 @@ With torch 2.13 the 2-norm of 64 million elements comes out .5 % too small there
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 CHUNK = 1 << 20
 """Elements that are held in float64 at one time."""

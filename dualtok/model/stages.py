@@ -17,7 +17,7 @@ from torch import nn
 
 from dualtok.errors import ConfigError
 from dualtok.model.empty import empty_causal_lm
-from dualtok.model.weights import WeightFiles
+from dualtok.model.folder.weights import WeightFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from dualtok.model.config import ModelConfig
+    from dualtok.config.model import ModelConfig
 
 
 @dataclass(frozen=True)

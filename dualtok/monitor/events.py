@@ -40,8 +40,14 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 }
 """TensorBoard's page of custom scalars: charts by category, each of all scalars whose names match."""
 
-HPARAM_METRICS = ("loss/plain", "evaluation/validation_loss", "evaluation/member_gap", "evaluation/ref_auc",
-                  "throughput/tokens_per_second", "throughput/mfu")  # fmt: skip
+HPARAM_METRICS = (
+    "loss/plain",
+    "evaluation/validation_loss",
+    "evaluation/member_gap",
+    "evaluation/ref_auc",
+    "throughput/tokens_per_second",
+    "throughput/mfu",
+)
 """Scalars beside which TensorBoard's page HParams shows a run's settings."""
 
 
@@ -139,8 +145,11 @@ class EventWriter:
         """
         from torch.utils.tensorboard.summary import hparams
 
-        shown = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                 for name, value in values.items() if value is not None}  # fmt: skip
+        shown = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
 
         def write(writer: SummaryWriter) -> None:
             # SummaryWriter.add_hparams would make a run of its own; the third summary says that the run has ended.

@@ -41,7 +41,7 @@ class RunProgress:
                 TextColumn("{task.fields[detail]}"),
                 TimeRemainingColumn(),
                 console=console,
-            )  # fmt: skip
+            )
             self._task = self._bar.add_task(title, total=total, completed=start, detail="")
 
     def __enter__(self) -> RunProgress:

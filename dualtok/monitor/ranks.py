@@ -11,14 +11,7 @@ from dualtok.monitor.timing import COMMUNICATION, OTHER, PHASES, PIPELINE, StepT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PEAK_TFLOPS = {
-    "A100": 312.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-}
+PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200 NVL": 835.0, "H200": 989.0}
 """Dense bf16 TFLOP/s of devices by a part of their name, the more exact name first; NVIDIA's data sheets, where the
 figures of Hopper devices are given with sparsity, that is doubled."""
 
@@ -69,9 +62,14 @@ class RankTimes:
         phases = {name: values.pop(name) for name in PHASES}
         depth = values["queue_depth"]
         return cls(
-            values["wall"], phases, values["busy"], values["tokens"], None if depth < 0 else depth,
-            round(values["shards_opened"]), round(values["shards_ready"]),
-        )  # fmt: skip
+            values["wall"],
+            phases,
+            values["busy"],
+            values["tokens"],
+            None if depth < 0 else depth,
+            round(values["shards_opened"]),
+            round(values["shards_ready"]),
+        )
 
 
 @dataclass(frozen=True)

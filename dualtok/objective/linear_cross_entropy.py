@@ -185,9 +185,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _logits(hidden_cd, weight_vd, bias_v, scaling, out=slopes_cv)
                 logits_kv, source_c = slopes_cv, None
             _slopes(
-                logits_kv, source_c, labels_n[tokens_c], log_sum_c=log_sum_r[chosen_c],
-                weight_c=gradient_r[chosen_c] * scaling.factor, scaling=scaling, out=slopes_cv,
-            )  # fmt: skip
+                logits_kv,
+                source_c,
+                labels_n[tokens_c],
+                log_sum_c=log_sum_r[chosen_c],
+                weight_c=gradient_r[chosen_c] * scaling.factor,
+                scaling=scaling,
+                out=slopes_cv,
+            )
             if into_hidden is not None:
                 into_hidden[tokens_c] = slopes_cv @ weight_vd
             if into_weight is not None:

@@ -14,8 +14,8 @@ import torch
 
 from dualtok.objective.goldfish import GoldfishConfig, goldfish_mask
 from dualtok.objective.head import IGNORED_LABEL
-from dualtok.objective.plan import DualLoss, TokenPlan, apply_plan, plan_dual, plan_mean
 from dualtok.objective.selection import Gather, Normalize, SelectionConfig, full_mask
+from dualtok.objective.token_weights import DualLoss, TokenPlan, apply_plan, plan_dual, plan_mean
 
 __all__ = [
     "OBJECTIVES",
@@ -81,9 +81,16 @@ def dual_loss(
             ``normalize`` is unknown.
     """
     plan = plan_dual(
-        [token_loss], [reference_loss], [mask], hard_share=hard_share, memorised_share=memorised_share, tau=tau,
-        alpha=alpha, normalize=normalize, gather=gather,
-    )[0]  # fmt: skip
+        [token_loss],
+        [reference_loss],
+        [mask],
+        hard_share=hard_share,
+        memorised_share=memorised_share,
+        tau=tau,
+        alpha=alpha,
+        normalize=normalize,
+        gather=gather,
+    )[0]
     return apply_plan(plan, token_loss)
 
 
@@ -262,9 +269,12 @@ class Goldfish(Objective):
 
     def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
         kept = goldfish_mask(
-            batch["input_ids"], batch["position_ids"], batch["labels"],
-            drop_every=self.config.drop_every, context=self.config.context,
-        ).to(token_loss.device)  # fmt: skip
+            batch["input_ids"],
+            batch["position_ids"],
+            batch["labels"],
+            drop_every=self.config.drop_every,
+            context=self.config.context,
+        ).to(token_loss.device)
         predicted = full_mask(token_loss, _predicted(token_loss, batch))
         return plan_mean(token_loss, predicted, kept, _reference(token_loss, batch), gather)
 

@@ -121,9 +121,16 @@ def _order(option: Option, own: int) -> tuple[float, ...]:
 def _spreads(job: Job, layers: int, cluster: Cluster, dealt: Deal) -> Iterator[Job]:
     """Yield the layouts of the ranks, each with the batch still to be set."""
     plain = replace(
-        job, ranks=cluster.ranks, engine="zero", stages=1, layers_per_stage=None, keep_gathered=False,
-        offload_parameters="none", offload_optimizer="none", zero_stage=3,
-    )  # fmt: skip
+        job,
+        ranks=cluster.ranks,
+        engine="zero",
+        stages=1,
+        layers_per_stage=None,
+        keep_gathered=False,
+        offload_parameters="none",
+        offload_optimizer="none",
+        zero_stage=3,
+    )
     lowest = 0 if job.precision == "fp32" else 1
     for stage in range(lowest, 3 if job.quantised else 4):
         yield replace(plain, zero_stage=stage)
@@ -153,9 +160,7 @@ def _batched(job: Job, blocks: int, own: int) -> Iterator[Job]:
         if rows % micro_batches or (micro_batches > MOST_MICRO_BATCHES and micro_batches != own):
             continue
         for again in (False, True):
-            yield replace(
-                job, rows=rows // micro_batches, micro_batches=micro_batches, activation_checkpointing=again
-            )  # fmt: skip
+            yield replace(job, rows=rows // micro_batches, micro_batches=micro_batches, activation_checkpointing=again)
 
 
 def _where(place: Place) -> str:

@@ -6,7 +6,6 @@ the replicas, as it must, and the result says so. Each point is the fastest layo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +14,8 @@ from dualtok.plan.memory import Job
 from dualtok.plan.speed import model_flops
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from dualtok.plan.hardware import Cluster
     from dualtok.plan.layouts import Option
     from dualtok.plan.shape import ModelShape
@@ -86,9 +87,16 @@ def _jobs(shape: ModelShape, family: Family, gpus: int, length: int, tokens: int
         replicas = gpus // stages
         each = max(1, tokens // length // replicas)
         plain = Job(
-            ranks=gpus, length=length, rows=1, stages=stages, engine="zero" if family == "zero3" else family,
-            zero_stage=1 if family == "pipeline" else 3, skips_masked=True, reference="stored", data_workers=0,
-        )  # fmt: skip
+            ranks=gpus,
+            length=length,
+            rows=1,
+            stages=stages,
+            engine="zero" if family == "zero3" else family,
+            zero_stage=1 if family == "pipeline" else 3,
+            skips_masked=True,
+            reference="stored",
+            data_workers=0,
+        )
         for power in range(MOST_ROWS.bit_length()):
             rows = 2**power
             if each % rows == 0:

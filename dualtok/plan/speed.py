@@ -178,7 +178,7 @@ def _scoring(shape: ModelShape, reference: ModelShape, job: Job, cluster: Cluste
     if job.scores_step:
         seconds += forward_seconds(
             shape, job.micro_batches * job.tokens, job.length, cluster, job.precision, skips=skips
-        )  # fmt: skip
+        )
     if job.reference == "adapter":
         seconds += forward_seconds(shape, tokens, job.length, cluster, job.precision, skips=skips)
     if job.reference in ("resident", "offload"):

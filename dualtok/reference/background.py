@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
-    from dualtok.data.stream import Batch
+    from dualtok.data.stream.blocks import Batch
 
 START_SECONDS = 600.0
 """Longest time that a worker may take to load its model."""
@@ -65,9 +65,12 @@ class BackgroundReference:
     """
 
     def __init__(
-        self, settings: WorkerSettings, prefetch: int, share: Share | None = None,
+        self,
+        settings: WorkerSettings,
+        prefetch: int,
+        share: Share | None = None,
         on_forward: Callable[[float, float], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._prefetch = prefetch
         self._share = share or Share()
         self._on_forward = on_forward

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from dualtok.errors import ConfigError
-from dualtok.model.weights import WEIGHT_PATTERNS, model_folder
+from dualtok.model.folder.weights import WEIGHT_PATTERNS, model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from dualtok.config.reference import ReferenceConfig
     from dualtok.data.manifest import Manifest
-    from dualtok.reference.config import ReferenceConfig
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,15 @@ def blocks_digest(*manifests: Manifest) -> str:
     """Return the SHA-256 over the checksums of all shards of all splits, in the order of their names; of several
     folders that are mixed, folder by folder."""
     folders = [
-        "\n".join(sorted(f"{split}/{shard.file}:{shard.sha256}" for split, entry in manifest.splits.items()
-                         for shard in entry.shards))
+        "\n".join(
+            sorted(
+                f"{split}/{shard.file}:{shard.sha256}"
+                for split, entry in manifest.splits.items()
+                for shard in entry.shards
+            )
+        )
         for manifest in manifests
-    ]  # fmt: skip
+    ]
     return hashlib.sha256("\n\n".join(folders).encode()).hexdigest()
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from dualtok.data.remote import Place, RemoteFile, RemoteFolder, place_of
+from dualtok.data.remote.remote import Place, RemoteFile, RemoteFolder, place_of
+from dualtok.data.remote.storage import BadShardError
 from dualtok.data.shards import only_chunk
-from dualtok.data.storage import BadShardError
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, file_sha256, write_text
 from dualtok.reference.fingerprint import Fingerprint
@@ -196,11 +196,15 @@ class StoredScores:
         if not file.sha256 or (is_local and not Path(path).is_file()):
             raise BadShardError(f"{path}: no reference losses for shard {shard.file}; {again}")
         if is_local and hashed and file_sha256(path) != file.sha256:
-            raise BadShardError(f"{path}: checksum differs from {INDEX}, the scores of shard {shard.file} were "
-                                f"altered; delete the file and {again}")  # fmt: skip
+            raise BadShardError(
+                f"{path}: checksum differs from {INDEX}, the scores of shard {shard.file} were "
+                f"altered; delete the file and {again}"
+            )
         if is_local and not is_scored(Path(path), shard):
-            raise BadShardError(f"{path}: these scores were made from another version of shard {shard.file}; "
-                                f"delete the file and {again}")  # fmt: skip
+            raise BadShardError(
+                f"{path}: these scores were made from another version of shard {shard.file}; "
+                f"delete the file and {again}"
+            )
 
     def _map(self, stem: str) -> np.ndarray:
         file = self._files[stem]

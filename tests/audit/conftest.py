@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import numpy as np
 import pytest
 
-from dualtok.audit.attacks import AttackContext
-from dualtok.audit.config import SHADOW_ATTACKS, AttackName, AuditConfig
-from dualtok.audit.evaluate import audit_model
-from dualtok.audit.report_data import (
-    AuditReport,
-    Checks,
-    Estimate,
-    ModelAudit,
-    SelectionSeries,
-    TrainingSeries,
-)
-from dualtok.audit.signals import Signals
+from dualtok.audit.attacks.base import AttackContext
+from dualtok.audit.attacks.registry import names_of
+from dualtok.audit.report.data import AuditReport, Checks, Estimate, ModelAudit, SelectionSeries, TrainingSeries
+from dualtok.audit.settings import AuditConfig
+from dualtok.audit.signals.signals import Signals
+from dualtok.audit.statistics.evaluate import audit_model
 
 MakeSignals = Callable[..., Signals]
 
-ATTACK_NAMES = tuple(name for name in get_args(AttackName) if name not in SHADOW_ATTACKS)
-"""Every attack that needs no shadow models."""
+ATTACK_NAMES = names_of("single_pass", "joint", "knows_defence")
+"""Every attack that needs neither reruns nor shadow models."""
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +50,12 @@ def model_rows(make_signals: MakeSignals) -> list[ModelAudit]:
         rng = np.random.default_rng(first)
         ids = {first + place: rng.integers(0, 40, length) for place, length in enumerate(lengths)}
         classes[kind] = AttackContext(
-            reference=reference, zlib_bytes=sizes, token_ids=ids, frequencies=np.full(40, 1 / 40),
+            reference=reference,
+            zlib_bytes=sizes,
+            token_ids=ids,
+            frequencies=np.full(40, 1 / 40),
             kl_from_reference={document: rng.random(len(own), np.float32) for document, own in ids.items()},
-        )  # fmt: skip
+        )
 
     def row(name: str, member_loss: float, *, contexts: bool = True) -> ModelAudit:
         return audit_model(

@@ -7,17 +7,27 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from tests.support import ROOT, environment
 
-PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "/usr/sbin/sshd": "openssh-server", "ssh": "openssh-client",
-            "pdsh": "pdsh", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux",
-            "ps": "procps"}  # fmt: skip
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PROGRAMS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "/usr/sbin/sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "ps": "procps",
+}
 """What is run, and the Debian package that it comes in."""
 INTERFACE = "eth0"
 START = """
@@ -57,8 +67,12 @@ def missing() -> str | None:
     packages = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
     if packages:
         return f"not installed: {', '.join(packages)}"
-    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--mount-proc", "true"],
-                           capture_output=True, text=True, check=False)  # fmt: skip
+    tried = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--mount-proc", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -77,8 +91,14 @@ class Host:
     def start(self, command: Sequence[str], log: IO[str], **variables: str) -> subprocess.Popen[str]:
         """Run a command on the host, in the repository."""
         enter = ["nsenter", f"--target={self.init}", "--net", "--uts", "--mount", "--pid", "--ipc", f"--wd={ROOT}"]
-        return subprocess.Popen([*enter, *command], env=environment(**variables), text=True, stdout=log,
-                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)  # fmt: skip
+        return subprocess.Popen(
+            [*enter, *command],
+            env=environment(**variables),
+            text=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
 
     def commands(self) -> list[str]:
         """Return the command lines of all that runs on the host."""
@@ -119,9 +139,14 @@ class Cluster:
     @property
     def variables(self) -> dict[str, str]:
         """What a job needs to be told on each host; with another PATH, another ninja would compile all again."""
-        return {"PATH": os.environ["PATH"], "GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu",
-                "TORCH_EXTENSIONS_DIR": str(self.folder / "operators"), "OMP_NUM_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+        return {
+            "PATH": os.environ["PATH"],
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "DS_ACCELERATOR": "cpu",
+            "TORCH_EXTENSIONS_DIR": str(self.folder / "operators"),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
 
     def mend(self) -> None:
         """Undo what was done to the cables, and wait until every host can be reached again."""
@@ -172,8 +197,23 @@ def _write_files(folder: Path, addresses: dict[str, str]) -> None:
 
 def _start_host(folder: Path, name: str, address: str, switch: str, cable: str) -> Host:
     script = START.format(folder=folder, name=name)
-    command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork",
-               "--kill-child", "--mount-proc", "sh", "-c", script]  # fmt: skip
+    command = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "unshare",
+        "--net",
+        "--uts",
+        "--mount",
+        "--pid",
+        "--ipc",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "sh",
+        "-c",
+        script,
+    ]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     _wait(lambda: bool(children.read_text().strip()), f"{name} did not start")

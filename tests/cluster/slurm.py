@@ -11,14 +11,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import psutil
 
 from tests.support import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so")
@@ -90,8 +93,10 @@ class Slurm:
             self._start("slurmctld", "-D")
             for node in self.nodes:
                 self.bring_up(node)
-            self._wait("the nodes", lambda: self("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split()
-                       == ["idle"] * len(self.nodes))  # fmt: skip
+            self._wait(
+                "the nodes",
+                lambda: self("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split() == ["idle"] * len(self.nodes),
+            )
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -121,9 +126,14 @@ class Slurm:
     def submit(self, *arguments: str, folder: Path, **variables: str) -> str:
         """``sbatch`` and return the job's number."""
         result = subprocess.run(
-            ["sbatch", "--parsable", *arguments], env={**self.environment, **variables}, cwd=folder,
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            ["sbatch", "--parsable", *arguments],
+            env={**self.environment, **variables},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout.strip()
 
@@ -140,8 +150,11 @@ class Slurm:
         """Kill all that runs on a node, and mark it down, as the controller itself would after ``SlurmdTimeout``
         (five minutes)."""
         marks = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}
-        tasks = [process for process in psutil.process_iter(["environ"])
-                 if marks.items() <= (process.info["environ"] or {}).items()]  # fmt: skip
+        tasks = [
+            process
+            for process in psutil.process_iter(["environ"])
+            if marks.items() <= (process.info["environ"] or {}).items()
+        ]
         above = {parent for task in tasks for parent in task.parents() if parent.name() == "slurmstepd"}
         assert above, f"nothing runs on {node}"
         self._of_nodes[node].kill()
@@ -161,8 +174,10 @@ class Slurm:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         host, ports = socket.gethostname(), [free_port() for _ in range(1 + len(self.nodes))]
-        nodes = [f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:2"
-                 for node, port in zip(self.nodes, ports[1:], strict=True)]  # fmt: skip
+        nodes = [
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:2"
+            for node, port in zip(self.nodes, ports[1:], strict=True)
+        ]
         text = CONFIGURATION.format(host=host, folder=self.folder, ports=ports, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(text)
         for number in range(2):  # a device must be a file, but no more than that

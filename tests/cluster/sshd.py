@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
@@ -34,8 +37,10 @@ def ssh_daemon(folder: Path) -> Iterator[str]:
             assert daemon.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.1)
-        yield (f"-p {port} -i {folder / 'user'} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "
-               "-o LogLevel=ERROR")  # fmt: skip
+        yield (
+            f"-p {port} -i {folder / 'user'} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "
+            "-o LogLevel=ERROR"
+        )
     finally:
         daemon.terminate()
         daemon.wait(20)

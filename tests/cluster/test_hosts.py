@@ -9,17 +9,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from tests.cluster.netns import INTERFACE, Cluster, Host, cluster, missing
-from tests.data.servers import CREDENTIALS, s3_server, upload
+from tests.data.remote.servers import CREDENTIALS, s3_server, upload
 from tests.e2e.test_users_sentence import SEED, SHARDED, TRAIN, WIDE
 from tests.support import dualtok, history, partitioned_json, save_model, succeed, tiny_llama_config, write_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 REASON = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -53,8 +55,16 @@ class Job:
     def __init__(self, hosts: Cluster, host: Host, run: Path, *options: str, **variables: str) -> None:
         self.log = run.parent / f"{host.name}.log"
         self.rank_logs = run.with_suffix("") / "logs"
-        command = [sys.executable, "-m", "dualtok", "launch", str(run), f"launch.interface={INTERFACE}",
-                   "launch.restarts=1", *options]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "dualtok",
+            "launch",
+            str(run),
+            f"launch.interface={INTERFACE}",
+            "launch.restarts=1",
+            *options,
+        ]
         with self.log.open("w", encoding="utf-8") as stream:
             self.process = host.start(command, stream, **{**hosts.variables, **variables})
 
@@ -108,8 +118,9 @@ def assert_alike(run: Path, expected: Path) -> None:
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for name in COLUMNS:
         if others[0].get(name) is not None:
-            np.testing.assert_allclose([row[name] for row in rows], [row[name] for row in others], rtol=1e-5,
-                                       err_msg=name)  # fmt: skip
+            np.testing.assert_allclose(
+                [row[name] for row in rows], [row[name] for row in others], rtol=1e-5, err_msg=name
+            )
 
 
 def ranks_on(host: Host) -> list[str]:
@@ -124,9 +135,13 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
     over none, then on the remaining host."""
     reference = save_model(tmp_path / "reference", seed=7, initializer_range=WIDE)
     config = tiny_llama_config(num_hidden_layers=4, tie_word_embeddings=False, initializer_range=WIDE)
-    common = {"seed": SEED, "objective": "dual", "model": {"config": config},
-              "reference": {"mode": "offload", "model": str(reference)},
-              "monitor": {"log_every": 1, "heartbeat_seconds": PATIENCE}}  # fmt: skip
+    common = {
+        "seed": SEED,
+        "objective": "dual",
+        "model": {"config": config},
+        "reference": {"mode": "offload", "model": str(reference)},
+        "monitor": {"log_every": 1, "heartbeat_seconds": PATIENCE},
+    }
     train = {**TRAIN, "checkpoint_every": 2, "deepspeed": partitioned_json(tmp_path)}
     alone = write_run(tmp_path / "alone.yaml", small_corpus, train=train, **common)
     one_host = write_run(tmp_path / "one_host.yaml", small_corpus, train={**train, **SHARDED}, **common)
@@ -135,13 +150,22 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
 
     first, second = hosts.hosts[:2]
     with s3_server(hosts.gateway) as url:
-        data = {"dir": upload(Path(small_corpus["dir"]), url, "blocks"),
-                "stream": {"endpoint_url": url, "cache_dir": str(tmp_path / "cache")}}  # fmt: skip
+        data = {
+            "dir": upload(Path(small_corpus["dir"]), url, "blocks"),
+            "stream": {"endpoint_url": url, "cache_dir": str(tmp_path / "cache")},
+        }
         run = write_run(tmp_path / "run.yaml", data, train={**train, **SHARDED}, **common)
         # LOCAL_SIZE as a start on one host may have left it: with it DeepSpeed looks for all ranks in shared memory.
-        options = ["--backend=torchrun", "--nodes=2", "--gpus=2", "launch.master=host-a", "launch.min_nodes=1",
-                   "launch.torchrun.last_call_seconds=10", "launch.torchrun.read_seconds=10",
-                   "launch.environment={LOCAL_SIZE: '4'}"]  # fmt: skip
+        options = [
+            "--backend=torchrun",
+            "--nodes=2",
+            "--gpus=2",
+            "launch.master=host-a",
+            "launch.min_nodes=1",
+            "launch.torchrun.last_call_seconds=10",
+            "launch.torchrun.read_seconds=10",
+            "launch.environment={LOCAL_SIZE: '4'}",
+        ]
         variables = {**CREDENTIALS, "AWS_EC2_METADATA_DISABLED": "true"}
         jobs = [Job(hosts, host, run, *options, **variables) for host in (first, second)]
         wait_for(lambda: steps_done(run) >= 2, jobs[0], DEADLINE)
@@ -157,8 +181,10 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
         assert [(row["host"], row["ranks"]) for row in beats] == [("host-a", [0, 1]), ("host-b", [2, 3])]
         second.cut()
         seconds = wait_for(jobs[0].error_lines, jobs[0], NAMED_WITHIN)
-        print(f"{during - 2} steps in {slow:.0f} s over the slow cable, {beats[1]['round_trip_seconds']} s for a beat; "
-              f"named after {seconds:.1f} s: {jobs[0].error_lines()[0]}")  # fmt: skip
+        print(
+            f"{during - 2} steps in {slow:.0f} s over the slow cable, {beats[1]['round_trip_seconds']} s for a beat; "
+            f"named after {seconds:.1f} s: {jobs[0].error_lines()[0]}"
+        )
         assert "host host-b (ranks 2-3) has not been heard from for 10 s" in jobs[0].error_lines()[0]
         wait_for(jobs[1].error_lines, jobs[1], NAMED_WITHIN)
         assert "host host-a (ranks 0-1), which the others meet at, has not been heard from" in jobs[1].error_lines()[0]
@@ -175,10 +201,22 @@ def test_the_users_sentence_over_two_hosts_goes_on_when_one_is_lost(
 def zero_3(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """Return the sections of a run, and the file of one that three ranks of one host have finished."""
     folder = tmp_path_factory.mktemp("zero_3")
-    train = {"learning_rate": 5e-3, "batch_size": 12, "steps": 9, "precision": "fp32", "checkpoint_every": 2,
-             "deepspeed": partitioned_json(folder)}  # fmt: skip
-    sections = {"data": small_corpus, "seed": SEED, "model": {"config": tiny_llama_config()}, "train": train,
-                "objective": "causal_lm", "monitor": {"log_every": 1}}  # fmt: skip
+    train = {
+        "learning_rate": 5e-3,
+        "batch_size": 12,
+        "steps": 9,
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        "deepspeed": partitioned_json(folder),
+    }
+    sections = {
+        "data": small_corpus,
+        "seed": SEED,
+        "model": {"config": tiny_llama_config()},
+        "train": train,
+        "objective": "causal_lm",
+        "monitor": {"log_every": 1},
+    }
     one_host = write_run(folder / "one_host.yaml", **sections)
     succeed(dualtok("train", one_host, ranks=3, timeout=DEADLINE))
     return sections, one_host

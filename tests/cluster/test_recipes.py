@@ -9,20 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
-from dualtok.launch.config import LaunchConfig
+from dualtok.config.launch import LaunchConfig
 from dualtok.launch.job import Job
 from dualtok.launch.kubernetes import mpi_job
 from tests.cluster.processes import rank_processes
 from tests.cluster.sshd import HOSTS, ssh_daemon
 from tests.e2e.test_launchers import run_file
 from tests.support import ROOT, dualtok, environment, free_port, history, succeed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 DEADLINE = 800
@@ -57,12 +59,25 @@ def run(small_corpus: dict[str, Any], tmp_path: Path) -> Path:
 def start(recipe: str, run: Path, **variables: str) -> subprocess.Popen[str]:
     """Start a recipe in the run's folder for two hosts with one rank each."""
     port = str(free_port())
-    settings = {"NODES": "2", "GPUS": "1", "PORT": port, "MASTER": HOSTS[0], "HOSTFILE": str(run.parent / "hosts"),
-                "INTERFACE": "lo", "LOGS": str(run.parent / "logs"), "PYTHONPATH": str(ROOT)}  # fmt: skip
+    settings = {
+        "NODES": "2",
+        "GPUS": "1",
+        "PORT": port,
+        "MASTER": HOSTS[0],
+        "HOSTFILE": str(run.parent / "hosts"),
+        "INTERFACE": "lo",
+        "LOGS": str(run.parent / "logs"),
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.Popen(
-        [ROOT / "launch" / recipe, "train", run, "--auto-resume"], env=environment(**{**settings, **variables}),
-        cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        [ROOT / "launch" / recipe, "train", run, "--auto-resume"],
+        env=environment(**{**settings, **variables}),
+        cwd=run.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def stop(process: subprocess.Popen[str]) -> None:
@@ -104,8 +119,10 @@ def expect(run: Path, losses: list[float], logs: str, count: int = 2) -> None:
 def test_torchrun_on_every_host(run: Path, undisturbed: list[float]) -> None:
     """A rank is killed on one of two hosts: both start their ranks again and go on from the checkpoint."""
     job = {"JOB": "one", "RESTARTS": "1"}
-    hosts = [start("torchrun_nodes.sh", run, LOGS=str(run.parent / "logs" / name), PORT="29671", **job)
-             for name in ("a", "b")]  # fmt: skip
+    hosts = [
+        start("torchrun_nodes.sh", run, LOGS=str(run.parent / "logs" / name), PORT="29671", **job)
+        for name in ("a", "b")
+    ]
     wait_for_steps(run, 15, hosts[0])
     rank_processes(run)[-1].kill()
     finish(*hosts)
@@ -170,14 +187,25 @@ def test_an_evicted_launcher_pod_of_an_mpi_job_leaves_a_checkpoint(run: Path, un
     """The manifest's own command in the variables of its container, for one host: what needs no cluster of it."""
     carried = {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
     settings = LaunchConfig(interface="lo", environment={**carried, "PYTHONPATH": str(ROOT)})
-    job = Job(1, 2, settings, arguments=("train", str(run), "--auto-resume"), python=sys.executable,
-              logs=str(run.parent / "logs"))  # fmt: skip
+    job = Job(
+        1,
+        2,
+        settings,
+        arguments=("train", str(run), "--auto-resume"),
+        python=sys.executable,
+        logs=str(run.parent / "logs"),
+    )
     [pod] = mpi_job(job)["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
     variables = {entry["name"]: entry["value"] for entry in pod["env"]}
     launcher = subprocess.Popen(
-        pod["command"], env=environment(**variables, OMPI_MCA_rmaps_base_oversubscribe="1"), cwd=run.parent,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        pod["command"],
+        env=environment(**variables, OMPI_MCA_rmaps_base_oversubscribe="1"),
+        cwd=run.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     wait_for_steps(run, 15, launcher)
     launcher.terminate()
     shown = finish(launcher, status=75)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +12,10 @@ from tests.cluster.processes import rank_processes
 from tests.cluster.slurm import Slurm, missing
 from tests.e2e.test_launchers import run_file
 from tests.support import ROOT, dualtok, environment, history, succeed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 DEADLINE = 800
@@ -39,10 +41,18 @@ def undisturbed(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathF
 def submit(cluster: Slurm, recipe: str, run: Path, *options: str, partition: str = "low", **variables: str) -> str:
     """Submit a recipe as it is for two nodes with one rank each."""
     return cluster.submit(
-        "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", f"--partition={partition}", *options,
-        str(ROOT / "launch" / recipe), "train", str(run), "--auto-resume",
-        folder=run.parent, **environment(LOGS=str(run.parent / "logs"), PYTHONPATH=str(ROOT), **variables),
-    )  # fmt: skip
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gres=gpu:1",
+        f"--partition={partition}",
+        *options,
+        str(ROOT / "launch" / recipe),
+        "train",
+        str(run),
+        "--auto-resume",
+        folder=run.parent,
+        **environment(LOGS=str(run.parent / "logs"), PYTHONPATH=str(ROOT), **variables),
+    )
 
 
 def wait(cluster: Slurm, what: str, happened: Callable[[], bool], run: Path, seconds: float = DEADLINE) -> None:
@@ -94,10 +104,26 @@ def test_the_notice_before_the_time_limit_requeues_torchrun(
     """``dualtok launch`` writes and submits a job of two minutes. Slurm looks every 30 s whether a notice is due, here
     30 to 60 s after the start; a start that has done no step by then gets another."""
     run = run_file(small_corpus, tmp_path / "timed.yaml", train={**SETTINGS, "steps": 10**6, "evaluate_every": 10**6})
-    options = ["launch.slurm.start=torchrun", "launch.slurm.gres=null", "launch.slurm.partition=low",
-               "launch.slurm.time=00:02:00", "launch.stop_seconds=60"]  # fmt: skip
-    submitted = dualtok("launch", run, *options, "--backend", "slurm", "--nodes", 2, "--gpus", 1,
-                        SLURM_CONF=cluster.environment["SLURM_CONF"], PYTHONPATH=str(ROOT))  # fmt: skip
+    options = [
+        "launch.slurm.start=torchrun",
+        "launch.slurm.gres=null",
+        "launch.slurm.partition=low",
+        "launch.slurm.time=00:02:00",
+        "launch.stop_seconds=60",
+    ]
+    submitted = dualtok(
+        "launch",
+        run,
+        *options,
+        "--backend",
+        "slurm",
+        "--nodes",
+        2,
+        "--gpus",
+        1,
+        SLURM_CONF=cluster.environment["SLURM_CONF"],
+        PYTHONPATH=str(ROOT),
+    )
     found = re.search(r"Submitted batch job (\d+)", succeed(submitted))
     assert found, submitted.stdout
     job = found[1]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from dualtok.data import staged
-from dualtok.data.corpora import sotu_passages, write_jsonl
-from dualtok.data.prepare import prepare
+from dualtok.data.prepare import staged
+from dualtok.data.prepare.pipeline import prepare
+from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from tests import warm
-from tests.data.preparing import CHUNK, PASSAGES, settings_of
-from tests.data.servers import CREDENTIALS, s3_server
+from tests.data.prepare.preparing import CHUNK, PASSAGES, settings_of
+from tests.data.remote.servers import CREDENTIALS, s3_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -68,4 +71,4 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Repeat failed attempts at once, nearly."""
-    monkeypatch.setattr("dualtok.data.storage.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("dualtok.data.remote.storage.FIRST_PAUSE", 0.01)

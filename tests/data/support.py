@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from dualtok.data.config import DataConfig
+from dualtok.config.data import DataConfig
 from dualtok.data.manifest import Manifest, SplitEntry, save_manifest
 from dualtok.data.packing import Block, pack_documents
-from dualtok.data.prepare import DOCUMENT
+from dualtok.data.prepare.pipeline import DOCUMENT
 from dualtok.data.shards import blocks_table, write_shard
-from dualtok.data.stream import DOCUMENTS
+from dualtok.data.stream.blocks import DOCUMENTS
 from dualtok.files import file_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 BLOCK_LENGTH = 8
 SHARES = {"train": 0.5, "reference": 0.1, "attack_reference": 0.1, "probe": 0.1, "validation": 0.1, "held_out": 0.1}
@@ -39,25 +42,42 @@ def write_prepared(
             shards.append(write_shard(folder / "train", lane, number, table))
     table = pa.Table.from_pylist(
         [
-            {"doc": doc, "sha256": hashlib.sha256(ids.tobytes()).hexdigest(), "n_tokens": len(ids),
-             "n_characters": 0, "zlib_bytes": 0}
+            {
+                "doc": doc,
+                "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+                "n_tokens": len(ids),
+                "n_characters": 0,
+                "zlib_bytes": 0,
+            }
             for doc, ids in documents
         ],
         schema=DOCUMENT,
-    )  # fmt: skip
+    )
     with pa.ipc.new_file(str(folder / "train" / DOCUMENTS), DOCUMENT) as writer:
         writer.write_table(table)
     tokens = sum(len(ids) for _, ids in documents)
     entry = SplitEntry(
-        documents=len(documents), tokens=tokens, blocks=len(blocks), shards=shards,
+        documents=len(documents),
+        tokens=tokens,
+        blocks=len(blocks),
+        shards=shards,
         predicted_tokens=tokens - sum(len(block.segments) for block in blocks),
         documents_sha256=file_sha256(folder / "train" / DOCUMENTS),
-    )  # fmt: skip
+    )
     manifest = Manifest(
-        config={}, seed=seed, tokenizer_fingerprint="none", vocabulary=len(documents) + 1, block_length=BLOCK_LENGTH,
-        lanes=lanes, documents_read=len(documents), exact_duplicates=0, near_duplicates=0, too_short=0, unused=0,
+        config={},
+        seed=seed,
+        tokenizer_fingerprint="none",
+        vocabulary=len(documents) + 1,
+        block_length=BLOCK_LENGTH,
+        lanes=lanes,
+        documents_read=len(documents),
+        exact_duplicates=0,
+        near_duplicates=0,
+        too_short=0,
+        unused=0,
         splits={"train": entry},
-    )  # fmt: skip
+    )
     save_manifest(manifest, folder)
     return folder
 
@@ -65,6 +85,11 @@ def write_prepared(
 def data_config(folder: Path, **changes: object) -> DataConfig:
     """Return a small ``data`` section with all six splits."""
     section: dict[str, object] = {
-        "dir": str(folder), "block_length": 64, "lanes": 4, "vocab_size": 400, "shares": SHARES, **changes,
-    }  # fmt: skip
+        "dir": str(folder),
+        "block_length": 64,
+        "lanes": 4,
+        "vocab_size": 400,
+        "shares": SHARES,
+        **changes,
+    }
     return DataConfig(**section)  # type: ignore[arg-type]  # pydantic checks the values

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualtok.data.folds import LeaveOut, fold_of, in_shadow
+from dualtok.config.folds import LeaveOut
+from dualtok.data.folds import fold_of, in_shadow
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream import BlockStream
+from dualtok.data.stream.blocks import BlockStream
 from dualtok.objective.head import IGNORED_LABEL
 
 

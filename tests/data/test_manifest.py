@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from dualtok.data.manifest import FORMAT_VERSION, MANIFEST, check_shard, load_manifest, save_manifest, split_entry
 from dualtok.errors import DataError
 from tests.data.support import whole_documents, write_prepared
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,9 @@ from dualtok.data.packing import Block, pack_documents
 from dualtok.data.shards import Shard, blocks_table, describe_shard, schema, write_shard
 from dualtok.errors import DataError
 from dualtok.files import file_sha256
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BLOCK_LENGTH = 16
 

@@ -5,30 +5,32 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import sentencepiece
 
-from dualtok.data.corpora import sotu_passages
-from dualtok.data.tokenizer import (
-    END_OF_TEXT,
-    encode,
-    fingerprint,
-    load_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
+from dualtok.data.sources.corpora import sotu_passages
+from dualtok.data.tokenizer import END_OF_TEXT, encode, fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
 ODD_TEXTS = [
-    "naïve café \u2013 “quoted” 漢字 \U0001f600", "ﬁne ½ Ⅷ e\u0301", "digits 1776, 3.14159 and 10,000",
-    "a\nb\n\nc", "UPPER lower MiXeD", "", "x", "https://example.org/?q=1&r=%20", "   two   spaces   ", "tab\there",
-]  # fmt: skip
+    "naïve café \u2013 “quoted” 漢字 \U0001f600",
+    "ﬁne ½ Ⅷ e\u0301",
+    "digits 1776, 3.14159 and 10,000",
+    "a\nb\n\nc",
+    "UPPER lower MiXeD",
+    "",
+    "x",
+    "https://example.org/?q=1&r=%20",
+    "   two   spaces   ",
+    "tab\there",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +43,20 @@ def model_file(request: pytest.FixtureRequest, passages: list[str], tmp_path_fac
     """Train a small SentencePiece model: unigram, BPE, or BPE as Llama's: byte fallback, split digits, identity."""
     prefix = tmp_path_factory.mktemp("spm") / request.param
     like_llama: dict[str, Any] = {
-        "byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity",
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
-    }  # fmt: skip
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(passages[:200]), model_prefix=str(prefix), vocab_size=1000, minloglevel=2,
-        model_type="unigram" if request.param == "unigram" else "bpe", num_threads=1,
+        sentence_iterator=iter(passages[:200]),
+        model_prefix=str(prefix),
+        vocab_size=1000,
+        minloglevel=2,
+        model_type="unigram" if request.param == "unigram" else "bpe",
+        num_threads=1,
         **(like_llama if request.param == "bytes" else {}),
-    )  # fmt: skip
+    )
     return prefix.with_suffix(".model")
 
 
@@ -107,10 +115,7 @@ def test_the_fingerprint_follows_the_vocabulary_not_the_folder(
     same = {fingerprint(load_tokenizer(tmp_path / name)) for name in ("first", "second")}
     assert same == {fingerprint(trained)}
     encode(trained, ["a text that was encoded meanwhile"])
-    others = [
-        train_tokenizer(passages[:100], 499),
-        train_tokenizer(passages[100:200], 500),
-    ]
+    others = [train_tokenizer(passages[:100], 499), train_tokenizer(passages[100:200], 500)]
     changed = tmp_path / "changed"
     shutil.copytree(tmp_path / "first", changed)
     values = json.loads((changed / "tokenizer.json").read_text())
@@ -197,15 +202,25 @@ WHITE = ["final newline\n", "a\r\nb\r\n\r\nc", "a\rb", "  a   b  ", "a \n\n b", 
 IDENTITY: dict[str, Any] = {"normalization_rule_name": "identity"}
 KEPT: dict[str, Any] = {"remove_extra_whitespaces": False}
 OWN_IDS: dict[str, dict[str, Any]] = {
-    "unigram": {}, "unigram, bytes": {"byte_fallback": True}, "bpe": {"model_type": "bpe"},
-    "identity": IDENTITY, "identity, bpe": {"model_type": "bpe", **IDENTITY},
-    "white space kept": KEPT, "white space kept, bpe, bytes": {"model_type": "bpe", "byte_fallback": True, **KEPT},
+    "unigram": {},
+    "unigram, bytes": {"byte_fallback": True},
+    "bpe": {"model_type": "bpe"},
+    "identity": IDENTITY,
+    "identity, bpe": {"model_type": "bpe", **IDENTITY},
+    "white space kept": KEPT,
+    "white space kept, bpe, bytes": {"model_type": "bpe", "byte_fallback": True, **KEPT},
     "identity, white space kept": {"model_type": "bpe", **IDENTITY, **KEPT},
     "control symbols": {"control_symbols": ["<ctl>", "<|turn|>"]},
     "symbols without a space in front": {
-        "model_type": "bpe", "user_defined_symbols": ["<sep>", "\n"], "add_dummy_prefix": False, **IDENTITY, **KEPT},
-    "no space in front": {"add_dummy_prefix": False}, "digits": {"split_digits": True, "model_type": "bpe"},
-}  # fmt: skip
+        "model_type": "bpe",
+        "user_defined_symbols": ["<sep>", "\n"],
+        "add_dummy_prefix": False,
+        **IDENTITY,
+        **KEPT,
+    },
+    "no space in front": {"add_dummy_prefix": False},
+    "digits": {"split_digits": True, "model_type": "bpe"},
+}
 """Kinds of models that tokenizers can follow."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "symbols": ({"model_type": "bpe", "user_defined_symbols": ["<sep>"]}, "it has user-defined symbols; "),
@@ -216,9 +231,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def trained_model(folder: Path, passages: list[str], **settings: Any) -> Path:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(passages[:200]), model_prefix=str(folder / "odd"), vocab_size=1000, minloglevel=2,
-        num_threads=1, **settings,
-    )  # fmt: skip
+        sentence_iterator=iter(passages[:200]),
+        model_prefix=str(folder / "odd"),
+        vocab_size=1000,
+        minloglevel=2,
+        num_threads=1,
+        **settings,
+    )
     return folder / "odd.model"
 
 
@@ -252,8 +271,9 @@ def test_a_model_that_cannot_be_followed_is_refused_with_the_reason(
 def test_tokens_that_a_folder_adds_to_its_model_keep_their_ids(passages: list[str], tmp_path: Path) -> None:
     file = trained_model(tmp_path, passages)
     shutil.copyfile(file, tmp_path / "tokenizer.model")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
-        {"eos_token": {"content": "<|end|>"}, "chat_template": "{{ messages }}", "add_bos_token": True}))  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|end|>"}, "chat_template": "{{ messages }}", "add_bos_token": True})
+    )
     (tmp_path / "added_tokens.json").write_text('{"<|end|>": 1000, "<pad>": 1001}')
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|end|>", 1000)

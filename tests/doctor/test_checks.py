@@ -8,12 +8,13 @@ import resource
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from dualtok.config.run import parse_run
+from dualtok.distributed.ranks import ALONE
 from dualtok.doctor import machine, storage
 from dualtok.doctor.agent import connect, listen
 from dualtok.doctor.building import check_compiler, check_locks, check_operators
@@ -32,12 +33,13 @@ from dualtok.doctor.run_file import check_run
 from dualtok.doctor.storage import check_disk
 from dualtok.doctor.training import check_training
 from dualtok.doctor.versions import TESTED, check_deepspeed, check_versions
-from dualtok.engine.distributed import ALONE
 from dualtok.objective.linear_cross_entropy import linear_cross_entropy
-from dualtok.run import parse_run
 from tests.faults.harness import small_disk
 from tests.model.test_loss_backends import crash, one_factor
 from tests.support import ROOT, deepspeed_json, tiny_llama_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def plant(folder: Path, name: str, version: str) -> None:
@@ -236,8 +238,12 @@ def test_a_wrong_loss_kernel_is_found() -> None:
 
 def test_a_run_that_cannot_start_is_found(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     train = {"learning_rate": 1e-3, "batch_size": 8, "steps": 4, "precision": "fp32"}
-    tree: dict[str, Any] = {"data": {"dir": small_corpus["dir"]}, "objective": "causal_lm", "train": train,
-                            "model": {"config": tiny_llama_config()}}  # fmt: skip
+    tree: dict[str, Any] = {
+        "data": {"dir": small_corpus["dir"]},
+        "objective": "causal_lm",
+        "train": train,
+        "model": {"config": tiny_llama_config()},
+    }
     assert check_run(parse_run(tree), 2).status == "ok"
     failed(check_run(parse_run(tree), 3), "train.batch_size: 8 blocks")
     failed(check_run(parse_run({**tree, "data": {"dir": str(tmp_path)}}), 2), str(tmp_path))

@@ -5,28 +5,54 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.doctor.test_checks import plant
 from tests.support import ROOT, dualtok, environment, succeed, tiny_llama_config, write_run
 
-CHECKS = ["versions", "deepspeed", "accelerator", "compiler", "JIT locks", "operators", "memory", "shared memory",
-          "limits", "disk", "clock", "network", "run", "collectives", "gradients", "loss kernels",
-          "training"]  # fmt: skip
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHECKS = [
+    "versions",
+    "deepspeed",
+    "accelerator",
+    "compiler",
+    "JIT locks",
+    "operators",
+    "memory",
+    "shared memory",
+    "limits",
+    "disk",
+    "clock",
+    "network",
+    "run",
+    "collectives",
+    "gradients",
+    "loss kernels",
+    "training",
+]
 
 
 @pytest.mark.slow
 def test_a_machine_in_order_can_train_the_run(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     """The run is a sharded pipeline, so that its layout is what the two steps are made in."""
     run = write_run(
-        tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
+        tmp_path / "run.yaml",
+        {"dir": small_corpus["dir"]},
+        objective="causal_lm",
         model={"config": tiny_llama_config()},
-        train={"learning_rate": 1e-3, "batch_size": 8, "steps": 4, "precision": "fp32", "engine": "sharded_pipeline",
-               "pipeline": {"stages": 2}},
-    )  # fmt: skip
+        train={
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "steps": 4,
+            "precision": "fp32",
+            "engine": "sharded_pipeline",
+            "pipeline": {"stages": 2},
+        },
+    )
     found = json.loads(succeed(dualtok("doctor", run, "--json", timeout=900)))
     assert [check["name"] for check in found["checks"]] == CHECKS
     assert not found["failed"]
@@ -44,10 +70,21 @@ def test_what_is_broken_is_shown_with_its_remedy(tmp_path: Path) -> None:
     lock.parent.mkdir(parents=True)
     lock.touch()
     plant(tmp_path / "packages", "deepspeed", "0.19.2")
-    broken = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "operators"), "GLOO_SOCKET_IFNAME": "ib77", "COLUMNS": "400",
-              "PYTHONPATH": f"{tmp_path / 'packages'}:{ROOT}"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "dualtok", "doctor"], env=environment(**broken), cwd=tmp_path,
-                          text=True, capture_output=True, timeout=300, check=False)  # fmt: skip
+    broken = {
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "operators"),
+        "GLOO_SOCKET_IFNAME": "ib77",
+        "COLUMNS": "400",
+        "PYTHONPATH": f"{tmp_path / 'packages'}:{ROOT}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "dualtok", "doctor"],
+        env=environment(**broken),
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr[-3000:]
     lines = [line.strip() for line in done.stdout.splitlines()]
 

@@ -12,15 +12,17 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.doctor.test_checks import plant
 from tests.support import ROOT, dualtok, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ["PATH"])
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
@@ -50,8 +52,18 @@ class Hosts:
         hostfile.write_text("\n".join(slots) + "\n")
         run.write_text(f"data: {{dir: none}}\noutput_dir: {self.shared}\n")
         variables = {"PYTHONPATH": f"{self.folder}/packages:{ROOT}"} if packages else {}
-        done = dualtok("doctor", run, "--hosts", hostfile, "--ssh", self.ssh, "--json", *(["--quick"] if quick else []),
-                       timeout=1500, **variables)  # fmt: skip
+        done = dualtok(
+            "doctor",
+            run,
+            "--hosts",
+            hostfile,
+            "--ssh",
+            self.ssh,
+            "--json",
+            *(["--quick"] if quick else []),
+            timeout=1500,
+            **variables,
+        )
         assert done.returncode in (0, 1), done.stderr[-3000:]
         return done.returncode, json.loads(done.stdout)["checks"]
 
@@ -123,8 +135,9 @@ def test_a_host_with_a_wrong_clock_and_another_folder_is_named(hosts: Hosts) -> 
     assert float(fast["found"].split()[0]) == pytest.approx(30, abs=1), fast
     hidden = found(checks, "shared folder", BAD)
     assert (hidden["status"], hidden["found"]) == (
-        "fail", f"{BAD} does not see what this host writes to {hosts.shared}"
-    )  # fmt: skip
+        "fail",
+        f"{BAD} does not see what this host writes to {hosts.shared}",
+    )
     assert found(checks, "shared folder", GOOD)["status"] == "ok"
     assert found(checks, "slots")["status"] == "fail"
     versions = found(checks, "same versions")

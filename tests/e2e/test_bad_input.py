@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support import ROOT, dualtok, error_line, save_model, succeed, tiny_llama_config, write_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TRAIN = {"learning_rate": 1e-3, "batch_size": 4, "steps": 1, "precision": "fp32"}
 
@@ -46,8 +48,11 @@ def source_cases() -> list[Any]:
     def empty_split(folder: Path) -> dict[str, Any]:
         lines = [json.dumps({"text": f"document number {i} of a very small corpus"}) for i in range(8)]
         (folder / "a.jsonl").write_text("\n".join(lines))
-        return {"source": str(folder / "a.jsonl"), "shares": {"validation": 0.0001, "train": 0.7, "reference": 0.29},
-                "near_duplicate_threshold": None}  # fmt: skip
+        return {
+            "source": str(folder / "a.jsonl"),
+            "shares": {"validation": 0.0001, "train": 0.7, "reference": 0.29},
+            "near_duplicate_threshold": None,
+        }
 
     return [
         pytest.param(missing, ["absent.jsonl", "no such file"], id="missing file"),
@@ -84,8 +89,13 @@ def test_prepare_names_what_is_wrong_with_the_source(
 def test_a_bad_setting_is_named(
     small_corpus: dict[str, Any], tmp_path: Path, override: str, expected: list[str]
 ) -> None:
-    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
-                    model={"config": tiny_llama_config()}, train=TRAIN)  # fmt: skip
+    run = write_run(
+        tmp_path / "run.yaml",
+        {"dir": small_corpus["dir"]},
+        objective="causal_lm",
+        model={"config": tiny_llama_config()},
+        train=TRAIN,
+    )
     dual = ["objective=dual", "reference.model=ref"] if "selection" in override else []
     line = error_line(dualtok("train", run, override, *dual))
     for part in expected:
@@ -105,8 +115,13 @@ def test_a_bad_setting_is_named(
 def test_a_model_that_does_not_fit_is_refused(
     small_corpus: dict[str, Any], tmp_path: Path, changes: dict[str, Any], expected: list[str]
 ) -> None:
-    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
-                    model={"config": tiny_llama_config(**changes)}, train=TRAIN)  # fmt: skip
+    run = write_run(
+        tmp_path / "run.yaml",
+        {"dir": small_corpus["dir"]},
+        objective="causal_lm",
+        model={"config": tiny_llama_config(**changes)},
+        train=TRAIN,
+    )
     line = error_line(dualtok("train", run))
     for part in expected:
         assert part in line
@@ -115,9 +130,13 @@ def test_a_model_that_does_not_fit_is_refused(
 
 def test_a_contradicting_deepspeed_json_names_both_places(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 0.5}')
-    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
-                    model={"config": tiny_llama_config()},
-                    train={**TRAIN, "deepspeed": str(tmp_path / "ds.json")})  # fmt: skip
+    run = write_run(
+        tmp_path / "run.yaml",
+        {"dir": small_corpus["dir"]},
+        objective="causal_lm",
+        model={"config": tiny_llama_config()},
+        train={**TRAIN, "deepspeed": str(tmp_path / "ds.json")},
+    )
     line = error_line(dualtok("train", run))
     assert "ds.json: gradient_clipping is 0.5" in line
     assert "train.gradient_clipping" in line
@@ -129,8 +148,9 @@ def test_a_damaged_shard_is_named(corpus_copy: dict[str, Any], tmp_path: Path, d
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content if damage == "altered" else content[:-100])
-    run = write_run(tmp_path / "run.yaml", corpus_copy, objective="causal_lm",
-                    model={"config": tiny_llama_config()}, train=TRAIN)  # fmt: skip
+    run = write_run(
+        tmp_path / "run.yaml", corpus_copy, objective="causal_lm", model={"config": tiny_llama_config()}, train=TRAIN
+    )
     line = error_line(dualtok("train", run))
     assert shard.name in line
     assert ("checksum" if damage == "altered" else "bytes") in line
@@ -138,8 +158,13 @@ def test_a_damaged_shard_is_named(corpus_copy: dict[str, Any], tmp_path: Path, d
 
 def test_missing_and_foreign_scores_are_refused(corpus_copy: dict[str, Any], tmp_path: Path) -> None:
     first, second = (save_model(tmp_path / name, seed) for name, seed in (("first", 1), ("second", 2)))
-    run = write_run(tmp_path / "run.yaml", corpus_copy, model={"config": tiny_llama_config()}, train=TRAIN,
-                    reference={"model": str(first)})  # fmt: skip
+    run = write_run(
+        tmp_path / "run.yaml",
+        corpus_copy,
+        model={"config": tiny_llama_config()},
+        train=TRAIN,
+        reference={"model": str(first)},
+    )
     assert "run `dualtok score`" in error_line(dualtok("train", run))
 
     succeed(dualtok("score", run))
@@ -162,9 +187,14 @@ def test_missing_and_foreign_scores_are_refused(corpus_copy: dict[str, Any], tmp
 def test_a_batch_above_the_data(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"short document {i}"}) for i in range(8)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    data = {"dir": str(tmp_path / "prepared"), "source": str(tmp_path / "a.jsonl"), "block_length": 128,
-            "vocab_size": 300, "shares": {"train": 0.6, "reference": 0.2, "validation": 0.2},
-            "near_duplicate_threshold": None}  # fmt: skip
+    data = {
+        "dir": str(tmp_path / "prepared"),
+        "source": str(tmp_path / "a.jsonl"),
+        "block_length": 128,
+        "vocab_size": 300,
+        "shares": {"train": 0.6, "reference": 0.2, "validation": 0.2},
+        "near_duplicate_threshold": None,
+    }
     run = write_run(
         tmp_path / "run.yaml", data, objective="causal_lm", model={"config": tiny_llama_config()}, train=TRAIN
     )
@@ -192,8 +222,13 @@ def test_a_batch_above_the_data(tmp_path: Path) -> None:
 def test_a_live_reference_that_cannot_be_is_named(
     small_corpus: dict[str, Any], tmp_path: Path, settings: dict[str, Any], expected: list[str]
 ) -> None:
-    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, model={"config": tiny_llama_config()},
-                    train=TRAIN, reference=settings)  # fmt: skip
+    run = write_run(
+        tmp_path / "run.yaml",
+        {"dir": small_corpus["dir"]},
+        model={"config": tiny_llama_config()},
+        train=TRAIN,
+        reference=settings,
+    )
     line = error_line(dualtok("train", run, timeout=60))
     for part in expected:
         assert part in line
@@ -219,8 +254,13 @@ def test_a_reference_with_another_vocabulary_stops_every_rank(small_corpus: dict
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(content))
     for model, expected in ((small, "vocab_size is 100"), (other, "its tokenizer has another vocabulary")):
-        run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, model={"config": tiny_llama_config()},
-                        train=TRAIN, reference={"mode": "offload", "model": str(model)})  # fmt: skip
+        run = write_run(
+            tmp_path / "run.yaml",
+            {"dir": small_corpus["dir"]},
+            model={"config": tiny_llama_config()},
+            train=TRAIN,
+            reference={"mode": "offload", "model": str(model)},
+        )
         result = dualtok("train", run, ranks=2, timeout=60)
         lines = [line for line in result.stderr.splitlines() if line.startswith("dualtok: error:")]
         assert len(lines) == 1

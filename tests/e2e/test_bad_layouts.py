@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests import warm
 from tests.support import deepspeed_json, error_line, save_model, tiny_llama_config, without_launcher, write_run
 
-TRAIN = {"learning_rate": 1e-3, "batch_size": 4, "steps": 1, "precision": "fp32", "engine": "pipeline",
-         "pipeline": {"stages": 2}}  # fmt: skip
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TRAIN = {
+    "learning_rate": 1e-3,
+    "batch_size": 4,
+    "steps": 1,
+    "precision": "fp32",
+    "engine": "pipeline",
+    "pipeline": {"stages": 2},
+}
 
 
 def lines_of_all_ranks(run: Path, *overrides: str, ranks: int = 2, **variables: str) -> list[str]:
@@ -21,9 +29,11 @@ def lines_of_all_ranks(run: Path, *overrides: str, ranks: int = 2, **variables: 
 
 
 def run_file(path: Path, corpus: dict[str, Any], **sections: Any) -> Path:
-    return write_run(path, {"dir": corpus["dir"]}, **{
-        "objective": "causal_lm", "model": {"config": tiny_llama_config()}, "train": TRAIN, **sections,
-    })  # fmt: skip
+    return write_run(
+        path,
+        {"dir": corpus["dir"]},
+        **{"objective": "causal_lm", "model": {"config": tiny_llama_config()}, "train": TRAIN, **sections},
+    )
 
 
 @pytest.mark.slow
@@ -53,8 +63,15 @@ def test_a_pipeline_that_cannot_be_built_is_named(
 
 @pytest.mark.slow
 def test_a_model_without_a_plan_is_named(small_corpus: dict[str, Any], tmp_path: Path) -> None:
-    opt = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 2,
-           "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+    opt = {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     run = run_file(tmp_path / "run.yaml", small_corpus, model={"config": opt})
     for line in lines_of_all_ranks(run):
         assert "no pipeline plan for 'opt'" in line
@@ -63,8 +80,13 @@ def test_a_model_without_a_plan_is_named(small_corpus: dict[str, Any], tmp_path:
 
 @pytest.mark.slow
 def test_selection_over_the_step_is_refused_in_a_pipeline(small_corpus: dict[str, Any], tmp_path: Path) -> None:
-    run = run_file(tmp_path / "run.yaml", small_corpus, objective="dual", selection={"scope": "step"},
-                   reference={"model": "unread"})  # fmt: skip
+    run = run_file(
+        tmp_path / "run.yaml",
+        small_corpus,
+        objective="dual",
+        selection={"scope": "step"},
+        reference={"model": "unread"},
+    )
     for line in lines_of_all_ranks(run):
         assert "selection.scope" in line
         assert "train.engine=pipeline" in line
@@ -73,8 +95,9 @@ def test_selection_over_the_step_is_refused_in_a_pipeline(small_corpus: dict[str
 @pytest.mark.slow
 def test_a_reference_with_another_vocabulary_is_named(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     reference = save_model(tmp_path / "reference", seed=1, vocab_size=100)
-    run = run_file(tmp_path / "run.yaml", small_corpus, objective="dual",
-                   reference={"model": str(reference), "mode": "offload"})  # fmt: skip
+    run = run_file(
+        tmp_path / "run.yaml", small_corpus, objective="dual", reference={"model": str(reference), "mode": "offload"}
+    )
     for line in lines_of_all_ranks(run):
         assert str(reference) in line
         assert "vocab_size is 100" in line
@@ -93,6 +116,7 @@ def test_an_untested_deepspeed_is_refused_until_it_is_allowed(small_corpus: dict
         assert "tested with DeepSpeed 0.19.8" in line
         assert "99.1 is installed" in line
         assert "allow_untested_deepspeed=true" in line
-    allowed = without_launcher("train", run, *overrides, "train.pipeline.allow_untested_deepspeed=true", ranks=2,
-                               timeout=240, **elsewhere)  # fmt: skip
+    allowed = without_launcher(
+        "train", run, *overrides, "train.pipeline.allow_untested_deepspeed=true", ranks=2, timeout=240, **elsewhere
+    )
     assert [result.returncode for result in allowed] == [0, 0], allowed[0].stderr

@@ -20,12 +20,24 @@ STEPS = 6
 
 
 def run_file(small_corpus: dict[str, Any], path: Path, **sections: Any) -> Path:
-    train = {"learning_rate": 1e-2, "batch_size": 8, "steps": STEPS, "precision": "fp32", "evaluate_every": 3,
-             "evaluation_blocks": 16, "deepspeed": deepspeed_json("zero3"), **sections.pop("train", {})}  # fmt: skip
+    train = {
+        "learning_rate": 1e-2,
+        "batch_size": 8,
+        "steps": STEPS,
+        "precision": "fp32",
+        "evaluate_every": 3,
+        "evaluation_blocks": 16,
+        "deepspeed": deepspeed_json("zero3"),
+        **sections.pop("train", {}),
+    }
     return write_run(
-        path, {"dir": small_corpus["dir"]}, output_dir=str(path.with_suffix("")),
-        model={"config": tiny_llama_config()}, train=train, **{"objective": "causal_lm", **sections},
-    )  # fmt: skip
+        path,
+        {"dir": small_corpus["dir"]},
+        output_dir=str(path.with_suffix("")),
+        model={"config": tiny_llama_config()},
+        train=train,
+        **{"objective": "causal_lm", **sections},
+    )
 
 
 def losses(run: Path) -> list[float]:
@@ -43,8 +55,9 @@ def test_every_launcher_trains_the_same_model(small_corpus: dict[str, Any], tmp_
         logs = tmp_path / "logs" / name
         path = f"{warm.programs()}:{os.environ['PATH']}"
         variables = environment(RANKS="2", INTERFACE="lo", LOGS=str(logs), PATH=path)
-        succeed(subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, cwd=ROOT,
-                               check=False))  # fmt: skip
+        succeed(
+            subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+        )
         texts = [path.read_text() for path in logs.rglob("*.log") if re.search(r"/\d/stdout|_rank\d", str(path))]
         assert len(texts) == 2, f"one log per rank: {list(logs.rglob('*'))}"
         assert sum(f"{STEPS} steps done" in text for text in texts) == 1
@@ -68,9 +81,13 @@ def test_a_dual_run_can_be_watched(small_corpus: dict[str, Any], tmp_path: Path)
     """The event file of a real two-rank run, read back with TensorBoard's reader; and what the terminal showed."""
     reference = save_model(tmp_path / "reference", seed=9)
     run = run_file(
-        small_corpus, tmp_path / "run.yaml", objective="dual", reference={"model": str(reference)},
-        monitor={"log_every": 1, "histogram_every": 2}, train={"gradient_accumulation": 2},
-    )  # fmt: skip
+        small_corpus,
+        tmp_path / "run.yaml",
+        objective="dual",
+        reference={"model": str(reference)},
+        monitor={"log_every": 1, "histogram_every": 2},
+        train={"gradient_accumulation": 2},
+    )
     succeed(dualtok("score", run))
     result = dualtok("train", run, ranks=2)
     succeed(result)
@@ -79,11 +96,15 @@ def test_a_dual_run_can_be_watched(small_corpus: dict[str, Any], tmp_path: Path)
     events.Reload()
     history = [json.loads(line) for line in (run.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
     columns = {
-        "loss/dual": "loss", "loss/hard": "hard_loss", "loss/plain": "plain_loss",
-        "optimiser/learning_rate": "learning_rate", "optimiser/gradient_norm": "gradient_norm",
+        "loss/dual": "loss",
+        "loss/hard": "hard_loss",
+        "loss/plain": "plain_loss",
+        "optimiser/learning_rate": "learning_rate",
+        "optimiser/gradient_norm": "gradient_norm",
         "data/skipped_blocks": "skipped_blocks",
-        "throughput/tokens_per_second": "tokens_per_second", "memory/peak_gib": "peak_memory_gib",
-    }  # fmt: skip
+        "throughput/tokens_per_second": "tokens_per_second",
+        "memory/peak_gib": "peak_memory_gib",
+    }
     for tag, column in columns.items():
         found = events.Scalars(tag)
         assert [event.step for event in found] == list(range(1, STEPS + 1)), tag
@@ -129,9 +150,18 @@ def test_the_checkpoint_that_validates_best_is_kept_beside_the_last(
     small_corpus: dict[str, Any], tmp_path: Path
 ) -> None:
     """A learning rate at which the small model soon overfits; the best checkpoint is then not the last."""
-    run = run_file(small_corpus, tmp_path / "run.yaml",
-                   train={"split": "probe", "learning_rate": 3e-2, "steps": 160, "evaluate_every": 20,
-                          "schedule": "constant", "deepspeed": deepspeed_json("zero1")})  # fmt: skip
+    run = run_file(
+        small_corpus,
+        tmp_path / "run.yaml",
+        train={
+            "split": "probe",
+            "learning_rate": 3e-2,
+            "steps": 160,
+            "evaluate_every": 20,
+            "schedule": "constant",
+            "deepspeed": deepspeed_json("zero1"),
+        },
+    )
     succeed(dualtok("train", run))
     folder = run.with_suffix("")
     evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]

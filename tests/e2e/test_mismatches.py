@@ -42,8 +42,10 @@ def runs(bad: str, sound: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
     return {
         "train": (["train"], {**plain, "model": {"path": bad}, "train": TRAIN}),
         "train, lora": (["train"], {**plain, "model": {"path": bad, "lora": {"rank": 2}}, "train": TRAIN}),
-        "live reference": (["train"], {**dual, "model": {"path": sound}, "train": TRAIN,
-                                       "reference": {"model": bad, "mode": "cpu"}}),
+        "live reference": (
+            ["train"],
+            {**dual, "model": {"path": sound}, "train": TRAIN, "reference": {"model": bad, "mode": "cpu"}},
+        ),
         "score": (["score"], {**dual, "reference": {"model": bad}}),
         "score, folds": (["score"], {"objective": "dual_plus", "reference": {"folds": [sound, bad]}}),
         "audit": (["audit"], {"audit": {"models": {"a": bad}}}),
@@ -52,12 +54,14 @@ def runs(bad: str, sound: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
         "retreat": (["retreat"], {"retreat": {**retreat, "model": bad}}),
         "retreat, reference": (["retreat"], {"retreat": {**retreat, "reference": bad}}),
         "retreat, stand-in": (["retreat"], {"retreat": {**retreat, "stand_in": bad}}),
-    }  # fmt: skip
+    }
 
 
 WAYS = list(runs("", ""))
-FAULTS = {"incomplete": "1 missing (model.layers.1.mlp.up_proj.weight)",
-          "stranger": "its tokenizer has another vocabulary than the blocks'"}  # fmt: skip
+FAULTS = {
+    "incomplete": "1 missing (model.layers.1.mlp.up_proj.weight)",
+    "stranger": "its tokenizer has another vocabulary than the blocks'",
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -78,8 +82,13 @@ def test_every_verb_refuses_it(
 def test_two_ranks_refuse_it_too(
     small_corpus: dict[str, Any], models: dict[str, str], tmp_path: Path, train: dict[str, Any]
 ) -> None:
-    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, objective="causal_lm",
-                    model={"path": models["incomplete"]}, train=train)  # fmt: skip
+    run = write_run(
+        tmp_path / "run.yaml",
+        {"dir": small_corpus["dir"]},
+        objective="causal_lm",
+        model={"path": models["incomplete"]},
+        train=train,
+    )
     result = dualtok("train", run, ranks=2)
     assert result.returncode != 0
     assert "1 missing (model.layers.1.mlp.up_proj.weight)" in result.stderr

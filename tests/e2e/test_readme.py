@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dualtok.data.corpora import sotu_passages, write_jsonl
+from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from tests import warm
 from tests.support import ROOT, environment
 
@@ -25,8 +25,9 @@ def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
     (script,) = re.findall(r"<!-- quickstart -->\n```bash\n(.*?)```", README, re.DOTALL)
     variables = environment(LOCAL_SIZE="2", PATH=f"{warm.programs()}:{os.environ['PATH']}")
-    done = subprocess.run(["bash", "-euxc", script], cwd=tmp_path, env=variables, text=True, capture_output=True,
-                          timeout=800, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-euxc", script], cwd=tmp_path, env=variables, text=True, capture_output=True, timeout=800, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "runs" / "audit" / "report" / "report.html").read_text()
     for model in ("reference alone", "plain", "dual"):
@@ -36,8 +37,9 @@ def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
 def test_the_installed_command_starts(tmp_path: Path) -> None:
     """The quickstart above forks what it starts; this is the program that pip installs."""
     program = Path(sys.executable).with_name("dualtok")
-    shown = subprocess.run([program, "--help"], cwd=tmp_path, env=environment(), text=True, capture_output=True,
-                           timeout=120, check=True).stdout  # fmt: skip
+    shown = subprocess.run(
+        [program, "--help"], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120, check=True
+    ).stdout
     assert "prepare" in shown
     assert "audit" in shown
 

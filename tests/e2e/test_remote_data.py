@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dualtok.data.config import DataConfig
+from dualtok.config.data import DataConfig
 from dualtok.data.manifest import load_manifest
-from dualtok.data.prepare import prepare
-from dualtok.data.stream import BlockStream
-from tests.data.servers import CREDENTIALS, FaultServer, fault_server, s3_server, upload
+from dualtok.data.prepare.pipeline import prepare
+from dualtok.data.stream.blocks import BlockStream
+from tests.data.remote.servers import CREDENTIALS, FaultServer, fault_server, s3_server, upload
 from tests.support import dualtok, error_line, history, measured, save_model, succeed, tiny_llama_config, write_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SEED, STEPS, BATCH = 5, 12, 8
@@ -55,12 +57,25 @@ def address(scored: Path, s3: str) -> str:
 
 
 def run_file(path: Path, data: dict[str, Any], model: Path, **changes: Any) -> Path:
-    train = {"learning_rate": 5e-3, "batch_size": BATCH, "gradient_accumulation": 2, "steps": STEPS,
-             "precision": "fp32", "evaluate_every": 6, **changes}  # fmt: skip
+    train = {
+        "learning_rate": 5e-3,
+        "batch_size": BATCH,
+        "gradient_accumulation": 2,
+        "steps": STEPS,
+        "precision": "fp32",
+        "evaluate_every": 6,
+        **changes,
+    }
     return write_run(
-        path, data, seed=SEED, objective="dual", model={"config": tiny_llama_config()},
-        reference={"model": str(model)}, monitor={"log_every": 1}, train=train,
-    )  # fmt: skip
+        path,
+        data,
+        seed=SEED,
+        objective="dual",
+        model={"config": tiny_llama_config()},
+        reference={"model": str(model)},
+        monitor={"log_every": 1},
+        train=train,
+    )
 
 
 def at_address(address: str, proxy: FaultServer, cache: Path, **stream: Any) -> dict[str, Any]:
@@ -149,9 +164,13 @@ def test_the_stages_of_a_pipeline_count_a_skipped_block_once(scored: Path, model
     lost = stream.locate(BATCH)[1]
     (copy / "train" / lost).unlink()
     run = run_file(
-        tmp_path / "run.yaml", {"dir": str(copy), "on_bad_shard": "skip"}, model, steps=4, engine="pipeline",
+        tmp_path / "run.yaml",
+        {"dir": str(copy), "on_bad_shard": "skip"},
+        model,
+        steps=4,
+        engine="pipeline",
         pipeline={"stages": 2},
-    )  # fmt: skip
+    )
     succeed(dualtok("train", run, ranks=2))
     files = [[stream.locate(sample)[1] for sample in range(BATCH * step, BATCH * (step + 1))] for step in range(4)]
     assert [step["skipped_blocks"] for step in history(run)] == [names.count(lost) for names in files]

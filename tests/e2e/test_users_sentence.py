@@ -15,10 +15,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WIDE = 0.25
-"""Standard deviation of the weights, as in tests/distributed/test_layout_parity.py: scores lie far apart."""
+"""Standard deviation of the weights, as in tests/multi_rank/test_layout_parity.py: scores lie far apart."""
 CLIPPING = 0.05
-TRAIN = {"learning_rate": 1e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": 12, "warmup_steps": 3,
-         "gradient_clipping": CLIPPING, "epsilon": 1e-6, "precision": "fp32", "evaluation_blocks": 4}  # fmt: skip
+TRAIN = {
+    "learning_rate": 1e-3,
+    "batch_size": 8,
+    "gradient_accumulation": 2,
+    "steps": 12,
+    "warmup_steps": 3,
+    "gradient_clipping": CLIPPING,
+    "epsilon": 1e-6,
+    "precision": "fp32",
+    "evaluation_blocks": 4,
+}
 SHARDED = {"engine": "sharded_pipeline", "pipeline": {"stages": 2}}
 SEED = 5
 """One for which no token of these 12 steps lies within 1e-4 nats of a border; the parity test asserts it."""
@@ -39,8 +48,13 @@ def test_sharded_pipeline_with_an_offloaded_reference_trains_as_one_process_with
     plain = write_run(tmp_path / "plain.yaml", small_corpus, reference={"model": str(reference)}, train=TRAIN, **common)
     succeed(dualtok("score", plain))
     succeed(dualtok("train", plain))
-    asked = write_run(tmp_path / "asked.yaml", small_corpus, reference={"mode": "offload", "model": str(reference)},
-                      train={**TRAIN, **SHARDED, "deepspeed": partitioned_json(tmp_path)}, **common)  # fmt: skip
+    asked = write_run(
+        tmp_path / "asked.yaml",
+        small_corpus,
+        reference={"mode": "offload", "model": str(reference)},
+        train={**TRAIN, **SHARDED, "deepspeed": partitioned_json(tmp_path)},
+        **common,
+    )
     succeed(dualtok("train", asked, ranks=4))
     for name in ("loss", "hard_loss", "memorised_loss", "plain_loss"):
         np.testing.assert_allclose(column(asked, name), column(plain, name), rtol=1e-5, err_msg=name)

@@ -8,19 +8,21 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dualtok.data.manifest import load_manifest
-from dualtok.engine.checkpoint import find_checkpoint
-from tests.data.servers import CREDENTIALS, fault_server, s3_server, upload
+from dualtok.train.checkpoints.writer import find_checkpoint
+from tests.data.remote.servers import CREDENTIALS, fault_server, s3_server, upload
 from tests.faults.worker import FAULT, SAMPLES, Fault
 from tests.support import ROOT, command, environment, kill_job, measured, tiny_llama_config, write_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 RANKS, STEPS, EVERY = 2, 24, 3
 NOTICE_SECONDS = 60
@@ -61,8 +63,9 @@ def train(run: Path, samples: Path, *, fault: Fault | None = None, notice_after:
     if fault is not None:
         variables[FAULT] = fault.as_json()
     job = command("tests.faults.worker", "train", run, "--auto-resume", ranks=RANKS)
-    process = subprocess.Popen(job, env=environment(**variables), cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    process = subprocess.Popen(
+        job, env=environment(**variables), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         if notice_after is not None:
             try:
@@ -102,13 +105,23 @@ class Campaign:
         self.own = self.folder / "data"
         shutil.copytree(self.data["dir"], self.own)
         settings: dict[str, Any] = {
-            "seed": 5, "objective": "causal_lm", "model": {"config": tiny_llama_config()},
-            "train": {"learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation": 2, "steps": STEPS,
-                      "precision": "fp32", "checkpoint_every": EVERY, "evaluate_every": 8, "evaluation_blocks": 8,
-                      "checkpoint_in_background": self.seed % 2 == 1,
-                      "deepspeed": str(ROOT / "ds_configs" / "zero3.json")},
+            "seed": 5,
+            "objective": "causal_lm",
+            "model": {"config": tiny_llama_config()},
+            "train": {
+                "learning_rate": 5e-3,
+                "batch_size": 8,
+                "gradient_accumulation": 2,
+                "steps": STEPS,
+                "precision": "fp32",
+                "checkpoint_every": EVERY,
+                "evaluate_every": 8,
+                "evaluation_blocks": 8,
+                "checkpoint_in_background": self.seed % 2 == 1,
+                "deepspeed": str(ROOT / "ds_configs" / "zero3.json"),
+            },
             "monitor": {"log_every": 1},
-        }  # fmt: skip
+        }
         self.settings = settings
         self.run = self.folder / "hit.yaml"
         self.whole = write_run(self.folder / "whole.yaml", self.data, **settings)

@@ -34,8 +34,11 @@ def main() -> None:
             struck.update(line.split()[2] for line in campaign.log)  # "fault 3: kill at step 7"
             minutes = (time.monotonic() - started) / 60
             counts = ", ".join(f"{kind} {count}" for kind, count in sorted(struck.items()))
-            print(f"seed {seed}: {struck.total()} faults in {minutes:.1f} min ({counts}); every run ended as the "
-                  "undisturbed one", flush=True)  # fmt: skip
+            print(
+                f"seed {seed}: {struck.total()} faults in {minutes:.1f} min ({counts}); every run ended as the "
+                "undisturbed one",
+                flush=True,
+            )
             done = struck.total() >= options.faults if options.faults else minutes >= options.minutes
             if done:
                 return

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,13 +12,20 @@ from tests.faults.harness import RANKS, train
 from tests.faults.worker import FAULT, SAMPLES, Fault
 from tests.support import ROOT, command, dualtok, environment, error_line, succeed, tiny_llama_config, write_run
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def run_file(data: dict[str, Any], path: Path, **monitor: Any) -> Path:
     return write_run(
-        path, data, seed=5, objective="causal_lm", model={"config": tiny_llama_config()},
+        path,
+        data,
+        seed=5,
+        objective="causal_lm",
+        model={"config": tiny_llama_config()},
         train={"learning_rate": 5e-3, "batch_size": 8, "steps": 6, "precision": "fp32", "checkpoint_every": 2},
         monitor={"log_every": 1, **monitor},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -30,8 +36,9 @@ def test_a_job_that_torchrun_restarts_goes_on_from_its_checkpoint(small_corpus: 
     samples = tmp_path / "samples"
     samples.mkdir()
     variables = {FAULT: fault.as_json(), SAMPLES: str(samples), "LOCAL_SIZE": str(RANKS)}
-    ended = subprocess.run(job, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300,
-                           check=False)  # fmt: skip
+    ended = subprocess.run(
+        job, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert (tmp_path / "mark").exists()
     assert ended.returncode == 0, ended.stderr[-3000:]
     steps = [json.loads(line)["step"] for line in (samples / "rank-1.jsonl").read_text().splitlines()]
@@ -57,8 +64,13 @@ def test_an_odd_clock_locale_and_temporary_folder_change_nothing(small_corpus: d
     succeed(dualtok("train", plain))
     temporary = tmp_path / "mit Leerzeichen und ümläut"
     temporary.mkdir()
-    surroundings = {"LC_ALL": "C", "LANG": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati", "TMPDIR": str(temporary),
-                    "SOURCE_DATE_EPOCH": "0"}  # fmt: skip
+    surroundings = {
+        "LC_ALL": "C",
+        "LANG": "tr_TR.UTF-8",
+        "TZ": "Pacific/Kiritimati",
+        "TMPDIR": str(temporary),
+        "SOURCE_DATE_EPOCH": "0",
+    }
     succeed(dualtok("train", odd, **surroundings))
     succeed(dualtok("train", odd, "--resume", **surroundings))
     histories = [(run.with_suffix("") / "evaluations.jsonl").read_text() for run in (plain, odd)]

@@ -11,14 +11,16 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import dualtok.engine.checkpoint as checkpoint_module
-import dualtok.engine.train as train_module
+import dualtok.commands.train as train_module
+import dualtok.train.checkpoints.writer as checkpoint_module
 from dualtok.cli import main as dualtok_main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 Kind = Literal["kill", "sigterm", "disk_full", "hang", "nan"]
 Moment = Literal["step", "save", "seal"]
@@ -122,7 +124,7 @@ class Injector:
         checkpoint_module.write_part = write_with_fault  # type: ignore[assignment]
         checkpoint_module.seal = seal_with_fault  # type: ignore[assignment]
         # A file for every few pieces, so that a fault can strike between two of them.
-        import dualtok.engine.checkpoint_files as files_module
+        import dualtok.train.checkpoints.files as files_module
 
         files_module.FILE_BYTES = 1 << 12
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from kubeflow.training import models
 
-from dualtok.launch.config import KubernetesConfig, LaunchConfig
+from dualtok.config.launch import KubernetesConfig, LaunchConfig
 from dualtok.launch.job import Job
 from dualtok.launch.kubernetes import k8s
 from tests.support import ROOT
@@ -40,14 +40,21 @@ def deserialise(kind: str, value: Any, path: str = "") -> Any:
     attributes = {key: name for name, key in model.attribute_map.items()}
     unknown = set(value) - set(attributes)
     assert not unknown, f"{path}: unknown {unknown}"
-    fields = {attributes[key]: deserialise(model.openapi_types[attributes[key]], item, f"{path}.{key}")
-              for key, item in value.items()}  # fmt: skip
+    fields = {
+        attributes[key]: deserialise(model.openapi_types[attributes[key]], item, f"{path}.{key}")
+        for key, item in value.items()
+    }
     return model(**fields)  # refuses what lacks a required field
 
 
 def job(kind: str, **changes: Any) -> Job:
-    return Job(2, 4, LaunchConfig(k8s=KubernetesConfig(kind, image="registry/dualtok:1"), **changes),
-               arguments=("train", "run.yaml", "train.steps=3", "--auto-resume"), name="dualtok-run")  # fmt: skip
+    return Job(
+        2,
+        4,
+        LaunchConfig(k8s=KubernetesConfig(kind, image="registry/dualtok:1"), **changes),
+        arguments=("train", "run.yaml", "train.steps=3", "--auto-resume"),
+        name="dualtok-run",
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,8 +69,11 @@ def test_a_written_manifest_is_one_that_the_operator_knows(kind: str) -> None:
     assert container.resources.limits == {"nvidia.com/gpu": "4"}
     assert container.image == "registry/dualtok:1"
     assert {entry.name: entry.value for entry in container.env if entry.value}.items() >= {
-        "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0", "HF_HUB_OFFLINE": "1", "LOCAL_SIZE": "4",
-    }.items()  # fmt: skip
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "HF_HUB_OFFLINE": "1",
+        "LOCAL_SIZE": "4",
+    }.items()
     mounted = {mount.name for mount in container.volume_mounts}
     assert mounted == {volume.name for volume in worker.template.spec.volumes}
     starter = replicas["Launcher"].template.spec.containers[0] if kind == "MPIJob" else container

@@ -5,29 +5,49 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dualtok.config.run import load_run
 from dualtok.errors import ConfigError
 from dualtok.launch.hostfile import choose_hosts, read_hostfile
 from dualtok.launch.start import plan_start
-from dualtok.run import load_run
 from tests.support import ROOT, dualtok, error_line, succeed, write_run
 from tools.write_recipes import recipes
 
-RECIPE_SETTINGS = ("HOSTFILE", "NODES", "MIN_NODES", "LAST_CALL", "READ_TIMEOUT", "GPUS", "MASTER", "PORT", "JOB",
-                   "RESTARTS", "STOP_SECONDS", "PYTHON", "LOGS", "INTERFACE", "CACHE")  # fmt: skip
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECIPE_SETTINGS = (
+    "HOSTFILE",
+    "NODES",
+    "MIN_NODES",
+    "LAST_CALL",
+    "READ_TIMEOUT",
+    "GPUS",
+    "MASTER",
+    "PORT",
+    "JOB",
+    "RESTARTS",
+    "STOP_SECONDS",
+    "PYTHON",
+    "LOGS",
+    "INTERFACE",
+    "CACHE",
+)
 """What the scripts take from the environment where they are recipes."""
 
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     return write_run(
-        tmp_path / "run.yaml", {"dir": "shards"}, model={"path": "model"}, objective="causal_lm",
+        tmp_path / "run.yaml",
+        {"dir": "shards"},
+        model={"path": "model"},
+        objective="causal_lm",
         train={"learning_rate": 1e-3, "batch_size": 16, "steps": 4},
-    )  # fmt: skip
+    )
 
 
 def plan(run_file: Path, *overrides: str, **changes: Any) -> dict[str, str]:
@@ -106,10 +126,13 @@ def test_an_exported_variable_does_not_undo_what_was_asked_for(
     head = "\n".join(line for line in script.splitlines() if re.match(rf"({'|'.join(names)})=", line))
     told = head + "\necho " + " ".join(f'"${name}"' for name in names)
     plain, stray = (
-        succeed(subprocess.run(["bash", "-c", f"LISTED=(node0); {told}"], env=variables, capture_output=True,
-                               text=True, check=False))
+        succeed(
+            subprocess.run(
+                ["bash", "-c", f"LISTED=(node0); {told}"], env=variables, capture_output=True, text=True, check=False
+            )
+        )
         for variables in ({"PATH": os.environ["PATH"]}, {"PATH": os.environ["PATH"]} | dict.fromkeys(names, "7"))
-    )  # fmt: skip
+    )
     assert plain == stray
     assert "2" in plain.split()
 
@@ -132,8 +155,9 @@ def test_the_script_that_ssh_starts_on_each_host_is_told_all_by_the_one_that_sta
 
 
 def test_fewer_hosts_than_all_may_go_on(run_file: Path, tmp_path: Path) -> None:
-    [script] = plan(run_file, "launch.min_nodes=1", "launch.master=node0", "launch.torchrun.last_call_seconds=9",
-                    nodes=2).values()  # fmt: skip
+    [script] = plan(
+        run_file, "launch.min_nodes=1", "launch.master=node0", "launch.torchrun.last_call_seconds=9", nodes=2
+    ).values()
     assert 'MIN_NODES="1"' in script
     assert 'LAST_CALL="9"' in script
     [script] = plan(run_file, "launch.master=node0", nodes=2).values()
@@ -141,15 +165,30 @@ def test_fewer_hosts_than_all_may_go_on(run_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_slurm_job_carries_its_settings(run_file: Path) -> None:
-    settings = ["launch.slurm.partition=gpu", "launch.slurm.account=lab", "launch.slurm.options=[--constraint=h100]",
-                "launch.stop_seconds=90", "launch.environment={A: 'two words'}"]  # fmt: skip
+    settings = [
+        "launch.slurm.partition=gpu",
+        "launch.slurm.account=lab",
+        "launch.slurm.options=[--constraint=h100]",
+        "launch.stop_seconds=90",
+        "launch.environment={A: 'two words'}",
+    ]
     [script] = plan(run_file, *settings, backend="slurm", nodes=4).values()
     directives = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
     assert directives == [
-        "--job-name=dualtok-run", "--nodes=4", "--ntasks-per-node=2", "--gres=gpu:2", "--exclusive", "--time=24:00:00",
-        "--requeue", "--open-mode=append", "--signal=B:USR1@90", f'--output="{run_file.with_suffix("")}/launch/%j.log"',
-        "--partition=gpu", "--account=lab", "--constraint=h100",
-    ]  # fmt: skip
+        "--job-name=dualtok-run",
+        "--nodes=4",
+        "--ntasks-per-node=2",
+        "--gres=gpu:2",
+        "--exclusive",
+        "--time=24:00:00",
+        "--requeue",
+        "--open-mode=append",
+        "--signal=B:USR1@90",
+        f'--output="{run_file.with_suffix("")}/launch/%j.log"',
+        "--partition=gpu",
+        "--account=lab",
+        "--constraint=h100",
+    ]
     assert "export A='two words'" in script
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from dualtok.config.model import LoraConfig
 from dualtok.errors import ConfigError
 from dualtok.model.adapters import (
     REFERENCE,
@@ -27,7 +27,9 @@ from dualtok.model.adapters import (
     require_same_base,
     write_adapter,
 )
-from dualtok.model.config import LoraConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOCABULARY = 97
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -80,8 +82,9 @@ def peft_adapter(tmp_path: Path, model_type: str) -> tuple[Path, torch.Tensor]:
     """Return a folder that peft itself wrote, and its logits by peft."""
     model = build(model_type)
     target = TARGETS[model_type][0]
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM",
-                                                         fan_in_fan_out=model_type == "gpt2"))  # fmt: skip
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM", fan_in_fan_out=model_type == "gpt2")
+    )
     disturb(wrapped, "default")
     wrapped.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs", logits(wrapped)

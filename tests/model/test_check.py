@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +15,9 @@ from dualtok.errors import ConfigError
 from dualtok.model.check import check_fits, check_model, check_same_tokenizer
 from dualtok.model.load import read_model_config
 from tests.support import VOCABULARY, save_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Json = dict[str, Any]
 
@@ -53,8 +55,10 @@ def lower(content: Json) -> None:
 
 
 def digits(content: Json) -> None:
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Digits", "individual_digits": True}, content["pre_tokenizer"]]}  # fmt: skip
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, content["pre_tokenizer"]],
+    }
 
 
 def fewer_merges(content: Json) -> None:

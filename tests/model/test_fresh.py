@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from dualtok.config.model import ModelConfig
 from dualtok.errors import ConfigError
-from dualtok.model.config import ModelConfig
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import load_causal_lm, starting_config
 from tests.support import ROOT, VOCABULARY, environment, read_weights, tiny_llama_config
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 64}  # fmt: skip
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -164,9 +174,14 @@ print(bytes_, peak() - before)
 @pytest.mark.slow
 def test_the_peak_of_memory_is_a_file_and_not_the_model(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT,
-        capture_output=True, text=True, timeout=200, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
     model, peak = map(int, result.stdout.split()[-2:])
     assert model > 600 * 2**20
     assert peak < 64 * 2**20 + 4 * 8192 * 1024 + 48 * 2**20, f"peak {peak / 2**20:.0f} MiB of {model / 2**20:.0f} MiB"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from dualtok.config.model import ModelConfig
 from dualtok.errors import ConfigError
-from dualtok.model.config import ModelConfig
 from dualtok.model.empty import empty_causal_lm
 from dualtok.model.fresh import meta_model
 from dualtok.model.load import load_causal_lm, read_model_config, starting_config
 from tests.support import VOCABULARY, save_model, tiny_llama_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_given() -> None:

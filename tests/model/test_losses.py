@@ -16,12 +16,23 @@ from dualtok.objective import LossHead, linear_cross_entropy
 
 VOCABULARY, BLOCK_LENGTH = 97, 48
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 64},
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "gpt_neox": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                 "max_position_embeddings": 64},
-}  # fmt: skip
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+}
 LENGTHS = (5, 48, 31, 2, 17, 120, 1, 9, 48, 30)
 
 
@@ -89,11 +100,15 @@ def test_a_neighbour_does_not_show() -> None:
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
-        ("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("gpt_neox", {}),
-        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}), ("cohere", {"logit_scale": 0.25}),
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}),
+        ("cohere", {"logit_scale": 0.25}),
         ("granite", {"logits_scaling": 4.0}),
     ],
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_the_head_is_transformers_own(model_type: str, changes: dict[str, Any]) -> None:
     model = TokenLossModel(build(model_type, attention="eager", **changes))

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dualtok.config.model import ModelConfig
 from dualtok.data.packing import model_inputs
-from dualtok.engine.pipeline import StageModel
 from dualtok.errors import ConfigError
-from dualtok.model.config import ModelConfig
 from dualtok.model.empty import empty_causal_lm
 from dualtok.model.load import load_causal_lm, read_model_config
 from dualtok.model.losses import TokenLossModel
 from dualtok.model.stages import StageBounds, build_stage, cut, cut_plan, stage_names
 from dualtok.objective import build_objective
+from dualtok.train.engines.pipeline import StageModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOCABULARY, LENGTH, LAYERS = 64, 24, 4
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-         "max_position_embeddings": LENGTH}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LENGTH,
+}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": LENGTH}
 
@@ -32,21 +39,33 @@ ARCHITECTURES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "sdpa", {**GROUPED, "tie_word_embeddings": True}),
     ("qwen2", "sdpa", {**SIZES, "num_key_value_heads": 2}),
     # Every other layer sees a window: which one does is looked up by the layer's place in the whole model.
-    ("qwen2", "sdpa", {**SIZES, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4,
-                       "layer_types": ["full_attention", "sliding_attention"] * 2}),
+    (
+        "qwen2",
+        "sdpa",
+        {
+            **SIZES,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+        },
+    ),
     ("qwen3", "sdpa", GROUPED),
     ("mistral", "sdpa", {**GROUPED, "sliding_window": 5}),
     ("gemma", "sdpa", GROUPED),
     ("gemma2", "eager", {**GROUPED, "sliding_window": 5, "final_logit_softcapping": 5.0}),
-    ("gemma3_text", "sdpa", {**GROUPED, "sliding_window": 5,
-                             "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
+    (
+        "gemma3_text",
+        "sdpa",
+        {**GROUPED, "sliding_window": 5, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    ),
     ("gpt_neox", "sdpa", SIZES),
     ("phi", "sdpa", SIZES),
     ("phi3", "sdpa", {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}),
     ("olmo", "sdpa", SIZES),
     ("olmo2", "sdpa", SIZES),
     ("gpt2", "sdpa", GPT2),
-]  # fmt: skip
+]
 
 
 def save(folder: Path, model_type: str, **settings: Any) -> Path:
@@ -74,8 +93,16 @@ def stages_of(folder: Path, stages: int, balance: Any = "cost", **model: Any) ->
     settings = ModelConfig(path=str(folder), **model)
     built = []
     for stage in range(stages):
-        causal_lm, bounds = build_stage(folder, config, settings, balance, stage=stage, stages=stages,
-                                        dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
+        causal_lm, bounds = build_stage(
+            folder,
+            config,
+            settings,
+            balance,
+            stage=stage,
+            stages=stages,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
         built.append(StageModel(causal_lm, bounds[stage], build_objective("causal_lm"), None))
     return built
 

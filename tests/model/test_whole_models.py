@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dualtok.config.model import ModelConfig
 from dualtok.errors import ConfigError
-from dualtok.model.config import ModelConfig
 from dualtok.model.load import load_causal_lm, read_model_config
 from dualtok.model.stages import build_stage, stage_names
 from tests.support import save_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
 EMBEDDING, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"
@@ -28,30 +30,48 @@ def changed(tensors: Tensors, **new: Any) -> Tensors:
 
 FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "a layer's matrices are missing": (
-        lambda s: {name: value for name, value in s.items() if "layers.1.mlp" not in name}, {},
-        r"3 missing \(model\.layers\.1\.mlp\.gate_proj\.weight, model\.layers\.1\.mlp\.up_proj\.weight, "),
+        lambda s: {name: value for name, value in s.items() if "layers.1.mlp" not in name},
+        {},
+        r"3 missing \(model\.layers\.1\.mlp\.gate_proj\.weight, model\.layers\.1\.mlp\.up_proj\.weight, ",
+    ),
     "one norm is missing": (
-        lambda s: {name: value for name, value in s.items() if name != "model.norm.weight"}, {},
-        r"1 missing \(model\.norm\.weight\)"),
+        lambda s: {name: value for name, value in s.items() if name != "model.norm.weight"},
+        {},
+        r"1 missing \(model\.norm\.weight\)",
+    ),
     "all names have a prefix": (
-        lambda s: {f"module.{name}": value for name, value in s.items()}, {},
-        r"21 missing .*; 21 of no use \(module\.lm_head\.weight"),
+        lambda s: {f"module.{name}": value for name, value in s.items()},
+        {},
+        r"21 missing .*; 21 of no use \(module\.lm_head\.weight",
+    ),
     "a matrix has another shape": (
-        lambda s: s | {UP: torch.ones(60, 32)}, {},
-        r"1 of another shape \(model\.layers\.1\.mlp\.up_proj\.weight is \(60, 32\), not \(64, 32\)\)"),
+        lambda s: s | {UP: torch.ones(60, 32)},
+        {},
+        r"1 of another shape \(model\.layers\.1\.mlp\.up_proj\.weight is \(60, 32\), not \(64, 32\)\)",
+    ),
     "there is a layer too many": (
-        lambda s: s | {f"model.layers.2.{part}": torch.ones(3) for part in ("a", "b")}, {},
-        r"2 of no use \(model\.layers\.2\.a, model\.layers\.2\.b\)"),
+        lambda s: s | {f"model.layers.2.{part}": torch.ones(3) for part in ("a", "b")},
+        {},
+        r"2 of no use \(model\.layers\.2\.a, model\.layers\.2\.b\)",
+    ),
     "a value head is left over": (
-        lambda s: s | {"v_head.weight": torch.ones(1, 32)}, {}, r"1 of no use \(v_head\.weight"),
+        lambda s: s | {"v_head.weight": torch.ones(1, 32)},
+        {},
+        r"1 of no use \(v_head\.weight",
+    ),
     "untied, and there is no head": (
-        lambda s: {name: value for name, value in s.items() if name != HEAD}, {}, r"1 missing \(lm_head\.weight\)"),
+        lambda s: {name: value for name, value in s.items() if name != HEAD},
+        {},
+        r"1 missing \(lm_head\.weight\)",
+    ),
     "tied, and there is a head of its own": (
-        lambda s: s | {HEAD: s[EMBEDDING] + 0.1}, {"tie_word_embeddings": True},
-        r"says tie_word_embeddings, but lm_head\.weight differs from model\.embed_tokens\.weight"),
+        lambda s: s | {HEAD: s[EMBEDDING] + 0.1},
+        {"tie_word_embeddings": True},
+        r"says tie_word_embeddings, but lm_head\.weight differs from model\.embed_tokens\.weight",
+    ),
     "the config has a layer more": (lambda s: s, {"num_hidden_layers": 3}, r"9 missing \(model\.layers\.2\."),
     "the config is wider": (lambda s: s, {"hidden_size": 64}, r"of another shape \("),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +100,15 @@ def stages(folder: Path) -> Tensors:
     config, found = read_model_config(folder), {}
     for stage in range(2):
         module, bounds = build_stage(
-            folder, config, ModelConfig(path=str(folder)), "layers", stage=stage, stages=2, dtype=torch.float32,
+            folder,
+            config,
+            ModelConfig(path=str(folder)),
+            "layers",
+            stage=stage,
+            stages=2,
+            dtype=torch.float32,
             device=torch.device("cpu"),
-        )  # fmt: skip
+        )
         names = stage_names(load_causal_lm(folder), bounds)
         found |= {names.whole(name, stage): value for name, value in module.named_parameters()}
     return found
@@ -131,8 +157,14 @@ def test_what_is_harmless_gives_the_same_model_everywhere(tmp_path: Path, change
 def other(tmp_path: Path, model_type: str, **settings: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "intermediate_size": 48, "max_position_embeddings": 64}  # fmt: skip
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+    }
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **sizes, **settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / model_type)

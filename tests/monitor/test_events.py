@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from dualtok.monitor.timing import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import pytest
 
@@ -72,14 +72,27 @@ def test_the_layout_s_charts_take_in_every_scalar_that_they_name(tmp_path: Path)
 
 def test_settings_come_back_on_the_page_of_hparams(tmp_path: Path) -> None:
     writer = EventWriter(tmp_path)
-    writer.settings({"seed": 3, "train.learning_rate": 1e-3, "train.betas": [0.9, 0.95], "selection": None,
-                     "objective": "dual", "model.activation_checkpointing": True})  # fmt: skip
+    writer.settings(
+        {
+            "seed": 3,
+            "train.learning_rate": 1e-3,
+            "train.betas": [0.9, 0.95],
+            "selection": None,
+            "objective": "dual",
+            "model.activation_checkpointing": True,
+        }
+    )
     writer.close()
     content = read(tmp_path).SummaryMetadata
     start = metadata.parse_session_start_info_plugin_data(content("_hparams_/session_start_info").plugin_data.content)
     shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
-    assert shown == {"seed": 3, "train.learning_rate": 1e-3, "train.betas": "[0.9, 0.95]", "objective": "dual",
-                     "model.activation_checkpointing": True}  # fmt: skip
+    assert shown == {
+        "seed": 3,
+        "train.learning_rate": 1e-3,
+        "train.betas": "[0.9, 0.95]",
+        "objective": "dual",
+        "model.activation_checkpointing": True,
+    }
     page = metadata.parse_experiment_plugin_data(content("_hparams_/experiment").plugin_data.content)
     assert [info.name.tag for info in page.metric_infos] == list(HPARAM_METRICS)
 

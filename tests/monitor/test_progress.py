@@ -45,9 +45,12 @@ def test_other_ranks_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_bar_on_a_terminal() -> None:
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stderr=child, stdout=child, cwd=ROOT,
+        [sys.executable, "-c", SCRIPT],
+        stderr=child,
+        stdout=child,
+        cwd=ROOT,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-    )  # fmt: skip
+    )
     os.close(child)
     shown = b""
     try:

@@ -60,9 +60,19 @@ def test_figures_travel_whole() -> None:
     entry = RankTable([one], hosts=["here"]).entry(40, 4)
     assert (entry["step"], entry["steps"], entry["slowest"]) == (40, 4, 0)
     assert entry["ranks"][0] == {
-        "rank": 0, "host": "here", "wall": 2.0, **dict.fromkeys(PHASES, 0.0), "data": 0.5, "other": 1.5, "busy": 0.25,
-        "own": 2.0, "tokens": 12.0, "queue_depth": None, "shards_opened": 3, "shards_ready": 0,
-    }  # fmt: skip
+        "rank": 0,
+        "host": "here",
+        "wall": 2.0,
+        **dict.fromkeys(PHASES, 0.0),
+        "data": 0.5,
+        "other": 1.5,
+        "busy": 0.25,
+        "own": 2.0,
+        "tokens": 12.0,
+        "queue_depth": None,
+        "shards_opened": 3,
+        "shards_ready": 0,
+    }
 
 
 def test_known_devices_have_a_peak_and_others_none() -> None:

@@ -87,9 +87,12 @@ def test_gradients_are_the_derivatives(scaling: str, bias: bool, memory: float) 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(0, 2**32), st.integers(0, 40), st.sampled_from(sorted(SCALINGS)), st.booleans(),
+    st.integers(0, 2**32),
+    st.integers(0, 40),
+    st.sampled_from(sorted(SCALINGS)),
+    st.booleans(),
     st.sampled_from([1, 2, 5, 11, 1000]),
-)  # fmt: skip
+)
 def test_values_and_gradients_are_those_of_the_formula(seed: int, n: int, scaling: str, bias: bool, rows: int) -> None:
     p = problem(seed, n=n)
     found = kernel(p, SCALINGS[scaling], bias=bias, memory=budget(rows, 8))

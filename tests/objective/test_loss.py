@@ -82,11 +82,19 @@ def test_it_agrees_with_the_formulas(options: dict[str, Any], ties: bool, seed: 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(0, 2**32), st.integers(0, 40), st.booleans(), st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    st.integers(0, 2**32),
+    st.integers(0, 40),
+    st.booleans(),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)),
     # tau in half precision: one that float32 rounds to zero is another tau.
-    st.fixed_dictionaries({"tau": st.floats(-1, 1, width=16), "alpha": st.floats(0, 2),
-                           "normalize": st.sampled_from(["per_set", "per_share"])}),
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {
+            "tau": st.floats(-1, 1, width=16),
+            "alpha": st.floats(0, 2),
+            "normalize": st.sampled_from(["per_set", "per_share"]),
+        }
+    ),
+)
 def test_it_agrees_with_the_formulas_for_any_settings(
     seed: int, n: int, ties: bool, cuts: tuple[float, float], options: dict[str, Any]
 ) -> None:
@@ -256,12 +264,17 @@ def make_batch(seed: int, rows: int = 3, length: int = 40) -> dict[str, torch.Te
     labels = input_ids.roll(-1, dims=1)
     labels[:, half - 1] = labels[:, -1] = -100
     positions = torch.arange(half).repeat(rows, 2)
-    return {"input_ids": input_ids, "position_ids": positions, "labels": labels,
-            "reference_loss": torch.rand(rows, length, generator=generator) * 6}  # fmt: skip
+    return {
+        "input_ids": input_ids,
+        "position_ids": positions,
+        "labels": labels,
+        "reference_loss": torch.rand(rows, length, generator=generator) * 6,
+    }
 
 
-@pytest.mark.parametrize(("name", "needs"), [("dual", True), ("selective", True), ("causal_lm", False),
-                                             ("goldfish", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "needs"), [("dual", True), ("selective", True), ("causal_lm", False), ("goldfish", False)]
+)
 def test_every_objective_takes_a_batch_and_ignores_positions_without_a_label(name: str, needs: bool) -> None:
     batch = make_batch(0)
     clean, _ = random_losses(10, (3, 40))
@@ -303,8 +316,13 @@ def test_the_goldfish_objective_averages_over_what_its_mask_keeps() -> None:
 def test_settings_reach_the_dual_loss() -> None:
     batch = make_batch(3)
     token_loss, _ = random_losses(13, (3, 40))
-    options: dict[str, Any] = {"hard_share": 0.3, "memorised_share": 0.4, "tau": -3.0, "alpha": 0.3,
-                               "normalize": "per_share"}  # fmt: skip
+    options: dict[str, Any] = {
+        "hard_share": 0.3,
+        "memorised_share": 0.4,
+        "tau": -3.0,
+        "alpha": 0.3,
+        "normalize": "per_share",
+    }
     outcome = build_objective("dual", SelectionConfig(**options))(token_loss, batch)
     unlimited = build_objective("dual", SelectionConfig(**{**options, "tau": 0.0}))(token_loss, batch)
     assert outcome.memorised.sum() < unlimited.memorised.sum(), "tau decides nothing here"

@@ -35,9 +35,12 @@ def check_parity(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 2**32), st.booleans(),
-    st.sampled_from(["per_set", "per_share"]), st.sampled_from([(0.6, 0.2), (0.0, 0.5), (0.3, 0.7), (1.0, 0.0)]),
-)  # fmt: skip
+    st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+    st.booleans(),
+    st.sampled_from(["per_set", "per_share"]),
+    st.sampled_from([(0.6, 0.2), (0.0, 0.5), (0.3, 0.7), (1.0, 0.0)]),
+)
 def test_any_split_gives_the_result_of_one_process(
     rows: list[int], seed: int, ties: bool, normalize: Any, shares: tuple[float, float]
 ) -> None:
@@ -78,8 +81,12 @@ def test_every_objective_with_padding_spread_unevenly(name: str, world_size: int
 @pytest.mark.parametrize("name", ["dual", "selective", "causal_lm", "goldfish"])
 def test_a_rank_without_tokens_still_has_a_backward_pass(name: str) -> None:
     token_loss, reference_loss = random_losses(3, (2, 20))
-    batch = {"input_ids": torch.ones(2, 20, dtype=torch.int64), "position_ids": torch.arange(20).repeat(2, 1),
-             "labels": torch.tensor([[1] * 19 + [-100], [-100] * 20]), "reference_loss": reference_loss}  # fmt: skip
+    batch = {
+        "input_ids": torch.ones(2, 20, dtype=torch.int64),
+        "position_ids": torch.arange(20).repeat(2, 1),
+        "labels": torch.tensor([[1] * 19 + [-100], [-100] * 20]),
+        "reference_loss": reference_loss,
+    }
     leaves = [row.detach().clone().requires_grad_() for row in token_loss.split(1)]
     leaves[1] = torch.full((1, 20), float("nan"), requires_grad=True)
     parts = [{k: v[rank : rank + 1] for k, v in batch.items()} for rank in range(2)]
@@ -142,10 +149,13 @@ def step_outcomes(
     return on_ranks(len(leaves), compute)
 
 
-STEPS = st.fixed_dictionaries({
-    "hard_share": st.sampled_from([0.0, 0.3, 0.6]), "memorised_share": st.sampled_from([0.0, 0.2, 0.4]),
-    "normalize": st.sampled_from(["per_set", "per_share"]),
-})  # fmt: skip
+STEPS = st.fixed_dictionaries(
+    {
+        "hard_share": st.sampled_from([0.0, 0.3, 0.6]),
+        "memorised_share": st.sampled_from([0.0, 0.2, 0.4]),
+        "normalize": st.sampled_from(["per_set", "per_share"]),
+    }
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,9 +178,12 @@ def test_a_step_of_micro_batches_is_one_batch(
     objective = build_objective("dual", SelectionConfig(scope="step", **options))
     assert objective.spans_step
     outcomes = step_outcomes(
-        objective, by_rank(leaves), by_rank(list(reference_loss.split(rows))), by_rank(list(mask.split(rows))),
+        objective,
+        by_rank(leaves),
+        by_rank(list(reference_loss.split(rows))),
+        by_rank(list(mask.split(rows))),
         informed=informed,
-    )  # fmt: skip
+    )
     in_order = [outcomes[rank][micro] for micro in range(micro_batches) for rank in range(world_size)]
     # What engines do: each micro-batch's loss over their number, gradients summed, then the mean over ranks.
     total = sum(outcome.loss.double() for outcome in in_order) / slices
@@ -191,9 +204,14 @@ def test_other_scopes_plan_each_micro_batch_alone(name: str, scope: Any) -> None
     token_loss, reference_loss = random_losses(6, (3, 4, 30))
     generator = torch.Generator().manual_seed(6)
     batches = [
-        {"input_ids": torch.randint(0, 9, (4, 30), generator=generator), "labels": torch.ones(4, 30, dtype=torch.int64),
-         "position_ids": torch.arange(30).repeat(4, 1), "reference_loss": part} for part in reference_loss
-    ]  # fmt: skip
+        {
+            "input_ids": torch.randint(0, 9, (4, 30), generator=generator),
+            "labels": torch.ones(4, 30, dtype=torch.int64),
+            "position_ids": torch.arange(30).repeat(4, 1),
+            "reference_loss": part,
+        }
+        for part in reference_loss
+    ]
     objective = build_objective(name, SelectionConfig(scope=scope))
     assert not objective.spans_step
     for plan, losses, batch in zip(objective.plan(list(token_loss), batches), token_loss, batches, strict=True):
@@ -215,9 +233,15 @@ def test_a_plan_needs_no_losses_of_tokens_that_weigh_nothing() -> None:
         torch.testing.assert_close(apply_plan(plan, losses).loss, apply_plan(plan, losses * selected).loss)
 
 
-@pytest.mark.parametrize(("name", "scope", "calls"), [
-    ("dual", "micro_batch", 1), ("selective", "micro_batch", 1), ("causal_lm", "micro_batch", 1), ("dual", "local", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "scope", "calls"),
+    [
+        ("dual", "micro_batch", 1),
+        ("selective", "micro_batch", 1),
+        ("causal_lm", "micro_batch", 1),
+        ("dual", "local", 0),
+    ],
+)
 def test_a_gather_that_knows_the_ranks_is_called_once(name: str, scope: Any, calls: int) -> None:
     seen = []
 

@@ -29,8 +29,9 @@ def share_pairs(draw: st.DrawFn) -> tuple[float, float]:
 def score_arrays(ties: bool = True) -> st.SearchStrategy[Any]:
     """Scores on a grid of 1/4 (many ties), or all different."""
     shapes = hnp.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=12)
-    return hnp.arrays(np.int64, shapes, elements=st.integers(-12, 12) if ties else st.integers(-(10**6), 10**6),
-                      unique=not ties).map(lambda a: a.astype(np.float32) / 4)  # fmt: skip
+    return hnp.arrays(
+        np.int64, shapes, elements=st.integers(-12, 12) if ties else st.integers(-(10**6), 10**6), unique=not ties
+    ).map(lambda a: a.astype(np.float32) / 4)
 
 
 def picked(mask: torch.Tensor) -> list[int]:
@@ -223,8 +224,9 @@ def test_ranks_select_what_one_process_would(parts: list[list[int]], shares: tup
 
 def test_a_nan_on_one_rank_does_not_move_the_others() -> None:
     parts = [torch.tensor([NAN, 1.0]), torch.tensor([-1.0, NAN, 2.0])]
-    split = on_ranks(2, lambda rank, gather: select_tokens(parts[rank], hard_share=0.5, gather=gather,
-                                                           memorised_share=0.5))  # fmt: skip
+    split = on_ranks(
+        2, lambda rank, gather: select_tokens(parts[rank], hard_share=0.5, gather=gather, memorised_share=0.5)
+    )
     assert [picked(part.hard) for part in split] == [[], [2]]
     assert [picked(part.memorised) for part in split] == [[], [0]]
     assert split[0].counts == (3, 1, 1)
@@ -282,9 +284,13 @@ def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], words: s
 
 def test_the_defaults_are_the_papers() -> None:
     assert dataclasses.asdict(SelectionConfig()) == {
-        "hard_share": 0.6, "memorised_share": 0.2, "tau": 0.0, "alpha": 0.8, "normalize": "per_set",
+        "hard_share": 0.6,
+        "memorised_share": 0.2,
+        "tau": 0.0,
+        "alpha": 0.8,
+        "normalize": "per_set",
         "scope": "micro_batch",
-    }  # fmt: skip
+    }
 
 
 def test_pydantic_reads_the_settings_strictly() -> None:

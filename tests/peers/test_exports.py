@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from dualtok.data.tokenizer import load_tokenizer
-from dualtok.model.save import write_config
-from tests.jobs.test_export import MIXTRAL, base_model, short_run
+from dualtok.model.folder.save import write_config
+from tests.commands.test_export import MIXTRAL, base_model, short_run
 from tests.support import ROOT, dualtok, environment, succeed
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PEERS = ROOT / "build" / "peers"
 ARCHITECTURES: dict[str, dict[str, Any]] = {"llama": {}, "gpt_neox": {}, "mixtral": MIXTRAL}
@@ -39,7 +41,7 @@ print(json.dumps({
     "eos": [tokenizer.eos_token_id, model.generation_config.eos_token_id],
     "chat": tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False),
 }))
-"""  # fmt: skip
+"""
 PEFT = """
 import json, sys, torch
 from peft import PeftModel
@@ -74,9 +76,14 @@ def ask(program: str, *arguments: Path) -> dict[str, Any]:
         pytest.fail("build/peers is not there: run `make test-peers`")
     content = program.replace("IDS", repr(IDS)).replace("TEXTS", repr(TEXTS))
     outcome = subprocess.run(
-        [sys.executable, "-c", content, *map(str, arguments)], text=True, capture_output=True, timeout=600, check=False,
-        env=environment(PYTHONPATH=str(PEERS), HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=""), cwd="/",
-    )  # fmt: skip
+        [sys.executable, "-c", content, *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        timeout=600,
+        check=False,
+        env=environment(PYTHONPATH=str(PEERS), HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=""),
+        cwd="/",
+    )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     found: dict[str, Any] = json.loads(outcome.stdout.strip().splitlines()[-1])
     return found
@@ -120,9 +127,15 @@ def test_transformers_4_reads_an_export_as_it_reads_the_base(exports: dict[str, 
 
 
 def test_transformers_4_reads_a_fresh_model(small_corpus: dict[str, Any], tmp_path: Path) -> None:
-    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "max_position_embeddings": 128,
-              "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"}}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
+    }
     run = short_run(tmp_path / "run.yaml", small_corpus, {"config": config}, steps=3, learning_rate=1e-2)
     succeed(dualtok("export", run, tmp_path / "export"))
     (tmp_path / "export" / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -137,8 +150,9 @@ def test_peft_puts_an_exported_adapter_on_its_base(
     small_corpus: dict[str, Any], exports: dict[str, tuple[Path, Path]], tmp_path: Path, name: str
 ) -> None:
     base = exports[name][0]
-    run = short_run(tmp_path / "run.yaml", small_corpus, {"path": str(base), "lora": {"rank": 2}}, steps=3,
-                    learning_rate=1e-1)  # fmt: skip
+    run = short_run(
+        tmp_path / "run.yaml", small_corpus, {"path": str(base), "lora": {"rank": 2}}, steps=3, learning_rate=1e-1
+    )
     succeed(dualtok("export", run, tmp_path / "adapter", "--checkpoint", "latest"))
     succeed(dualtok("export", run, tmp_path / "merged", "--checkpoint", "latest", "--merge"))
     found = torch.tensor(ask(PEFT, base, tmp_path / "adapter")["logits"])

@@ -19,9 +19,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     given = folder / "cases.json"
     given.write_text(json.dumps({"cases": CASES, "shape": LLAMA}))
     result = subprocess.run(
-        command("tests.plan.measure_states", given, ranks=2), env=environment(LOCAL_SIZE="2"), cwd=ROOT,
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        command("tests.plan.measure_states", given, ranks=2),
+        env=environment(LOCAL_SIZE="2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     found: list[dict[str, Any]] = json.loads((folder / "measured.json").read_text())
     return found

@@ -19,17 +19,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks, leave_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.model.config import ModelConfig
+from dualtok.config.model import ModelConfig
+from dualtok.config.train import TrainConfig
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.objective.loss import build_objective
+from dualtok.train.engines.build import build_engine
 
 if TYPE_CHECKING:
-    from dualtok.engine.distributed import Ranks
+    from dualtok.distributed.ranks import Ranks
 
 ROWS, LENGTH = 1, 8
 LOOKS = 5
@@ -99,14 +99,24 @@ def main(cases: list[dict[str, Any]], shape: dict[str, Any], folder: Path) -> No
     for case in cases:
         file = folder / f"deepspeed-{ranks.rank}.json"
         file.write_text(json.dumps({"zero_optimization": case["zero"]}))
-        train = TrainConfig(learning_rate=1e-3, batch_size=2 * ranks.world_size, steps=5, gradient_accumulation=2,
-                            precision=case["precision"], deepspeed=str(file))  # fmt: skip
+        train = TrainConfig(
+            learning_rate=1e-3,
+            batch_size=2 * ranks.world_size,
+            steps=5,
+            gradient_accumulation=2,
+            precision=case["precision"],
+            deepspeed=str(file),
+        )
         before = storages()
         engine: Any = build_engine(
-            folder / "weights", ModelConfig(path=str(folder / "weights")), train,
-            config=training_config(train, ranks.world_size), objective=build_objective("causal_lm"), total_steps=5,
+            folder / "weights",
+            ModelConfig(path=str(folder / "weights")),
+            train,
+            config=training_config(train, ranks.world_size),
+            objective=build_objective("causal_lm"),
+            total_steps=5,
             layout=build_layout(ranks),
-        )  # fmt: skip
+        )
         engine.train_step([batch, batch])
         SENT.clear()
         engine.train_step([batch, batch])

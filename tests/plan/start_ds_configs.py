@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import PipelineConfig, TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import Ranks, join_ranks, leave_ranks
-from dualtok.engine.layout import build_layout
-from dualtok.model.config import ModelConfig
+from dualtok.config.model import ModelConfig
+from dualtok.config.train import PipelineConfig, TrainConfig
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import build_layout
+from dualtok.distributed.ranks import Ranks, join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.objective.loss import build_objective
+from dualtok.train.engines.build import build_engine
 from tests.plan.support import LLAMA
 
 LENGTH = 8
@@ -56,16 +56,25 @@ def take_a_step(file: Path, folder: Path, ranks: Ranks) -> tuple[float, int]:
         file = folder / f"{file.stem}-{ranks.rank}.json"
         file.write_text(json.dumps(settings))
     train = TrainConfig(
-        learning_rate=1e-3, batch_size=4, steps=5, gradient_accumulation=2, deepspeed=str(file), engine=engine_name,
+        learning_rate=1e-3,
+        batch_size=4,
+        steps=5,
+        gradient_accumulation=2,
+        deepspeed=str(file),
+        engine=engine_name,
         precision="fp32" if file.stem == "zero0" else "bf16",
         pipeline=None if engine_name == "zero" else PipelineConfig(stages=2),
-    )  # fmt: skip
+    )
     layout = build_layout(ranks, train.stages)
     engine: Any = build_engine(
-        folder / "weights", ModelConfig(path=str(folder / "weights")), train,
-        config=training_config(train, layout.data_parallel.world_size), objective=build_objective("causal_lm"),
-        total_steps=5, layout=layout,
-    )  # fmt: skip
+        folder / "weights",
+        ModelConfig(path=str(folder / "weights")),
+        train,
+        config=training_config(train, layout.data_parallel.world_size),
+        objective=build_objective("causal_lm"),
+        total_steps=5,
+        layout=layout,
+    )
     ids = torch.arange(LENGTH).repeat(4 // 2 // layout.data_parallel.world_size, 1)
     batch = {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(len(ids), 1), "labels": ids}
     own = [float(outcome.loss) for outcome in engine.train_step([batch, batch])]  # a pipeline's last stage has some

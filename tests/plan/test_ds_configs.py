@@ -35,19 +35,28 @@ def started(has_aio: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("engines")
     startable = [file for file in FILES if has_aio or file.stem not in NEED_AIO]
     result = subprocess.run(
-        command("tests.plan.start_ds_configs", folder, *startable, ranks=2), env=environment(LOCAL_SIZE="2"),
-        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
+        command("tests.plan.start_ds_configs", folder, *startable, ranks=2),
+        env=environment(LOCAL_SIZE="2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     found: dict[str, tuple[float, int]] = json.loads((folder / "losses.json").read_text())
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    # Its operator takes minutes to compile, so that no machine is asked to have what it needs.
-    pytest.param(file.stem, marks=[pytest.mark.optional] if file.stem in NEED_AIO else []) for file in FILES
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Its operator takes minutes to compile, so that no machine is asked to have what it needs.
+        pytest.param(file.stem, marks=[pytest.mark.optional] if file.stem in NEED_AIO else [])
+        for file in FILES
+    ],
+)
 def test_a_file_starts_an_engine_that_trains(name: str, started: dict[str, tuple[float, int]], has_aio: bool) -> None:
     if name in NEED_AIO and not has_aio:
         pytest.skip("not installed: libaio-dev, for DeepSpeed's asynchronous I/O")

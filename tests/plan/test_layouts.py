@@ -13,8 +13,16 @@ from dualtok.plan.shape import ModelShape
 from tests.plan.support import job
 
 LAYERS = 8
-SHAPE = ModelShape(first=(32_000_000,), layers=((12_000_000,),) * LAYERS, last=(1000, 32_000_000), tied=0, hidden=1000,
-                   feed_forward=4000, vocabulary=32_000, gated=True)  # fmt: skip
+SHAPE = ModelShape(
+    first=(32_000_000,),
+    layers=((12_000_000,),) * LAYERS,
+    last=(1000, 32_000_000),
+    tied=0,
+    hidden=1000,
+    feed_forward=4000,
+    vocabulary=32_000,
+    gated=True,
+)
 OWN = job(ranks=8, length=1024, rows=2, micro_batches=4)
 
 
@@ -63,8 +71,10 @@ def test_4_bit_weights_and_step_scope_leave_some_layouts_out() -> None:
     adapters = replace(SHAPE, adapters=((1000,),) * LAYERS)
     quantised = rank_layouts(adapters, replace(OWN, quantised=True, zero_stage=2), cluster(80 * GIB))
     assert {(option.job.engine, option.job.zero_stage) for option in quantised} == {
-        ("zero", 1), ("zero", 2), ("pipeline", 1)
-    }  # fmt: skip
+        ("zero", 1),
+        ("zero", 2),
+        ("pipeline", 1),
+    }
     whole = weigh(adapters, replace(OWN, zero_stage=2), cluster(80 * GIB)).memory.largest.parameters.device
     halves = weigh(adapters, replace(OWN, zero_stage=2, quantised=True), cluster(80 * GIB)).memory.largest
     assert whole - halves.parameters.device == pytest.approx(LAYERS * 12_000_000 * (2 - 0.5625), rel=1e-6)

@@ -81,14 +81,19 @@ def test_a_stage_holds_the_activations_of_the_micro_batches_in_flight() -> None:
     one = activation_bytes(SHAPE, job(), 1)
     assert one == 8 * (24 * 10 + 8 * 40)
     planned = [
-        estimate_memory(SHAPE, job(ranks=4, stages=4, engine="pipeline", zero_stage=1, micro_batches=m,
-                                   layers_per_stage=(1, 1, 1, 2))).stages
+        estimate_memory(
+            SHAPE,
+            job(ranks=4, stages=4, engine="pipeline", zero_stage=1, micro_batches=m, layers_per_stage=(1, 1, 1, 2)),
+        ).stages
         for m in (2, 8)
-    ]  # fmt: skip
+    ]
     mask, inputs = 64, 8 * 2 * 10
     assert [stage.activations.device for stage in planned[1]] == [
-        4 * one + mask, 3 * (one + inputs) + mask, 2 * (one + inputs) + mask, 2 * one + inputs + mask
-    ]  # fmt: skip
+        4 * one + mask,
+        3 * (one + inputs) + mask,
+        2 * (one + inputs) + mask,
+        2 * one + inputs + mask,
+    ]
     assert planned[0][0].activations.device == 2 * one + mask
     less = activation_bytes(SHAPE, job(activation_checkpointing=True), 5)
     assert less == one + 5 * 8 * 2 * 10
@@ -144,9 +149,17 @@ def test_what_no_engine_offers_is_refused(changes: dict[str, Any], message: str)
         estimate_memory(SHAPE, job(ranks=2, stages=2, engine="pipeline", zero_stage=1, layers_per_stage=(2, 2)))
 
 
-NEOX = {"model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "vocab_size": 515, "max_position_embeddings": 64, "bos_token_id": 0,
-        "eos_token_id": 0}  # fmt: skip
+NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 515,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 @pytest.mark.parametrize("settings", [LLAMA, {**LLAMA, "tie_word_embeddings": True}, NEOX, {"model_type": "gpt2"}])

@@ -13,8 +13,9 @@ from dualtok.plan.shape import ModelShape
 from dualtok.plan.speed import StepTime, model_flops, step_time, tokens_per_second
 from tests.plan.support import SHAPE, job
 
-DEVICE = Device(flops=1000.0, flops_fp32=100.0, memory_bandwidth=1e4, memory=1e9, link=100.0, pcie=10.0, linear=0.5,
-                attention=0.25)  # fmt: skip
+DEVICE = Device(
+    flops=1000.0, flops_fp32=100.0, memory_bandwidth=1e4, memory=1e9, link=100.0, pcie=10.0, linear=0.5, attention=0.25
+)
 CLUSTER = Cluster(DEVICE, nodes=1, gpus=4, gpu_memory=1e9, host_memory=1e9, network=10.0)
 KEPT = 8 * (24 * 10 + 8 * 40)
 """Bytes that a layer of SHAPE keeps for 8 tokens."""
@@ -42,9 +43,7 @@ def test_products_attention_and_elementwise_work_of_one_rank() -> None:
 
 def test_logits_beyond_the_budget_are_computed_twice() -> None:
     wide = ModelShape(**{**SHAPE.__dict__, "vocabulary": 2**20})
-    twice, once = (
-        step_time(wide, job(ranks=1, loss_memory_mib=mib), CLUSTER).compute for mib in (8, 32)
-    )  # fmt: skip
+    twice, once = (step_time(wide, job(ranks=1, loss_memory_mib=mib), CLUSTER).compute for mib in (8, 32))
     assert twice - once == pytest.approx(8 * 2 * 2**20 * 10 * 0.75 / 500)
 
 

@@ -17,28 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualtok.config.model import LoraConfig, ModelConfig
+from dualtok.config.reference import ReferenceConfig
+from dualtok.config.train import TrainConfig
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream import BlockStream
-from dualtok.engine.build import build_engine
-from dualtok.engine.config import TrainConfig
-from dualtok.engine.deepspeed_config import training_config
-from dualtok.engine.distributed import join_ranks
-from dualtok.engine.layout import Layout, build_layout
-from dualtok.engine.reference import build_reference, check_reference
-from dualtok.engine.zero import build_forward_only
+from dualtok.data.stream.blocks import BlockStream
+from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.layout import Layout, build_layout
+from dualtok.distributed.ranks import join_ranks
 from dualtok.model.adapters import plan_adapters
-from dualtok.model.config import LoraConfig, ModelConfig
 from dualtok.model.load import DTYPES, read_model_config
 from dualtok.objective.loss import build_objective
-from dualtok.reference.config import ReferenceConfig
 from dualtok.reference.live import AdapterReference
+from dualtok.train.engines.build import build_engine
+from dualtok.train.engines.zero import build_forward_only
+from dualtok.train.live_reference import build_reference, check_reference
 from tests.support import partitioned_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dualtok.data.stream import Batch
+    from dualtok.data.stream.blocks import Batch
     from dualtok.reference.live import LiveReference
 
 MICRO_BATCH, WINDOW, BATCHES = 6, 2, 4
@@ -65,11 +65,13 @@ class Comparison:
         return [
             torch.nn.functional.cross_entropy(
                 model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-                .logits.float().transpose(1, 2),
-                batch["labels"], reduction="none",
+                .logits.float()
+                .transpose(1, 2),
+                batch["labels"],
+                reduction="none",
             )
             for batch in islice(self.batches(), BATCHES)
-        ]  # fmt: skip
+        ]
 
     def compare(self, name: str, reference: LiveReference, expected: dict[str, list[torch.Tensor]]) -> None:
         """Score batches as training does, and one as evaluation does in the middle of them."""
@@ -134,17 +136,31 @@ def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | 
     job, layout = comparison.job, comparison.layout
     config = Path(job["folder"]) / str(os.getpid()) / f"zero{stage}.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
-    train = TrainConfig(learning_rate=2e-2, batch_size=WINDOW * MICRO_BATCH, gradient_accumulation=WINDOW, steps=3,
-                        precision=precision, deepspeed=str(config), schedule="constant", **engine_settings)  # fmt: skip
+    train = TrainConfig(
+        learning_rate=2e-2,
+        batch_size=WINDOW * MICRO_BATCH,
+        gradient_accumulation=WINDOW,
+        steps=3,
+        precision=precision,
+        deepspeed=str(config),
+        schedule="constant",
+        **engine_settings,
+    )
     model = ModelConfig(path=job["base"], lora=LoraConfig(rank=4, alpha=8, dropout=0.0))
     assert model.lora is not None
     plan = plan_adapters(model.lora, read_model_config(job["base"]), seed=3, base=job["base"], reference=adapter)
     # Before the engine: while one of ZeRO-3 lives, transformers partitions every model that it loads.
     expected = comparison.transformers_losses(job["merged"] if adapter else job["base"], precision)
     engine = build_engine(
-        job["base"], model, train, config=training_config(train, layout.data_parallel.world_size),
-        objective=build_objective("dual"), total_steps=3, layout=layout, adapters=plan,
-    )  # fmt: skip
+        job["base"],
+        model,
+        train,
+        config=training_config(train, layout.data_parallel.world_size),
+        objective=build_objective("dual"),
+        total_steps=3,
+        layout=layout,
+        adapters=plan,
+    )
     reference = AdapterReference(engine.token_losses, lambda: plan.as_reference(engine.model))
     batches = reference.scored(comparison.batches(), WINDOW)
     losses = []
@@ -157,8 +173,13 @@ def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | 
     trained = engine.token_losses(next(comparison.batches()))
     comparison.compare(name, reference, {"transformers": expected})
     again = engine.token_losses(next(comparison.batches()))
-    trainable = sorted({key.rpartition(".")[0].rpartition(".")[2] for key, parameter in engine.model.named_parameters()
-                        if parameter.requires_grad})  # fmt: skip
+    trainable = sorted(
+        {
+            key.rpartition(".")[0].rpartition(".")[2]
+            for key, parameter in engine.model.named_parameters()
+            if parameter.requires_grad
+        }
+    )
     comparison.result[name] |= {
         "losses": losses,
         "trained": float((trained - expected[0]).abs().mean()),
@@ -178,9 +199,13 @@ def main() -> None:
     for precision in ("fp32", "bf16"):
         own_models(comparison, precision)
     for precision, stage, adapter in (
-        ("fp32", 0, None), ("fp32", 3, None), ("fp32", 3, job["adapter"]), ("fp32", 2, job["adapter"]),
-        ("bf16", 3, None), ("bf16", 1, job["adapter"]),
-    ):  # fmt: skip
+        ("fp32", 0, None),
+        ("fp32", 3, None),
+        ("fp32", 3, job["adapter"]),
+        ("fp32", 2, job["adapter"]),
+        ("bf16", 3, None),
+        ("bf16", 1, job["adapter"]),
+    ):
         adapters(comparison, precision, stage, adapter)
     result = comparison.result
     if ranks.world_size == 2:  # the same two ranks as the stages of one replica, which read the same blocks

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from dualtok.data.stream import BlockStream
+from dualtok.data.stream.blocks import BlockStream
 from dualtok.errors import ConfigError, DualtokError
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import TokenLossModel
@@ -27,7 +27,7 @@ from tests.support import ROOT, environment, save_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dualtok.data.stream import Batch
+    from dualtok.data.stream.blocks import Batch
 
 ROWS = 4
 
@@ -118,9 +118,10 @@ def test_batches_come_in_order_with_their_losses(
 def test_a_bounded_number_of_batches_is_scored_ahead(model: Path, drawn: list[Batch]) -> None:
     forwards: list[tuple[float, float]] = []
     reference = BackgroundReference(
-        WorkerSettings(str(model), "fp32", batch_size=8, threads=1), prefetch=2,
+        WorkerSettings(str(model), "fp32", batch_size=8, threads=1),
+        prefetch=2,
         on_forward=lambda start, end: forwards.append((start, end)),
-    )  # fmt: skip
+    )
     taken = 0
 
     def counted() -> Iterator[Batch]:
@@ -196,8 +197,13 @@ if __name__ == "__main__":
     print(reference.process.pid, sorted(os.sched_getaffinity(reference.process.pid)), flush=True)
     time.sleep(600)
 """)
-    job = subprocess.Popen([sys.executable, str(script)], env=environment(PYTHONPATH=str(ROOT)), text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    job = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment(PYTHONPATH=str(ROOT)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert job.stdout is not None
     pid, _, cores = job.stdout.readline().partition(" ")
     assert cores.strip() == f"[{core}]"

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from dualtok.data.stream import BlockStream
+from dualtok.data.stream.blocks import BlockStream
 from dualtok.reference.live import Share, WindowReference
 from tests.support import ROOT, command, environment, save_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from dualtok.data.stream import Batch
+    from dualtok.data.stream.blocks import Batch
 
 SPREAD = 0.15
 """Standard deviation of the reference's weights: losses from 0 to 30, not all near that of guessing."""
@@ -50,16 +50,27 @@ def results(job: Path) -> dict[int, dict[str, Any]]:
     """Run every mode on one and on two ranks, one launch each."""
     for ranks in (1, 2):
         done = subprocess.run(
-            command("tests.reference.modes", job, ranks=ranks), env=environment(LOCAL_SIZE=str(ranks)), cwd=ROOT,
-            capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
+            command("tests.reference.modes", job, ranks=ranks),
+            env=environment(LOCAL_SIZE=str(ranks)),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return {ranks: json.loads((job / f"result-{ranks}.json").read_text()) for ranks in (1, 2)}
 
 
 OWN_MODELS = ("offload", "offload partitioned", "cpu", "resident", "resident partitioned")
-ADAPTERS = ("fp32 zero0 off", "fp32 zero3 off", "fp32 zero3 exchanged", "fp32 zero2 exchanged", "bf16 zero3 off",
-            "bf16 zero1 exchanged")  # fmt: skip
+ADAPTERS = (
+    "fp32 zero0 off",
+    "fp32 zero3 off",
+    "fp32 zero3 exchanged",
+    "fp32 zero2 exchanged",
+    "bf16 zero3 off",
+    "bf16 zero1 exchanged",
+)
 
 
 @pytest.mark.slow
@@ -144,8 +155,9 @@ def test_rows_are_shared_evenly_and_come_back_in_order(
         return position_losses(batch)
 
     each = -(-rows * window // size)
-    parts = [WindowReference(forward, 2, Share(rank, size)).forward(Share(rank, size).take(drawn))
-             for rank in range(size)]  # fmt: skip
+    parts = [
+        WindowReference(forward, 2, Share(rank, size)).forward(Share(rank, size).take(drawn)) for rank in range(size)
+    ]
     assert calls == [each] * size
     share = Share(0, size, lambda mine: [mine, *parts[1:]])
     calls.clear()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,9 @@ from dualtok.errors import ConfigError, DataError
 from dualtok.reference.fingerprint import Fingerprint, blocks_digest, fingerprint, weights_digest
 from dualtok.reference.stored import StoredScores, is_scored, score_path, scores_folder, write_index, write_scores
 from tests.support import save_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EXPECTED = Fingerprint("weights", "tokenizer", "blocks", "fp32")
 
@@ -147,8 +149,10 @@ def test_the_digest_of_a_mixture_sees_every_folder(prepared: tuple[Path, Manifes
     altered = [shards[0].model_copy(update={"sha256": "other"}), *shards[1:]]
     splits["train"] = splits["train"].model_copy(update={"shards": altered})
     changed = manifest.model_copy(update={"splits": splits})
-    digests = [blocks_digest(*manifests) for manifests in ((manifest,), (manifest, manifest), (manifest, changed),
-                                                           (changed, manifest))]  # fmt: skip
+    digests = [
+        blocks_digest(*manifests)
+        for manifests in ((manifest,), (manifest, manifest), (manifest, changed), (changed, manifest))
+    ]
     assert len(set(digests)) == 4
 
 

@@ -15,8 +15,13 @@ TINY = ["--hidden", "64", "--layers", "1", "--block-length", "64", "--blocks", "
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         python("tools/bench_audit.py", *TINY, *arguments),
-        env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.slow

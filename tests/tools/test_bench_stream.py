@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import ROOT, environment, python, succeed
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MOSAICML = ROOT / "build" / "mosaicml"
 SMALL = ["--blocks", "1024", "--block-length", "64", "--seconds", "0.05", "--warm-up", "0.02", "--pairs", "1"]
@@ -21,9 +24,14 @@ def run_tool(folder: Path, *arguments: str) -> str:
     return succeed(
         subprocess.run(
             python("tools/bench_stream.py", "--folder", folder, *SMALL, *arguments),
-            env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+            env=environment(PYTHONPATH=str(ROOT)),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
-    )  # fmt: skip
+    )
 
 
 def ratios(output: str) -> dict[str, float]:
@@ -59,8 +67,13 @@ def test_the_stream_is_compared_with_mosaicml(tmp_path: Path) -> None:
 def test_a_missing_reader_is_named_with_the_way_to_install_it(tmp_path: Path) -> None:
     result = subprocess.run(
         python("tools/bench_stream.py", *SMALL, "--parts", "readers", "--mosaicml", tmp_path),
-        env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert result.returncode == 1
     assert "--requirement requirements-bench.txt" in result.stderr
     assert "Traceback" not in result.stderr

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import ROOT, environment, python
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 @pytest.mark.slow
 def test_a_tiny_model_takes_dual_steps_and_the_plan_stands_beside_what_was_measured(tmp_path: Path) -> None:
     result = subprocess.run(
-        python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tools/billion.py",
-               "--size", "tiny", "--states", "cpu", "--folder", tmp_path),
-        env=environment(LOCAL_SIZE="2"), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+        python(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "tools/billion.py",
+            "--size",
+            "tiny",
+            "--states",
+            "cpu",
+            "--folder",
+            tmp_path,
+        ),
+        env=environment(LOCAL_SIZE="2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     steps = re.findall(r"step (\d): loss (\S+), hard (\S+), memorised (\S+), gradient norm (\S+),", result.stdout)
     assert [step for step, *_ in steps] == ["1", "2"]

@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import ROOT, environment, python, succeed
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def check_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        python("tools/check_plan.py", *arguments), env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT,
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        python("tools/check_plan.py", *arguments),
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def test_planned_speed_is_within_a_fifth_of_what_was_published() -> None:

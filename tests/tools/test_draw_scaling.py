@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from transformers import AutoConfig
@@ -14,6 +13,9 @@ from dualtok.plan.scaling import COUNTS, scale
 from dualtok.plan.shape import read_shape
 from dualtok.plan.shapes import NAMED
 from tests.support import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MOST = COUNTS[-1]
 CLUSTER = Cluster(DEVICES["h100"], 1, 8, DEVICES["h100"].memory, 2048 * GIB, 3200e9 / 8)

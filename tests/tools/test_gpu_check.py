@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 from tests.support import ROOT, environment, python
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        python("tools/gpu_check.py", *arguments), env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        python("tools/gpu_check.py", *arguments),
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def rows(table: str) -> dict[str, str]:
@@ -72,8 +80,15 @@ print('| norms on a GPU |', on_gpu['gradient_norm'] / on_gpu['loss'], '|')
 
 
 def test_a_way_that_trains_another_model_is_a_fault() -> None:
-    shown = subprocess.run(python("-c", PROGRAM), env=environment(CUDA_VISIBLE_DEVICES=""), cwd=ROOT,
-                           capture_output=True, text=True, timeout=120, check=True).stdout  # fmt: skip
+    shown = subprocess.run(
+        python("-c", PROGRAM),
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
     table = rows(shown)
     assert table["parity: device"] == "1.0e-06, 2.0e-05, more than 1e-05, 1e-05: FAULT"
     assert table["parity: bf16"] == "1.0e-03, 2.0e-03"
@@ -95,8 +110,15 @@ print(in_a_fresh_process('command:doctor', Namespace(folder=Path(sys.argv[1]), w
 @pytest.mark.slow
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     """The doctor takes longer; its processes work in the folder."""
-    shown = subprocess.run([sys.executable, "-c", TOO_LONG, str(tmp_path)], env=environment(), cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, timeout=120, check=True).stdout  # fmt: skip
+    shown = subprocess.run(
+        [sys.executable, "-c", TOO_LONG, str(tmp_path)],
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        timeout=120,
+        check=True,
+    ).stdout
     assert shown == "{'error': 'not done after 15 s'}\n"
     left = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(tmp_path)]
     assert left == []
@@ -114,8 +136,9 @@ for arguments in ('--only step:dula', '--only parity --ways fp4', '--only machin
 
 
 def test_what_it_does_not_measure_is_named() -> None:
-    shown = subprocess.run(python("-c", REFUSED), env=environment(), cwd=ROOT, text=True, capture_output=True,
-                           timeout=120, check=True).stderr  # fmt: skip
+    shown = subprocess.run(
+        python("-c", REFUSED), env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=120, check=True
+    ).stderr
     errors = [line.partition(": error: ")[2] for line in shown.splitlines() if ": error: " in line]
     starts = [
         "--only: no measurement 'step:dula'; there are machine, parity, command, head, step, ",

@@ -6,12 +6,14 @@ import ast
 import dataclasses
 import importlib
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -87,8 +89,9 @@ def test_caught_faults_are_told_from_survivors(
     # Another suite: it sees the one and not the other.
     other = tmp_path / "other"
     (other / "tests").mkdir(parents=True)
-    (other / "tests" / "test_sums.py").write_text("from dualtok.sums import less\n\n\ndef test_less():\n"
-                                                  "    assert not less(2, 2)\n")  # fmt: skip
+    (other / "tests" / "test_sums.py").write_text(
+        "from dualtok.sums import less\n\n\ndef test_less():\n    assert not less(2, 2)\n"
+    )
     status, said = run(sign, equal, options=("--tests-from", str(other)))
     assert status == 1
     assert "caught 1 of 2, survivors: sign" in said

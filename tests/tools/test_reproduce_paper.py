@@ -9,26 +9,42 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from dualtok.audit.config import FurtherAttackName
+from dualtok.audit.attacks.registry import names_of
 from tests.support import ROOT, environment, python
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PARTS = ("headline", "plus", "further", "dynamics", "pretraining")
 STOPS = {"plain, step 2", "plain, step 4", "plain, step 6"}
-HEADLINE = {"base", "reference alone", "plain", "plain, best on validation", "goldfish 25 %", "DP-SGD (8, 1e-05)",
-            "dual", *STOPS}  # fmt: skip
+HEADLINE = {
+    "base",
+    "reference alone",
+    "plain",
+    "plain, best on validation",
+    "goldfish 25 %",
+    "DP-SGD (8, 1e-05)",
+    "dual",
+    *STOPS,
+}
 KINDS = {"reference alone", "plain", "goldfish 25 %", "DP-SGD (8, 1e-05)", "dual"}
 FROM = "from reference then probe"
-ALL_AUXILIARY = {"reference, then probe", "dual, reference then probe", f"dual, {FROM}", f"plain, {FROM}",
-                 *(f"plain, {FROM}, step {step}" for step in range(1, 7)), "dual, cross-fitted"}  # fmt: skip
+ALL_AUXILIARY = {
+    "reference, then probe",
+    "dual, reference then probe",
+    f"dual, {FROM}",
+    f"plain, {FROM}",
+    *(f"plain, {FROM}, step {step}" for step in range(1, 7)),
+    "dual, cross-fitted",
+}
 TAKEN_BACK = {"dual_plus", "dual_plus, limit 0.55", "plain, taken back"}
 PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *TAKEN_BACK}
 FURTHER = {f"{row}, further attacks" for row in KINDS | TAKEN_BACK}
@@ -46,9 +62,14 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Module:
 def reproduce(folder: Path) -> subprocess.CompletedProcess[str]:
     command = python("tools/reproduce_paper.py", "--scale", "smoke", "--folder", folder, "--jobs", "2")
     return subprocess.run(
-        [*command, "--parts", *PARTS], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900,
+        [*command, "--parts", *PARTS],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
         check=False,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -61,7 +82,7 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     for row in results.values():
         assert {"perplexity", "strongest", "loss", "ref", "min_k", "zlib", "ref_classifier", "ref_forest"} <= row.keys()
     for row in FURTHER:
-        assert {"info_rmia", *get_args(FurtherAttackName)} <= results[row].keys()
+        assert {"info_rmia", *names_of("rerun")} <= results[row].keys()
     assert results["plain"]["perplexity"][0] < results["base"]["perplexity"][0], "plain training learned nothing"
     assert results["plain"]["perplexity"] != results["plain, step 2"]["perplexity"]
     assert results["plain, best on validation"]["perplexity"][0] in {
@@ -177,8 +198,10 @@ def test_a_claim_compares_the_seeds_that_both_rows_have(module: Module) -> None:
     """One of the two may not have been audited yet under a seed."""
     values = {"dual": {0: 9.0, 1: 3.0}, "reference alone": {1: 4.0, 2: 1.0}, "plain": {2: 1.0}}
     table = rows_of(module, {row: {"perplexity": found} for row, found in values.items()})
-    shown = [list(module("paper.claims").better(table, "dual", other))
-             for other in ("reference alone", "plain", "no such row")]  # fmt: skip
+    shown = [
+        list(module("paper.claims").better(table, "dual", other))
+        for other in ("reference alone", "plain", "no such row")
+    ]
     assert shown == [["| perplexity of dual below that of reference alone (ratio 0.750) | 1 of 1 seeds |"], [], []]
 
 
@@ -186,15 +209,20 @@ def test_plain_training_is_stopped_in_each_seed_before_it_is_recognised(module: 
     def row(perplexity: tuple[float, float], strongest: tuple[float, float]) -> dict[str, dict[int, float]]:
         return {"perplexity": dict(enumerate(perplexity)), "strongest": dict(enumerate(strongest))}
 
-    table = rows_of(module, {
-        "base": row((20.0, 20.0), (0.5, 0.5)), "plain, step 2": row((12.0, 12.0), (0.57, 0.6)),
-        "plain, step 4": row((8.0, 8.0), (0.7, 0.7)), "dual_plus": row((9.0, 22.0), (0.5, 0.5)),
-        "reference, then probe": row((18.0, 44.0), (0.5, 0.5)),
-        "plain, from reference then probe, step 1": row((16.0, 16.0), (0.6, 0.58)),
-        "dual, cross-fitted, at w = 0.1": row((12.0, 17.0), (0.57, 0.57)),
-        "dual, cross-fitted, at w = 0.2": row((9.0, 12.0), (0.6, 0.57)),
-        "dual, cross-fitted, at w = 0.2, by 8 dual shadows": row((9.0, 12.0), (0.5, 0.5)),
-    })  # fmt: skip
+    table = rows_of(
+        module,
+        {
+            "base": row((20.0, 20.0), (0.5, 0.5)),
+            "plain, step 2": row((12.0, 12.0), (0.57, 0.6)),
+            "plain, step 4": row((8.0, 8.0), (0.7, 0.7)),
+            "dual_plus": row((9.0, 22.0), (0.5, 0.5)),
+            "reference, then probe": row((18.0, 44.0), (0.5, 0.5)),
+            "plain, from reference then probe, step 1": row((16.0, 16.0), (0.6, 0.58)),
+            "dual, cross-fitted, at w = 0.1": row((12.0, 17.0), (0.57, 0.57)),
+            "dual, cross-fitted, at w = 0.2": row((9.0, 12.0), (0.6, 0.57)),
+            "dual, cross-fitted, at w = 0.2, by 8 dual shadows": row((9.0, 12.0), (0.5, 0.5)),
+        },
+    )
     claims = list(module("paper.claims").claims(table))
     claim = "perplexity of dual_plus below that of {}, stopped while its strongest attack is at most 0.58 (ratio {})"
     # 9 / 12, for the first stop is quiet in this seed, and 22 / 20, for not even that one is
@@ -209,13 +237,22 @@ def test_stronger_attackers_are_held_to_the_claims_and_left_out_of_the_plot(
     module: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
-    strongest = {"dual": 0.55, "dual, by 8 dual shadows": 0.61, "dual, cross-fitted, reference known": 0.7,
-                 "dual_plus, reference known": 0.6, "dual_plus, further attacks": 0.57, "selective": 0.9,
-                 "dual, cross-fitted, at w = 0.1": 0.55}  # fmt: skip
-    table = rows_of(module, {
-        row: {"perplexity": {0: 9.0}, "strongest": {0: value}, "collections 50": {0: 0.5}, "ref": {0: 0.5}}
-        for row, value in strongest.items()
-    })  # fmt: skip
+    strongest = {
+        "dual": 0.55,
+        "dual, by 8 dual shadows": 0.61,
+        "dual, cross-fitted, reference known": 0.7,
+        "dual_plus, reference known": 0.6,
+        "dual_plus, further attacks": 0.57,
+        "selective": 0.9,
+        "dual, cross-fitted, at w = 0.1": 0.55,
+    }
+    table = rows_of(
+        module,
+        {
+            row: {"perplexity": {0: 9.0}, "strongest": {0: value}, "collections 50": {0: 0.5}, "ref": {0: 0.5}}
+            for row, value in strongest.items()
+        },
+    )
     lines = [line.split(" | ") for line in module("paper.claims").claims(table)]
     assert {line[0]: line[1] for line in lines if "strongest attack on" in line[0]} == {
         "| strongest attack on dual, two-sided, at most 0.58": "1 of 1 seeds |",
@@ -235,11 +272,20 @@ def test_a_row_has_the_better_of_both_tests_of_collections_and_both_sides_of_lir
         rates = [{"target_fpr": 0.1, "tpr": {"value": 1.0}}, {"target_fpr": 0.01, "tpr": tpr and {"value": tpr}}]
         return {"name": name, "auc": {"value": auc}, "tpr": rates}
 
-    tests = [{"size": 10, "p_holm": 0.4, "rejected": 0.1}, {"size": 10, "p_holm": 0.03, "rejected": 0.3},
-             {"size": 50, "p_holm": 1.0, "rejected": 0.0}]  # fmt: skip
+    tests = [
+        {"size": 10, "p_holm": 0.4, "rejected": 0.1},
+        {"size": 10, "p_holm": 0.03, "rejected": 0.3},
+        {"size": 50, "p_holm": 1.0, "rejected": 0.0},
+    ]
     attacks = [attack("ref", 0.5, 0.02), attack("lira", 0.34, 0.03), attack("lira_offline", 0.65, None)]
-    entry = {"seed": 0, "perplexity_non_members": 9.0, "strongest": {"auc_two_sided": {"value": 0.66}}, "loss_gap": 0.1,
-             "collections": tests, "attacks": attacks}  # fmt: skip
+    entry = {
+        "seed": 0,
+        "perplexity_non_members": 9.0,
+        "strongest": {"auc_two_sided": {"value": 0.66}},
+        "loss_gap": 0.1,
+        "collections": tests,
+        "attacks": attacks,
+    }
     other = {**entry, "attacks": [attack("ref", 0.5, 0.02)], "collections": []}
     tables, figures_of = module("paper.tables"), module("paper.figures").figures_of
     table = {"dual_plus": figures_of([entry]), "dual": figures_of([other])}

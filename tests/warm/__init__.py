@@ -19,11 +19,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.warm.client import ROOT, STANDS_FOR
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 CLIENT = Path(__file__).with_name("client.py")
 READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_", "HF_TOKEN", "MY_")
@@ -36,8 +39,12 @@ TEST_PROCESS = "PYTEST_XDIST_WORKER"
 """Variable with the name of the test process that has started something."""
 PACKAGES = "DUALTOK_TESTS_PACKAGES"
 """Variable with a folder in which a fork looks for packages first: what it has not imported, and versions."""
-PROGRAMS = {"python": [], "dualtok": ["-m", "dualtok"], "torchrun": ["-m", "torch.distributed.run"],
-            "deepspeed": ["-m", "deepspeed.launcher.runner"]}  # fmt: skip
+PROGRAMS = {
+    "python": [],
+    "dualtok": ["-m", "dualtok"],
+    "torchrun": ["-m", "torch.distributed.run"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner"],
+}
 """What each stands for, as arguments of Python."""
 
 
@@ -116,9 +123,13 @@ def _server() -> str:
     _write_programs(Path(folder.name), address)
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.warm.server", address], env={**clean, **FOR_ALL}, start_new_session=True,
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.warm.server", address],
+        env={**clean, **FOR_ALL},
+        start_new_session=True,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
     assert process.stdin is not None
     atexit.register(folder.cleanup)
     atexit.register(process.stdin.close)  # ends the server

@@ -54,8 +54,14 @@ def client(address: str, arguments: list[str]) -> None:
     if needs_afresh(arguments):
         os.execv(sys.executable, [sys.executable, *arguments])
     places = [0, 1, 2, *(inherited() if is_spawned(arguments) else [])]
-    request = {"arguments": arguments, "places": places, "python": f"{os.path.dirname(address)}/python",
-               "directory": os.getcwd(), "variables": dict(os.environ), "umask": os.umask(0)}  # fmt: skip
+    request = {
+        "arguments": arguments,
+        "places": places,
+        "python": f"{os.path.dirname(address)}/python",
+        "directory": os.getcwd(),
+        "variables": dict(os.environ),
+        "umask": os.umask(0),
+    }
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(address)
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until it is known whom to hand them to

@@ -11,23 +11,39 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tests.warm import PACKAGES, TEST_PROCESS, account
 from tests.warm.client import HANDED_ON
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 LONGEST_REQUEST, MOST_FILES = 1 << 20, 250
 IMPORTED = (
-    "deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
-    "dualtok.cli", "dualtok.data.prepare", "dualtok.engine.pipeline", "dualtok.engine.train", "dualtok.jobs.audit",
-    "dualtok.jobs.score", "peft.tuners.lora.bnb", "pyarrow.pandas_compat", "sklearn.ensemble", "sklearn.linear_model",
-    "torch.distributed.run", "torch.utils.cpp_extension", "torch.utils.tensorboard",
-    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "transformers.optimization",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "dualtok.cli",
+    "dualtok.data.prepare.pipeline",
+    "dualtok.train.engines.pipeline",
+    "dualtok.commands.train",
+    "dualtok.commands.audit.run",
+    "dualtok.commands.score.run",
+    "peft.tuners.lora.bnb",
+    "pyarrow.pandas_compat",
+    "sklearn.ensemble",
+    "sklearn.linear_model",
+    "torch.distributed.run",
+    "torch.utils.cpp_extension",
+    "torch.utils.tensorboard",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.optimization",
     "xml.dom.minidom",
-)  # fmt: skip
+)
 """What jobs import, all that they start included."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from dualtok.jobs.launch import rank_environment, torchrun
+from dualtok.launch.local import rank_environment, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -158,9 +158,13 @@ def _run_file(folder: Path, name: str) -> Path:
 
 def _write(file: Path, folder: Path, **sections: Any) -> Path:
     train = {"learning_rate": 1e-3, "batch_size": 8, "steps": STEPS, "evaluation_blocks": 8, **sections.pop("train")}
-    run = {"data": {"dir": str(folder / "blocks-128"), "block_length": 128, "lanes": 16},
-           "output_dir": str(file.with_suffix("")), "monitor": {"tensorboard": False}, "train": train,
-           **sections}  # fmt: skip
+    run = {
+        "data": {"dir": str(folder / "blocks-128"), "block_length": 128, "lanes": 16},
+        "output_dir": str(file.with_suffix("")),
+        "monitor": {"tensorboard": False},
+        "train": train,
+        **sections,
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(file.with_suffix(""), ignore_errors=True)
     file.write_text(yaml.safe_dump(run))
@@ -174,8 +178,14 @@ def _dualtok(verb: str, *arguments: Any, ranks: int = 1, **changes: str) -> None
         RuntimeError: it failed; says of what.
     """
     told = [verb, *map(str, arguments)]
-    done = subprocess.run(torchrun(["--standalone"], ranks, "dualtok", told), env=rank_environment(ranks) | changes,
-                          check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    done = subprocess.run(
+        torchrun(["--standalone"], ranks, "dualtok", told),
+        env=rank_environment(ranks) | changes,
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if done.returncode:
         print(done.stdout[-4000:], file=sys.stderr)
         errors = [line for line in done.stdout.splitlines() if "Error: " in line or line.startswith("dualtok: error:")]
@@ -184,9 +194,14 @@ def _dualtok(verb: str, *arguments: Any, ranks: int = 1, **changes: str) -> None
 
 def dp_sgd(folder: Path) -> str:
     """Train with DP-SGD."""
-    file = _write(folder / "commands" / "dp-sgd.yaml", folder, objective="causal_lm",
-                  model={"path": str(folder / "small-start")}, privacy={"epsilon": 8.0, "delta": 1e-5},
-                  train={"engine": "opacus", "precision": "fp32"})  # fmt: skip
+    file = _write(
+        folder / "commands" / "dp-sgd.yaml",
+        folder,
+        objective="causal_lm",
+        model={"path": str(folder / "small-start")},
+        privacy={"epsilon": 8.0, "delta": 1e-5},
+        train={"engine": "opacus", "precision": "fp32"},
+    )
     _dualtok("train", file)
     losses = [row["plain_loss"] for row in _history(file.with_suffix(""))]
     return f"loss {losses[0]:.2f} to {losses[-1]:.2f}"
@@ -195,8 +210,14 @@ def dp_sgd(folder: Path) -> str:
 def lora(folder: Path) -> str:
     """Train adapters against their own base, in bf16, and export them."""
     model = {"path": str(folder / "small-start"), "lora": {"rank": 8}}
-    file = _write(folder / "commands" / "lora.yaml", folder, objective="dual", reference={"mode": "adapter"},
-                  model=model, train={"precision": "bf16"})  # fmt: skip
+    file = _write(
+        folder / "commands" / "lora.yaml",
+        folder,
+        objective="dual",
+        reference={"mode": "adapter"},
+        model=model,
+        train={"precision": "bf16"},
+    )
     _dualtok("train", file)
     _dualtok("export", file.with_suffix(""), file.with_suffix(".hf"), "--checkpoint", "latest")
     losses = [row["plain_loss"] for row in _history(file.with_suffix(""))]
@@ -210,13 +231,21 @@ def audit(folder: Path) -> str:
 
 def audit_zero3(folder: Path) -> str:
     """Attack a model whose parameters lie sharded on all devices."""
-    return _audited(folder, "audit-zero3", attacks=["loss", "ref", "min_k_plus_plus", "info_rmia"], ranks=DEVICES,
-                    deepspeed=str(ROOT / "ds_configs" / "zero3.json"))  # fmt: skip
+    return _audited(
+        folder,
+        "audit-zero3",
+        attacks=["loss", "ref", "min_k_plus_plus", "info_rmia"],
+        ranks=DEVICES,
+        deepspeed=str(ROOT / "ds_configs" / "zero3.json"),
+    )
 
 
 def _audited(folder: Path, name: str, *, attacks: list[str] | None, ranks: int = 1, **settings: Any) -> str:
-    section = {"models": {"start": str(folder / "small-start")}, "attack_reference": str(folder / "small-reference"),
-               **settings}  # fmt: skip
+    section = {
+        "models": {"start": str(folder / "small-start")},
+        "attack_reference": str(folder / "small-reference"),
+        **settings,
+    }
     if attacks is not None:
         section["attacks"] = attacks
     file = _write(folder / "commands" / f"{name}.yaml", folder, objective="causal_lm", audit=section, train={})
@@ -228,9 +257,15 @@ def _audited(folder: Path, name: str, *, attacks: list[str] | None, ranks: int =
 
 def doctor(folder: Path) -> str:
     """Examine the machine."""
-    results = json.loads(subprocess.run(
-        [sys.executable, "-m", "dualtok", "doctor", "--json"], cwd=folder, capture_output=True, text=True, check=False
-    ).stdout)  # fmt: skip
+    results = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "dualtok", "doctor", "--json"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+    )
     failed = [f"{row['name']}: {row['found']}" for row in results["checks"] if row["status"] == "fail"]
     if failed:
         raise RuntimeError("; ".join(failed))

@@ -8,7 +8,6 @@ import statistics
 import time
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,22 +18,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dualtok.data.stream import BlockStream
-from dualtok.engine.config import TrainConfig
-from dualtok.engine.metrics import peak_memory_gib
-from dualtok.jobs.score import score
-from dualtok.model.config import LoraConfig, ModelConfig
+from dualtok.commands.score.run import score
+from dualtok.config.model import LoraConfig, ModelConfig
+from dualtok.config.reference import ReferenceConfig
+from dualtok.config.run import RunConfig
+from dualtok.config.train import TrainConfig
+from dualtok.data.stream.blocks import BlockStream
 from dualtok.model.load import DTYPES
 from dualtok.model.loss_backends import load_backend
 from dualtok.objective.head import LossHead
 from dualtok.objective.linear_cross_entropy import linear_cross_entropy
-from dualtok.reference.config import ReferenceConfig
-from dualtok.run import RunConfig
+from dualtok.train.metrics import peak_memory_gib
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-    from dualtok.data.config import DataConfig
+    from dualtok.config.data import DataConfig
 
 Figures = dict[str, Any]
 BUDGETS = {"torch 256 MiB": 256, "torch 1 GiB": 1024, "torch 4 GiB": 4096}
@@ -146,9 +146,11 @@ def step(contender: str, folder: Path) -> Figures:
     sizes = sizes_here()
     data = prepared_corpus(folder, sizes.block_length, sizes.passages)
     train = TrainConfig(
-        learning_rate=1e-5, batch_size=sizes.batch_size, steps=10**6,
+        learning_rate=1e-5,
+        batch_size=sizes.batch_size,
+        steps=10**6,
         precision="bf16" if sizes.precision == "bf16" else "fp32",
-    )  # fmt: skip
+    )
     phases: dict[str, float] = {}
     if contender == "trainer":
         seconds = _time_trainer(folder, data, train, sizes)
@@ -208,11 +210,15 @@ def configured(contender: str, folder: Path, data: DataConfig, train: TrainConfi
         reference = ReferenceConfig(model=str(folder / "reference"), precision=train.precision)
     elif contender in ("resident", "offload"):
         reference = ReferenceConfig(
-            model=str(folder / "reference"), precision=train.precision,
+            model=str(folder / "reference"),
+            precision=train.precision,
             mode="resident" if contender == "resident" else "offload",
-        )  # fmt: skip
+        )
     return RunConfig(
-        data=data, output_dir=str(folder / f"step-{contender}"), train=train, reference=reference,
+        data=data,
+        output_dir=str(folder / f"step-{contender}"),
+        train=train,
+        reference=reference,
         objective="causal_lm" if reference is None else "dual",
         model=ModelConfig(path=str(folder / "start"), lora=lora),
-    )  # fmt: skip
+    )

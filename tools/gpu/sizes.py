@@ -32,14 +32,23 @@ class Sizes:
 WARM_UP = 3
 
 SMALL = {
-    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
+}
 
 GPU = Sizes(
     # TinyLlama-1.1B's shape (its config.json)
-    model={"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-           "num_key_value_heads": 4, "vocab_size": 32000},
+    model={
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
     small=SMALL,
     passages=2000,
     block_length=2048,
@@ -48,7 +57,7 @@ GPU = Sizes(
     head=(8192, 2304, 256000),  # Gemma 2 2B, on which cut-cross-entropy's authors published their figures
     repeats=10,
     matrix=8192,
-)  # fmt: skip
+)
 
 CPU = Sizes(
     model={**SMALL, "vocab_size": 4096},

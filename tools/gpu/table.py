@@ -42,8 +42,12 @@ def markdown(results: dict[str, Any]) -> str:
 def _parity(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if "unlike" not in figures:
         return []
-    rows = [(f"parity over {figures['steps']} dual steps: largest difference from host cores",
-             "of a loss in nats, of the gradient's norm relative to it")]  # fmt: skip
+    rows = [
+        (
+            f"parity over {figures['steps']} dual steps: largest difference from host cores",
+            "of a loss in nats, of the gradient's norm relative to it",
+        )
+    ]
     for name, unlike in figures["unlike"].items():
         allowed = ", ".join(f"{value:g}" for value in allowed_of(name).values())
         fault = f", more than {allowed}: FAULT" if too_far(name, unlike) else ""
@@ -53,8 +57,11 @@ def _parity(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _commands(results: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name.replace(":", ": "), f"{figures['found']} ({figures['seconds']:.0f} s)")
-            for name, figures in results.items() if name.startswith("command:") and "found" in figures]  # fmt: skip
+    return [
+        (name.replace(":", ": "), f"{figures['found']} ({figures['seconds']:.0f} s)")
+        for name, figures in results.items()
+        if name.startswith("command:") and "found" in figures
+    ]
 
 
 def _heads(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -63,14 +70,19 @@ def _heads(results: dict[str, Any]) -> list[tuple[str, str]]:
         if name.startswith("head:") and "seconds" in figures:
             tokens, hidden, vocabulary = figures["shape"]
             memory = "" if figures["gib"] is None else f", {figures['gib']:.2f} GiB"
-            rows.append((f"output layer {tokens} x {hidden} x {vocabulary}, forward and backward: {name[5:]}",
-                         f"{figures['seconds'] * 1e3:.1f} ms{memory}"))  # fmt: skip
+            rows.append(
+                (
+                    f"output layer {tokens} x {hidden} x {vocabulary}, forward and backward: {name[5:]}",
+                    f"{figures['seconds'] * 1e3:.1f} ms{memory}",
+                )
+            )
     return rows
 
 
 def _steps(results: dict[str, Any]) -> list[tuple[str, str]]:
-    steps = {name[5:]: figures for name, figures in results.items()
-             if name.startswith("step:") and "seconds" in figures}  # fmt: skip
+    steps = {
+        name[5:]: figures for name, figures in results.items() if name.startswith("step:") and "seconds" in figures
+    }
     peak = peak_tflops(results.get("machine", {}).get("device", ""))
     rows = []
     for name, figures in steps.items():
@@ -82,8 +94,12 @@ def _steps(results: dict[str, Any]) -> list[tuple[str, str]]:
         if phases := figures["phases"]:
             together = sum(phases.values())
             shares = ", ".join(f"{phase} {seconds / together:.1%}" for phase, seconds in phases.items())
-            rows.append((f"step: {name}, phases by the run's timer", f"{shares}; together "
-                         f"{together / figures['mean']:.3f} of the mean step by the clock"))  # fmt: skip
+            rows.append(
+                (
+                    f"step: {name}, phases by the run's timer",
+                    f"{shares}; together {together / figures['mean']:.3f} of the mean step by the clock",
+                )
+            )
     for above, below, label in RATIOS:
         if above in steps and below in steps:
             rows.append((label, f"{steps[above]['seconds'] / steps[below]['seconds']:.3f}"))

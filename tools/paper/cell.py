@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from paper.steps import Step
 
+from dualtok.config.run import parse_run
 from dualtok.files import write_text
-from dualtok.run import parse_run
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from paper.scales import Scale
 
 Run = dict[str, Any]
@@ -33,9 +34,15 @@ class Cell:
     """
 
     def __init__(
-        self, scale: Scale, corpus: str, seed: int, root: Path, *, variant: str = "",
+        self,
+        scale: Scale,
+        corpus: str,
+        seed: int,
+        root: Path,
+        *,
+        variant: str = "",
         shares: dict[str, float] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.scale, self.corpus, self.seed, self.root, self.variant = scale, corpus, seed, root, variant
         self.name = f"{corpus}-{seed}" + (f"-{variant}".replace(" ", "-") if variant else "")
         self.folder = root / self.name
@@ -55,9 +62,16 @@ class Cell:
         scale = self.scale
         bundled = {"source": str(self.corpus_file(self.corpus)), "near_duplicate_threshold": 0.5}
         tokenizer = scale.model.get("path") or str(self.base_folder / "data" / "tokenizer")
-        return {"dir": str(self.folder / "data"), **(scale.sources.get(self.corpus) or bundled),
-                "tokenizer": tokenizer, "seed": self.seed, "block_length": scale.block_length, "lanes": 8,
-                "shares": self.shares, "processes": 1}  # fmt: skip
+        return {
+            "dir": str(self.folder / "data"),
+            **(scale.sources.get(self.corpus) or bundled),
+            "tokenizer": tokenizer,
+            "seed": self.seed,
+            "block_length": scale.block_length,
+            "lanes": 8,
+            "shares": self.shares,
+            "processes": 1,
+        }
 
     def corpus_file(self, corpus: str) -> Path:
         """Return the file of a bundled corpus."""
@@ -71,9 +85,15 @@ class Cell:
             del train["epochs" if "steps" in changed else "steps"]
         model = {"path": str(self.model(base)), **self.scale.adapters, **sections.pop("model", {})}
         return {
-            "data": self.data, "output_dir": str(self.folder / name), "seed": self.seed, "objective": objective,
-            "model": model, "train": train, "monitor": {"log_every": 20}, **sections,
-        }  # fmt: skip
+            "data": self.data,
+            "output_dir": str(self.folder / name),
+            "seed": self.seed,
+            "objective": objective,
+            "model": model,
+            "train": train,
+            "monitor": {"log_every": 20},
+            **sections,
+        }
 
     def model(self, name: str) -> Path:
         """Return where a model of this cell is exported to."""
@@ -134,10 +154,16 @@ class Cell:
 
     def audit(self, part: str, attacker: str, attacker_exported: str, **settings: Any) -> None:
         """Add the attacks on all models since the last audit, by an attacker with the reference model ``attacker``."""
-        run = {"data": self.data, "output_dir": str(self.folder / f"audit-{part}"), "audit": {
-            "models": {row: str(model) for row, model in self._models.items()},
-            "attack_reference": str(self.model(attacker)), "batch_size": 16, **settings,
-        }}  # fmt: skip
+        run = {
+            "data": self.data,
+            "output_dir": str(self.folder / f"audit-{part}"),
+            "audit": {
+                "models": {row: str(model) for row, model in self._models.items()},
+                "attack_reference": str(self.model(attacker)),
+                "batch_size": 16,
+                **settings,
+            },
+        }
         name = f"audit-{part}"
         self.add(name, ["audit", self.write(name, run)], [*self._exported, attacker_exported])
         self._models, self._exported = {}, []
@@ -149,11 +175,23 @@ def base_model(scale: Scale, corpus: str, root: Path) -> list[Step]:
         return []
     cell = Cell(scale, corpus, 0, root)
     cell.name, cell.folder = cell.base_folder.name, cell.base_folder
-    data = {"dir": str(cell.folder / "data"), "source": str(cell.corpus_file(OTHER[corpus])),
-            "block_length": scale.block_length, "lanes": 8, "vocab_size": scale.vocabulary, "processes": 1,
-            "shares": scale.pretraining_shares}  # fmt: skip
-    run = {"data": data, "output_dir": str(cell.folder / "run"), "objective": "causal_lm", "model": scale.model,
-           "train": scale.pretraining, "monitor": {"log_every": 20}}  # fmt: skip
+    data = {
+        "dir": str(cell.folder / "data"),
+        "source": str(cell.corpus_file(OTHER[corpus])),
+        "block_length": scale.block_length,
+        "lanes": 8,
+        "vocab_size": scale.vocabulary,
+        "processes": 1,
+        "shares": scale.pretraining_shares,
+    }
+    run = {
+        "data": data,
+        "output_dir": str(cell.folder / "run"),
+        "objective": "causal_lm",
+        "model": scale.model,
+        "train": scale.pretraining,
+        "monitor": {"log_every": 20},
+    }
     path = cell.write("base", run)
     prepared = cell.add("prepare", ["prepare", path])
     trained = cell.add("train", ["train", path, "--auto-resume"], [prepared])

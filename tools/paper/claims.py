@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from paper.figures import STRONGER, Figure
 from paper.published import PRIVATE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from paper.figures import Table
 
 QUIET = 0.58
@@ -38,11 +39,15 @@ def claims(table: Table) -> Iterator[str]:
             yield _line(f"Ref AUC of {row} within [{low:g}, {high:g}]", [low <= value <= high for value in values])
     for row, figures in table.items():
         if row in DEFENDED or any(row.startswith(f"{name}{under}") for name in DEFENDED for under in STRONGER):
-            yield _line(f"strongest attack on {row}, two-sided, at most {QUIET:g}",
-                        [value <= QUIET for value in figures["strongest"].values])  # fmt: skip
+            yield _line(
+                f"strongest attack on {row}, two-sided, at most {QUIET:g}",
+                [value <= QUIET for value in figures["strongest"].values],
+            )
             p_values = figures["collections 50"].values if "collections 50" in figures else ()
-            yield _line(f"collections of 50 of {row} not told apart at p < {LEVEL:g} (Holm)",
-                        [value >= LEVEL for value in p_values])  # fmt: skip
+            yield _line(
+                f"collections of 50 of {row} not told apart at p < {LEVEL:g} (Holm)",
+                [value >= LEVEL for value in p_values],
+            )
     yield from better(table, "dual", PRIVATE, note="; the abstract: around .9")
     for row in (*DEFENDED, "dual, cross-fitted"):
         for other in (*DUAL, *NO_MEMBER_SEEN):
@@ -69,7 +74,8 @@ def _stopped_early(table: Table) -> Iterator[str]:
     ours = {row: table[row]["perplexity"].by_seed for row in PLUS if row in table}
     for end in ("dual, cross-fitted", "plain, from reference then probe"):
         ours[f"the best of the models between {REFERENCE} and {end} whose strongest attack is at most {QUIET:g}"] = (
-            _quiet(table, REFERENCE, f"{end}, at w"))  # fmt: skip
+            _quiet(table, REFERENCE, f"{end}, at w")
+        )
     for row, perplexities in ours.items():
         for stopped, start in STOPPED.items():
             theirs = _quiet(table, start, f"{stopped}, step")
@@ -86,8 +92,11 @@ def _quiet(table: Table, start: str, way: str) -> dict[int, float]:
     Only models that none of the attacks of their audit recognises count.
     """
     found: dict[int, float] = {}
-    rows = [figures for name, figures in table.items()
-            if name.startswith(way) and not any(under in name for under in STRONGER)]  # fmt: skip
+    rows = [
+        figures
+        for name, figures in table.items()
+        if name.startswith(way) and not any(under in name for under in STRONGER)
+    ]
     for figures in (*rows, table[start]) if rows and start in table else ():
         for seed, perplexity in figures["perplexity"].by_seed.items():
             if figures["strongest"].by_seed.get(seed, 1) <= QUIET:

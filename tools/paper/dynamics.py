@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
+from dualtok.commands.export import export
+from dualtok.commands.train import open_streams
+from dualtok.config.run import load_run
 from dualtok.data.manifest import load_manifest
-from dualtok.data.remote import prepared
-from dualtok.engine.distributed import ALONE
-from dualtok.engine.train import open_streams
+from dualtok.data.remote.remote import prepared
+from dualtok.distributed.ranks import ALONE
 from dualtok.files import write_text
-from dualtok.jobs.export import export
 from dualtok.model.load import load_causal_lm
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import build_objective
-from dualtok.run import load_run
 
 BLOCKS = 64
 
@@ -49,8 +49,10 @@ def judge(model: Any, objective: Any, batches: list[dict[str, torch.Tensor]]) ->
                 torch.autograd.grad(losses[mask].mean(), parameters, retain_graph=True)
                 for mask in (outcome.hard, outcome.memorised)
             )
-            pairs = [torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
-                     for a, b in zip(learned, unlearned, strict=True)]  # fmt: skip
+            pairs = [
+                torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+                for a, b in zip(learned, unlearned, strict=True)
+            ]
             product, one, other = torch.stack(pairs).sum(0).tolist()
             cosines.append(product / (one * other) ** 0.5)
     return {"hard": torch.cat(hard), "memorised": torch.cat(memorised), "cosines": cosines}
@@ -77,14 +79,16 @@ def main() -> None:
         judged = judge(model, objective, batches)
         first = judged["hard"] if first is None else first
         cosines = judged["cosines"]
-        entries.append({
-            "step": int(checkpoint.name.removeprefix("step-")),
-            "hard": int(judged["hard"].sum()) / tokens,
-            "memorised": int(judged["memorised"].sum()) / tokens,
-            "hard_to_memorised": int((first & judged["memorised"]).sum()) / max(1, int(first.sum())),
-            "cosine": statistics.fmean(cosines) if cosines else None,
-            "cosine_deviation": statistics.pstdev(cosines) if cosines else None,
-        })  # fmt: skip
+        entries.append(
+            {
+                "step": int(checkpoint.name.removeprefix("step-")),
+                "hard": int(judged["hard"].sum()) / tokens,
+                "memorised": int(judged["memorised"].sum()) / tokens,
+                "hard_to_memorised": int((first & judged["memorised"]).sum()) / max(1, int(first.sum())),
+                "cosine": statistics.fmean(cosines) if cosines else None,
+                "cosine_deviation": statistics.pstdev(cosines) if cosines else None,
+            }
+        )
     write_text(folder / "dynamics.json", json.dumps(entries, indent=1))
 
 

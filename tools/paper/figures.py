@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from paper.cell import Cell
 
 SIZES = (10, 50)
@@ -59,8 +60,10 @@ def collect(cells: Sequence[Cell]) -> dict[str, dict[str, Table]]:
         for model in figures["models"]:
             rows = found.setdefault(cell.corpus, {}).setdefault(part, {})
             rows.setdefault(model["name"], []).append({"seed": cell.seed, **model})
-    return {corpus: {part: {row: figures_of(entries) for row, entries in rows.items()} for part, rows in parts.items()}
-            for corpus, parts in found.items()}  # fmt: skip
+    return {
+        corpus: {part: {row: figures_of(entries) for row, entries in rows.items()} for part, rows in parts.items()}
+        for corpus, parts in found.items()
+    }
 
 
 def figures_of(entries: Sequence[dict[str, Any]]) -> Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dualtok.model.interpolate import interpolate
+from dualtok.model.folder.interpolate import interpolate
 
 
 def main() -> None:

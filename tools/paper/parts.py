@@ -6,20 +6,23 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from paper.cell import ATTACKER, Cell, Run
 
-from dualtok.audit.config import FurtherAttackName, default_attacks
-from dualtok.reference.config import RetreatConfig
+from dualtok.audit.attacks.registry import default_attacks, names_of
+from dualtok.config.reference import RetreatConfig
 
 Part = Callable[[Cell], None]
 Made = tuple[str, Path, str]
 """Row, model, and the step that writes it."""
 DELTA = 1e-5
 """Of DP-SGD."""
-TAKEN_BACK = {"dual_plus": ("cross-fitted", 0.53), "dual_plus, limit 0.55": ("cross-fitted", 0.55),
-              "plain, taken back": ("plain from all", 0.53)}  # fmt: skip
+TAKEN_BACK = {
+    "dual_plus": ("cross-fitted", 0.53),
+    "dual_plus, limit 0.55": ("cross-fitted", 0.55),
+    "plain, taken back": ("plain from all", 0.53),
+}
 """Row -> the model that goes back, and ``retreat.auc``."""
 ALL_AUXILIARY = "reference probe"
 """The reference that is trained on by the documents of the split ``probe``."""
@@ -36,8 +39,9 @@ def headline(cell: Cell) -> None:
     run = cell.run("plain", "causal_lm", train={"evaluate_every": cell.scale.early, "checkpoint_keep": 100})
     cell.train("plain", run, [ready], row="plain")
     _plain_stopped(cell)
-    cell.train("goldfish 25", cell.run("goldfish", "goldfish", goldfish={"drop_every": 4}), [ready],
-               row="goldfish 25 %")  # fmt: skip
+    cell.train(
+        "goldfish 25", cell.run("goldfish", "goldfish", goldfish={"drop_every": 4}), [ready], row="goldfish 25 %"
+    )
     _private(cell, 8, ready)
     dual = cell.run("dual", "dual", **cell.reference())
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
@@ -54,8 +58,11 @@ def sweeps(cell: Cell) -> None:
         run = cell.run(f"goldfish-{share}", "goldfish", goldfish={"drop_every": drop_every})
         cell.train(f"goldfish {share}", run, [ready], row=f"goldfish {share} %")
     cell.train("selective", cell.run("selective", "selective", **cell.reference()), [scored], row="selective")
-    for setting, values in (("alpha", (0.1, 0.2, 0.4, 1.0, 1.5, 2.0)), ("hard_share", (0.2, 0.4, 0.8)),
-                            ("memorised_share", (0.1, 0.4))):  # fmt: skip
+    for setting, values in (
+        ("alpha", (0.1, 0.2, 0.4, 1.0, 1.5, 2.0)),
+        ("hard_share", (0.2, 0.4, 0.8)),
+        ("memorised_share", (0.1, 0.4)),
+    ):
         for value in values:
             selection = {setting: value} if setting != "memorised_share" else {setting: value, "hard_share": 0.5}
             name = f"dual {setting} {value:g}"
@@ -142,12 +149,18 @@ def _judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[
     shadows = cell.scale.shadows
     run["audit"] = {
         "models": {f"{row}, by {shadows} {kind} shadows": str(path) for row, (path, _) in models.items()},
-        "attacks": ["loss", "ref", "min_k", "zlib"], "batch_size": 16, "shadow_checkpoint": "latest",
-        "attack_reference": str(cell.model(ATTACKER)), "shadows": shadows,
-    }  # fmt: skip
+        "attacks": ["loss", "ref", "min_k", "zlib"],
+        "batch_size": 16,
+        "shadow_checkpoint": "latest",
+        "attack_reference": str(cell.model(ATTACKER)),
+        "shadows": shadows,
+    }
     needs = [step for _, step in models.values()]
-    cell.add(f"audit-lira-{name}", ["audit", cell.write(f"audit-lira-{name}", run)],
-             [*needs, f"{cell.name}/export {ATTACKER}"])  # fmt: skip
+    cell.add(
+        f"audit-lira-{name}",
+        ["audit", cell.write(f"audit-lira-{name}", run)],
+        [*needs, f"{cell.name}/export {ATTACKER}"],
+    )
 
 
 def _mixed(cell: Cell) -> list[Made]:
@@ -157,8 +170,11 @@ def _mixed(cell: Cell) -> list[Made]:
         for w in WAY_BACK:
             target = cell.model(f"{name} {w:g}")
             ends = [str(cell.model(ALL_AUXILIARY)), str(cell.model(name))]
-            step = cell.add(f"mix {name} {w:g}", ["tools/paper/mix.py", *ends, str(w), str(target)],
-                            [f"{cell.name}/export {ALL_AUXILIARY}", f"{cell.name}/export {name}"])  # fmt: skip
+            step = cell.add(
+                f"mix {name} {w:g}",
+                ["tools/paper/mix.py", *ends, str(w), str(target)],
+                [f"{cell.name}/export {ALL_AUXILIARY}", f"{cell.name}/export {name}"],
+            )
             made.append((f"{row}, at w = {w:g}", target, step))
     return made
 
@@ -170,8 +186,12 @@ def backdoor(cell: Cell) -> None:
     """
     _, scored = _done(cell)
     warmed = f"{cell.name}/export {ATTACKER}"
-    cell.train("backdoor plain", cell.run("backdoor-plain", "causal_lm", base=ATTACKER), [warmed],
-               row="plain, from the attacker's weights")  # fmt: skip
+    cell.train(
+        "backdoor plain",
+        cell.run("backdoor-plain", "causal_lm", base=ATTACKER),
+        [warmed],
+        row="plain, from the attacker's weights",
+    )
     run = cell.run("backdoor-dual", "dual", base=ATTACKER, **cell.reference())
     cell.train("backdoor dual", run, [warmed, scored], row="dual, from the attacker's weights")
     cell.audit("backdoor", ATTACKER, warmed)
@@ -199,8 +219,12 @@ def pretraining(cell: Cell) -> None:
         made["train"] = {**cell.scale.pretraining, **sections.get("train", {}), "evaluate_every": 1_000_000}
         return made
 
-    reference = cell.train("reference", run("reference", "causal_lm", train={"split": "reference"}), [ready],
-                           row="reference alone, from scratch")  # fmt: skip
+    reference = cell.train(
+        "reference",
+        run("reference", "causal_lm", train={"split": "reference"}),
+        [ready],
+        row="reference alone, from scratch",
+    )
     attacker = cell.train(ATTACKER, run(ATTACKER, "causal_lm", train={"split": ATTACKER}), [ready])
     cell.train("plain", run("plain", "causal_lm"), [ready], row="plain, from scratch")
     dual = run("dual", "dual", **cell.reference())
@@ -257,27 +281,40 @@ def known(cell: Cell) -> None:
 
 def further(cell: Cell) -> None:
     """The attacks that run a model again, beside all of the others, on one model of each kind."""
-    rows = {"reference alone": "reference", "plain": "plain", "goldfish 25 %": "goldfish 25", "dual": "dual",
-            f"DP-SGD (8, {DELTA:g})": "dp-sgd 8"}  # fmt: skip
+    rows = {
+        "reference alone": "reference",
+        "plain": "plain",
+        "goldfish 25 %": "goldfish 25",
+        "dual": "dual",
+        f"DP-SGD (8, {DELTA:g})": "dp-sgd 8",
+    }
     models = [(row, cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()]
     taken_back = [made for made in _of_all_auxiliary(cell) if made[0] in TAKEN_BACK]
     for row, model, step in (*models, *taken_back):
         cell.attack(f"{row}, further attacks", model, step)
-    attacks = [*default_attacks(), "info_rmia", *get_args(FurtherAttackName)]
-    cell.audit("further", ATTACKER, f"{cell.name}/export {ATTACKER}", attacks=attacks,
-               passes={"neighbours": cell.scale.neighbours})  # fmt: skip
+    attacks = [*default_attacks(), *names_of("joint", "rerun")]
+    cell.audit(
+        "further",
+        ATTACKER,
+        f"{cell.name}/export {ATTACKER}",
+        attacks=attacks,
+        passes={"neighbours": cell.scale.neighbours},
+    )
 
 
 def _of_all_auxiliary(cell: Cell) -> list[Made]:
     """Add what rests on a reference of all auxiliary documents, and that reference first."""
     ready, _ = _done(cell)
-    run = cell.run("reference-probe", "causal_lm", base="reference",
-                   train={**_reference_training(cell), "split": "probe"})  # fmt: skip
+    run = cell.run(
+        "reference-probe", "causal_lm", base="reference", train={**_reference_training(cell), "split": "probe"}
+    )
     reference = cell.train(ALL_AUXILIARY, run, [ready, f"{cell.name}/export reference"], which="best")
     made = {ALL_AUXILIARY: ("reference, then probe", reference)}
     starts = {"dual all": "base", "dual from all": ALL_AUXILIARY}
-    duals = {name: cell.run(name.replace(" ", "-"), "dual", base=base, **cell.reference(ALL_AUXILIARY))
-             for name, base in starts.items()}  # fmt: skip
+    duals = {
+        name: cell.run(name.replace(" ", "-"), "dual", base=base, **cell.reference(ALL_AUXILIARY))
+        for name, base in starts.items()
+    }
     scored = cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", duals["dual all"])], [reference])
     for name, row in (("dual all", "dual, reference then probe"), ("dual from all", "dual, from reference then probe")):
         made[name] = row, cell.train(name, duals[name], [scored])
@@ -296,8 +333,11 @@ def _of_all_auxiliary(cell: Cell) -> list[Made]:
             "audit": {"batch_size": 16},
             "retreat": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
         }
-        step = cell.add(back.replace("back-", "retreat "), ["retreat", cell.write(back, run), str(cell.model(back))],
-                        [stand_in, reference, f"{cell.name}/export {name}"])  # fmt: skip
+        step = cell.add(
+            back.replace("back-", "retreat "),
+            ["retreat", cell.write(back, run), str(cell.model(back))],
+            [stand_in, reference, f"{cell.name}/export {name}"],
+        )
         made[back] = row, step
     return [(row, cell.model(name), step) for name, (row, step) in made.items()]
 
@@ -323,8 +363,13 @@ def _stopped(cell: Cell, name: str, steps: Sequence[int], row: str = "") -> None
     """Let the next audit attack a model as it was after some steps."""
     run = {"output_dir": str(cell.folder / name.replace(" ", "-")), "model": cell.scale.adapters}
     for step in steps:
-        cell.export(f"{name}, step {step}", run, f"{cell.name}/train {name}", row=f"{row or name}, step {step}",
-                    which=f"step-{step:08d}")  # fmt: skip
+        cell.export(
+            f"{name}, step {step}",
+            run,
+            f"{cell.name}/train {name}",
+            row=f"{row or name}, step {step}",
+            which=f"step-{step:08d}",
+        )
 
 
 def _reference(cell: Cell, split: str, ready: str, *, row: str | None = None) -> str:
@@ -385,10 +430,20 @@ def _vocabulary(cell: Cell) -> int:
 
 
 CELL_PARTS: dict[str, Part] = {
-    "headline": headline, "plus": plus, "frontier": frontier, "known": known, "further": further, "sweeps": sweeps,
-    "private": private, "ablations": ablations, "longer": longer, "lora": lora, "lira": lira, "backdoor": backdoor,
+    "headline": headline,
+    "plus": plus,
+    "frontier": frontier,
+    "known": known,
+    "further": further,
+    "sweeps": sweeps,
+    "private": private,
+    "ablations": ablations,
+    "longer": longer,
+    "lora": lora,
+    "lira": lira,
+    "backdoor": backdoor,
     "dynamics": dynamics,
-}  # fmt: skip
+}
 """Parts within a cell of the scale's data; all build on the first."""
 
 OWN_DATA: dict[str, Part] = {"auxiliary": auxiliary, "pretraining": pretraining}

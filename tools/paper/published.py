@@ -10,8 +10,10 @@ TABLE_1: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
     GPT_2: {
         "base": {"Wikipedia": (34.429, 0.473, 0.513, 0.446, 0.497), "CC-news": (29.442, 0.505, 0.498, 0.520, 0.500)},
         "plain": {"Wikipedia": (12.729, 0.577, 0.967, 0.489, 0.544), "CC-news": (21.861, 0.607, 0.855, 0.549, 0.569)},
-        "goldfish 25 %": {"Wikipedia": (12.853, 0.565, 0.954, 0.486, 0.537),
-                          "CC-news": (21.902, 0.608, 0.855, 0.547, 0.570)},
+        "goldfish 25 %": {
+            "Wikipedia": (12.853, 0.565, 0.954, 0.486, 0.537),
+            "CC-news": (21.902, 0.608, 0.855, 0.547, 0.570),
+        },
         PRIVATE: {"Wikipedia": (18.523, 0.463, 0.536, 0.448, 0.491), "CC-news": (26.022, 0.507, 0.513, 0.521, 0.502)},
         "dual": {"Wikipedia": (13.628, 0.454, 0.463, 0.470, 0.485), "CC-news": (23.733, 0.502, 0.495, 0.529, 0.499)},
     },
@@ -23,7 +25,7 @@ TABLE_1: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
         "plain": {"Wikipedia": (3.830, 0.524, 0.936, 0.494, 0.530), "CC-news": (6.261, 0.559, 0.798, 0.536, 0.548)},
         "dual": {"Wikipedia": (4.006, 0.458, 0.440, 0.473, 0.480), "CC-news": (6.395, 0.507, 0.482, 0.518, 0.500)},
     },
-}  # fmt: skip
+}
 """Model -> method -> the paper's corpus -> :data:`FIGURES`."""
 CORPUS = {"wikipedia": "Wikipedia", "sotu": "CC-news", "cc_news": "CC-news"}
 """Our corpus -> that of the paper which it stands beside: encyclopedia, and what was said or written for the day."""
@@ -31,13 +33,13 @@ ELSEWHERE = {"LoRA, plain": (LLAMA, "plain"), "LoRA, dual": (LLAMA, "dual")}
 """Row -> the model and method whose figures stand beside it, where these are not those of the scale's model."""
 SAYS = {
     "sweeps": "alpha = 0 (selective) protects little, 1.5 to 2 diverges; K_h .2 to .8 and K_m .1 to .4 change little. "
-              "Its figures of other epsilon and Goldfish rates are not known here.",
+    "Its figures of other epsilon and Goldfish rates are not known here.",
     "ablations": "selection without a reference (s = CE) ruins perplexity; the pretrained base as reference protects "
-                 "but costs perplexity.",
+    "but costs perplexity.",
     "auxiliary": "1,000 auxiliary samples are nearly as good as 3,000.",
     "pretraining": "1.5B parameters, 1B tokens: plain loss 3.003, AUC .930, 10.10 h; dual 3.244, .548, 12.28 h.",
     "backdoor": "figures not known here.",
-}  # fmt: skip
+}
 """Part -> what the paper reports of it in words."""
 
 

@@ -50,11 +50,18 @@ class Scale:
 
 def llama(width: int, layers: int, block_length: int) -> dict[str, Any]:
     """Return the section ``model`` of a small Llama."""
-    return {"config": {
-        "model_type": "llama", "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
-        "num_attention_heads": width // 32, "num_key_value_heads": width // 32, "max_position_embeddings": block_length,
-        "tie_word_embeddings": True,
-    }}  # fmt: skip
+    return {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 32,
+            "num_key_value_heads": width // 32,
+            "max_position_embeddings": block_length,
+            "tie_word_embeddings": True,
+        }
+    }
 
 
 def resized(shares: dict[str, float], factor: float) -> dict[str, float]:
@@ -71,53 +78,87 @@ def _shares(*, train: float, auxiliary: float, held_out: float) -> dict[str, flo
 _CPU_OPTIMISER = {"precision": "fp32", "batch_size": 16}
 SCALES = {
     "smoke": Scale(
-        name="smoke", corpora=("sotu",), seeds=(0,), block_length=64, vocabulary=512, model=llama(32, 2, 64),
+        name="smoke",
+        corpora=("sotu",),
+        seeds=(0,),
+        block_length=64,
+        vocabulary=512,
+        model=llama(32, 2, 64),
         shares={"sotu": _shares(train=0.004, auxiliary=0.002, held_out=0.004)},
         pretraining_shares={"train": 0.01, "reference": 0.02, "validation": 0.002},
-        from_scratch=_shares(train=0.005, auxiliary=0.0015, held_out=0.005), auxiliary=(2,), shadows=2,
+        from_scratch=_shares(train=0.005, auxiliary=0.0015, held_out=0.005),
+        auxiliary=(2,),
+        shadows=2,
         neighbours=2,
         pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
         fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},
-        private={"batch_size": 8}, early=2,
+        private={"batch_size": 8},
+        early=2,
         reference_epochs=1,
     ),
     "cpu": Scale(
-        name="cpu", corpora=("sotu", "wikipedia"), seeds=(0, 1, 2), block_length=256, vocabulary=2048,
+        name="cpu",
+        corpora=("sotu", "wikipedia"),
+        seeds=(0, 1, 2),
+        block_length=256,
+        vocabulary=2048,
         model=llama(128, 3, 256),
-        shares={"sotu": _shares(train=0.039, auxiliary=0.0095, held_out=0.044),
-                "wikipedia": _shares(train=0.1, auxiliary=0.025, held_out=0.1)},
+        shares={
+            "sotu": _shares(train=0.039, auxiliary=0.0095, held_out=0.044),
+            "wikipedia": _shares(train=0.1, auxiliary=0.025, held_out=0.1),
+        },
         pretraining_shares={"train": 0.3, "reference": 0.2, "validation": 0.02},
         from_scratch=_shares(train=0.2, auxiliary=0.02, held_out=0.04),
-        pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 200, "warmup_steps": 10,
-                     "evaluation_blocks": 64},
-        fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "epochs": 3, "warmup_steps": 10,
-                     "evaluation_blocks": 128},
-        private={"batch_size": 128, "epochs": 6, "learning_rate": 2e-3, "warmup_steps": 2}, early=12,
+        pretraining={
+            **_CPU_OPTIMISER,
+            "learning_rate": 3e-3,
+            "steps": 200,
+            "warmup_steps": 10,
+            "evaluation_blocks": 64,
+        },
+        fine_tuning={
+            **_CPU_OPTIMISER,
+            "learning_rate": 1e-3,
+            "epochs": 3,
+            "warmup_steps": 10,
+            "evaluation_blocks": 128,
+        },
+        private={"batch_size": 128, "epochs": 6, "learning_rate": 2e-3, "warmup_steps": 2},
+        early=12,
         reference_epochs=6,
     ),
     "gpu": Scale(
-        name="gpu", corpora=("wikipedia", "cc_news"), seeds=(0, 1, 2), block_length=1024, vocabulary=50257,
+        name="gpu",
+        corpora=("wikipedia", "cc_news"),
+        seeds=(0, 1, 2),
+        block_length=1024,
+        vocabulary=50257,
         model={"path": "openai-community/gpt2"},
         pretraining={"precision": "bf16", "batch_size": 32, "learning_rate": 6e-4, "steps": 2000, "warmup_steps": 100},
         from_scratch=_shares(train=0.6, auxiliary=0.06, held_out=0.1),
         # The paper: 3,000 training documents per data set.
         shares=dict.fromkeys(("wikipedia", "cc_news"), _shares(train=0.25, auxiliary=0.0625, held_out=0.25)),
         fine_tuning={"precision": "bf16", "batch_size": 16, "learning_rate": 5e-5, "epochs": 5, "warmup_steps": 20},
-        private={"batch_size": 512, "gradient_accumulation": 16, "epochs": 10, "learning_rate": 2e-4}, early=100,
-        reference_epochs=5, neighbours=25,
+        private={"batch_size": 512, "gradient_accumulation": 16, "epochs": 10, "learning_rate": 2e-4},
+        early=100,
+        reference_epochs=5,
+        neighbours=25,
         sources={
             "wikipedia": {"source": "wikimedia/wikipedia", "dataset_config": "20231101.en", "max_documents": 12_000},
             "cc_news": {"source": "vblagoje/cc_news", "max_documents": 12_000},
         },
     ),
-}  # fmt: skip
+}
 
 BY_MODEL: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "pythia-1.4b": {"model": {"path": "EleutherAI/pythia-1.4b"}, "paper_model": PYTHIA},
-    "llama-2-7b-lora": {"model": {"path": "meta-llama/Llama-2-7b-hf"}, "paper_model": LLAMA,
-                        "adapters": {"lora": {"rank": 16, "alpha": 32}}},
-}  # fmt: skip
+    "llama-2-7b-lora": {
+        "model": {"path": "meta-llama/Llama-2-7b-hf"},
+        "paper_model": LLAMA,
+        "adapters": {"lora": {"rank": 16, "alpha": 32}},
+    },
+}
 """The paper's models -> what they change in the scale ``gpu``."""
 LEARNING_RATES = {"llama-2-7b-lora": 2e-4}
 """Of fine-tuning, where it is not the scale's; the paper's are not known here."""

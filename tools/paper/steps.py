@@ -9,18 +9,32 @@ import runpy
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualtok.files import write_text
 
-IMPORTED_ONCE = ["dualtok.cli", "dualtok.data.prepare", "dualtok.engine.train", "dualtok.jobs.audit",
-                 "dualtok.jobs.score", "deepspeed.module_inject.auto_ep_layer", "peft", "sklearn.ensemble",
-                 "sklearn.linear_model", "torch.utils.cpp_extension", "torch.utils.tensorboard",
-                 "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
-                 "transformers.optimization"]  # fmt: skip
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+IMPORTED_ONCE = [
+    "dualtok.cli",
+    "dualtok.data.prepare.pipeline",
+    "dualtok.commands.train",
+    "dualtok.commands.audit.run",
+    "dualtok.commands.score.run",
+    "deepspeed.module_inject.auto_ep_layer",
+    "peft",
+    "sklearn.ensemble",
+    "sklearn.linear_model",
+    "torch.utils.cpp_extension",
+    "torch.utils.tensorboard",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.optimization",
+]
 """A step is forked from a process that has imported these; to do so itself would take it some ten seconds."""
 
 _PROCESSES = threading.Lock()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paper.claims import claims
 from paper.figures import SIZES, STRONGER, audits, collect
 from paper.published import CORPUS, SAYS, published
 
-from dualtok.audit.adaptive import ADAPTIVE
-from dualtok.audit.scores import BY_DOCUMENT, label_of
-from dualtok.engine.metrics import read_history
-from dualtok.engine.privacy import stated
+from dualtok.audit.attacks.registry import ATTACKS
 from dualtok.files import write_text
+from dualtok.train.engines.dp_account import stated
+from dualtok.train.metrics import read_history
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     from paper.cell import Cell
     from paper.figures import Row, Table
 
@@ -29,19 +29,32 @@ PAPERS = ("loss", "ref", "min_k", "zlib")
 def write_results(cells: Sequence[Cell], root: Path) -> None:
     """Write ``results.json``, ``results.md`` and the trade-off plots from all audits that are there."""
     parts, model = collect(cells), cells[0].scale.paper_model
-    lines = [f"# The paper's tables at the scale {cells[0].scale.name}", "",
-             "Mean ± sample standard deviation over seeds, where there are several.", ""]  # fmt: skip
+    lines = [
+        f"# The paper's tables at the scale {cells[0].scale.name}",
+        "",
+        "Mean ± sample standard deviation over seeds, where there are several.",
+        "",
+    ]
     plain: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {}
     for corpus, tables in parts.items():
         everything = {row: figures for table in tables.values() for row, figures in table.items()}
-        plain[corpus] = {row: {name: figure.values for name, figure in figures.items()}
-                         for row, figures in everything.items()}  # fmt: skip
+        plain[corpus] = {
+            row: {name: figure.values for name, figure in figures.items()} for row, figures in everything.items()
+        }
         for part, table in tables.items():
             lines += [f"## {corpus}, {part}", ""]
             if part in SAYS:
                 lines += [f"The paper: {SAYS[part]}", ""]
-            lines += [*table_1(table, model, corpus), "", *tpr_table(table), "", *all_attacks(table), "",
-                      *collections(table), ""]  # fmt: skip
+            lines += [
+                *table_1(table, model, corpus),
+                "",
+                *tpr_table(table),
+                "",
+                *all_attacks(table),
+                "",
+                *collections(table),
+                "",
+            ]
         lines += [f"## {corpus}, claims", "", *claims(everything), ""]
         trade_off(everything, root / f"trade-off-{corpus}.svg")
     lines += [*_checks(cells), *_privacy(cells), *_durations(cells)]
@@ -55,19 +68,21 @@ def table_1(table: Table, model: str, corpus: str) -> Iterator[str]:
     """Yield one line per row: ours, and behind it the paper's figure for its model and the corpus that is nearest."""
     yield f"In brackets the paper's figure: {model}, {CORPUS[corpus]}; LoRA: Llama-2 7B."
     yield ""
-    heads = ("perplexity", *(label_of(name) for name in PAPERS), "strongest, two-sided")
+    heads = ("perplexity", *(ATTACKS[name].label for name in PAPERS), "strongest, two-sided")
     yield f"| method | seeds | {' | '.join(heads)} |"
     yield "|---" * (len(heads) + 2) + "|"
     for row, figures in table.items():
         theirs = published(row, model, corpus)
-        shown = [f"{figures.get(name, 'n/a')}" + (f" ({theirs[name]:g})" if name in theirs else "")
-                 for name in ("perplexity", *PAPERS, "strongest")]  # fmt: skip
+        shown = [
+            f"{figures.get(name, 'n/a')}" + (f" ({theirs[name]:g})" if name in theirs else "")
+            for name in ("perplexity", *PAPERS, "strongest")
+        ]
         yield f"| {row} | {len(figures['perplexity'].values)} | {' | '.join(shown)} |"
 
 
 def tpr_table(table: Table) -> Iterator[str]:
     """Yield TPR at FPR .01 of the paper's attacks; its own table of them is not known here."""
-    yield f"| TPR at FPR .01 (the paper's are not known here) | {' | '.join(label_of(name) for name in PAPERS)} |"
+    yield f"| TPR at FPR .01 (the paper's are not known here) | {' | '.join(ATTACKS[name].label for name in PAPERS)} |"
     yield "|---" * (len(PAPERS) + 1) + "|"
     for row, figures in table.items():
         yield f"| {row} | {' | '.join(str(figures.get(f'tpr {name}', 'n/a')) for name in PAPERS)} |"
@@ -75,11 +90,14 @@ def tpr_table(table: Table) -> Iterator[str]:
 
 def all_attacks(table: Table) -> Iterator[str]:
     """Yield the AUC of every other attack; below .5 an attacker flips the sign."""
-    names = [name for name in dict.fromkeys(name for figures in table.values() for name in figures)
-             if name in ADAPTIVE | BY_DOCUMENT and name not in PAPERS]  # fmt: skip
+    names = [
+        name
+        for name in dict.fromkeys(name for figures in table.values() for name in figures)
+        if name in ATTACKS and name not in PAPERS
+    ]
     if not names:
         return
-    yield f"| AUC | {' | '.join(label_of(name) for name in names)} |"
+    yield f"| AUC | {' | '.join(ATTACKS[name].label for name in names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for row, figures in table.items():
         yield f"| {row} | {' | '.join(str(figures.get(name, 'n/a')) for name in names)} |"
@@ -104,9 +122,11 @@ def trade_off(table: Table, path: Path) -> None:
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(10, 4.2), layout="constrained")
-    for axes, (name, label) in zip(canvas.subplots(1, 2, sharey=True), (
-        ("ref", "AUC of Ref"), ("strongest", "strongest attack, two-sided AUC"),
-    ), strict=True):  # fmt: skip
+    for axes, (name, label) in zip(
+        canvas.subplots(1, 2, sharey=True),
+        (("ref", "AUC of Ref"), ("strongest", "strongest attack, two-sided AUC")),
+        strict=True,
+    ):
         for row, figures in table.items():
             if name in figures and not any(under in row for under in STRONGER):
                 point = statistics.fmean(figures[name].values), statistics.fmean(figures["perplexity"].values)
@@ -139,8 +159,11 @@ def _checks(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _privacy(cells: Sequence[Cell]) -> Iterator[str]:
     """Yield what the accountant says of each DP-SGD run."""
-    runs = {f"{cell.name}/{file.parent.name}": stated(file.parent)
-            for cell in cells for file in sorted(cell.folder.glob("*/privacy.json"))}  # fmt: skip
+    runs = {
+        f"{cell.name}/{file.parent.name}": stated(file.parent)
+        for cell in cells
+        for file in sorted(cell.folder.glob("*/privacy.json"))
+    }
     if runs:
         yield from ("## What the accountant says of DP-SGD", "", "| run | |", "|---|---|")
         yield from (f"| {name} | {said} |" for name, said in runs.items())
@@ -152,8 +175,10 @@ def _durations(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         histories = {name: read_history(cell.folder / name / "metrics.jsonl") for name in ("plain", "dual")}
         if cell.variant == "pretraining" and all(histories.values()):
-            minutes = {name: sum(row["tokens"] / row["tokens_per_second"] for row in rows) / 60
-                       for name, rows in histories.items()}  # fmt: skip
+            minutes = {
+                name: sum(row["tokens"] / row["tokens_per_second"] for row in rows) / 60
+                for name, rows in histories.items()
+            }
             ratio = minutes["dual"] / minutes["plain"]
             yield from (f"## {cell.name}, time of the steps (paper: 10.10 h and 12.28 h, ratio 1.216)", "")
             yield f"plain {minutes['plain']:.1f} min, dual {minutes['dual']:.1f} min, ratio {ratio:.3f}."

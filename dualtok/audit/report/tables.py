@@ -1,0 +1,163 @@
+"""The audit's figures as text: for the terminal's last lines and for tables in HTML."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from dualtok.audit.attacks.registry import ATTACKS, names_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dualtok.audit.report.data import Estimate, ModelAudit
+
+
+PUBLISHED = tuple(name for name, made in ATTACKS.items() if made.headline)
+"""Attacks of the first table: the paper's four and Min-K%++. All that fits a terminal."""
+KNOWING = names_of("knows_defence", "shadows")
+"""Attacks that know the defence, or how the model was trained."""
+
+
+def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
+    """Return name -> label of every attack that any of the rows ran, in the order of the registry."""
+    ran = {attack.name: attack.label for row in rows for attack in row.attacks}
+    order = {name: place for place, name in enumerate(ATTACKS)}
+    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
+
+
+def share(value: float, digits: int = 3) -> str:
+    """Return a number of [0, 1] without its leading zero: .967, 1.000."""
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def interval(estimate: Estimate) -> str:
+    """Return the ends of an interval: [.951, .981]."""
+    return f"[{share(estimate.low)}, {share(estimate.high)}]"
+
+
+def perplexity(value: float) -> str:
+    """Return a perplexity with about five significant digits."""
+    return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
+
+
+def comparison_table(rows: Sequence[ModelAudit], title: str = "Audit") -> Table:
+    """Return one line per model: held-out perplexity, loss gap, AUC of each attack, strongest one two-sided.
+
+    It has the attacks of :data:`PUBLISHED` alone and needs about 110 columns of terminal; :func:`token_table` and
+    :func:`adaptive_table` have the others, but the strongest is of all.
+    """
+    caption = (
+        "AUC one-sided, with intervals; strongest: max(AUC, 1 - AUC), its interval corrected for the number of attacks"
+    )
+    columns = {name: label for name, label in attack_columns(rows).items() if name in PUBLISHED}
+    table = _by_model(title, caption, ["held-out\nPPL", "loss\ngap", *columns.values(), "strongest"])
+    for row in rows:
+        cells = []
+        for name in columns:
+            result = row.attack(name)
+            cells.append("n/a" if result is None else _cell(result.auc))
+        best = row.strongest
+        cells.append(_cell(best.auc_two_sided, f" {best.label}"))
+        ppl = perplexity(row.perplexity_non_members)
+        # A model's own name may hold brackets, which rich would read as markup.
+        table.add_row(escape(row.name), ppl, f"{row.loss_gap:+.3f}", *cells)
+    return table
+
+
+def token_table(rows: Sequence[ModelAudit], title: str = "Attacks on single tokens") -> Table:
+    """Return one line per model: AUC of the published attacks that are not in the first table; see :func:`_aucs`."""
+    return _aucs(rows, title, [name for name in names_of("single_pass", "joint") if name not in PUBLISHED])
+
+
+def rerun_table(rows: Sequence[ModelAudit], title: str = "Attacks that run the model again") -> Table:
+    """Return one line per model: AUC of the attacks that run a model again; see :func:`_aucs`."""
+    return _aucs(rows, title, names_of("rerun"))
+
+
+def _aucs(rows: Sequence[ModelAudit], title: str, names: Sequence[str]) -> Table:
+    """Return one line per model, one column per attack of ``names`` that ran; without a line if none did."""
+    columns = {name: label for name, label in attack_columns(rows).items() if name in names}
+    table = _by_model(title, "AUC one-sided, with intervals", [*columns.values()])
+    for row in rows if columns else ():
+        cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
+        table.add_row(escape(row.name), *cells)
+    return table
+
+
+def adaptive_table(rows: Sequence[ModelAudit], title: str = "Attacks that know the defence") -> Table:
+    """Return one line per model: AUC of the attacks that know the defence, and the p-value of all attacks."""
+    caption = "AUC one-sided, with intervals; p: of the strongest attack of all, permuting the labels"
+    columns = {name: label for name, label in attack_columns(rows).items() if name in KNOWING}
+    table = _by_model(title, caption, [*columns.values(), "p"])
+    for row in rows:
+        cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
+        p_value = "n/a" if row.strongest_p_value is None else share(row.strongest_p_value)
+        table.add_row(escape(row.name), *cells, p_value)
+    return table
+
+
+def collection_table(rows: Sequence[ModelAudit], title: str = "Collections of documents") -> Table:
+    """Return one line per model: can collections be told from non-members, by each score and at each size?"""
+    caption = (
+        "p-value of one collection of so many documents, corrected for all of the model (Holm), over the share of "
+        "disjoint collections with p <= .05"
+    )
+    tests = list(dict.fromkeys((test.label, test.size) for row in rows for test in row.collections))
+    table = _by_model(title, caption, [f"{label}\n{size}" for label, size in tests])
+    for row in rows:
+        found = [row.collection(label, size) for label, size in tests]
+        cells = [
+            "n/a" if test is None else f"{share(test.p_holm)}\n{share(test.rejected, 2)} of {test.collections}"
+            for test in found
+        ]
+        table.add_row(escape(row.name), *cells)
+    return table
+
+
+def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
+    """Return one line per model audited with canaries: AUC, exposure, extracted secrets, lower bounds on epsilon."""
+    found = [(row.name, row.canaries) for row in rows if row.canaries is not None]
+    caption = (
+        "included against kept out by a fair coin; exposure: median in bits, extrapolated, of included / kept out; "
+        "extracted: share of the secrets; epsilon: lower bounds, corrected for the choice of guesses"
+    )
+    labels = list(dict.fromkeys(score.label for _, canaries in found for score in canaries.scores))
+    deltas = list(dict.fromkeys(bound.delta for _, canaries in found for bound in canaries.epsilon))
+    columns = ["included", *labels, "exposure", "extracted", *(f"epsilon\ndelta {delta:g}" for delta in deltas)]
+    table = _by_model(title, caption, columns)
+    for name, canaries in found:
+        aucs = {score.label: score.auc for score in canaries.scores}
+        bounds = {bound.delta: bound for bound in canaries.epsilon}
+        pairs = (canaries.extracted_included, canaries.extracted_excluded)
+        table.add_row(
+            escape(name),
+            f"{canaries.n_included} of {canaries.n_included + canaries.n_excluded}",
+            *("n/a" if (auc := aucs.get(label)) is None else _cell(auc) for label in labels),
+            " / ".join(map(median_exposure, (canaries.extrapolated.included, canaries.extrapolated.excluded))),
+            " / ".join("n/a" if estimate is None else share(estimate.value, 2) for estimate in pairs),
+            *(f"{bounds[delta].epsilon:.2f}\n{bounds[delta].correct} of {bounds[delta].guesses}" for delta in deltas),
+        )
+    return table
+
+
+def median_exposure(exposures: Sequence[float]) -> str:
+    """Return the median of some exposures, in bits."""
+    return f"{statistics.median(exposures):.1f}" if exposures else "n/a"
+
+
+def _by_model(title: str, caption: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, caption=caption, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    for label in columns:
+        table.add_column(label, justify="right", no_wrap=True)
+    return table
+
+
+def _cell(estimate: Estimate, label: str = "") -> str:
+    """Return a figure over its interval with two decimals, to spare width: .447 over .41-.52."""
+    ends = "-".join(share(end, digits=2) for end in (estimate.low, estimate.high))
+    return f"{share(estimate.value)}{label}\n{ends}"

@@ -1,0 +1,193 @@
+"""Writes an audit as a page to read (HTML), as data (JSON) and as a table (CSV)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+from dualtok.audit.attacks.registry import ATTACKS
+from dualtok.audit.report import figures, tables
+from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks, Estimate
+from dualtok.errors import DataError
+from dualtok.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CSV_COLUMNS = ("model", "step", "attack", "metric", "value", "low", "high", "target_fpr", "attained_fpr", "note")
+
+
+def write_report(report: AuditReport, folder: str | Path) -> Path:
+    """Write ``report.json``, ``report.csv`` and ``report.html`` into ``folder`` and return the path of the last.
+
+    The page is one file: no script, nothing is fetched when it is opened. Each file is written whole or not at all.
+    """
+    folder = Path(folder)
+    page = render_html(report)
+    write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_text(folder / "report.csv", render_csv(report))
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def load_report(path: str | Path) -> AuditReport:
+    """Read a ``report.json``.
+
+    Raises:
+        DataError: the file is missing, or not a report of this version.
+    """
+    try:
+        return AuditReport.model_validate_json(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = str(error).replace("\n", " ")
+        raise DataError(f"{path}: not a readable audit report ({reason}); run `dualtok audit` again") from error
+
+
+def render_csv(report: AuditReport) -> str:
+    """Return one line per model, attack and metric; numbers have all their digits, cells without a value are empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(csv_rows(report))
+    return buffer.getvalue()
+
+
+def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the CSV as dictionaries with some of the keys :data:`CSV_COLUMNS`."""
+    for row in report.rows:
+        model = {"model": row.name, "step": "" if row.step is None else row.step}
+        for metric in ("n_members", "n_non_members", "perplexity_members", "perplexity_non_members", "loss_gap"):
+            yield model | {"metric": metric, "value": getattr(row, metric)}
+        for result in row.attacks:
+            attack = model | {"attack": result.name}
+            yield attack | {"metric": "auc"} | _cells(result.auc)
+            yield attack | {"metric": "auc_two_sided"} | _cells(result.auc_two_sided)
+            for rate in result.tpr:
+                line = attack | {"metric": "tpr", "target_fpr": rate.target_fpr, "note": rate.note}
+                if rate.tpr is not None:
+                    line |= _cells(rate.tpr) | {"attained_fpr": rate.attained_fpr}
+                yield line
+        for test in row.collections:
+            collection = model | {"attack": f"{test.label}, {test.size} documents"}
+            for metric in ("p_value", "p_holm"):
+                yield collection | {"metric": f"collection_{metric}", "value": getattr(test, metric)}
+            ends = {"low": test.rejected_low, "high": test.rejected_high}
+            yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
+        if row.canaries is not None:
+            yield from (model | line for line in _canary_rows(row.canaries))
+        if row.strongest_p_value is not None:
+            yield model | {"metric": "strongest_p_value", "value": row.strongest_p_value}
+        yield (
+            model
+            | {"metric": "strongest_auc_two_sided", "note": row.strongest.label}
+            | _cells(row.strongest.auc_two_sided)
+        )
+    if report.checks is not None:
+        yield from _check_rows(report.checks)
+
+
+def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:
+    for metric in ("n_included", "n_excluded", "space_bits", "candidates"):
+        yield {"metric": f"canary_{metric}", "value": getattr(canaries, metric)}
+    for score in canaries.scores:
+        if score.auc is not None:
+            yield {"attack": score.label.lower(), "metric": "canary_auc"} | _cells(score.auc)
+    for side in ("included", "excluded"):
+        for kind in ("ranked", "extrapolated"):
+            exposures = getattr(getattr(canaries, kind), side)
+            if exposures:
+                yield {"metric": f"canary_exposure_{kind}_{side}", "value": statistics.median(exposures)}
+        extracted = getattr(canaries, f"extracted_{side}")
+        if extracted is not None:
+            yield {"metric": f"canary_extracted_{side}"} | _cells(extracted)
+    for bound in canaries.epsilon:
+        note = f"delta {bound.delta:g}: {bound.correct} of {bound.guesses} guesses right, best of {bound.tests}"
+        yield {"attack": bound.label.lower(), "metric": "canary_epsilon", "value": bound.epsilon, "note": note}
+
+
+def _check_rows(checks: Checks) -> Iterator[dict[str, Any]]:
+    if checks.blind_auc is not None:
+        yield {"metric": "blind_auc"} | _cells(checks.blind_auc)
+    for metric in ("duplicates", "shared_passages"):
+        yield {"metric": metric, "value": getattr(checks, metric)}
+    for warning in checks.warnings:
+        yield {"metric": "warning", "note": warning}
+
+
+def _cells(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def render_html(report: AuditReport) -> str:
+    """Return the page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dualtok.audit.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "share": tables.share,
+        "interval": tables.interval,
+        "perplexity": tables.perplexity,
+        "heat": _heat,
+        "median_exposure": tables.median_exposure,
+    }
+    measured = {
+        rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
+    }
+    attacks = tables.attack_columns(report.rows)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        measured=measured,
+        attacks=attacks,
+        published={name: label for name, label in attacks.items() if name not in tables.KNOWING},
+        adaptive={name: label for name, label in attacks.items() if name in tables.KNOWING},
+        tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
+        sources={name: ATTACKS[name].source for name in attacks if name in ATTACKS},
+        with_canaries=[row for row in report.rows if row.canaries is not None],
+        **_figures(report),
+    )
+
+
+def _figures(report: AuditReport) -> dict[str, Any]:
+    attacks = tables.attack_columns(report.rows)
+    with_s = [row for row in report.rows if row.calibrated is not None]
+    drawn = [series for series in report.training if series.steps]
+    return {
+        "swatches": [Markup(figures.swatch(index)) for index in range(len(report.rows))],
+        "roc_figures": [Markup(figures.roc_figure(report.rows, name, f"roc-{name}")) for name in attacks],
+        "histogram_rows": with_s,
+        "histogram_figures": [
+            Markup(figures.histogram_figure(row.name, row.calibrated, f"s-{index}"))
+            for index, row in enumerate(with_s)
+            if row.calibrated is not None
+        ],
+        "canary_figures": [
+            Markup(figures.canary_figure(row.name, row.canaries, f"canaries-{index}"))
+            for index, row in enumerate(report.rows)
+            if row.canaries is not None
+        ],
+        "selection_figures": [
+            Markup(figures.selection_figure(series, f"selection-{index}"))
+            for index, series in enumerate(report.selection)
+            if series.steps
+        ],
+        "training_figures": [
+            Markup(figures.training_figure(of_kind, f"training-{kind}"))
+            for kind in figures.METRIC_LABELS
+            if (of_kind := [series for series in drawn if series.figure == kind])
+        ],
+    }
+
+
+def _heat(two_sided_auc: float) -> str:
+    """Return a share of colour for a cell: none at .5 (no better than chance), full at 1."""
+    return f"{max(0.0, two_sided_auc - 0.5) * 2:.2f}"

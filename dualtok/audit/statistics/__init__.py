@@ -1,0 +1,1 @@
+"""Figures with intervals and checks, from the scores of attacks."""

@@ -1,0 +1,1 @@
+"""``dualtok audit``."""

@@ -1,0 +1,83 @@
+"""The ``README.md`` of an exported model: what it is, what trained it on what, and what an audit has found."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from dualtok.audit.report.data import AuditFigures
+from dualtok.files import write_text
+from dualtok.train.engines.dp_account import stated
+from dualtok.train.start_folder import FACTS_FILE, START_FOLDER
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dualtok.audit.report.data import ModelAudit
+
+CARD = "README.md"
+PIPELINE = "text-generation"
+
+
+def write_card(run_dir: Path, run: dict[str, Any], step: int, folder: Path, *, adapter: bool) -> None:
+    """Write the card of a run's export.
+
+    Args:
+        run_dir: the run's ``output_dir``.
+        run: its settings.
+        step: of the checkpoint.
+        folder: the exported folder.
+        adapter: whether it holds an adapter alone.
+    """
+    path = run_dir / START_FOLDER / FACTS_FILE
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = {
+        "base_model": facts.get("base"),
+        "license": facts.get("license"),
+        "pipeline_tag": PIPELINE,
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["dualtok"],
+    }
+    head = yaml.safe_dump({key: value for key, value in named.items() if value}, sort_keys=False)
+    write_text(folder / CARD, f"---\n{head}---\n\n{''.join(_paragraphs(run_dir, run, facts, step, adapter=adapter))}")
+
+
+def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step: int, *, adapter: bool) -> list[str]:
+    base = facts.get("base")
+    what = "An adapter (LoRA) of" if adapter else "Fine-tuned from"
+    origin = f"{what} `{base}`." if base else "Trained from scratch."
+    licence = f" The base's licence: {facts['license']}." if facts.get("license") else ""
+    told = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens" if "documents" in facts else "not recorded"
+    paragraphs = [
+        f"# {run_dir.name}\n\n{origin}{licence}\n\n",
+        "## Training\n\n",
+        f"* objective: `{run['objective']}`, {step} optimiser steps, with dualtok\n",
+        f"* data: {told} (split `{facts.get('split', 'train')}`); the texts are not published with the model\n",
+    ]
+    if (privacy := stated(run_dir)) is not None:
+        paragraphs.append(f"* differential privacy: {privacy}\n")
+    return [*paragraphs, "\n## Audit\n\n", *_audit(run_dir)]
+
+
+def _audit(run_dir: Path) -> list[str]:
+    """Return what an audit in the same folder has found; it may be of further models."""
+    file = run_dir / "audit" / "audit.json"
+    if not file.is_file():
+        return ["Not audited when it was exported: nothing is known of what it gives away about its documents.\n"]
+    try:
+        figures = AuditFigures.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ValidationError):
+        return [f"`{file.name}` of the run cannot be read.\n"]
+    sides = f"{figures.settings.members} against {figures.settings.non_members}"
+    return [
+        f"Attacks on membership ({sides}), strongest of those tried, two-sided AUC; .5 is guessing:\n\n",
+        *map(_line, figures.models),
+    ]
+
+
+def _line(model: ModelAudit) -> str:
+    found = model.strongest.auc_two_sided
+    return f"* {model.name}: {found.value:.3f} [{found.low:.3f}, {found.high:.3f}] ({model.strongest.label})\n"

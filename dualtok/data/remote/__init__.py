@@ -1,0 +1,1 @@
+"""Folders and files at an address: storage, connections, cache."""

@@ -1,0 +1,1 @@
+"""Documents of files of any kind, and the bundled corpora."""

@@ -1,0 +1,403 @@
+"""What files hold: text, JSON lines, JSON arrays, CSV and Parquet, each document with the place that it came from.
+
+All but Parquet may be compressed (.gz, .bz2, .xz, .zst). Endings count in either case. A byte-order mark is no part of
+the text, and a line may end in a line feed, a carriage return, or both.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dualtok.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dualtok.config.data import DataConfig
+
+KINDS = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES_IN_WORDS = f"{', '.join(KINDS)}; all but .parquet also as {', '.join(COMPRESSED)}"
+PARQUET_BATCH = 1024
+HEAD_BYTES = 1 << 16
+"""What is looked at to learn how a file's lines end."""
+MARK = "\ufeff".encode()
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
+WHITE = re.compile(r"[ \t\r\n]*")
+NEXT_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+PLAIN_VALUE = re.compile(r"[^\s,\]}]+")
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
+"""What the libraries raise on a compressed file that is cut off or is none."""
+
+
+class Document(NamedTuple):
+    """A text and where it came from (file and line or row), for errors."""
+
+    text: str
+    origin: str
+
+
+Wanted = Callable[[int], bool]
+"""Whether the document of this number is to be read; others are passed over, as cheaply as the format allows."""
+
+
+def kind_of(path: Path) -> str | None:
+    """Return what a file holds by its name, or None if it cannot be read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        kind = KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return None if kind == "parquet" else kind
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file as it was before it was compressed.
+
+    Raises:
+        DataError: it is cut off or damaged.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".zst":
+            with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, "zstd") as stream:
+                yield io.BufferedReader(_Raw(stream), HEAD_BYTES)
+            return
+        opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
+        with opener(path, "rb") as stream:
+            yield stream
+    except DAMAGED as error:
+        if suffix in COMPRESSED:
+            raise DataError(f"{path}: damaged or cut off: {reason_of(error)}; get the file again") from None
+        raise
+
+
+class _Raw(io.RawIOBase):
+    """pyarrow's stream as one that the standard library can buffer."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._stream.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number (from 1) and content of each line, without a byte-order mark, with whatever ends it."""
+    number = 0
+    with _opened(path) as stream:
+        head = stream.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(stream, "peek") else b""
+        only_returns = b"\r" in head and b"\n" not in head
+        for raw in _split_at_returns(stream) if only_returns else stream:
+            line = raw.removeprefix(MARK) if number == 0 else raw
+            for one in line.splitlines(keepends=True) if b"\r" in line.rstrip(b"\r\n") else (line,):
+                number += 1
+                yield number, one
+
+
+def _split_at_returns(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a stream that end in carriage returns alone."""
+    rest = b""
+    while block := stream.read(HEAD_BYTES):
+        *lines, rest = (rest + block).split(b"\r")
+        yield from (line + b"\r" for line in lines)
+    if rest:
+        yield rest
+
+
+def _read_txt(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    if config.txt_documents == "file":
+        if not wanted(0):
+            yield None
+            return
+        with _opened(path) as stream:
+            content = stream.read()
+        yield Document(_decode(content.removeprefix(MARK), str(path)), str(path))
+        return
+    for number, (text, origin) in enumerate(_paragraphs(path)):
+        yield Document(text, origin) if wanted(number) else None
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
+    paragraph: list[str] = []
+    first = 1
+    for number, raw in _lines(path):
+        line = _decode(raw, f"{path}:{number}")
+        if line.strip():
+            first = first if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph).strip(), f"{path}:{first}"
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph).strip(), f"{path}:{first}"
+
+
+def _read_jsonl(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    count = 0
+    for number, raw in _lines(path):
+        origin = f"{path}:{number}"
+        if _is_blank(raw, origin):
+            continue
+        count += 1
+        yield _json_document(_decode(raw, origin), config.field, origin) if wanted(count - 1) else None
+
+
+def _is_blank(raw: bytes, origin: str) -> bool:
+    first = raw.lstrip()[:1]
+    if b"!" <= first <= b"~":
+        return False
+    return not _decode(raw, origin).strip()  # other white space than ASCII's
+
+
+def _json_document(text: str, field: str, origin: str) -> Document:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError):  # a number or a nesting beyond Python's limits, in whatever field
+        row = _only_field(text, field, origin)
+    if not isinstance(row, dict):
+        raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
+    return Document(text_of(row, field, origin), origin)
+
+
+def _only_field(text: str, field: str, origin: str) -> dict[str, object]:
+    """Return an object's fields by name, those that are not the text's passed over unread."""
+    found: dict[str, object] = {}
+    place = _after_white(text, 0)
+    if text[place : place + 1] != "{":
+        raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
+    decoder = json.JSONDecoder()
+    place = _after_white(text, place + 1)
+    while text[place : place + 1] != "}":
+        try:
+            key, place = decoder.raw_decode(text, place)
+            place = _after_white(text, place)
+            if not isinstance(key, str) or text[place : place + 1] != ":":
+                raise ValueError("no name and value")
+            place = _after_white(text, place + 1)
+            if key == field and text[place] == '"':
+                found[key], place = decoder.raw_decode(text, place)
+            else:
+                found[key], place = _Unread(), _after_value(text, place)
+            place = _after_white(text, place)
+            if text[place] == ",":
+                place = _after_white(text, place + 1)
+            elif text[place] != "}":
+                raise ValueError("no comma")
+        except (ValueError, IndexError):
+            raise DataError(f"{origin}: not valid JSON at column {place + 1}") from None
+    if _after_white(text, place + 1) != len(text):
+        raise DataError(f"{origin}: not valid JSON: more follows at column {place + 2}")
+    return found
+
+
+class _Unread:
+    """A value that was passed over."""
+
+
+def _after_white(text: str, place: int) -> int:
+    match = WHITE.match(text, place)
+    assert match is not None
+    return match.end()
+
+
+def _after_value(text: str, place: int) -> int:
+    """Return the place after a value, however deep or long."""
+    if text[place] not in "[{":
+        match = NEXT_BRACKET.match(text, place) or PLAIN_VALUE.match(text, place)
+        if match is None:
+            raise ValueError("no value")
+        return match.end()
+    depth = 0
+    for match in NEXT_BRACKET.finditer(text, place):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    raise ValueError("no end")
+
+
+def _read_json(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    """Read one array of objects or texts, which is held in memory; or, under this name, JSON lines."""
+    with _opened(path) as stream:
+        head = stream.read(HEAD_BYTES).removeprefix(MARK).lstrip()
+        rest = stream.read() if head.startswith(b"[") else b""
+    if not head.startswith(b"["):
+        yield from _read_jsonl(path, config, wanted)
+        return
+    text = _decode(head + rest, str(path))
+    decoder, place, number = json.JSONDecoder(), _after_white(text, 1), 0
+    while text[place : place + 1] != "]":
+        origin = f"{path}: item {number}"
+        try:
+            end = _after_value(text, place)
+            item = text[place:end]
+            place = _after_white(text, end)
+            if text[place] == ",":
+                place = _after_white(text, place + 1)
+            elif text[place] != "]":
+                raise ValueError("no comma")
+        except (ValueError, IndexError):
+            raise DataError(f"{origin}: not valid JSON at character {place}") from None
+        if not wanted(number):
+            yield None
+        elif item.startswith('"'):
+            yield Document(_require_text(_string(decoder, item, origin), config.field, origin), origin)
+        else:
+            yield _json_document(item, config.field, origin)
+        number += 1
+
+
+def _string(decoder: json.JSONDecoder, item: str, origin: str) -> object:
+    try:
+        return decoder.decode(item)
+    except ValueError as error:
+        raise DataError(f"{origin}: not valid JSON: {reason_of(error)}") from None
+
+
+def _read_csv(path: Path, config: DataConfig, wanted: Wanted, delimiter: str = ",") -> Iterator[Document | None]:
+    """Read a table whose first row names the columns; a quoted cell may hold line ends."""
+    csv.field_size_limit(sys.maxsize)
+    with _opened(path) as stream:
+        rows = csv.reader(_decoded_lines(stream, path), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        number = 0
+        try:
+            for row in rows:
+                if header is None:
+                    header = row
+                    if config.field not in header:
+                        raise DataError(no_field(config.field, header, str(path)))
+                    continue
+                if not row:  # a blank line
+                    continue
+                origin = f"{path}: row {number}"
+                if len(row) != len(header):
+                    raise DataError(f"{origin}: {len(row)} cells, but the first row names {len(header)} columns")
+                yield Document(row[header.index(config.field)], origin) if wanted(number) else None
+                number += 1
+        except csv.Error as error:
+            raise DataError(f"{path}: row {number}: not valid CSV: {error}") from None
+
+
+def _read_tsv(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    return _read_csv(path, config, wanted, delimiter="\t")
+
+
+def _decoded_lines(stream: BinaryIO, path: Path) -> Iterator[str]:
+    head = stream.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(stream, "peek") else b""
+    lines = _split_at_returns(stream) if b"\r" in head and b"\n" not in head else stream
+    for number, raw in enumerate(lines, start=1):
+        yield _decode(raw.removeprefix(MARK) if number == 1 else raw, f"{path}:{number}")
+
+
+def read_parquet(
+    path: Path, config: DataConfig, wanted: Wanted, row_group: int | None = None
+) -> Iterator[Document | None]:
+    """Yield the documents of a Parquet file, or of one of its row groups."""
+    row = 0
+    try:
+        file = pq.ParquetFile(path)
+        if config.field not in file.schema_arrow.names:
+            raise DataError(no_field(config.field, file.schema_arrow.names, str(path)))
+        first = sum(file.metadata.row_group(group).num_rows for group in range(row_group or 0))
+        groups = None if row_group is None else [row_group]
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=groups, columns=[config.field]):
+            column = batch.column(0)
+            for place in range(len(column)):
+                origin = f"{path}: row {first + row}"
+                yield (
+                    Document(_require_text(column[place].as_py(), config.field, origin), origin)
+                    if wanted(row)
+                    else None
+                )
+                row += 1
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: row {row}: not UTF-8; convert the file to UTF-8") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        after = f" after row {row}" if row else ""
+        raise DataError(f"{path}: not a readable Parquet file{after}: {reason_of(error)}") from None
+
+
+READERS: dict[str, Callable[[Path, DataConfig, Wanted], Iterator[Document | None]]] = {
+    "txt": _read_txt,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": read_parquet,
+}
+"""Kind of :func:`kind_of` -> what reads it."""
+
+
+def _decode(raw: bytes, origin: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        newlines = raw.count(b"\n", 0, error.start)
+        line = "" if re.search(r":\d+$", origin) else f" (line {newlines + 1})"
+        raise DataError(f"{origin}: not UTF-8 at byte {error.start}{line}; convert the file to UTF-8") from None
+
+
+def text_of(row: dict[str, object], field: str, origin: str) -> str:
+    """Return an object's text.
+
+    Raises:
+        DataError: it has no such field, or one that holds no text.
+    """
+    if field not in row:
+        raise DataError(no_field(field, list(row), origin))
+    return _require_text(row[field], field, origin)
+
+
+def _require_text(value: object, field: str, origin: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: field {field!r} holds {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON's escapes can spell half a character, which no file could hold
+        place = f"character {error.start}"
+        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {place}; mend the text") from None
+    return value
+
+
+def reason_of(error: Exception) -> str:
+    """Return a library's own words in one short line."""
+    return " ".join(str(error).split())[:160]
+
+
+def no_field(field: str, known: list[str], origin: str) -> str:
+    """Return the error for a field that is not there."""
+    # A JSON object may have texts for keys, which no message must repeat.
+    names = [name for name in map(str, known) if NAME.fullmatch(name)]
+    others = len(known) - len(names)
+    fields = ", ".join([*names, *([f"{others} that are no names"] if others else [])])
+    return f"{origin}: no field {field!r}{did_you_mean(field, names)}; fields are {fields} (data.field)"

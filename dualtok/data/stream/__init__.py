@@ -1,0 +1,1 @@
+"""A split's blocks as batches, in an order that (seed, epoch) alone decide."""

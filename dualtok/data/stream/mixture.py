@@ -1,0 +1,203 @@
+"""Several prepared folders as one stream, in stated shares, whose order depends on the seed alone.
+
+Sample i belongs to lane i mod L, as in a stream of one folder, and a lane reads only the same lane of each source: each
+shard keeps its one reading rank. Lane l gives its r-th sample (i = r L + l) to a source by a random pattern that is
+drawn anew for each period of 1000 rounds and holds source k exactly quota_k times. The sample of source k is then its
+lane's next one: period * quota_k + how often this period's pattern chose k before. Any sample is therefore found by one
+look at one pattern; a source's lane begins its next epoch, in a new order, when it is used up, whatever the others do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import floor
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dualtok.config.data import MIX_PERIOD
+from dualtok.data.manifest import Manifest, load_manifest, split_entry
+from dualtok.data.remote.remote import Place, place_of
+from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.stream.poisson import PoissonDocuments
+from dualtok.data.stream.rank_batches import Batch, Fetches, RankBatches, rank_batches
+from dualtok.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from dualtok.config.data import DataConfig
+    from dualtok.data.packing import Segment
+
+PATTERN_SEED = 0x6D6978
+"""Tells the patterns' random numbers from those of the streams."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One prepared folder of a mixture."""
+
+    dir: str
+    place: Place
+    """Where ``dir`` is."""
+    weight: float
+    """Its share of the samples."""
+    manifest: Manifest
+
+
+def load_sources(data: DataConfig, split: str) -> list[Source]:
+    """Return ``data.dir`` and the folders of ``data.mix``, compared with each other.
+
+    Args:
+        data: the run's section.
+        split: the split of each that is mixed.
+
+    Raises:
+        DataError: a folder is not prepared, lacks the split, or has another tokenizer, block length or number of lanes
+            than ``data.dir``; or its split has fewer blocks than lanes.
+    """
+
+    def load(folder: str, weight: float) -> Source:
+        place = place_of(folder, data.stream)
+        return Source(folder, place, weight, load_manifest(place))
+
+    main = load(data.dir, 1.0 - sum(other.weight for other in data.mix))
+    sources = [main, *(load(other.dir, other.weight) for other in data.mix)]
+    for source in sources[1:]:
+        for name in ("tokenizer_fingerprint", "block_length", "lanes"):
+            theirs, ours = getattr(source.manifest, name), getattr(main.manifest, name)
+            if theirs != ours:
+                what = name.replace("_", " ")
+                raise DataError(
+                    f"data.mix: {source.dir} was prepared with {what} {theirs}, but {main.dir} with {ours}; prepare "
+                    f"the former again with data.tokenizer={main.dir}/tokenizer, data.block_length="
+                    f"{main.manifest.block_length} and data.lanes={main.manifest.lanes}"
+                )
+    for source in sources if data.mix else ():
+        blocks, lanes = split_entry(source.manifest, split, source.dir).blocks, source.manifest.lanes
+        if blocks < lanes:
+            raise DataError(
+                f"{source.dir}: split {split!r} has {blocks} blocks in {lanes} lanes, but each lane of a mixture "
+                "(data.mix) needs a block of each source; prepare it with fewer data.lanes, or leave it out"
+            )
+    return sources
+
+
+def quotas(weights: Sequence[float]) -> tuple[int, ...]:
+    """Return how many of 1000 samples come from each source: rounded down, the rest by largest remainder.
+
+    Args:
+        weights: shares that sum to 1.
+    """
+    exact = [weight * MIX_PERIOD for weight in weights]
+    whole = [floor(value + 1e-9) for value in exact]
+    by_remainder = sorted(range(len(whole)), key=lambda source: whole[source] - exact[source])
+    for source in by_remainder[: MIX_PERIOD - sum(whole)]:
+        whole[source] += 1
+    return tuple(whole)
+
+
+class _Pattern(NamedTuple):
+    source: NDArray[np.int16]
+    """Which source each round of the period takes."""
+    earlier: NDArray[np.int16]
+    """How many earlier rounds of the period take the same."""
+
+
+@lru_cache(maxsize=4096)
+def _pattern(seed: int, quota: tuple[int, ...], lane: int, period: int) -> _Pattern:
+    rounds = np.repeat(np.arange(len(quota), dtype=np.int16), quota)
+    source = np.random.default_rng([seed, PATTERN_SEED, lane, period]).permutation(rounds)
+    earlier = np.empty_like(source)
+    for which, count in enumerate(quota):
+        earlier[source == which] = np.arange(count)
+    return _Pattern(source, earlier)
+
+
+class Mixture:
+    """The streams of several sources as one; what :class:`BlockStream` is to one folder.
+
+    Evaluations read the first source alone: members are those of ``data.dir``.
+
+    Args:
+        streams: one per source, the main one first; of the same block length and lanes, none shorter than the lanes.
+        weights: their shares of the samples, which sum to 1.
+        seed: seed of the patterns.
+    """
+
+    def __init__(self, streams: Sequence[BlockStream], weights: Sequence[float], *, seed: int) -> None:
+        self.streams, self.seed = list(streams), seed
+        self.split, self.lanes, self.block_length = streams[0].split, streams[0].lanes, streams[0].block_length
+        self.quotas = quotas(weights)
+        assert len(self.quotas) == len(self.streams)
+        assert all(stream.lanes == self.lanes <= len(stream) for stream in self.streams)
+
+    def __len__(self) -> int:
+        """Return the number of blocks of all sources."""
+        return sum(len(stream) for stream in self.streams)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Return (source, its own sample) of a sample, both counted from 0."""
+        rounds, lane = divmod(sample, self.lanes)
+        period, place = divmod(rounds, MIX_PERIOD)
+        pattern = _pattern(self.seed, self.quotas, lane, period)
+        source = int(pattern.source[place])
+        blocks = len(self.streams[source])
+        position = period * self.quotas[source] + int(pattern.earlier[place])
+        epoch, here = divmod(position, len(range(lane, blocks, self.lanes)))
+        return source, epoch * blocks + here * self.lanes + lane
+
+    def read(self, samples: Sequence[int]) -> Batch:
+        """Return the batch of some samples, in their order."""
+        places = [self.locate(sample) for sample in samples]
+        batch: Batch = {}
+        for source, stream in enumerate(self.streams):
+            rows = [row for row, (which, _) in enumerate(places) if which == source]
+            part = stream.read([places[row][1] for row in rows]) if rows else {}
+            for name, tensor in part.items():
+                batch.setdefault(name, tensor.new_empty((len(places), *tensor.shape[1:])))[rows] = tensor
+        return batch
+
+    def prefetch(self, samples: Sequence[int]) -> bool:
+        """Begin to fetch what samples need that are read soon; see :meth:`BlockStream.prefetch`."""
+        places = [self.locate(sample) for sample in samples]
+        more = [
+            stream.prefetch([sample for which, sample in places if which == source])
+            for source, stream in enumerate(self.streams)
+            if stream.is_remote
+        ]
+        return bool(more) and all(more)
+
+    def forget_prefetched(self) -> None:
+        """Begin a new search for what to fetch."""
+        for stream in self.streams:
+            stream.forget_prefetched()
+
+    def fetches(self) -> Fetches:
+        """Return what this reader has found of all sources' shards at an address so far."""
+        return sum((stream.fetches() for stream in self.streams), Fetches())
+
+    def batches(
+        self, start_sample: int, global_micro_batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
+    ) -> RankBatches:
+        """Yield this rank's share of each global micro-batch, without end; as :meth:`BlockStream.batches`."""
+        return rank_batches(self, start_sample, global_micro_batch, rank=rank, world_size=world_size, workers=workers)
+
+    def sequential(
+        self,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        max_blocks: int | None = None,
+        documents: NDArray[np.int64] | None = None,
+    ) -> Iterator[tuple[Batch, list[list[Segment]]]]:
+        """Yield the first source once in file order; see :meth:`BlockStream.sequential`."""
+        return self.streams[0].sequential(batch_size, rank, world_size, max_blocks=max_blocks, documents=documents)
+
+
+TrainingStream = BlockStream | Mixture | PoissonDocuments
+"""What a run trains on: the split of one folder, or of several."""

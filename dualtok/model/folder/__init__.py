@@ -1,0 +1,1 @@
+"""What a model's folder holds: its weights, whether they fit, how they are written, and mixed."""

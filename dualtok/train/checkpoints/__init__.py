@@ -1,0 +1,1 @@
+"""Checkpoints that any layout writes and any other reads."""

@@ -1,0 +1,1 @@
+"""Engines that take a training step: DeepSpeed ZeRO, pipeline, DP-SGD."""

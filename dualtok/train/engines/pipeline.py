@@ -1,0 +1,284 @@
+"""DeepSpeed's PipelineEngine around the stages of a Hugging Face model, with ZeRO 0-1.
+
+Each rank builds its own stage and reads its own weights. All stages of a replica hold the same micro-batches, so that
+positions, labels and reference losses need not travel; only hidden states and their gradients do.
+"""
+
+from __future__ import annotations
+
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import wraps
+from io import StringIO
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import nn
+
+from dualtok.model.empty import tied_weights
+from dualtok.model.losses import probe_batch, require_faithful
+from dualtok.model.norms import total_norm
+from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PIPELINE, PhaseTimer
+from dualtok.train.engines.objective_model import ObjectiveModel
+from dualtok.train.engines.states import states_of
+from dualtok.train.optimizer import SkippingAdamW
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+    from dualtok.distributed.layout import Layout
+    from dualtok.model.losses import Batch
+    from dualtok.model.stages import StageBounds, StageNames
+    from dualtok.objective.loss import DualLoss, Objective
+    from dualtok.objective.selection import Gather
+    from dualtok.train.engines.states import States
+
+
+class StageModel(ObjectiveModel):
+    """One stage: token ids in on the first, hidden states in between, the objective's loss out on the last.
+
+    ``batch`` is the micro-batch whose ids or hidden states come in; the engine sets it before each forward pass.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, bounds: StageBounds, objective: Objective, gather: Gather | None, **head: Any
+    ) -> None:
+        super().__init__(causal_lm, objective, gather, **head)
+        self.bounds = bounds
+        self.batch: Batch = {}
+        self.checking = False
+        self._inputs = torch.zeros(0)
+
+    def forward(self, inputs: torch.Tensor) -> Any:  # type: ignore[override]  # called by PipelineModule
+        """Return hidden states [b, t, d], or on the last stage what :class:`ObjectiveModel` does."""
+        self._inputs = inputs
+        if self.bounds.is_last:
+            return super().forward(self.batch, check=self.checking)
+        return self.hidden_states(self.batch)
+
+    def base_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return what the base model of this stage takes."""
+        ids_or_hidden = {"input_ids" if self.bounds.is_first else "inputs_embeds": self._inputs}
+        return {**ids_or_hidden, "position_ids": batch["position_ids"]}
+
+
+class StagesModule(PipelineModule):
+    """The PipelineModule of DeepSpeed that holds one :class:`StageModel` per rank."""
+
+    def __init__(self, stage: StageModel, layout: Layout) -> None:
+        others = [nn.Identity() for _ in range(layout.stages)]
+        layers = [*others[: layout.stage], stage, *others[layout.stage + 1 :]]
+        with redirect_stdout(StringIO()):  # it prints its partitioning
+            super().__init__(layers, num_stages=layout.stages, partition_method="uniform")
+        self._tied: list[tuple[nn.Parameter, Any]] = []
+        """The weight shared with another stage, if there is one here, and the ranks that share it; in a list, as a
+        parameter of the module it would be saved a second time."""
+        # What DeepSpeed's norms go by: a weight is counted on its own rank, unless another one counts its copy.
+        for parameter in self.parameters():
+            mark(parameter, counted=True)
+
+    @property
+    def stage(self) -> StageModel:
+        """The one layer that this rank holds."""
+        stage: StageModel = self.forward_funcs[0]
+        return stage
+
+    def tie(self, weight: nn.Parameter | None, layout: Layout) -> None:
+        """Keep the embeddings of the first stage and the head of the last one the same weight.
+
+        Both start equal and get the sum of both gradients, hence equal updates.
+
+        Args:
+            weight: this stage's copy, None on inner stages.
+            layout: its first and last stages share.
+        """
+        last = (layout.stages - 1) * layout.data_parallel.world_size
+        for replica in range(layout.data_parallel.world_size):
+            group = dist.new_group([replica, last + replica])
+            if weight is not None and replica == layout.data_parallel.rank:
+                self._tied = [(weight, group)]
+        if weight is not None and layout.is_last_stage:
+            mark(weight, counted=False)
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """Return the shared weight and the ranks that share it, as the engine sums their gradients."""
+        return self._tied
+
+
+def mark(parameter: nn.Parameter, *, counted: bool) -> None:
+    """Say whether a parameter counts in the gradient's norm, in each of the ways that DeepSpeed's optimisers ask."""
+    vars(parameter).update(model_parallel=counted, ds_pipe_replicated=not counted)
+
+
+PHASE_OF = {
+    schedule.ForwardPass: FORWARD,
+    schedule.BackwardPass: BACKWARD,
+    schedule.OptimizerStep: OPTIMISER,
+    **dict.fromkeys((schedule.SendActivation, schedule.RecvActivation, schedule.SendGrad, schedule.RecvGrad), PIPELINE),
+}
+"""What a stage's instructions count as; gradients are reduced by collectives, which count by themselves."""
+
+
+def timed_instructions(instructions: dict[Any, Callable[..., None]]) -> dict[Any, Callable[..., None]]:
+    """Return a stage's instructions, each of which counts its time as a phase."""
+
+    def timed(execute: Callable[..., None], phase: str) -> Callable[..., None]:
+        @wraps(execute)
+        def run(engine: StageEngine, *arguments: Any, **named: Any) -> None:
+            with engine.timer.phase(phase):
+                execute(engine, *arguments, **named)
+
+        return run
+
+    return {
+        instruction: timed(execute, PHASE_OF[instruction]) if instruction in PHASE_OF else execute
+        for instruction, execute in instructions.items()
+    }
+
+
+class StageEngine(PipelineEngine):
+    """PipelineEngine that hands each stage its whole micro-batch and clips by the norm of the whole model."""
+
+    window: Sequence[Batch] = ()
+    """The micro-batches of the running schedule."""
+    timer: PhaseTimer = PhaseTimer()
+    """Replaced by the stage's own when the engine is built."""
+
+    def begin(self, window: Sequence[Batch]) -> Any:
+        """Take up a window of micro-batches; returns the iterator that DeepSpeed draws from."""
+        shape = tuple(window[0]["input_ids"].shape)
+        if shape != getattr(self, "_shape", shape):
+            self.reset_activation_shape()  # the sizes of hidden states are sent once, and then relied on
+        self._shape = shape
+        self.window, self._forwarded, self._backwarded = window, 0, 0
+        self.outcomes: list[DualLoss] = []
+        self.total_loss = None  # DeepSpeed adds up evaluation results of any shape here
+        # Labels are read from the window; DeepSpeed only wants to see something it can move.
+        return iter([(batch["input_ids"], batch["labels"]) for batch in window])
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        stage: StageModel = self.module.stage
+        stage.batch = self.window[self._forwarded]
+        self._forwarded += 1
+        super()._exec_forward_pass(buffer_id)
+        if stage.outcome is not None:
+            self.outcomes.append(stage.outcome)
+            stage.outcome = None
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        if not self.zero_optimization():
+            self._global_grad_norm = self._norm_of_whole_gradient()
+            if isinstance(self.optimizer, SkippingAdamW):
+                self.optimizer.judge(float(self._global_grad_norm))
+        super()._exec_optimizer_step(lr_kwargs)
+
+    def _norm_of_whole_gradient(self) -> torch.Tensor:
+        """Return the norm over all stages, a shared weight counted once.
+
+        At ZeRO-0 DeepSpeed forgets it, and would leave out the ranks that it takes for copies.
+        """
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None and p.model_parallel]
+        square = total_norm(gradients).to(self.device).square()
+        dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
+        return square.sqrt()
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by :meth:`_norm_of_whole_gradient`; DeepSpeed asks for it at ZeRO-0 alone."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), self._global_grad_norm)
+
+    _INSTRUCTION_MAP: ClassVar = timed_instructions(
+        {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.ForwardPass: _exec_forward_pass,
+            schedule.OptimizerStep: _exec_optimizer_step,
+        }
+    )
+
+
+@dataclass
+class PipelineTrainer:
+    """The training loop's view of a pipeline."""
+
+    engine: StageEngine
+    layout: Layout
+    names: StageNames
+
+    @property
+    def timer(self) -> PhaseTimer:
+        """Where this stage's time goes."""
+        return self.engine.timer
+
+    @property
+    def model(self) -> ObjectiveModel:
+        """This rank's stage."""
+        stage: StageModel = self.engine.module.stage
+        return stage
+
+    def check(self, batch: Batch, precision: str) -> None:
+        """Compare head and document boundaries with what they should be, once, before training."""
+        stage: StageModel = self.engine.module.stage
+        stage.checking = True
+        errors = self._evaluate(probe_batch(batch), torch.Size([2]))
+        stage.checking = False
+        require_faithful(errors, precision, type(stage.causal_lm).__name__)
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+        """Run one 1F1B schedule and the optimiser."""
+        self.engine.train_batch(self.engine.begin([self._to_device(batch) for batch in micro_batches]))
+        return self.engine.outcomes
+
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        """Return the token losses [b, t] of this replica's batch on each of its stages."""
+        return self._evaluate(batch, batch["labels"].shape)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch, shape: torch.Size) -> torch.Tensor:
+        """Run one micro-batch forward; return the last stage's result, of ``shape``, on every stage."""
+        found = self.engine.eval_batch(
+            self.engine.begin([self._to_device(batch)]),
+            compute_loss=False,
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=1,
+        )
+        result = found[0] if self.layout.is_last_stage else torch.empty(shape, device=self.layout.ranks.device)
+        dist.broadcast(result, group=self.layout.replica.group, group_src=self.layout.stages - 1)
+        return result
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the whole model's gradient, before clipping."""
+        return float(self.engine.get_global_grad_norm())
+
+    def skipped_steps(self) -> int:
+        """Return the optimiser steps that DeepSpeed left out because a gradient was not finite."""
+        return int(self.engine.skipped_steps)
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next optimiser step."""
+        return float(self.engine.get_lr()[0])
+
+    def zero_stage(self) -> int:
+        """Return the ZeRO stage of each pipeline stage."""
+        return int(self.engine.zero_optimization_stage())
+
+    def states(self) -> States:
+        """Return what was learned, as checkpoints hold it: parameters under their names in the whole model."""
+        module = self.engine.module
+        causal_lm = module.stage.causal_lm
+        tied = tied_weights(causal_lm)
+        names = {self.names.whole(name, self.layout.stage): p for name, p in causal_lm.named_parameters()}
+        parameters = {tied.get(name, name): parameter for name, parameter in names.items()}
+        # The last stage's copy of the embeddings is the first stage's to write.
+        shared = {id(weight) for weight, _ in module.get_tied_weights_and_groups() if not self.layout.is_first_stage}
+        copies = frozenset(name for name, parameter in parameters.items() if id(parameter) in shared)
+        return states_of(self.engine, parameters, self.layout.data_parallel, copies)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.layout.ranks.device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import csv
+import re
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dualtok.audit.attacks.registry import ATTACKS, names_of
+from dualtok.audit.report.data import AuditReport
+from dualtok.audit.report.tables import interval, share
+from dualtok.audit.report.write import CSV_COLUMNS, load_report, render_csv, render_html, write_report
+from dualtok.errors import DataError
+from tests.audit.conftest import ATTACK_NAMES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ONE_PASS = names_of("single_pass", "joint")
+KNOWING = names_of("knows_defence")
+
+VOID = {"meta", "br", "img", "input", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of cell texts, addresses that a browser would fetch, links, and unbalanced tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.captions: list[str] = []
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.figures = 0
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        if tag == "a":
+            self.links.append(values["href"])
+        else:
+            urls = [
+                values[name] for name in ("src", "href", "xlink:href", "data", "action", "srcset") if name in values
+            ]
+            self.fetched += [url for url in urls if not url.startswith("#")]
+        self.figures += values.get("role") == "img"
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+            self.captions.append("")
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"<{tag}> is closed out of turn"
+
+    def handle_data(self, data: str) -> None:
+        if "caption" in self.open:
+            self.captions[-1] += data
+        elif {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def html(report: AuditReport) -> str:
+    return render_html(report)
+
+
+def test_the_three_files_are_written_and_read_back(report: AuditReport, tmp_path: Path) -> None:
+    page = write_report(report, tmp_path / "audit")
+    assert page == tmp_path / "audit" / "report.html"
+    assert sorted(file.name for file in page.parent.iterdir()) == ["report.csv", "report.html", "report.json"]
+    assert load_report(page.with_suffix(".json")) == report
+    assert page.read_text(encoding="utf-8") == render_html(report)
+    assert page.with_suffix(".csv").read_text(encoding="utf-8") == render_csv(report)
+
+
+def test_a_report_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    with pytest.raises(DataError, match=r"report\.json: not a readable audit report"):
+        load_report(path)
+    path.write_text('{"title": 3}')
+    with pytest.raises(DataError, match=r"report\.json: not a readable audit report .*title") as caught:
+        load_report(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report: AuditReport) -> None:
+    lines = list(csv.DictReader(render_csv(report).splitlines()))
+    assert tuple(lines[0]) == CSV_COLUMNS
+    keys = [(line["model"], line["attack"], line["metric"], line["target_fpr"]) for line in lines]
+    assert len(set(keys)) == len(keys)
+    by_key = dict(zip(keys, lines, strict=True))
+    for row in report.rows:
+        for metric in ("n_members", "n_non_members", "perplexity_members", "perplexity_non_members", "loss_gap"):
+            assert float(by_key.pop((row.name, "", metric, ""))["value"]) == getattr(row, metric)
+        strongest = by_key.pop((row.name, "", "strongest_auc_two_sided", ""))
+        assert float(strongest["low"]) == row.strongest.auc_two_sided.low
+        assert (strongest["note"], strongest["step"]) == (row.strongest.label, "300")
+        for attack in row.attacks:
+            for metric, estimate in (("auc", attack.auc), ("auc_two_sided", attack.auc_two_sided)):
+                line = by_key.pop((row.name, attack.name, metric, ""))
+                numbers = [float(line[column]) for column in ("value", "low", "high")]
+                assert numbers == [estimate.value, estimate.low, estimate.high]
+            for rate in attack.tpr:
+                line = by_key.pop((row.name, attack.name, "tpr", str(rate.target_fpr)))
+                assert line["note"] == rate.note
+                if rate.tpr is None:
+                    assert (line["value"], line["attained_fpr"]) == ("", "")
+                else:
+                    assert (float(line["value"]), float(line["attained_fpr"])) == (rate.tpr.value, rate.attained_fpr)
+        for test in row.collections:
+            for metric in ("p_value", "p_holm", "rejected"):
+                line = by_key.pop((row.name, f"{test.label}, {test.size} documents", f"collection_{metric}", ""))
+                assert float(line["value"]) == getattr(test, metric)
+        assert float(by_key.pop((row.name, "", "strongest_p_value", ""))["value"]) == row.strongest_p_value
+    assert report.checks is not None
+    assert report.checks.blind_auc is not None
+    assert float(by_key.pop(("", "", "blind_auc", ""))["high"]) == report.checks.blind_auc.high
+    for metric in ("duplicates", "shared_passages"):
+        assert float(by_key.pop(("", "", metric, ""))["value"]) == getattr(report.checks, metric)
+    assert by_key == {}
+
+
+def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
+    page = Page(html)
+    assert page.open == []
+    auc, two_sided, adaptive, collections, *rates = page.tables[:6]  # two of the three targets can be measured
+    assert auc[0] == ["model", "held-out PPL", "training PPL", "loss gap", *(ATTACKS[name].label for name in ONE_PASS)]
+    assert adaptive[0] == ["model", *(ATTACKS[name].label for name in KNOWING)]
+    for index, row in enumerate(report.rows):
+        assert auc[index + 1][0] == two_sided[index + 1][0] == row.name
+        assert auc[index + 1][1] == f"{row.perplexity_non_members:.3f}"
+        assert collections[index + 1][0] == row.name
+        cells = dict(zip(collections[0], collections[index + 1], strict=True))
+        for test in row.collections:
+            shown = f"{share(test.p_value)}{share(test.p_holm)}; {share(test.rejected, 2)} of {test.collections}"
+            assert cells[f"{test.label}, {test.size}"] == shown
+        best, p_value = row.strongest, row.strongest_p_value
+        assert p_value is not None
+        shown = f"{share(best.auc_two_sided.value)} {best.label}{interval(best.auc_two_sided)}; p {share(p_value)}"
+        assert two_sided[index + 1][-1] == shown
+        for column, name in enumerate(KNOWING):
+            result = row.attack(name)
+            shown = "n/a" if result is None else share(result.auc.value) + interval(result.auc)
+            assert adaptive[index + 1][1 + column] == shown
+        for column, name in enumerate(ONE_PASS):
+            result = row.attack(name)
+            if result is None:
+                assert auc[index + 1][4 + column] == two_sided[index + 1][3 + column] == "n/a"
+                continue
+            assert auc[index + 1][4 + column] == share(result.auc.value) + interval(result.auc)
+            cell = share(result.auc_two_sided.value) + interval(result.auc_two_sided)
+            assert two_sided[index + 1][3 + column] == cell
+            assert [rate.tpr is None for rate in result.tpr] == [False, False, True]
+            for table, rate in zip(rates, result.tpr, strict=False):
+                entry = table[index + 1][1 + column]
+                assert rate.tpr is not None
+                assert entry.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
+                assert entry.endswith(f" at {rate.attained_fpr:.3g}")
+    assert all(page.captions)
+    assert len(page.captions) == len(page.tables) == 3 + 1 + 2 + 1
+
+
+def test_an_n_a_says_why(html: str) -> None:
+    assert "TPR at an FPR of at most 0.001: n/a for every model, with fewer than 1/0.001 non-members." in html
+    assert 'title="needs reference">n/a' in html
+    assert "base: not run were Ref (needs reference), Zlib (needs zlib), DC-PDD (needs frequencies)" in html
+
+
+def test_nothing_is_fetched_and_the_browser_is_told_so(html: str) -> None:
+    page = Page(html)
+    assert page.fetched == []
+    assert page.links == ["https://arxiv.org/abs/2502.19726"]
+    assert html.count("://") == len(page.links)
+    assert "@import" not in html
+    assert "<script" not in html
+    assert "default-src 'none'" in html
+
+
+def test_text_of_the_run_is_escaped(html: str) -> None:
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "dual &lt;best&gt; &amp; final" in html
+
+
+def test_conventions_are_stated(report: AuditReport, html: str) -> None:
+    text = re.sub(r"<[^>]+>", "", html)
+    for sentence in (
+        "The unit is the document",
+        "95 % percentile bootstrap intervals",
+        "largest true-positive rate whose false-positive rate is at most the target",
+        "No guarantee is claimed",
+        "max(AUC, 1 &minus; AUC)",
+        report.created,
+        "sotu, 60 members and 60 non-members",
+    ):
+        assert sentence in text
+
+
+def test_figures_are_those_of_the_data(html: str) -> None:
+    # The attacks, s(t) of the two models with a reference, one run's selection, loss gap and Ref AUC.
+    assert Page(html).figures == len(ATTACK_NAMES) + 2 + 1 + 2
+    assert "Left out" not in html
+
+
+def test_what_makes_the_figures_doubtful_comes_first(report: AuditReport) -> None:
+    assert report.checks is not None
+    assert "Checks of this audit" in render_html(report)
+    warned = report.checks.model_copy(update={"warnings": ["a bag of words <tells> them apart"]})
+    page = render_html(report.model_copy(update={"checks": warned}))
+    assert "These figures are doubtful" in page
+    assert "a bag of words &lt;tells&gt; them apart" in page
+    assert page.index("a bag of words &lt;tells") < page.index('<table id="auc">')
+
+
+def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport) -> None:
+    row = report.rows[2]  # no reference
+    bare = AuditReport(title="bare", created="now", rows=[row], settings=report.settings)
+    page = Page(render_html(bare))
+    html = render_html(bare)
+    assert page.figures == len(row.attacks) == 4
+    assert len(page.tables) == 2 + 1 + 2
+    for sentence in (
+        "Left out: no reference model was given to the audit.",
+        "Left out: no training log with selected tokens was given.",
+        "Left out: no loss gap or attack AUC over training steps was given.",
+        "Left out: no configuration was given.",
+    ):
+        assert sentence in html
+    assert 'id="versions"' not in html
+
+
+def test_a_diverged_model_is_shown(report: AuditReport) -> None:
+    row = report.rows[0].model_copy(update={"perplexity_members": float("inf")})
+    page = Page(render_html(report.model_copy(update={"rows": [row]})))
+    assert page.tables[0][1][2] == "inf"

@@ -1,0 +1,95 @@
+"""The demo: its settings hold to the method's rules, and in miniature it goes the whole way and can be repeated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from dualtok.commands import demo
+from dualtok.commands.demo import run_demo, write_runs
+from dualtok.config.data import SPLITS
+from dualtok.config.run import parse_run
+from dualtok.data.stream.blocks import BlockStream
+from dualtok.launch import local as launch
+from tests.support import ROOT, command
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_the_reference_is_at_most_a_quarter_of_the_training_data(tmp_path: Path) -> None:
+    """Mission: a reference as large as the training split would make the dual model's task trivial."""
+    data = parse_run(write_runs(tmp_path)["dual"], source="dual").data
+    assert data.shares["reference"] <= data.shares["train"] / 4
+
+
+def test_plain_and_dual_differ_in_nothing_but_the_objective(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path)
+    differences = {key for key in runs["plain"] if runs["plain"][key] != runs["dual"][key]}
+    assert differences == {"objective", "output_dir"}
+    assert runs["plain"]["data"] == runs["reference"]["data"] == runs["attack_reference"]["data"]
+    assert runs["plain"]["train"]["deepspeed"] == str(tmp_path / "zero3.json")
+
+
+@pytest.fixture
+def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shrink the demo's models and steps, and fork its ranks, which start in less time so; nothing else."""
+    settings = yaml.safe_load(demo.SETTINGS.read_text(encoding="utf-8"))
+    for name, run in settings["runs"].items():
+        if "train" in run:
+            run["train"] = {
+                **run["train"],
+                "epochs": None,
+                "steps": 4,
+                "batch_size": 8,
+                "warmup_steps": 1,
+                "evaluate_every": 2,
+                "evaluation_blocks": 32,
+            }
+        if name == "base":
+            run["model"]["config"].update(hidden_size=48, intermediate_size=64, num_hidden_layers=1)
+        run["data"] = {**run["data"], "max_documents": 500}
+        run["data"]["shares"] = {name: share * 2 for name, share in run["data"]["shares"].items()}
+        if "wikipedia" in run["data"]["dir"]:
+            run["data"]["shares"] = {"train": 0.7, "reference": 0.2, "validation": 0.1}
+    small = tmp_path / "demo.yaml"
+    small.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    monkeypatch.setattr(demo, "SETTINGS", small)
+    monkeypatch.setattr(
+        launch, "torchrun", lambda _, ranks, module, arguments: command(module, *arguments, ranks=ranks)
+    )
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("miniature")
+def test_the_whole_way_in_miniature(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs"
+    report = run_demo(folder, processes=2)
+    lines = capfd.readouterr().out.rstrip().splitlines()
+    assert lines[-1] == f"report: {report}"
+    table = "\n".join(lines[-40:])
+    for row in ("base", "reference alone", "plain, last", "dual, best", "dual, last"):
+        assert row in table
+    page = report.read_text(encoding="utf-8")
+    assert "dual, best" in page
+    hashes = {split: _hashes(folder / "data" / "sotu", split) for split in SPLITS if split != "probe"}
+    everything: set[str] = set().union(*hashes.values())
+    assert len(everything) == sum(map(len, hashes.values())), "splits overlap"
+
+    changed = report.stat().st_mtime_ns
+    checkpoints = sorted(folder.rglob("COMPLETE"))
+    times = [file.stat().st_mtime_ns for file in checkpoints]
+    run_demo(folder, processes=2)
+    assert capfd.readouterr().out.count("done before") == len(demo.STAGES)
+    assert [file.stat().st_mtime_ns for file in checkpoints] == times, "a finished stage ran again"
+    assert report.stat().st_mtime_ns > changed
+
+
+def _hashes(data_dir: Path, split: str) -> set[str]:
+    table: Any = BlockStream(data_dir, split, seed=0).document_table()
+    rows = table["sha256"].to_pylist()
+    assert len(set(rows)) == len(rows) > 0
+    return set(rows)

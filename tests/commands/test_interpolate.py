@@ -1,0 +1,101 @@
+"""``dualtok retreat``: the furthest model that keeps to the limit, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from dualtok.commands.status import read_status
+from tests.support import dualtok, error_line, history, own_copy, read_weights, save_model, succeed, write_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.slow
+def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    reference, stand_in = (save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("stand_in", 2)))
+    plain = write_run(
+        tmp_path / "plain.yaml",
+        small_corpus,
+        objective="causal_lm",
+        model={"path": str(reference)},
+        train={"learning_rate": 5e-3, "batch_size": 8, "epochs": 8, "precision": "fp32"},
+    )
+    succeed(dualtok("train", plain))
+    model = tmp_path / "plain.hf"
+    succeed(dualtok("export", plain.with_suffix(""), model, "--checkpoint", "latest"))
+    settings = {"model": str(model), "reference": str(reference), "stand_in": str(stand_in), "auc": 0.52}
+    run = write_run(tmp_path / "back.yaml", {"dir": small_corpus["dir"]}, retreat=settings)
+    shown = succeed(dualtok("retreat", run, tmp_path / "made"))
+    facts = json.loads((tmp_path / "made" / "retreat.json").read_text())
+    trials = {trial["w"]: trial["auc"] for trial in facts["trials"]}
+    by_reference = {trial["w"]: trial["auc_with_reference"] for trial in facts["trials"]}
+    assert by_reference[1.0] > 0.7, "the model is overfit"
+    assert by_reference[facts["w"]] > 0.54, "a short step hides little from who has the reference"
+    assert facts["auc_with_reference"] == by_reference[facts["w"]]
+    assert f"reaches an AUC of {facts['auc_with_reference']:.3f}" in shown
+    assert trials[1.0] > 0.52, "the model gives nothing away, so the test shows nothing"
+    assert 0 < facts["w"] < 1
+    assert trials[facts["w"]] <= 0.52
+    assert min(w for w, auc in trials.items() if auc > 0.52) - facts["w"] < 0.02
+    near, far, made = (read_weights(folder) for folder in (reference, model, tmp_path / "made"))
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, near[name] + facts["w"] * (far[name] - near[name]))
+
+    line = error_line(dualtok("retreat", run, tmp_path / "made"))
+    assert "exists; give another folder" in line
+    succeed(dualtok("retreat", run, tmp_path / "again", f"output_dir={tmp_path / 'again.run'}", ranks=2))
+    again = json.loads((tmp_path / "again" / "retreat.json").read_text())
+    assert again["w"] == pytest.approx(facts["w"], abs=0.01)
+
+    # The reference stands in as well: who knows more of each document sees more, so that the model goes further back.
+    both = f"retreat.stand_in=[{stand_in}, {reference}]"
+    succeed(dualtok("retreat", run, tmp_path / "nearer", both))
+    assert json.loads((tmp_path / "nearer" / "retreat.json").read_text())["w"] < 0.8 * facts["w"]
+
+
+@pytest.mark.slow
+def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    """Score with both folds' models, train, and retreat, all by one run file."""
+    data = own_copy(small_corpus, tmp_path / "data")
+    reference, stand_in = (save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("stand_in", 2)))
+    folds = [str(save_model(tmp_path / f"fold-{fold}", seed=3 + fold)) for fold in (0, 1)]
+    run = write_run(
+        tmp_path / "run.yaml",
+        data,
+        objective="dual_plus",
+        model={"path": str(reference)},
+        reference={"folds": folds},
+        train={"learning_rate": 5e-3, "batch_size": 8, "epochs": 8, "precision": "fp32"},
+        retreat={"reference": str(reference), "stand_in": str(stand_in), "auc": 0.52},
+    )
+    assert "checkpoints: no checkpoint 'latest'" in error_line(dualtok("retreat", run, tmp_path / "made"))
+    succeed(dualtok("score", run))
+    shown = succeed(dualtok("train", run, "train.warmup_steps=2"))
+    assert f"until it is taken back: dualtok retreat {run} TARGET train.warmup_steps=2" in shown
+    assert read_status(run.with_suffix("")).next_command.startswith("dualtok retreat ")
+    assert "has trained on 'probe'" in error_line(dualtok("retreat", run, tmp_path / "made", "train.split=probe"))
+    assert {row["memorised_tokens"] > 0 for row in history(run)} == {True}, "it unlearns nothing"
+    succeed(dualtok("retreat", run, tmp_path / "made"))
+    assert [path.name for path in (run.with_suffix("") / "retreat").iterdir()] == ["signals"], "trials were left behind"
+    w = json.loads((tmp_path / "made" / "retreat.json").read_text())["w"]
+    assert 0 < w < 1
+    succeed(dualtok("export", run.with_suffix(""), tmp_path / "trained", "--checkpoint", "latest"))
+    near, far, made = (read_weights(tmp_path / name) for name in ("reference", "trained", "made"))
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, near[name] + w * (far[name] - near[name]))
+
+
+def test_without_its_section_there_is_nothing_to_do(small_corpus: dict[str, Any], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]})
+    assert "retreat" in error_line(dualtok("retreat", run, tmp_path / "made"))
+    nothing_trained = "retreat={reference: a, stand_in: b}"
+    assert "retreat.model: name the trained" in error_line(dualtok("retreat", run, tmp_path / "made", nothing_trained))
