@@ -22,8 +22,8 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from dualtok.model.load import DTYPES
+from dualtok.objective.chunked_cross_entropy import LOSS_MEMORY_MIB, linear_cross_entropy
 from dualtok.objective.head import LossHead
-from dualtok.objective.linear_cross_entropy import LOSS_MEMORY_MIB, linear_cross_entropy
 
 METHODS = ("hugging_face", "dualtok")
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from dualtok.model.losses import Batch
-    from dualtok.objective.loss import DualLoss
+    from dualtok.objective.token_weights import WeightedLoss
 
 PASSAGES = 600
 """Enough for the steps that are timed; all of them are scored first."""
@@ -136,7 +136,7 @@ def timed_turn(run: RunConfig, reference: BackgroundReference | None, spans: Spa
     events = EventWriter(None)
     train_step = engine.train_step
 
-    def timed(window: Sequence[Batch]) -> list[DualLoss]:
+    def timed(window: Sequence[Batch]) -> list[WeightedLoss]:
         began = time.monotonic()
         outcomes = train_step(window)
         spans.append((began, time.monotonic()))

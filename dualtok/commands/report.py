@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from dualtok.audit.report.data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
 from dualtok.audit.report.write import write_report
 from dualtok.commands.audit.run import AUDIT_FILE, audit_folder
+from dualtok.config.run import RECIPES
 from dualtok.errors import DataError
-from dualtok.objective.loss import OBJECTIVES
+from dualtok.objective.settings import NEEDS_REFERENCE
 from dualtok.train.engines.dp_account import stated
 from dualtok.train.metrics import read_history
 from dualtok.versions import installed_versions
@@ -85,8 +86,8 @@ def _history(name: str, folder: Path) -> list[dict[str, Any]]:
 
 def _selection(name: str, folder: Path, history: list[dict[str, Any]]) -> SelectionSeries | None:
     """Return a run's shares over time, thinned to what a plot can show; None for objectives that select nothing."""
-    objective = OBJECTIVES.get(_run_values(folder).get("objective", ""))
-    if objective is None or not objective.needs_reference:
+    objective = _run_values(folder).get("objective", "")
+    if RECIPES.get(objective, objective) not in NEEDS_REFERENCE:
         return None
     kept = history[:: max(1, len(history) // MOST_POINTS)]
     return SelectionSeries(

@@ -140,7 +140,7 @@ def _train(
             adapters=adapters,
         )
     else:
-        objective = build_objective(run.objective, run.selection, run.goldfish)
+        objective = build_objective(run.loss, run.selection, run.goldfish)
         engine = build_engine(
             folder,
             model,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,15 +23,16 @@ from dualtok.config.privacy import PrivacyConfig
 from dualtok.config.reference import ReferenceConfig, RetreatConfig
 from dualtok.config.train import TrainConfig
 from dualtok.errors import ConfigError, did_you_mean
-from dualtok.objective.loss import OBJECTIVES, GoldfishConfig
-from dualtok.objective.selection import SelectionConfig
+from dualtok.objective.settings import NEEDS_REFERENCE, GoldfishConfig, ObjectiveName, SelectionConfig
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 """What pydantic calls a key that it does not know."""
-ObjectiveName = Literal["dual", "dual_plus", "causal_lm", "selective", "goldfish"]
+RECIPES: dict[str, ObjectiveName] = {"dual_plus": "dual"}
+"""Recipe that may stand in the place of an objective -> the objective that it trains with. ``dual_plus`` is the dual
+loss against a cross-fitted reference; ``dualtok retreat`` follows (docs/dual_plus.md)."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -47,7 +48,7 @@ class RunConfig:
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the initial weights, of the order of blocks and of dropout."""
 
-    objective: ObjectiveName = "dual"
+    objective: ObjectiveName | Literal["dual_plus"] = "dual"
     """``dual`` (DuoLearn), ``dual_plus`` (the same against a cross-fitted reference, and taken back towards it by
     ``dualtok retreat``), ``selective`` (its learning half alone), ``goldfish``, or ``causal_lm`` (plain)."""
 
@@ -83,7 +84,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse sections that would have no effect under the chosen objective."""
-        if self.selection is not None and not OBJECTIVES[self.objective].needs_reference:
+        if self.selection is not None and self.loss not in NEEDS_REFERENCE:
             raise ValueError(f"selection: has no effect with objective {self.objective!r}; remove it (selection=null)")
         if self.goldfish is not None and self.objective != "goldfish":
             raise ValueError(f"goldfish: has no effect with objective {self.objective!r}; remove it (goldfish=null)")
@@ -135,6 +136,11 @@ class RunConfig:
             raise ValueError("data: train.engine=opacus draws documents of one sound folder; remove mix, on_bad_shard")
         if self.reference is not None:
             raise ValueError("reference: has no effect with train.engine=opacus; remove it (reference=null)")
+
+    @property
+    def loss(self) -> ObjectiveName:
+        """The objective that is trained with: that of the recipe, where ``objective`` names one."""
+        return RECIPES.get(self.objective, cast("ObjectiveName", self.objective))
 
     def need(self, section: str, verb: str) -> Any:
         """Return a section that ``verb`` cannot do without.

@@ -26,13 +26,13 @@ from dualtok.doctor.result import CheckResult, judged
 from dualtok.errors import ConfigError
 from dualtok.model.load import DTYPES
 from dualtok.model.loss_backends import KERNELS, MODULES, PACKAGES, WAY_OUT, check_backend
-from dualtok.objective.linear_cross_entropy import linear_cross_entropy
+from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 from dualtok.train.engines.gradient_check import TOLERANCE, gradient_error
 from dualtok.train.engines.zero import quiet_deepspeed
 
 if TYPE_CHECKING:
     from dualtok.distributed.ranks import Ranks
-    from dualtok.objective.linear_cross_entropy import LinearCrossEntropy
+    from dualtok.objective.chunked_cross_entropy import LinearCrossEntropy
 
 LINE, DOING = "DUALTOK-DOCTOR ", "DUALTOK-DOING "
 """What begins a line with a result, and one that says what comes next."""

@@ -14,7 +14,7 @@ from dualtok.model.adapters import CONFIG_FILE
 from dualtok.model.empty import NO_MODEL, empty_causal_lm
 from dualtok.model.folder.weights import WeightFiles, model_folder
 from dualtok.model.own_code import needs_own_code, refusal
-from dualtok.objective.linear_cross_entropy import LogitScaling
+from dualtok.objective.chunked_cross_entropy import LogitScaling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -16,12 +16,12 @@ import torch
 
 from dualtok.errors import ConfigError
 from dualtok.model.load import DTYPES, logit_scaling
-from dualtok.objective.linear_cross_entropy import AS_THEY_ARE, IGNORED_LABEL, linear_cross_entropy
+from dualtok.objective.chunked_cross_entropy import AS_THEY_ARE, IGNORED_LABEL, linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dualtok.objective.linear_cross_entropy import LinearCrossEntropy, LogitScaling
+    from dualtok.objective.chunked_cross_entropy import LinearCrossEntropy, LogitScaling
 
 PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
 """Name of a backend -> the package to install."""

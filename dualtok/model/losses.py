@@ -13,15 +13,15 @@ from torch import nn
 
 from dualtok.errors import ConfigError
 from dualtok.model.load import logit_scaling
+from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 from dualtok.objective.head import IGNORED_LABEL, LossHead, token_losses
-from dualtok.objective.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
-    from dualtok.objective.linear_cross_entropy import LinearCrossEntropy, LogitScaling
+    from dualtok.objective.chunked_cross_entropy import LinearCrossEntropy, LogitScaling
 
 Batch = dict[str, torch.Tensor]
 CHECK_TOKENS = 64
@@ -37,7 +37,7 @@ class TokenLossModel(nn.Module):
     Args:
         causal_lm: a model with ``base_model`` and output embeddings that takes ``position_ids``.
         memory_mib: memory for logits in MiB; None takes
-            :func:`~dualtok.objective.linear_cross_entropy.default_memory_mib`.
+            :func:`~dualtok.objective.chunked_cross_entropy.default_memory_mib`.
         kernel: computes the losses; None takes dualtok's own.
 
     Raises:

@@ -5,37 +5,15 @@ Legend: b batch, t position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 
 from dualtok.objective.head import IGNORED_LABEL
+from dualtok.objective.settings import GoldfishConfig
 
 # Odd constants of a 64-bit multiplicative hash (the fraction of the golden ratio; the finaliser of MurmurHash3),
 # written as signed integers: int64 tensors multiply modulo 2^64.
 _HASH_FACTOR = -7046029254386353131  # 0x9E3779B97F4A7C15
 _HASH_MIX = -49064778989728563  # 0xFF51AFD7ED558CCD
-
-
-@dataclass(frozen=True)
-class GoldfishConfig:
-    """Which tokens the Goldfish objective never learns."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    drop_every: int = 4
-    """One token in so many is left out, on average. Default: Hans et al. 2024 (k = 4)."""
-
-    context: int = 13
-    """Number of preceding tokens whose hash decides. Default: Hans et al. 2024 (h = 13)."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that would drop everything or hash nothing."""
-        if self.drop_every < 2:
-            raise ValueError(f"goldfish.drop_every: must be at least 2, got {self.drop_every}")
-        if self.context < 1:
-            raise ValueError(f"goldfish.context: must be at least 1, got {self.context}")
 
 
 def goldfish_mask(

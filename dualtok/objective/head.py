@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dualtok.objective.linear_cross_entropy import (
+from dualtok.objective.chunked_cross_entropy import (
     AS_THEY_ARE,
     IGNORED_LABEL,
     LinearCrossEntropy,
@@ -93,7 +93,7 @@ def token_losses(
         vocabulary: v.
         scaling: what the architecture does to its logits; a :class:`LossHead` knows it already.
         memory_mib: memory for the logits of a chunk, likewise; None takes
-            :func:`~dualtok.objective.linear_cross_entropy.default_memory_mib`.
+            :func:`~dualtok.objective.chunked_cross_entropy.default_memory_mib`.
 
     Returns:
         [b, t] float32, 0 where the label is -100.

@@ -7,35 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 
-from dualtok.objective.goldfish import GoldfishConfig, goldfish_mask
+from dualtok.objective.goldfish import goldfish_mask
 from dualtok.objective.head import IGNORED_LABEL
-from dualtok.objective.selection import Gather, Normalize, SelectionConfig, full_mask
-from dualtok.objective.token_weights import DualLoss, TokenPlan, apply_plan, plan_dual, plan_mean
-
-__all__ = [
-    "OBJECTIVES",
-    "Batch",
-    "CausalLM",
-    "Dual",
-    "DualLoss",
-    "Goldfish",
-    "GoldfishConfig",
-    "Objective",
-    "Selective",
-    "TokenPlan",
-    "apply_plan",
-    "build_objective",
-    "causal_lm_loss",
-    "dual_loss",
-    "goldfish_loss",
-    "goldfish_mask",
-    "selective_loss",
-]
+from dualtok.objective.selection import Gather, full_mask
+from dualtok.objective.settings import GoldfishConfig, ObjectiveName, SelectionConfig
+from dualtok.objective.token_weights import TokenWeights, WeightedLoss, apply_weights, dual_weights, mean_weights
 
 Batch = Mapping[str, torch.Tensor]
 """``input_ids``, ``position_ids``, ``labels`` [b, t] int64 and, for some objectives, ``reference_loss`` [b, t]
@@ -46,52 +27,33 @@ def dual_loss(
     token_loss: torch.Tensor,
     reference_loss: torch.Tensor,
     mask: torch.Tensor | None = None,
+    selection: SelectionConfig = SelectionConfig(),  # noqa: B008 - it is frozen
     *,
-    hard_share: float = 0.6,
-    memorised_share: float = 0.2,
-    tau: float = 0.0,
-    alpha: float = 0.8,
-    normalize: Normalize = "per_set",
     gather: Gather | None = None,
-) -> DualLoss:
+) -> WeightedLoss:
     """Return L = mean CE over T_h - alpha * mean CE over T_m (DuoLearn, arXiv 2502.19726).
 
     T_h and T_m as :func:`~dualtok.objective.selection.select_tokens` says. An empty set contributes 0; without any
     token the loss is 0 with a zero gradient. What stands in masked positions, NaN and infinity included, touches
     neither the value nor the gradient. A NaN in the ``token_loss`` of a predicted token, selected or not, makes the
-    loss NaN: training has broken down, and whoever steps the optimiser must see it. A NaN in its ``reference_loss``
+    loss NaN: training has broken down, and the caller must handle it. A NaN in its ``reference_loss``
     alone leaves the token out.
 
     Args:
         token_loss: CE(theta; t) with gradient, nats, any shape, any float dtype; summed in float32.
         reference_loss: CE(theta_ref; t), nats, same shape.
         mask: bool, same shape, True for real, predicted tokens; None takes all.
-        hard_share: K_h, in [0, 1].
-        memorised_share: K_m, in [0, 1 - hard_share].
-        tau: only s(t) < tau is unlearned, nats.
-        alpha: weight of the unlearning term, >= 0.
-        normalize: ``per_set`` divides the sum over T_m by its size, ``per_share`` by memorised_share * n.
+        selection: shares, threshold and weight; its ``scope`` is the caller's affair, who passes a ``gather`` or none.
         gather: collects the scores of all ranks. The sets and their sizes are then those of the whole batch, and the
             loss is multiplied by the number of ranks, so that the mean over ranks that data-parallel engines take of
             losses and gradients is exact, however unevenly the tokens are spread. It is called once on every rank, and
             once more if it does not know its ``world_size`` (:class:`~dualtok.objective.selection.RankGather` does).
 
     Raises:
-        ValueError: shapes differ, a share lies outside [0, 1], the shares sum above 1, ``alpha`` is negative or
-            ``normalize`` is unknown.
+        ValueError: the shapes differ.
     """
-    plan = plan_dual(
-        [token_loss],
-        [reference_loss],
-        [mask],
-        hard_share=hard_share,
-        memorised_share=memorised_share,
-        tau=tau,
-        alpha=alpha,
-        normalize=normalize,
-        gather=gather,
-    )[0]
-    return apply_plan(plan, token_loss)
+    weights = dual_weights([token_loss], [reference_loss], [mask], selection, gather=gather)[0]
+    return apply_weights(weights, token_loss)
 
 
 def selective_loss(
@@ -101,14 +63,12 @@ def selective_loss(
     *,
     hard_share: float = 0.6,
     gather: Gather | None = None,
-) -> DualLoss:
+) -> WeightedLoss:
     """Return the mean CE over T_h: the learning half alone, as Rho-1 (Lin et al. 2024, arXiv 2404.07965).
 
     Nothing is unlearned, so ``memorised`` is empty. Everything else as for :func:`dual_loss`.
     """
-    return dual_loss(
-        token_loss, reference_loss, mask, hard_share=hard_share, memorised_share=0.0, alpha=0.0, gather=gather
-    )
+    return dual_loss(token_loss, reference_loss, mask, learning_half(SelectionConfig(hard_share)), gather=gather)
 
 
 def causal_lm_loss(
@@ -117,7 +77,7 @@ def causal_lm_loss(
     *,
     reference_loss: torch.Tensor | None = None,
     gather: Gather | None = None,
-) -> DualLoss:
+) -> WeightedLoss:
     """Return the mean CE over all predicted tokens: plain training. All of them count as hard.
 
     Args:
@@ -130,7 +90,7 @@ def causal_lm_loss(
         ValueError: the shapes differ.
     """
     mask = full_mask(token_loss, mask)
-    return apply_plan(plan_mean(token_loss, mask, mask, reference_loss, gather), token_loss)
+    return apply_weights(mean_weights(token_loss, mask, mask, reference_loss, gather), token_loss)
 
 
 def goldfish_loss(
@@ -143,7 +103,7 @@ def goldfish_loss(
     context: int = 13,
     reference_loss: torch.Tensor | None = None,
     gather: Gather | None = None,
-) -> DualLoss:
+) -> WeightedLoss:
     """Return the mean CE over the tokens that :func:`goldfish_mask` keeps (Hans et al. 2024, arXiv 2406.10209).
 
     The kept tokens count as hard, nothing is unlearned, and ``counts.tokens`` has the dropped ones as well.
@@ -171,28 +131,25 @@ def goldfish_loss(
 class Objective(ABC):
     """What the engine calls with this rank's token losses."""
 
-    needs_reference: ClassVar[bool]
-    """Whether the batch must have ``reference_loss``; the others only report s(t) when it is there."""
-
     @property
     def spans_step(self) -> bool:
-        """Whether :meth:`plan` must see all micro-batches of an optimiser step together."""
+        """Whether :meth:`weigh` must see all micro-batches of an optimiser step together."""
         return False
 
-    def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> DualLoss:
+    def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> WeightedLoss:
         """Return the loss of a batch that is a whole step: ``token_loss`` [b, t] is aligned with its ``labels``."""
-        return apply_plan(self.plan([token_loss], [batch], gather)[0], token_loss)
+        return apply_weights(self.weigh([token_loss], [batch], gather)[0], token_loss)
 
-    def plan(
+    def weigh(
         self, token_losses: Sequence[torch.Tensor], batches: Sequence[Batch], gather: Gather | None = None
-    ) -> list[TokenPlan]:
+    ) -> list[TokenWeights]:
         """Return what each token of an optimiser step's micro-batches counts; engines average the parts' losses."""
         return [
-            self._plan_one(losses.detach(), batch, gather) for losses, batch in zip(token_losses, batches, strict=True)
+            self._weigh_one(losses.detach(), batch, gather) for losses, batch in zip(token_losses, batches, strict=True)
         ]
 
     @abstractmethod
-    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
+    def _weigh_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenWeights:
         """Return what each token of one micro-batch counts."""
 
 
@@ -201,38 +158,32 @@ class Dual(Objective):
     """:func:`dual_loss` with its settings; with ``scope: local`` each rank ranks and averages its own tokens alone."""
 
     config: SelectionConfig = field(default_factory=SelectionConfig)
-    needs_reference: ClassVar[bool] = True
 
     @property
     def spans_step(self) -> bool:
         """Whether the scope is ``step``."""
         return self.config.scope == "step"
 
-    def plan(
+    def weigh(
         self, token_losses: Sequence[torch.Tensor], batches: Sequence[Batch], gather: Gather | None = None
-    ) -> list[TokenPlan]:
+    ) -> list[TokenWeights]:
         """Rank the tokens of all micro-batches together with ``scope: step``, else those of each alone."""
         if self.spans_step:
-            return self._plan(token_losses, batches, gather)
-        return super().plan(token_losses, batches, None if self.config.scope == "local" else gather)
+            return self._weigh(token_losses, batches, gather)
+        return super().weigh(token_losses, batches, None if self.config.scope == "local" else gather)
 
-    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
-        return self._plan([token_loss], [batch], gather)[0]
+    def _weigh_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenWeights:
+        return self._weigh([token_loss], [batch], gather)[0]
 
-    def _plan(
+    def _weigh(
         self, token_losses: Sequence[torch.Tensor], batches: Sequence[Batch], gather: Gather | None
-    ) -> list[TokenPlan]:
-        settings = self.config
+    ) -> list[TokenWeights]:
         pairs = list(zip(token_losses, batches, strict=True))
-        return plan_dual(
+        return dual_weights(
             token_losses,
             [batch["reference_loss"].to(losses.device) for losses, batch in pairs],
             [_predicted(losses, batch) for losses, batch in pairs],
-            hard_share=settings.hard_share,
-            memorised_share=settings.memorised_share,
-            tau=settings.tau,
-            alpha=settings.alpha,
-            normalize=settings.normalize,
+            self.config,
             gather=gather,
         )
 
@@ -243,21 +194,15 @@ class Selective(Dual):
 
     def __post_init__(self) -> None:
         """Take the unlearning half out."""
-        learning = SelectionConfig(
-            hard_share=self.config.hard_share, memorised_share=0.0, alpha=0.0, scope=self.config.scope
-        )
-        object.__setattr__(self, "config", learning)
+        object.__setattr__(self, "config", learning_half(self.config))
 
 
-@dataclass(frozen=True)
 class CausalLM(Objective):
     """:func:`causal_lm_loss`."""
 
-    needs_reference: ClassVar[bool] = False
-
-    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
+    def _weigh_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenWeights:
         predicted = _predicted(token_loss, batch)
-        return plan_mean(token_loss, predicted, predicted, _reference(token_loss, batch), gather)
+        return mean_weights(token_loss, predicted, predicted, _reference(token_loss, batch), gather)
 
 
 @dataclass(frozen=True)
@@ -265,9 +210,8 @@ class Goldfish(Objective):
     """:func:`goldfish_loss` with its settings."""
 
     config: GoldfishConfig = field(default_factory=GoldfishConfig)
-    needs_reference: ClassVar[bool] = False
 
-    def _plan_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenPlan:
+    def _weigh_one(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None) -> TokenWeights:
         kept = goldfish_mask(
             batch["input_ids"],
             batch["position_ids"],
@@ -276,38 +220,29 @@ class Goldfish(Objective):
             context=self.config.context,
         ).to(token_loss.device)
         predicted = full_mask(token_loss, _predicted(token_loss, batch))
-        return plan_mean(token_loss, predicted, kept, _reference(token_loss, batch), gather)
+        return mean_weights(token_loss, predicted, kept, _reference(token_loss, batch), gather)
 
 
-OBJECTIVES: dict[str, type[Dual | Selective | CausalLM | Goldfish]] = {
-    "dual": Dual,
-    "dual_plus": Dual,
-    "causal_lm": CausalLM,
-    "selective": Selective,
-    "goldfish": Goldfish,
-}
-"""Name -> class of every objective; :func:`build_objective` makes one. ``dual_plus`` trains by the loss of ``dual``,
-against a reference that is cross-fitted, and goes back towards it afterwards (docs/dual_plus.md)."""
+def learning_half(selection: SelectionConfig) -> SelectionConfig:
+    """Return settings under which nothing is unlearned."""
+    return replace(selection, memorised_share=0.0, alpha=0.0, tau=0.0, normalize="per_set")
 
 
 def build_objective(
-    name: str, selection: SelectionConfig | None = None, goldfish: GoldfishConfig | None = None
+    name: ObjectiveName, selection: SelectionConfig | None = None, goldfish: GoldfishConfig | None = None
 ) -> Objective:
-    """Return the objective of a name in :data:`OBJECTIVES`; settings left out take their defaults.
+    """Return an objective by its name; settings left out take their defaults.
 
     Raises:
         ValueError: there is no such objective.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective: {name!r} is none of {', '.join(OBJECTIVES)}")
-    objectives: dict[str, Objective] = {
-        "dual": Dual(selection or SelectionConfig()),
-        "dual_plus": Dual(selection or SelectionConfig()),
-        "causal_lm": CausalLM(),
-        "selective": Selective(selection or SelectionConfig()),
-        "goldfish": Goldfish(goldfish or GoldfishConfig()),
-    }
-    return objectives[name]
+    if name not in get_args(ObjectiveName):
+        raise ValueError(f"objective: {name!r} is none of {', '.join(get_args(ObjectiveName))}")
+    if name == "causal_lm":
+        return CausalLM()
+    if name == "goldfish":
+        return Goldfish(goldfish or GoldfishConfig())
+    return (Dual if name == "dual" else Selective)(selection or SelectionConfig())
 
 
 def _predicted(token_loss: torch.Tensor, batch: Batch) -> torch.Tensor:

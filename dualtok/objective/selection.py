@@ -1,4 +1,4 @@
-"""Which tokens are learned (hard) and which are unlearned (memorised).
+"""Which tokens are learned (hard) and which are unlearned (memorized).
 
 Legend: n = tokens that are ranked, over all ranks when a ``gather`` is given; m = those of this rank.
 """
@@ -8,59 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
+
+from dualtok.objective.settings import ROUNDING, SelectionConfig
 
 Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 """This rank's 1-D float32 values -> (all ranks' values concatenated in rank order, this rank's offset in them).
 Ranks may hold different numbers of values, some none. One with an attribute ``world_size``, as :class:`RankGather`
 has, need not be called to learn it."""
-
-Normalize = Literal["per_set", "per_share"]
-Scope = Literal["micro_batch", "local", "step"]
-
-ROUNDING = 1e-9
-"""Added before the floor of share * n: in floating point 0.29 * 100 is 28.999999999999996, and 29 tokens are meant."""
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """Shares, threshold and weight of the dual loss."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    hard_share: float = 0.6
-    """K_h, share of all predicted tokens that are learned: those with the highest s(t). Default: paper."""
-
-    memorised_share: float = 0.2
-    """K_m, largest share of all predicted tokens that are unlearned: those with the lowest s(t). Default: paper."""
-
-    tau: float = 0.0
-    """Only tokens with s(t) strictly below this, in nats, are unlearned. Default: paper."""
-
-    alpha: float = 0.8
-    """Weight of the unlearning term, no unit. Default: paper, which reports divergence at 1.5-2."""
-
-    normalize: Normalize = "per_set"
-    """What the sum over T_m is divided by: its size (``per_set``), or memorised_share * n (``per_share``), so that a
-    nearly empty T_m cannot give a few tokens a huge weight. The paper does not say; ``per_set`` is dualtok's reading of
-    it."""
-
-    scope: Scope = "micro_batch"
-    """Tokens that are ranked together: one micro-batch over all data-parallel ranks (``micro_batch``); this rank's part
-    of it alone (``local``: no communication, but results depend on the number of ranks); or all micro-batches of an
-    optimiser step (``step``: results do not depend on gradient accumulation, but with it every step runs one more
-    forward pass, without gradients). The paper has one GPU, hence one micro-batch."""
-
-    def __post_init__(self) -> None:
-        """Refuse shares, thresholds and weights that mean nothing."""
-        check_shares(self.hard_share, self.memorised_share)
-        check_alpha(self.alpha)
-        check_choice("normalize", self.normalize, get_args(Normalize))
-        check_choice("scope", self.scope, get_args(Scope))
-        if not math.isfinite(self.tau):
-            raise ValueError(f"selection.tau: must be finite, got {self.tau}")
 
 
 class SelectionCounts(NamedTuple):
@@ -95,10 +52,8 @@ class Selection(NamedTuple):
 def select_tokens(
     scores: torch.Tensor,
     mask: torch.Tensor | None = None,
+    selection: SelectionConfig = SelectionConfig(),  # noqa: B008 - it is frozen
     *,
-    hard_share: float = 0.6,
-    memorised_share: float = 0.2,
-    tau: float = 0.0,
     gather: Gather | None = None,
 ) -> Selection:
     """Choose T_h, the highest scores, and T_m, the lowest scores below ``tau`` (DuoLearn, arXiv 2502.19726).
@@ -118,9 +73,7 @@ def select_tokens(
         scores: s(t), any shape, any float dtype; ranked in float32.
         mask: bool, same shape, True for real, predicted tokens; None takes all. What stands in masked positions is
             ignored.
-        hard_share: K_h, in [0, 1].
-        memorised_share: K_m, in [0, 1 - hard_share].
-        tau: upper bound (excluded) of the scores in T_m, nats.
+        selection: its ``hard_share``, ``memorised_share`` and ``tau`` count here.
         gather: collects the scores of all ranks; None ranks these alone. Every rank must call this function equally
             often.
 
@@ -128,20 +81,16 @@ def select_tokens(
         Bool masks of the shape of ``scores``, and the global counts.
 
     Raises:
-        ValueError: the shapes differ, a share lies outside [0, 1], the shares sum above 1, or ``tau`` is NaN.
+        ValueError: the shapes differ.
     """
-    return select_over(
-        [scores], [mask], hard_share=hard_share, memorised_share=memorised_share, tau=tau, gather=gather
-    )[0]
+    return select_over([scores], [mask], selection, gather=gather)[0]
 
 
 def select_over(
     scores: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor | None],
+    selection: SelectionConfig,
     *,
-    hard_share: float,
-    memorised_share: float,
-    tau: float,
     gather: Gather | None = None,
 ) -> list[Selection]:
     """Do what :func:`select_tokens` does, over several micro-batches ranked together.
@@ -149,9 +98,6 @@ def select_over(
     A token's global position is that of its micro-batch first, of its rank second. ``gather`` is called once per
     micro-batch, of which there must be one at least.
     """
-    check_shares(hard_share, memorised_share)
-    if math.isnan(tau):
-        raise ValueError("tau must be a number, got NaN")
     ranked, gathered, places = [], [], []
     start = 0
     for part, mask in zip(scores, masks, strict=True):
@@ -163,7 +109,7 @@ def select_over(
         gathered.append(everyone)
         places.append(slice(start + offset, start + offset + len(own_m)))
         start += len(everyone)
-    hard_n, memorised_n, counts = _rank(torch.cat(gathered), hard_share, memorised_share, tau)
+    hard_n, memorised_n, counts = _rank(torch.cat(gathered), selection)
     return [
         Selection(
             torch.zeros_like(valid).masked_scatter(valid, hard_n[here]),
@@ -174,13 +120,13 @@ def select_over(
     ]
 
 
-def _rank(scores_n: torch.Tensor, hard_share: float, memorised_share: float, tau: float) -> Selection:
+def _rank(scores_n: torch.Tensor, selection: SelectionConfig) -> Selection:
     """Return T_h and T_m among scores in the order of their global positions."""
     n = len(scores_n)
-    n_hard = set_size(hard_share, n)
-    if n and hard_share > 0:
+    n_hard = set_size(selection.hard_share, n)
+    if n and selection.hard_share > 0:
         n_hard = max(n_hard, 1)
-    n_memorised = min(set_size(memorised_share, n), n - n_hard)
+    n_memorised = min(set_size(selection.memorised_share, n), n - n_hard)
 
     order = torch.sort(scores_n, descending=True, stable=True).indices
     # Back in the order of positions, so that the second stable sort, too, takes the lower one of two equals.
@@ -190,7 +136,7 @@ def _rank(scores_n: torch.Tensor, hard_share: float, memorised_share: float, tau
     hard_n = torch.zeros(n, dtype=torch.bool, device=scores_n.device)
     hard_n[order[:n_hard]] = True
     memorised_n = torch.zeros_like(hard_n)
-    memorised_n[lowest] = scores_n[lowest] < tau
+    memorised_n[lowest] = scores_n[lowest] < selection.tau
     return Selection(hard_n, memorised_n, SelectionCounts(n, n_hard, int(memorised_n.sum())))
 
 
@@ -218,27 +164,3 @@ def full_mask(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask.shape != values.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, the values {tuple(values.shape)}; they must agree")
     return mask.bool()
-
-
-def check_shares(hard_share: float, memorised_share: float) -> None:
-    """Raise ValueError for shares outside [0, 1] or summing above 1."""
-    for name, share in (("hard_share", hard_share), ("memorised_share", memorised_share)):
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"selection.{name}: must lie between 0 and 1, got {share}")
-    if hard_share + memorised_share > 1.0 + ROUNDING:
-        raise ValueError(
-            f"selection.hard_share + selection.memorised_share: {hard_share} + {memorised_share} is above 1; "
-            "a token cannot be learned and unlearned at once"
-        )
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise ValueError for a weight of the unlearning term that is negative or not finite."""
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"selection.alpha: must be finite and not negative, got {alpha}")
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError for a value that is none of the known ones."""
-    if value not in known:
-        raise ValueError(f"selection.{name}: must be one of {', '.join(map(repr, known))}, got {value!r}")

@@ -1,6 +1,6 @@
 """How much each token counts, decided from losses without gradients, and the loss that follows from it.
 
-A plan may be made for one micro-batch or for all micro-batches of an optimiser step. Either way a micro-batch's loss is
+Weights are made for one micro-batch or for all micro-batches of an optimizer step. Either way a micro-batch's loss is
 the weighted sum of its token losses, so that there is one way from a selection to a gradient.
 
 Legend: b batch, t position, n = tokens in the scope (all ranks when a ``gather`` is given).
@@ -9,31 +9,24 @@ Legend: b batch, t position, n = tokens in the scope (all ranks when a ``gather`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from dualtok.objective.calibrate import calibrated_loss
-from dualtok.objective.selection import (
-    Gather,
-    Normalize,
-    SelectionCounts,
-    check_alpha,
-    check_choice,
-    full_mask,
-    select_over,
-    world_size_of,
-)
+from dualtok.objective.selection import Gather, SelectionCounts, full_mask, select_over, world_size_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dualtok.objective.settings import SelectionConfig
+
 
 @dataclass(frozen=True, eq=False)
-class TokenPlan:
+class TokenWeights:
     """How the tokens of one micro-batch on this rank take part in the loss. Nothing in it carries a gradient."""
 
-    weights: torch.Tensor
+    factors: torch.Tensor
     """Factor of each token's loss, float32, of the token losses' shape; 0 for tokens that play no part."""
 
     predicted: torch.Tensor
@@ -46,33 +39,10 @@ class TokenPlan:
     """Tokens that are unlearned: bool, same shape."""
 
     calibrated: torch.Tensor
-    """s(t): float32, same shape, as :attr:`DualLoss.calibrated`."""
-
-    counts: SelectionCounts
-    """Sizes of the sets over the whole scope, all ranks (and micro-batches, for ``scope: step``) included."""
-
-    totals: torch.Tensor
-    """[3, 2] float64, as :attr:`DualLoss.totals`."""
-
-
-@dataclass(frozen=True, eq=False)
-class DualLoss:
-    """The loss of one (micro-)batch, and how each token took part in it. Only ``loss`` carries a gradient."""
-
-    loss: torch.Tensor
-    """Scalar, float32. With a ``gather``, the mean of the ranks' losses is the loss of the whole batch."""
-
-    hard: torch.Tensor
-    """Tokens that are learned: bool, of the token losses' shape."""
-
-    memorised: torch.Tensor
-    """Tokens that are unlearned: bool, same shape."""
-
-    calibrated: torch.Tensor
     """s(t): float32, same shape, 0 where masked, NaN where a loss is; all 0 when no reference losses were given."""
 
     counts: SelectionCounts
-    """Sizes of the sets over the whole scope, all ranks included."""
+    """Sizes of the sets over the whole scope, all ranks (and micro-batches, for ``scope: step``) included."""
 
     totals: torch.Tensor
     """[3, 2] float64 on the device of the losses, for this rank alone: rows T_h, T_m and all predicted tokens; columns
@@ -94,79 +64,83 @@ class DualLoss:
         return self.totals[2, 0] / self.totals[2, 1]
 
 
-def apply_plan(plan: TokenPlan, token_loss: torch.Tensor) -> DualLoss:
-    """Return the loss of a micro-batch, the sum of weights * losses in float32.
+class WeightedLoss(NamedTuple):
+    """The loss of one (micro-)batch, and how each token took part in it. Only ``loss`` carries a gradient."""
 
-    Every token stays in the graph with its weight, be it 0: a rank without selected tokens must run the same backward
+    loss: torch.Tensor
+    """Scalar, float32. With a ``gather``, the mean of the ranks' losses is the loss of the whole batch."""
+
+    weights: TokenWeights
+
+
+def apply_weights(weights: TokenWeights, token_loss: torch.Tensor) -> WeightedLoss:
+    """Return the loss of a micro-batch, the sum of factors * losses in float32.
+
+    Every token stays in the graph with its factor, be it 0: a rank without selected tokens must run the same backward
     pass as the others, as under ZeRO-3 each layer's backward is a collective. ``where`` keeps masked NaNs out of value
     and gradient.
 
     Args:
-        plan: made from these losses or, for ``scope: step``, from the same weights' losses in an earlier pass; then
-            losses of tokens whose weight is 0 need not have been computed.
-        token_loss: CE(theta; t) with gradient, nats, of the plan's shape.
+        weights: made from these losses or, for ``scope: step``, from the same weights' losses in an earlier pass; then
+            losses of tokens whose factor is 0 need not have been computed.
+        token_loss: CE(theta; t) with gradient, nats, of the weights' shape.
     """
-    loss = (torch.where(plan.predicted, token_loss.float(), 0.0) * plan.weights).sum()
-    return DualLoss(loss, plan.hard, plan.memorised, plan.calibrated, plan.counts, plan.totals)
+    loss = (torch.where(weights.predicted, token_loss.float(), 0.0) * weights.factors).sum()
+    return WeightedLoss(loss, weights)
 
 
-def plan_dual(
+def dual_weights(
     token_losses: Sequence[torch.Tensor],
     reference_losses: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor | None],
+    selection: SelectionConfig,
     *,
-    hard_share: float,
-    memorised_share: float,
-    tau: float,
-    alpha: float,
-    normalize: Normalize,
     gather: Gather | None = None,
-) -> list[TokenPlan]:
+) -> list[TokenWeights]:
     """Choose T_h and T_m among all the given micro-batches together; arguments as for ``dual_loss``, one per part.
 
-    With more than one part, weights are multiplied by their number, as the engine takes the mean of their losses.
+    With more than one part, factors are multiplied by their number, as the engine takes the mean of their losses.
 
     Returns:
-        One plan per part.
+        The weights of each part.
     """
-    check_alpha(alpha)
-    check_choice("normalize", normalize, get_args(Normalize))
     token_losses = [losses.detach() for losses in token_losses]
     full = [full_mask(losses, mask) for losses, mask in zip(token_losses, masks, strict=True)]
     scores = [
         torch.where(mask, calibrated_loss(losses, reference), 0.0)
         for losses, reference, mask in zip(token_losses, reference_losses, full, strict=True)
     ]
-    selections = select_over(
-        scores, full, hard_share=hard_share, memorised_share=memorised_share, tau=tau, gather=gather
-    )
-    counts = selections[0].counts
-    means = len(selections) * world_size_of(gather, scores[0].device)
+    chosen = select_over(scores, full, selection, gather=gather)
+    counts = chosen[0].counts
+    means = len(chosen) * world_size_of(gather, scores[0].device)
     # An empty T_m weighs nothing under either: one over a tiny share would be infinite, and times 0 not a number.
-    per_share = normalize == "per_share" and counts.memorised > 0
-    unlearned = memorised_share * counts.tokens if per_share else counts.memorised
+    per_share = selection.normalize == "per_share" and counts.memorised > 0
+    learned = _one_over(counts.hard)
+    unlearned = selection.alpha * _one_over(
+        selection.memorised_share * counts.tokens if per_share else counts.memorised
+    )
     return [
-        TokenPlan(
-            means * (_one_over(counts.hard) * hard.float() - alpha * _one_over(unlearned) * memorised.float()),
-            mask,
-            hard,
-            memorised,
-            s,
-            counts,
-            _totals(losses, hard, memorised, mask),
+        TokenWeights(
+            factors=means * (learned * hard.float() - unlearned * memorised.float()),
+            predicted=mask,
+            hard=hard,
+            memorised=memorised,
+            calibrated=s,
+            counts=counts,
+            totals=_totals(losses, hard, memorised, mask),
         )
-        for losses, s, mask, (hard, memorised, _) in zip(token_losses, scores, full, selections, strict=True)
+        for losses, s, mask, (hard, memorised, _) in zip(token_losses, scores, full, chosen, strict=True)
     ]
 
 
-def plan_mean(
+def mean_weights(
     token_loss: torch.Tensor,
     predicted: torch.Tensor,
     learned: torch.Tensor,
     reference_loss: torch.Tensor | None = None,
     gather: Gather | None = None,
-) -> TokenPlan:
-    """Plan the mean CE over ``learned``, a subset of the ``predicted`` tokens of one micro-batch."""
+) -> TokenWeights:
+    """Weigh for the mean CE over ``learned``, a subset of the ``predicted`` tokens of one micro-batch."""
     token_loss = token_loss.detach()
     # Gathered as float32, as the contract of ``gather`` says: exact up to 16.7 million tokens per rank and micro-batch.
     own = torch.stack([predicted.sum(), learned.sum()]).float()
@@ -176,14 +150,14 @@ def plan_mean(
     if reference_loss is not None:
         s = torch.where(predicted, calibrated_loss(token_loss, reference_loss), s)
     nothing = torch.zeros_like(learned)
-    return TokenPlan(
-        len(sizes) * _one_over(kept) * learned.float(),
-        predicted,
-        learned,
-        nothing,
-        s,
-        SelectionCounts(tokens, kept, 0),
-        _totals(token_loss, learned, nothing, predicted),
+    return TokenWeights(
+        factors=len(sizes) * _one_over(kept) * learned.float(),
+        predicted=predicted,
+        hard=learned,
+        memorised=nothing,
+        calibrated=s,
+        counts=SelectionCounts(tokens, kept, 0),
+        totals=_totals(token_loss, learned, nothing, predicted),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualtok.config.run import flat
 from dualtok.errors import ConfigError
-from dualtok.objective.loss import OBJECTIVES
+from dualtok.objective.settings import NEEDS_REFERENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +69,7 @@ def count_steps(settings: TrainConfig, blocks: int) -> int:
 
 def require_reference(run: RunConfig) -> None:
     """Raise ConfigError if the objective needs a reference that the run does not have."""
-    if OBJECTIVES[run.objective].needs_reference and run.reference is None:
+    if run.loss in NEEDS_REFERENCE and run.reference is None:
         raise ConfigError(f"objective {run.objective!r} needs the section 'reference' with the model that was scored")
 
 

@@ -17,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from dualtok.config.train import GuardAction, GuardConfig
     from dualtok.distributed.ranks import Ranks
-    from dualtok.objective.loss import DualLoss
+    from dualtok.objective.token_weights import WeightedLoss
 
 
 class LossLimit:
@@ -37,11 +37,11 @@ class LossLimit:
         self._limit, self._left = limit, micro_batches
         self._sums = torch.zeros(2, dtype=torch.float64, device=self._ranks.device)
 
-    def factor(self, outcome: DualLoss) -> float:
+    def factor(self, outcome: WeightedLoss) -> float:
         """Return what to multiply a micro-batch's loss by: NaN if the step shall not count, else 1."""
         if math.isinf(self._limit):
             return 1.0
-        self._sums += outcome.totals[-1]
+        self._sums += outcome.weights.totals[-1]
         self._left -= 1
         if self._left:
             return 1.0

@@ -288,7 +288,7 @@ class TrainingLoop:
         if histogram and step % histogram == 0 and "reference_loss" in window[0]:
             bins = fixed_bins(torch.zeros(0))  # what a stage without a loss adds
             for outcome, batch in zip(outcomes, window, strict=False):
-                bins += fixed_bins(outcome.calibrated.cpu()[batch["labels"] != IGNORED_LABEL])
+                bins += fixed_bins(outcome.weights.calibrated.cpu()[batch["labels"] != IGNORED_LABEL])
             events.histogram("calibrated/s", self.ranks.sum(bins.to(self.ranks.device)).cpu().numpy(), step)
         norm = self.engine.gradient_norm()
         # A NaN token is left out of the selection, so the plain loss must be looked at too; and DeepSpeed leaves out a

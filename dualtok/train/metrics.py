@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dualtok.distributed.ranks import Ranks
     from dualtok.model.losses import Batch
-    from dualtok.objective.loss import DualLoss
+    from dualtok.objective.token_weights import WeightedLoss
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class StepTotals:
     """Sums of one optimiser step on this rank; float64, so that the order of micro-batches does not show."""
 
     FIELDS = ("loss", "hard_sum", "hard_count", "memorised_sum", "memorised_count", "plain_sum", "plain_count")
-    """The loss, then :attr:`DualLoss.totals` row by row."""
+    """The loss, then :attr:`TokenWeights.totals` row by row."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
         self._asked_to_end = torch.zeros(1, dtype=torch.float64, device=device)
         self._skipped_blocks = torch.zeros(1, dtype=torch.float64, device=device)
 
-    def add(self, outcome: DualLoss) -> None:
+    def add(self, outcome: WeightedLoss) -> None:
         """Add the objective's result on this rank for one micro-batch."""
-        self._sums += torch.cat([outcome.loss.detach().double().view(1), outcome.totals.flatten()])
+        self._sums += torch.cat([outcome.loss.detach().double().view(1), outcome.weights.totals.flatten()])
 
     def ask_to_end(self) -> None:
         """Let all ranks know that this one was told to end."""

@@ -33,7 +33,7 @@ from dualtok.doctor.run_file import check_run
 from dualtok.doctor.storage import check_disk
 from dualtok.doctor.training import check_training
 from dualtok.doctor.versions import TESTED, check_deepspeed, check_versions
-from dualtok.objective.linear_cross_entropy import linear_cross_entropy
+from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 from tests.faults.harness import small_disk
 from tests.model.test_loss_backends import crash, one_factor
 from tests.support import ROOT, deepspeed_json, tiny_llama_config

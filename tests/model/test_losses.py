@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dualtok.data.packing import model_inputs, pack_documents
 from dualtok.errors import ConfigError
 from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
-from dualtok.objective import LossHead, linear_cross_entropy
+from dualtok.objective import LossHead
+from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 
 VOCABULARY, BLOCK_LENGTH = 97, 48
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -99,8 +99,8 @@ def expected_weights(model: nn.Module, scope: str, world_size: int) -> dict[str,
         for group in groups:
             batch = {name: torch.cat([part[name] for part in group]) for name in group[0]}
             outcome = dual_loss(plain_losses(model, batch), batch["reference_loss"], batch["labels"] != -100)
-            assert outcome.memorised.any()
-            assert not (outcome.hard | outcome.memorised)[batch["labels"] != -100].all()
+            assert outcome.weights.memorised.any()
+            assert not (outcome.weights.hard | outcome.weights.memorised)[batch["labels"] != -100].all()
             (outcome.loss / len(groups)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -149,7 +149,7 @@ def dropout_error(ranks: Ranks) -> float:
     torch.manual_seed(17 + ranks.rank)
     outcomes = engine.train_step([make_batch(0, micro, ranks.rank) for micro in range(MICRO_BATCHES)])
     sums = ranks.sum(torch.stack([outcome.loss.detach().double() for outcome in outcomes]).sum())
-    totals = ranks.sum(torch.stack([outcome.totals for outcome in outcomes]).sum(0))
+    totals = ranks.sum(torch.stack([outcome.weights.totals for outcome in outcomes]).sum(0))
     scored = totals[0, 0] / totals[0, 1] - 0.8 * totals[1, 0] / totals[1, 1]
     return float((sums / ranks.world_size / MICRO_BATCHES - scored).abs() / scored.abs())
 

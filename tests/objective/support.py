@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dualtok.objective import DualLoss
+    from dualtok.objective import WeightedLoss
     from dualtok.objective.selection import Gather
 
 
@@ -110,7 +110,7 @@ def on_ranks(world_size: int, compute: Callable[[int, Gather], Any]) -> list[Any
     return results
 
 
-def backward(outcome: DualLoss, leaf: torch.Tensor) -> torch.Tensor:
+def backward(outcome: WeightedLoss, leaf: torch.Tensor) -> torch.Tensor:
     """Return the gradient of an outcome's loss with respect to ``leaf``; fails if they are not connected."""
     (gradient,) = torch.autograd.grad(outcome.loss, leaf)
     return gradient

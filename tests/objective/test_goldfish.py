@@ -143,9 +143,9 @@ def test_dropped_tokens_take_no_gradient() -> None:
     kept = goldfish_mask(**batch, drop_every=2)
     (gradient,) = torch.autograd.grad(outcome.loss, token_loss)
     torch.testing.assert_close(gradient, kept / kept.sum())
-    assert outcome.counts == (59 + 44, int(kept.sum()), 0)
-    torch.testing.assert_close(outcome.hard, kept)
-    assert outcome.totals[2, 1] == 59 + 44
+    assert outcome.weights.counts == (59 + 44, int(kept.sum()), 0)
+    torch.testing.assert_close(outcome.weights.hard, kept)
+    assert outcome.weights.totals[2, 1] == 59 + 44
 
 
 def test_shapes_that_differ_are_refused() -> None:

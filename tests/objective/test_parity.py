@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtok.objective import DualLoss, RankGather, SelectionConfig, apply_plan, build_objective, dual_loss
+from dualtok.objective import RankGather, SelectionConfig, WeightedLoss, apply_weights, build_objective, dual_loss
 from tests.objective.support import backward, expected_dual, on_ranks, random_losses, random_mask
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_parity(
-    whole: DualLoss, token_loss: torch.Tensor, outcomes: list[DualLoss], leaves: list[torch.Tensor]
+    whole: WeightedLoss, token_loss: torch.Tensor, outcomes: list[WeightedLoss], leaves: list[torch.Tensor]
 ) -> None:
     """Compare the ranks' outcomes with that of the whole batch, whose rows they hold in order."""
     world_size = len(outcomes)
@@ -28,9 +28,11 @@ def check_parity(
     gradients = [backward(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
     torch.testing.assert_close(torch.cat(gradients) / world_size, backward(whole, token_loss), rtol=1e-6, atol=1e-9)
     for name in ("hard", "memorised", "calibrated"):
-        torch.testing.assert_close(torch.cat([getattr(o, name) for o in outcomes]), getattr(whole, name))
-    assert all(outcome.counts == whole.counts for outcome in outcomes)
-    torch.testing.assert_close(sum(o.totals for o in outcomes), whole.totals)
+        torch.testing.assert_close(
+            torch.cat([getattr(o.weights, name) for o in outcomes]), getattr(whole.weights, name)
+        )
+    assert all(outcome.weights.counts == whole.weights.counts for outcome in outcomes)
+    torch.testing.assert_close(sum(o.weights.totals for o in outcomes), whole.weights.totals)
 
 
 @settings(max_examples=100, deadline=None)
@@ -50,11 +52,16 @@ def test_any_split_gives_the_result_of_one_process(
     leaves = [part.detach().clone().requires_grad_() for part in token_loss.split(rows)]
     references, masks = reference_loss.split(rows), mask.split(rows)
 
-    def compute(rank: int, gather: Gather) -> DualLoss:
-        return dual_loss(leaves[rank], references[rank], masks[rank], gather=gather, **options)
+    def compute(rank: int, gather: Gather) -> WeightedLoss:
+        return dual_loss(
+            leaves[rank], references[rank], masks[rank], selection=SelectionConfig(**options), gather=gather
+        )
 
     check_parity(
-        dual_loss(token_loss, reference_loss, mask, **options), token_loss, on_ranks(len(rows), compute), leaves
+        dual_loss(token_loss, reference_loss, mask, selection=SelectionConfig(**options)),
+        token_loss,
+        on_ranks(len(rows), compute),
+        leaves,
     )
 
 
@@ -95,13 +102,18 @@ def test_a_rank_without_tokens_still_has_a_backward_pass(name: str) -> None:
     assert first.loss.item() != 0
     assert second.loss.item() == 0
     assert backward(second, leaves[1]).tolist() == [[0.0] * 20]
-    assert first.counts == second.counts
+    assert first.weights.counts == second.weights.counts
 
 
 def test_a_rank_without_a_selected_token_still_has_a_backward_pass() -> None:
     leaves = [torch.tensor([9.0, 8.0], requires_grad=True), torch.tensor([1.0, 1.0], requires_grad=True)]
-    outcomes = on_ranks(2, lambda rank, gather: dual_loss(leaves[rank], torch.zeros(2), hard_share=0.5, gather=gather))
-    assert not (outcomes[1].hard | outcomes[1].memorised).any()
+    outcomes = on_ranks(
+        2,
+        lambda rank, gather: dual_loss(
+            leaves[rank], torch.zeros(2), selection=SelectionConfig(hard_share=0.5), gather=gather
+        ),
+    )
+    assert not (outcomes[1].weights.hard | outcomes[1].weights.memorised).any()
     assert backward(outcomes[0], leaves[0]).tolist() == [1.0, 1.0]
     assert backward(outcomes[1], leaves[1]).tolist() == [0.0, 0.0]
 
@@ -124,7 +136,7 @@ def test_scope_local_ranks_each_part_alone() -> None:
     outcomes = on_ranks(2, lambda rank, gather: objective(losses[rank], parts[rank], gather=gather))
     for outcome, part, reference in zip(outcomes, losses, reference_loss.split(2), strict=True):
         torch.testing.assert_close(outcome.loss, dual_loss(part, reference).loss, rtol=0, atol=0)
-        assert outcome.counts.tokens == 20
+        assert outcome.weights.counts.tokens == 20
 
 
 def step_outcomes(
@@ -134,17 +146,17 @@ def step_outcomes(
     masks: list[list[torch.Tensor]],
     *,
     informed: bool = False,
-) -> list[list[DualLoss]]:
+) -> list[list[WeightedLoss]]:
     """Return every rank's outcome of every micro-batch of a step; arguments by rank, then micro-batch."""
 
-    def compute(rank: int, gather: Gather) -> list[DualLoss]:
+    def compute(rank: int, gather: Gather) -> list[WeightedLoss]:
         batches = [
             {"labels": torch.where(mask, 1, -100), "reference_loss": reference}
             for mask, reference in zip(masks[rank], references[rank], strict=True)
         ]
         known = RankGather(gather, len(leaves)) if informed else gather
-        plans = objective.plan([leaf.detach() for leaf in leaves[rank]], batches, known)
-        return [apply_plan(plan, leaf) for plan, leaf in zip(plans, leaves[rank], strict=True)]
+        plans = objective.weigh([leaf.detach() for leaf in leaves[rank]], batches, known)
+        return [apply_weights(weights, leaf) for weights, leaf in zip(plans, leaves[rank], strict=True)]
 
     return on_ranks(len(leaves), compute)
 
@@ -191,11 +203,11 @@ def test_a_step_of_micro_batches_is_one_batch(
     assert total.item() == pytest.approx(expected.loss, rel=1e-5, abs=1e-5)
     gradients = [backward(outcome, leaf) / slices for outcome, leaf in zip(in_order, leaves, strict=True)]
     np.testing.assert_allclose(torch.cat(gradients).numpy(), expected.gradient, rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(torch.cat([o.hard for o in in_order]).numpy(), expected.hard)
-    np.testing.assert_array_equal(torch.cat([o.memorised for o in in_order]).numpy(), expected.memorised)
+    np.testing.assert_array_equal(torch.cat([o.weights.hard for o in in_order]).numpy(), expected.hard)
+    np.testing.assert_array_equal(torch.cat([o.weights.memorised for o in in_order]).numpy(), expected.memorised)
     counts = (int(mask.sum()), int(expected.hard.sum()), int(expected.memorised.sum()))
-    assert all(outcome.counts == counts for outcome in in_order)
-    assert sum(o.totals for o in in_order)[:, 1].tolist() == [counts[1], counts[2], counts[0]]
+    assert all(outcome.weights.counts == counts for outcome in in_order)
+    assert sum(o.weights.totals for o in in_order)[:, 1].tolist() == [counts[1], counts[2], counts[0]]
 
 
 @pytest.mark.parametrize("name", ["dual", "selective", "causal_lm", "goldfish"])
@@ -214,23 +226,23 @@ def test_other_scopes_plan_each_micro_batch_alone(name: str, scope: Any) -> None
     ]
     objective = build_objective(name, SelectionConfig(scope=scope))
     assert not objective.spans_step
-    for plan, losses, batch in zip(objective.plan(list(token_loss), batches), token_loss, batches, strict=True):
-        assert not plan.weights.requires_grad
+    for weights, losses, batch in zip(objective.weigh(list(token_loss), batches), token_loss, batches, strict=True):
+        assert not weights.factors.requires_grad
         alone = objective(losses, batch)
-        torch.testing.assert_close(apply_plan(plan, losses).loss, alone.loss, rtol=0, atol=0)
-        torch.testing.assert_close(plan.hard, alone.hard, rtol=0, atol=0)
-        torch.testing.assert_close(plan.memorised, alone.memorised, rtol=0, atol=0)
+        torch.testing.assert_close(apply_weights(weights, losses).loss, alone.loss, rtol=0, atol=0)
+        torch.testing.assert_close(weights.hard, alone.weights.hard, rtol=0, atol=0)
+        torch.testing.assert_close(weights.memorised, alone.weights.memorised, rtol=0, atol=0)
 
 
 def test_a_plan_needs_no_losses_of_tokens_that_weigh_nothing() -> None:
     token_loss, reference_loss = random_losses(7, (2, 3, 20))
     batches = [{"labels": torch.ones(3, 20, dtype=torch.int64), "reference_loss": part} for part in reference_loss]
-    plans = build_objective("dual", SelectionConfig(scope="step")).plan(list(token_loss), batches)
-    for plan, losses in zip(plans, token_loss, strict=True):
-        selected = plan.weights != 0
-        assert (selected == (plan.hard | plan.memorised)).all()
+    plans = build_objective("dual", SelectionConfig(scope="step")).weigh(list(token_loss), batches)
+    for weights, losses in zip(plans, token_loss, strict=True):
+        selected = weights.factors != 0
+        assert (selected == (weights.hard | weights.memorised)).all()
         assert not selected.all()
-        torch.testing.assert_close(apply_plan(plan, losses).loss, apply_plan(plan, losses * selected).loss)
+        torch.testing.assert_close(apply_weights(weights, losses).loss, apply_weights(weights, losses * selected).loss)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from dualtok.config.train import TrainConfig
 from dualtok.data.stream.blocks import BlockStream
 from dualtok.model.load import DTYPES
 from dualtok.model.loss_backends import load_backend
+from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 from dualtok.objective.head import LossHead
-from dualtok.objective.linear_cross_entropy import linear_cross_entropy
 from dualtok.train.metrics import peak_memory_gib
 
 if TYPE_CHECKING:

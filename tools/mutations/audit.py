@@ -21,10 +21,14 @@ LIRA, METRICS, RAGGED = (
     "dualtok/audit/signals/ragged.py",
 )
 CROSSFIT = "dualtok/audit/attacks/crossfit.py"
-OF_ATTACKS, OF_CHECKS = (f"{TESTS}/test_attacks.py",), f"{TESTS}/test_checks.py"
-OF_COLLECTION, OF_EPSILON = f"{TESTS}/test_collection.py", (f"{TESTS}/test_epsilon.py",)
-OF_EVALUATE, OF_EXPOSURE = (f"{TESTS}/test_evaluate.py",), (f"{TESTS}/test_exposure.py",)
-OF_LIRA, OF_METRICS, OF_RAGGED = (f"{TESTS}/test_lira.py",), (f"{TESTS}/test_metrics.py",), (f"{TESTS}/test_ragged.py",)
+OF_ATTACKS, OF_CHECKS = (f"{TESTS}/attacks/test_attacks.py",), f"{TESTS}/statistics/test_checks.py"
+OF_COLLECTION, OF_EPSILON = f"{TESTS}/statistics/test_collection.py", (f"{TESTS}/statistics/test_epsilon.py",)
+OF_EVALUATE, OF_EXPOSURE = (f"{TESTS}/statistics/test_evaluate.py",), (f"{TESTS}/statistics/test_exposure.py",)
+OF_LIRA, OF_METRICS, OF_RAGGED = (
+    (f"{TESTS}/attacks/test_lira.py",),
+    (f"{TESTS}/statistics/test_metrics.py",),
+    (f"{TESTS}/signals/test_ragged.py",),
+)
 
 AUDIT: tuple[Fault, ...] = (
     Fault(
@@ -271,7 +275,7 @@ AUDIT: tuple[Fault, ...] = (
         "clone(model).fit(x[~judged], is_member[~judged])",
         "clone(model).fit(x, is_member)",
         "documents are judged by a classifier that saw them",
-        (f"{TESTS}/test_crossfit.py",),
+        (f"{TESTS}/attacks/test_crossfit.py",),
     ),
     Fault(
         "epsilon-tail",

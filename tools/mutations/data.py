@@ -18,10 +18,10 @@ PACKING, RANKS, SPLITS = (
 )
 STORAGE, STREAM = "dualtok/data/remote/storage.py", "dualtok/data/stream/blocks.py"
 FINGERPRINT, STORED = "dualtok/reference/fingerprint.py", "dualtok/reference/stored.py"
-OF_PACKING, OF_STREAM = (f"{TESTS}/test_packing.py",), (f"{TESTS}/test_stream.py",)
-OF_MIXTURE, OF_CACHE = (f"{TESTS}/test_mixture.py",), (f"{TESTS}/test_cache.py",)
-OF_DEDUPLICATE, OF_STORED = (f"{TESTS}/test_deduplicate.py",), ("tests/reference/test_stored.py",)
-OF_FOLDS, OF_STORAGE = (f"{TESTS}/test_folds.py",), f"{TESTS}/test_storage.py"
+OF_PACKING, OF_STREAM = (f"{TESTS}/test_packing.py",), (f"{TESTS}/stream/test_blocks.py",)
+OF_MIXTURE, OF_CACHE = (f"{TESTS}/stream/test_mixture.py",), (f"{TESTS}/remote/test_cache.py",)
+OF_DEDUPLICATE, OF_STORED = (f"{TESTS}/prepare/test_deduplicate.py",), ("tests/reference/test_stored.py",)
+OF_FOLDS, OF_STORAGE = (f"{TESTS}/test_folds.py",), f"{TESTS}/remote/test_storage.py"
 
 DATA: tuple[Fault, ...] = (
     Fault(
@@ -206,7 +206,7 @@ DATA: tuple[Fault, ...] = (
         "key=str(seed).encode()",
         'key=b"0"',
         "splits do not follow the seed",
-        (f"{TESTS}/test_prepare.py::test_a_documents_split_depends_on_its_text_and_the_seed_alone",),
+        (f"{TESTS}/prepare/test_prepare.py::test_a_documents_split_depends_on_its_text_and_the_seed_alone",),
     ),
     Fault(
         "shares-not-summed",
@@ -214,7 +214,9 @@ DATA: tuple[Fault, ...] = (
         "end += shares.get(name, 0.0)",
         "end = shares.get(name, 0.0)",
         "splits after the first get too few documents",
-        (f"{TESTS}/test_prepare.py::test_shares_hold_and_a_document_keeps_its_split_when_the_rest_is_left_out",),
+        (
+            f"{TESTS}/prepare/test_prepare.py::test_shares_hold_and_a_document_keeps_its_split_when_the_rest_is_left_out",
+        ),
     ),
     Fault(
         "quota-rest",
@@ -286,7 +288,7 @@ DATA: tuple[Fault, ...] = (
         '_number(config, "coin", number) % 2)',
         '_number(config, "coin", number) % 4)',
         "three canaries of four are included",
-        (f"{TESTS}/test_canaries.py::test_coins_are_fair_independent_and_fixed_by_the_seed",),
+        (f"{TESTS}/prepare/test_canaries.py::test_coins_are_fair_independent_and_fixed_by_the_seed",),
     ),
     Fault(
         "fingerprint-weights",

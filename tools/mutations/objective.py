@@ -6,7 +6,7 @@ from mutations.fault import Fault
 
 TESTS = "tests/objective"
 CALIBRATE, GOLDFISH = "dualtok/objective/calibrate.py", "dualtok/objective/goldfish.py"
-HEAD, KERNEL = "dualtok/objective/head.py", "dualtok/objective/linear_cross_entropy.py"
+HEAD, KERNEL = "dualtok/objective/head.py", "dualtok/objective/chunked_cross_entropy.py"
 LOSS, PLAN, SELECTION = (
     "dualtok/objective/loss.py",
     "dualtok/objective/token_weights.py",
@@ -14,7 +14,7 @@ LOSS, PLAN, SELECTION = (
 )
 OF_CALIBRATE, OF_GOLDFISH = (f"{TESTS}/test_calibrate.py",), (f"{TESTS}/test_goldfish.py",)
 OF_SELECTION, OF_LOSS = (f"{TESTS}/test_selection.py",), (f"{TESTS}/test_loss.py",)
-OF_PARITY, OF_KERNEL = (f"{TESTS}/test_parity.py",), (f"{TESTS}/test_linear_cross_entropy.py",)
+OF_PARITY, OF_KERNEL = (f"{TESTS}/test_parity.py",), (f"{TESTS}/test_chunked_cross_entropy.py",)
 
 OBJECTIVE: tuple[Fault, ...] = (
     Fault(
@@ -68,8 +68,8 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "tau-included",
         SELECTION,
-        "scores_n[lowest] < tau",
-        "scores_n[lowest] <= tau",
+        "scores_n[lowest] < selection.tau",
+        "scores_n[lowest] <= selection.tau",
         "a score equal to tau is unlearned",
         OF_SELECTION,
     ),
@@ -116,31 +116,31 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "alpha-sign",
         PLAN,
-        "hard.float() - alpha * _one_over(unlearned)",
-        "hard.float() + alpha * _one_over(unlearned)",
+        "hard.float() - unlearned * memorised.float()",
+        "hard.float() + unlearned * memorised.float()",
         "memorised tokens are learned",
         OF_LOSS,
     ),
     Fault(
         "world-size-twice",
         PLAN,
-        "len(selections) * world_size_of(gather, scores[0].device)",
-        "len(selections) * world_size_of(gather, scores[0].device) ** 2",
+        "len(chosen) * world_size_of(gather, scores[0].device)",
+        "len(chosen) * world_size_of(gather, scores[0].device) ** 2",
         "the loss is scaled by the ranks twice",
         OF_PARITY,
     ),
     Fault(
         "world-size-never",
         PLAN,
-        "len(selections) * world_size_of(gather, scores[0].device)",
-        "len(selections)",
+        "len(chosen) * world_size_of(gather, scores[0].device)",
+        "len(chosen)",
         "the loss is not scaled by the ranks",
         OF_PARITY,
     ),
     Fault(
         "parts-never",
         PLAN,
-        "len(selections) * world_size_of(gather, scores[0].device)",
+        "len(chosen) * world_size_of(gather, scores[0].device)",
         "world_size_of(gather, scores[0].device)",
         "with scope step the loss shrinks with accumulation",
         OF_PARITY,
@@ -156,24 +156,24 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "normalize-mistaken",
         PLAN,
-        'per_share = normalize == "per_share"',
-        'per_share = normalize == "per_set"',
+        'per_share = selection.normalize == "per_share"',
+        'per_share = selection.normalize == "per_set"',
         "the two ways to average the memorised tokens change places",
         OF_LOSS,
     ),
     Fault(
         "masked-nan-in-the-loss",
         PLAN,
-        "(torch.where(plan.predicted, token_loss.float(), 0.0) * plan.weights)",
-        "(token_loss.float() * plan.weights)",
+        "(torch.where(weights.predicted, token_loss.float(), 0.0) * weights.factors)",
+        "(token_loss.float() * weights.factors)",
         "a NaN in a masked position reaches the loss",
         OF_LOSS,
     ),
     Fault(
         "totals-swapped",
         PLAN,
-        "mask, hard, memorised, s, counts, _totals(losses, hard, memorised, mask)",
-        "mask, hard, memorised, s, counts, _totals(losses, memorised, hard, mask)",
+        "totals=_totals(losses, hard, memorised, mask)",
+        "totals=_totals(losses, memorised, hard, mask)",
         "the losses reported of both sets change places",
         OF_LOSS,
     ),
@@ -196,12 +196,19 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "selective-unlearns",
         LOSS,
-        "memorised_share=0.0, alpha=0.0, scope=self.config.scope",
-        "memorised_share=self.config.memorised_share, alpha=self.config.alpha, scope=self.config.scope",
+        "memorised_share=0.0, alpha=0.0, tau=0.0",
+        "tau=0.0",
         "the objective selective unlearns too",
         OF_LOSS,
     ),
-    Fault("tau-not-passed", LOSS, "tau=settings.tau,", "tau=0.0,", "selection.tau has no effect", OF_LOSS),
+    Fault(
+        "tau-not-passed",
+        SELECTION,
+        "scores_n[lowest] < selection.tau",
+        "scores_n[lowest] < 0.0",
+        "selection.tau has no effect",
+        OF_SELECTION,
+    ),
     Fault(
         "goldfish-inverted",
         GOLDFISH,

@@ -42,12 +42,12 @@ def judge(model: Any, objective: Any, batches: list[dict[str, torch.Tensor]]) ->
             logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         ).view(batch["labels"].shape)
         outcome = objective(losses, batch)
-        hard.append(outcome.hard)
-        memorised.append(outcome.memorised)
-        if outcome.hard.any() and outcome.memorised.any():
+        hard.append(outcome.weights.hard)
+        memorised.append(outcome.weights.memorised)
+        if outcome.weights.hard.any() and outcome.weights.memorised.any():
             learned, unlearned = (
                 torch.autograd.grad(losses[mask].mean(), parameters, retain_graph=True)
-                for mask in (outcome.hard, outcome.memorised)
+                for mask in (outcome.weights.hard, outcome.weights.memorised)
             )
             pairs = [
                 torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])

@@ -25,7 +25,7 @@ from dualtok.data.stream.subset import Subset, is_written, write_subset
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.launch.local import launch
-from dualtok.objective.loss import OBJECTIVES
+from dualtok.objective.settings import NEEDS_REFERENCE
 from dualtok.reference.fingerprint import blocks_digest
 from dualtok.train.checkpoints.files import COMPLETE
 from dualtok.train.checkpoints.writer import find_checkpoint
@@ -144,7 +144,7 @@ def plan_shadows(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shado
     tree = run.as_dict()
     del tree["audit"]
     tree["train"] |= {"epochs": None, "steps": steps, "warmup_steps": min(round(train.warmup_steps * half), steps - 1)}
-    if not OBJECTIVES[run.objective].needs_reference:
+    if run.loss not in NEEDS_REFERENCE:
         tree["reference"] = None  # it would serve monitoring alone
     elif run.reference is not None and not run.reference.is_live:
         tree["reference"]["splits"] = [s for s in run.reference.splits if s in (train.split, "validation")]

@@ -13,7 +13,7 @@ from dualtok.distributed.deepspeed_config import training_config, zero_stage
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.model.load import starting_config
 from dualtok.model.stages import cut
-from dualtok.objective.linear_cross_entropy import ACCELERATOR_LOSS_MEMORY_MIB
+from dualtok.objective.chunked_cross_entropy import ACCELERATOR_LOSS_MEMORY_MIB
 from dualtok.plan.memory import Job
 from dualtok.plan.shape import ModelShape, read_shape
 from dualtok.plan.shapes import NAMED, named

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dualtok.distributed.layout import Layout
     from dualtok.model.adapters import Adapters
     from dualtok.model.losses import Batch
-    from dualtok.objective.loss import DualLoss
+    from dualtok.objective.token_weights import WeightedLoss
     from dualtok.train.engines.dp_account import PrivacyAccount
     from dualtok.train.engines.states import States
     from dualtok.train.guard import LossLimit
@@ -118,7 +118,7 @@ class PrivateEngine:
             errors = probe_errors(self.model(probe), logits, probe["labels"])
             require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
         """Clip and add up the documents of all parts, add noise once, and step."""
         self.model.train()
         if not self.account.secret_seed:
@@ -139,7 +139,7 @@ class PrivateEngine:
         self.engine.global_steps += 1
         return outcomes
 
-    def _part(self, batch: Batch) -> DualLoss:
+    def _part(self, batch: Batch) -> WeightedLoss:
         """Leave the sum of a part's clipped gradients in ``grad``; returns the plain objective's figures."""
         if len(batch["input_ids"]) == 0:
             for parameter in self.optimizer.params:

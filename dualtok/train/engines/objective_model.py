@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualtok.model.losses import TokenLossModel
-from dualtok.objective.linear_cross_entropy import IGNORED_LABEL
-from dualtok.objective.loss import Dual, apply_plan
+from dualtok.objective.chunked_cross_entropy import IGNORED_LABEL
+from dualtok.objective.loss import Dual
+from dualtok.objective.token_weights import apply_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dualtok.model.losses import Batch
-    from dualtok.objective.loss import DualLoss, Objective, TokenPlan
+    from dualtok.objective.loss import Objective
     from dualtok.objective.selection import Gather
+    from dualtok.objective.token_weights import TokenWeights, WeightedLoss
     from dualtok.train.guard import LossLimit
 
 
@@ -29,9 +31,9 @@ class ObjectiveModel(TokenLossModel):
         self.gather = gather
         self.scoring = False
         """Whether token losses are wanted in training mode too."""
-        self.plan: TokenPlan | None = None
-        """How the tokens of the next micro-batch count, where that was decided beforehand."""
-        self.outcome: DualLoss | None = None
+        self.weights: TokenWeights | None = None
+        """Of the tokens of the next micro-batch, where they were decided beforehand."""
+        self.outcome: WeightedLoss | None = None
         self.limit: LossLimit | None = None
         """Looks for spikes, if the run asks for it."""
 
@@ -48,12 +50,12 @@ class ObjectiveModel(TokenLossModel):
         """
         if self.scoring or not self.training:
             return super().compute(batch)
-        plan, self.plan = self.plan, None
-        if plan is None:
+        weights, self.weights = self.weights, None
+        if weights is None:
             self.outcome = self.objective(super().compute(batch), batch, gather=self.gather)
         else:
             # Tokens that are known to play no part need no logits.
-            labels = torch.where(plan.weights != 0, batch["labels"], IGNORED_LABEL)
-            self.outcome = apply_plan(plan, super().compute({**batch, "labels": labels}))
+            labels = torch.where(weights.factors != 0, batch["labels"], IGNORED_LABEL)
+            self.outcome = apply_weights(weights, super().compute({**batch, "labels": labels}))
         loss = self.outcome.loss
         return loss if self.limit is None else loss * self.limit.factor(self.outcome)

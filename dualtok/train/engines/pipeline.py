@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from dualtok.distributed.layout import Layout
     from dualtok.model.losses import Batch
     from dualtok.model.stages import StageBounds, StageNames
-    from dualtok.objective.loss import DualLoss, Objective
+    from dualtok.objective.loss import Objective
     from dualtok.objective.selection import Gather
+    from dualtok.objective.token_weights import WeightedLoss
     from dualtok.train.engines.states import States
 
 
@@ -157,7 +158,7 @@ class StageEngine(PipelineEngine):
             self.reset_activation_shape()  # the sizes of hidden states are sent once, and then relied on
         self._shape = shape
         self.window, self._forwarded, self._backwarded = window, 0, 0
-        self.outcomes: list[DualLoss] = []
+        self.outcomes: list[WeightedLoss] = []
         self.total_loss = None  # DeepSpeed adds up evaluation results of any shape here
         # Labels are read from the window; DeepSpeed only wants to see something it can move.
         return iter([(batch["input_ids"], batch["labels"]) for batch in window])
@@ -229,7 +230,7 @@ class PipelineTrainer:
         stage.checking = False
         require_faithful(errors, precision, type(stage.causal_lm).__name__)
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
         """Run one 1F1B schedule and the optimiser."""
         self.engine.train_batch(self.engine.begin([self._to_device(batch) for batch in micro_batches]))
         return self.engine.outcomes

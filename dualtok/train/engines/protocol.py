@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dualtok.distributed.layout import Layout
     from dualtok.model.losses import Batch
     from dualtok.monitor.timing import PhaseTimer
-    from dualtok.objective.loss import DualLoss
+    from dualtok.objective.token_weights import WeightedLoss
     from dualtok.train.engines.states import States
     from dualtok.train.guard import LossLimit
 
@@ -47,7 +47,7 @@ class TrainingEngine(Protocol):
             ConfigError: the architecture computes something else than dualtok would train on.
         """
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
         """Run one optimiser step over a whole accumulation window.
 
         Args:

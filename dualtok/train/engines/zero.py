@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from dualtok.distributed.ranks import Ranks
     from dualtok.model.adapters import Adapters
     from dualtok.model.losses import Batch
-    from dualtok.objective.loss import DualLoss, Objective, TokenPlan
+    from dualtok.objective.loss import Objective
+    from dualtok.objective.token_weights import TokenWeights, WeightedLoss
     from dualtok.train.engines.states import States
 
 
@@ -69,13 +70,15 @@ class ZeroEngine:
             errors = self.engine(self.to_device(probe_batch(batch)), check=True)
         require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> list[DualLoss]:
+    def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
         """Run forward and backward of each micro-batch, and the optimiser after the last."""
         self.engine.train()
         batches = [self.to_device(batch) for batch in micro_batches]
-        return [self._micro_step(batch, plan) for batch, plan in zip(batches, self._plans(batches), strict=True)]
+        return [
+            self._micro_step(batch, weights) for batch, weights in zip(batches, self._weights(batches), strict=True)
+        ]
 
-    def _plans(self, batches: Sequence[Batch]) -> Sequence[TokenPlan | None]:
+    def _weights(self, batches: Sequence[Batch]) -> Sequence[TokenWeights | None]:
         """Return how the step's tokens count, where all of them must be known together; None where not."""
         if len(batches) == 1 or not self.model.objective.spans_step:
             return [None] * len(batches)
@@ -86,10 +89,10 @@ class ZeroEngine:
                 token_losses = [self.engine(batch) for batch in batches]
         finally:
             self.model.scoring = False
-        return self.model.objective.plan(token_losses, batches, self.model.gather)
+        return self.model.objective.weigh(token_losses, batches, self.model.gather)
 
-    def _micro_step(self, batch: Batch, plan: TokenPlan | None) -> DualLoss:
-        self.model.plan = plan
+    def _micro_step(self, batch: Batch, weights: TokenWeights | None) -> WeightedLoss:
+        self.model.weights = weights
         with self.timer.phase(FORWARD):
             loss = self.engine(batch)
         with self.timer.phase(BACKWARD):

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtok.objective import LogitScaling, linear_cross_entropy
-from dualtok.objective.linear_cross_entropy import (
+from dualtok.objective import LogitScaling
+from dualtok.objective.chunked_cross_entropy import (
     ACCELERATOR_LOSS_MEMORY_MIB,
     LOSS_MEMORY_MIB,
     WORKING_SHARE,
     chunk_rows,
     default_memory_mib,
+    linear_cross_entropy,
 )
 
 if TYPE_CHECKING:
