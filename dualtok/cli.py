@@ -61,7 +61,7 @@ def prepare(
         int | None, typer.Option(metavar="N", help="Add N canaries for the audit; short for data.canaries.count=N.")
     ] = None,
 ) -> None:
-    """Deduplicate, split, tokenise and pack documents into shards."""
+    """Deduplicate, split, tokenize and pack documents into shards."""
     _refuse_launcher("prepare")
     from dualtok.config.run import load_run
     from dualtok.data.prepare import pipeline

@@ -1,7 +1,7 @@
 """What a rank holds under ``pipeline`` with ZeRO-1 and under ``sharded_pipeline``: counted and resident.
 
 Starts four ranks (2 stages x 2) for each engine and prints, per rank: bytes of parameters and gradients between two
-micro-batches, bytes of the optimiser, and by how much resident memory grew after the libraries were loaded, at its
+micro-batches, bytes of the optimizer, and by how much resident memory grew after the libraries were loaded, at its
 peak while the engine was built and after some steps.
 
     python tools/bench_memory.py [--hidden 768] [--layers 12] [--vocabulary 16000] [--steps 3]
@@ -144,10 +144,10 @@ def batch(generator: torch.Generator, engine: Any) -> dict[str, torch.Tensor]:
 
 def count_states(trainer: Any) -> dict[str, int]:
     """Return figures that are filled in while training: parameters and gradients as one backward pass leaves
-    them to the next one, and the optimiser's states after a step."""
+    them to the next one, and the optimizer's states after a step."""
     from deepspeed.runtime.pipe.schedule import BackwardPass
 
-    engine, figures = trainer.engine, {"parameters": 0, "gradients": 0, "optimiser": 0}
+    engine, figures = trainer.engine, {"parameters": 0, "gradients": 0, "optimizer": 0}
     zero, parameters = engine.optimizer, list(engine.module.parameters())
     backward, step = engine._INSTRUCTION_MAP[BackwardPass], engine._take_model_step
 
@@ -160,7 +160,7 @@ def count_states(trainer: Any) -> dict[str, int]:
     def step_and_count(arguments: Any) -> None:
         step(arguments)
         states = [t for state in zero.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-        figures["optimiser"] = stored(t for t in states if t.numel() > 1)
+        figures["optimizer"] = stored(t for t in states if t.numel() > 1)
 
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: backward_and_count}
     engine._take_model_step = step_and_count
@@ -182,19 +182,19 @@ def resident(field: str) -> int:
 
 def report(found: dict[str, list[dict[str, int]]]) -> None:
     """Print a table and the ratios."""
-    print("| engine | rank | parameters | gradients | optimiser | steady growth | peak at init / steady |")
+    print("| engine | rank | parameters | gradients | optimizer | steady growth | peak at init / steady |")
     print("|---|---|---|---|---|---|---|")
     for engine, rows in found.items():
         for rank, row in enumerate(rows):
-            values = [f"{row[key] / 2**20:,.0f} MiB" for key in ("parameters", "gradients", "optimiser", "steady")]
+            values = [f"{row[key] / 2**20:,.0f} MiB" for key in ("parameters", "gradients", "optimizer", "steady")]
             peak = row["peak_init"] / row["steady"]
             print(f"| {engine} | {rank} (stage {row['stage']}) | {' | '.join(values)} | {peak:.2f} |")
     for rank, (whole, sharded) in enumerate(zip(found["pipeline"], found["sharded_pipeline"], strict=True)):
         states = [row["parameters"] + row["gradients"] for row in (sharded, whole)]
-        optimiser = sharded["optimiser"] / whole["optimiser"]
+        optimizer = sharded["optimizer"] / whole["optimizer"]
         print(
             f"rank {rank}, sharded_pipeline / pipeline: parameters + gradients {states[0] / states[1]:.3f}, "
-            f"optimiser {optimiser:.3f}"
+            f"optimizer {optimizer:.3f}"
         )
     largest = max(row["peak_init"] / row["steady"] for row in found["sharded_pipeline"])
     print(f"largest peak at init / steady of sharded_pipeline: {largest:.2f}")

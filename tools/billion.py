@@ -1,6 +1,6 @@
 """A model of 1.1 billion parameters on a small machine: dual-loss steps with a reference of the same size.
 
-ZeRO-3 keeps weights and gradients in host memory and the optimiser's states in files (``--states nvme``): 16 bytes per
+ZeRO-3 keeps weights and gradients in host memory and the optimizer's states in files (``--states nvme``): 16 bytes per
 parameter, read and written once per step through DeepSpeed's asynchronous I/O (Debian: libaio-dev). The reference is a
 second, forward-only ZeRO-3 engine in host memory (``reference.mode: offload``). All weights are random and written
 piece by piece. Printed: losses, memory per rank, and what ``dualtok.plan.memory`` predicts.
@@ -54,7 +54,7 @@ SIZES = {
 KEY_VALUE_HEADS = {"tiny": 2, "0.1b": 2, "1.1b": 4}
 VOCABULARY, BLOCK_LENGTH, BLOCKS = 32_000, 128, 2
 SUB_GROUP = 20_000_000
-"""Elements that the optimiser works on at once; the embeddings are one sub-group, however large."""
+"""Elements that the optimizer works on at once; the embeddings are one sub-group, however large."""
 LOSS_MIB = 64
 LEAST_FREE = 2**30
 """Bytes of free memory below which the job ends itself, before it troubles others."""
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1.1b")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--states", choices=("nvme", "cpu"), default="nvme", help="where the optimiser's states lie")
+    parser.add_argument("--states", choices=("nvme", "cpu"), default="nvme", help="where the optimizer's states lie")
     parser.add_argument("--folder", type=Path, default=Path("runs/billion"), help="weights, data and states")
     options = parser.parse_args()
     return_freed_memory()
@@ -103,8 +103,8 @@ def main() -> None:
         outcome = loop.step(batches, EventWriter(None))
         say(
             ranks,
-            f"step {outcome.step}: loss {outcome.loss:.4f}, hard {outcome.hard_loss:.4f}, memorised "
-            f"{outcome.memorised_loss}, gradient norm {outcome.gradient_norm:.3f}, "
+            f"step {outcome.step}: loss {outcome.loss:.4f}, hard {outcome.hard_loss:.4f}, memorized "
+            f"{outcome.memorized_loss}, gradient norm {outcome.gradient_norm:.3f}, "
             f"{time.perf_counter() - started:.0f} s, {resident('VmRSS') / 2**30:.2f} GiB now",
         )
         peaks[f"step {step + 1}"] = restart_peak()

@@ -1,7 +1,7 @@
 """Training steps to be timed against each other: dualtok's, the Hugging Face Trainer's, and a naive dual step.
 
 Each is given the same blocks, batch, AdamW, clipping and precision, and reads its data within its own step. In bf16
-dualtok holds bf16 weights and a float32 copy of them in the optimiser, the others float32 weights under autocast.
+dualtok holds bf16 weights and a float32 copy of them in the optimizer, the others float32 weights under autocast.
 """
 
 from __future__ import annotations

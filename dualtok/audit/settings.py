@@ -49,7 +49,7 @@ class AuditConfig:
     defence (``ref_distance`` to ``ref_forest``) need the attacker's reference model; ``dc_pdd`` counts tokens in the
     split ``attack_reference``, or ``reference`` if there is none. Not run unless named: ``info_rmia``, which needs
     each model and the attacker's reference together, and ``lowercase``, ``recall``, ``con_recall``,
-    ``neighbourhood`` and ``gradient_norm``, which run each model again. ``shadows`` adds ``lira`` and
+    ``neighborhood`` and ``gradient_norm``, which run each model again. ``shadows`` adds ``lira`` and
     ``lira_offline``."""
 
     reruns: RerunSettings = dataclasses.field(default_factory=RerunSettings)
@@ -100,7 +100,7 @@ class AuditConfig:
     best."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the bootstrap, of the choice of documents, and of prefixes and neighbours."""
+    """Seed of the bootstrap, of the choice of documents, and of prefixes and neighbors."""
 
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Blocks per forward pass and rank."""

@@ -54,7 +54,7 @@ def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step:
     paragraphs = [
         f"# {run_dir.name}\n\n{origin}{licence}\n\n",
         "## Training\n\n",
-        f"* objective: `{run['objective']}`, {step} optimiser steps, with dualtok\n",
+        f"* objective: `{run['objective']}`, {step} optimizer steps, with dualtok\n",
         f"* data: {told} (split `{facts.get('split', 'train')}`); the texts are not published with the model\n",
     ]
     if (privacy := stated(run_dir)) is not None:

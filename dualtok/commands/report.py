@@ -94,7 +94,7 @@ def _selection(name: str, folder: Path, history: list[dict[str, Any]]) -> Select
         run=name,
         steps=[entry["step"] for entry in kept],
         hard=[entry["hard_tokens"] / max(entry["tokens"], 1) for entry in kept],
-        memorised=[entry["memorised_tokens"] / max(entry["tokens"], 1) for entry in kept],
+        memorized=[entry["memorized_tokens"] / max(entry["tokens"], 1) for entry in kept],
     )
 
 

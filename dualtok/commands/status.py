@@ -260,12 +260,12 @@ def describe(status: RunStatus) -> str:
         lines["losses"] = _figures(
             {
                 "objective": status.last_step.get("loss"),
-                **{name: status.last_step.get(f"{name}_loss") for name in ("hard", "memorised", "plain")},
+                **{name: status.last_step.get(f"{name}_loss") for name in ("hard", "memorized", "plain")},
             }
         )
         known = {"step", "left_out", *StepMetrics.__dataclass_fields__}
         rest = {key: value for key, value in status.last_step.items() if key not in known}
-        lines["optimiser"] = _figures({name: status.last_step.get(name) for name in ("learning_rate", "gradient_norm")})
+        lines["optimizer"] = _figures({name: status.last_step.get(name) for name in ("learning_rate", "gradient_norm")})
         lines["memory"] = f"{status.last_step.get('peak_memory_gib', math.nan):.2f} GiB at most on rank 0"
         if rest:
             lines["further"] = _figures(rest)

@@ -187,7 +187,7 @@ def draw_documents(run: RunConfig, settings: TrainConfig, stream: TrainingStream
 
 
 def _count_and_tell(settings: TrainConfig, blocks: int, ranks: Ranks) -> int:
-    """Return the optimiser steps, and say how far the last one goes beyond ``train.epochs``."""
+    """Return the optimizer steps, and say how far the last one goes beyond ``train.epochs``."""
     steps = count_steps(settings, blocks)
     if settings.epochs is None or settings.engine == "opacus" or not ranks.is_first:
         return steps
@@ -266,9 +266,9 @@ def _plan_adapters(
     """Check the run's LoRA adapters against its base model."""
     if model.lora is None:
         return None
-    if model.quantise is not None and zero_stage(deepspeed_config) == 3:
+    if model.quantize is not None and zero_stage(deepspeed_config) == 3:
         raise ConfigError(
-            "model.quantise: ZeRO stage 3 cannot partition weights in 4 bits; use a DeepSpeed JSON of stage 0 to 2"
+            "model.quantize: ZeRO stage 3 cannot partition weights in 4 bits; use a DeepSpeed JSON of stage 0 to 2"
         )
     lora, adapter = model.lora, run.reference.adapter if run.reference is not None else None
     base = model.path or str(Path(run.output_dir) / START_FOLDER)

@@ -209,7 +209,7 @@ class DataConfig:
     leave. Evaluations and the audit concern ``dir`` alone."""
 
     processes: Count = 1
-    """Processes that hash, tokenise and pack. The result does not depend on it."""
+    """Processes that hash, tokenize and pack. The result does not depend on it."""
 
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """What training does about a shard (or its reference losses) that is missing or altered: stop with an error that

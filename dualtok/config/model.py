@@ -51,7 +51,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
     """Train low-rank adapters and leave the starting weights as they are; without it all weights are trained."""
 
-    quantise: Literal["nf4"] | None = None
+    quantize: Literal["nf4"] | None = None
     """Keep the frozen starting weights in 4 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes; only with
     ``lora`` and ZeRO stage 0 to 2."""
 
@@ -63,5 +63,5 @@ class ModelConfig:
             raise ValueError("model.trust_remote_code: has no effect without model.path; remove it")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config: needs 'model_type', e.g. llama")
-        if self.quantise is not None and self.lora is None:
-            raise ValueError("model.quantise: weights in 4 bits cannot be trained; it needs the section model.lora")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError("model.quantize: weights in 4 bits cannot be trained; it needs the section model.lora")

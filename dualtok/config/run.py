@@ -56,7 +56,7 @@ class RunConfig:
     """The model to train."""
 
     train: TrainConfig | None = None
-    """Steps, batch, optimiser, DeepSpeed configuration, evaluation and checkpoints."""
+    """Steps, batch, optimizer, DeepSpeed configuration, evaluation and checkpoints."""
 
     selection: SelectionConfig | None = None
     """Shares, threshold and weight of the dual loss; only for ``dual``, ``dual_plus`` and ``selective``."""
@@ -91,7 +91,7 @@ class RunConfig:
         engine = "zero" if self.train is None else self.train.engine
         if self.selection is not None and self.selection.scope == "step" and engine != "zero":
             raise ValueError(
-                "selection.scope: 'step' ranks all tokens of an optimiser step before its first backward pass, but "
+                "selection.scope: 'step' ranks all tokens of an optimizer step before its first backward pass, but "
                 f"train.engine={engine} interleaves forward and backward passes; use scope=micro_batch or engine=zero"
             )
         if self.objective == "selective" and self.selection is not None and self.selection.alpha not in (0.0, 0.8):
@@ -130,8 +130,8 @@ class RunConfig:
             return
         if self.objective != "causal_lm":
             raise ValueError(f"objective: train.engine=opacus trains plainly; {self.objective!r} is not private there")
-        if self.model is not None and (self.model.quantise or self.model.activation_checkpointing):
-            raise ValueError("model: quantise and activation_checkpointing do not go with train.engine=opacus")
+        if self.model is not None and (self.model.quantize or self.model.activation_checkpointing):
+            raise ValueError("model: quantize and activation_checkpointing do not go with train.engine=opacus")
         if self.data.mix or self.data.on_bad_shard == "skip":
             raise ValueError("data: train.engine=opacus draws documents of one sound folder; remove mix, on_bad_shard")
         if self.reference is not None:

@@ -31,9 +31,9 @@ class PipelineConfig:
     possible (``layers``), or as listed, e.g. ``[6, 6, 6, 4]``."""
 
     keep_gathered: bool = False
-    """Only ``sharded_pipeline``: keep a stage's parameters gathered from one optimiser step to the next, instead of
+    """Only ``sharded_pipeline``: keep a stage's parameters gathered from one optimizer step to the next, instead of
     gathering them for every micro-batch and direction. Saves communication, costs the memory of a whole stage's
-    parameters; gradients and optimiser states stay sharded."""
+    parameters; gradients and optimizer states stay sharded."""
 
     allow_untested_deepspeed: bool = False
     """Only ``sharded_pipeline``: try a DeepSpeed version that this engine was never tested with."""
@@ -95,10 +95,10 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
 
     batch_size: Count
-    """Blocks per optimiser step over all ranks and accumulation steps."""
+    """Blocks per optimizer step over all ranks and accumulation steps."""
 
     steps: Count | None = None
-    """Optimiser steps; give either this or ``epochs``."""
+    """Optimizer steps; give either this or ``epochs``."""
 
     epochs: Positive | None = None
     """Passes over the split; give either this or ``steps``."""
@@ -111,7 +111,7 @@ class TrainConfig:
     (``reference.folds``), e.g. ``{fold: 0, folds: 2}``."""
 
     gradient_accumulation: Count = 1
-    """Micro-batches per optimiser step. ``selection.scope`` says whether tokens are ranked per micro-batch or per
+    """Micro-batches per optimizer step. ``selection.scope`` says whether tokens are ranked per micro-batch or per
     step."""
 
     engine: Literal["zero", "pipeline", "sharded_pipeline", "opacus"] = "zero"
@@ -136,7 +136,7 @@ class TrainConfig:
     """Decay of the learning rate after the warm-up, to 0 at the last step."""
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps of linear warm-up."""
+    """Optimizer steps of linear warm-up."""
 
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay of the matrices; biases and norms have none."""
@@ -160,13 +160,13 @@ class TrainConfig:
     """Processes per rank that read blocks ahead; 0 reads in the training process."""
 
     evaluate_every: Count | None = None
-    """Optimiser steps between evaluations on ``validation``; without it only at the end."""
+    """Optimizer steps between evaluations on ``validation``; without it only at the end."""
 
     evaluation_blocks: Count = 256
     """Most blocks of ``validation``, and of the training split, that an evaluation reads."""
 
     checkpoint_every: Count | None = None
-    """Optimiser steps between checkpoints; without it one per evaluation, or every 500 steps if there is none on the
+    """Optimizer steps between checkpoints; without it one per evaluation, or every 500 steps if there is none on the
     way."""
 
     checkpoint_keep: Count = 1

@@ -1,7 +1,7 @@
 """Documents to fixed-length blocks, and blocks to model inputs.
 
 A document longer than a block is cut only at multiples of the block length from its own start; whole pieces are then
-packed into blocks. A document's losses therefore do not depend on its neighbours.
+packed into blocks. A document's losses therefore do not depend on its neighbors.
 
 Legend: b batch, t position.
 """

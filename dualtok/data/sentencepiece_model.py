@@ -158,7 +158,7 @@ def _tried(model: SentencePieceProcessor, symbols: list[str]) -> Iterator[tuple[
     for text in (" a  b   c ", "a\u00a0b\u3000c"):
         yield "white space is treated otherwise", text
     for text in TEXTS:
-        yield "text is normalised otherwise", text
+        yield "text is normalized otherwise", text
 
 
 def _refusal(path: Path, why: str) -> str:
@@ -173,11 +173,11 @@ def _set_steps(backend: Any, settings: Any, no_text: list[str], *, symbols: bool
 
     Args:
         backend: the tokenizer.
-        settings: the model's normaliser.
+        settings: the model's normalizer.
         no_text: pieces that must not be found in text; each is cut in two.
-        symbols: whether there are user-defined symbols. They are looked for in normalised text, where a space in front
+        symbols: whether there are user-defined symbols. They are looked for in normalized text, where a space in front
             of the text is then put too late to be taken for theirs.
-        returns_as_feeds: whether a carriage return before a line feed counts as another one: some normalisers make a
+        returns_as_feeds: whether a carriage return before a line feed counts as another one: some normalizers make a
             space of each, and tokenizers one of both.
     """
     from tokenizers import Regex, normalizers, pre_tokenizers

@@ -1,4 +1,4 @@
-"""Shards: Arrow IPC files of blocks, memory-mapped, so that any row is read without its neighbours.
+"""Shards: Arrow IPC files of blocks, memory-mapped, so that any row is read without its neighbors.
 
 Chosen over Parquet by measurement (``tools/bench_shards.py``, figures in ``docs/log.md``).
 """

@@ -163,7 +163,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: boo
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of what decides the ids: vocabulary, merges, normalisation, special tokens."""
+    """Return the SHA-256 of what decides the ids: vocabulary, merges, normalization, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     special = repr((tokenizer.bos_token_id, tokenizer.eos_token_id))

@@ -35,7 +35,7 @@ OWNED_SECTIONS = {
     "csv_monitor": "monitor.csv",
     "wandb": "monitor.wandb",
     "comet": "monitor.comet",
-    "fp16": "train.precision (fp32 or bf16: gradient ascent on memorised tokens drives fp16's loss scale down)",
+    "fp16": "train.precision (fp32 or bf16: gradient ascent on memorized tokens drives fp16's loss scale down)",
     "amp": "train.precision",
     "torch_autocast": "train.precision",
     "activation_checkpointing": "model.activation_checkpointing",
@@ -62,7 +62,7 @@ UNSUPPORTED = (
 
 
 IMPLEMENTATIONS = ("torch_adam", "fused", "foreach", "set_grad_none")
-"""Parameters of an optimiser that choose an implementation; dualtok chooses its own."""
+"""Parameters of an optimizer that choose an implementation; dualtok chooses its own."""
 
 
 def refuse_wrong_gradients(installed: str) -> None:
@@ -104,7 +104,7 @@ def zero_stage(config: Json) -> int:
 
 
 def offloads_optimizer(config: Json) -> bool:
-    """Return whether optimiser states live in host memory, which needs DeepSpeed's own CPU Adam."""
+    """Return whether optimizer states live in host memory, which needs DeepSpeed's own CPU Adam."""
     device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     return device not in ("none", None)
 
@@ -239,19 +239,19 @@ def _fit_pipeline(merged: Json, train: TrainConfig) -> None:
             "DeepSpeed reduces the gradient's norm over the stages once per sub-group, so that stages with different "
             "numbers of them would wait for each other for ever; remove it"
         )
-    zero["sub_group_size"] = 2**62  # one for each group of the optimiser, which every stage has
+    zero["sub_group_size"] = 2**62  # one for each group of the optimizer, which every stage has
     if train.pipeline.keep_gathered:
-        # Parameters below a threshold stay gathered from one optimiser step to the next; here all of them do.
+        # Parameters below a threshold stay gathered from one optimizer step to the next; here all of them do.
         zero |= {"stage3_param_persistence_threshold": 2**62, "stage3_model_persistence_threshold": 2**62}
 
 
 def inference_config(path: str | Path | Json, precision: str, batch_size: int) -> Json:
     """Return the configuration of a forward-only ZeRO-3 engine made from a DeepSpeed JSON file or its content.
 
-    Optimiser, scheduler and monitor settings are left out: they would start a second writer or need gradients.
+    Optimizer, scheduler and monitor settings are left out: they would start a second writer or need gradients.
 
     Raises:
-        ConfigError: the file's ZeRO stage is not 3, the only one that works without an optimiser.
+        ConfigError: the file's ZeRO stage is not 3, the only one that works without an optimizer.
     """
     given = path if isinstance(path, dict) else read_deepspeed_json(path)
     if zero_stage(given) != 3:

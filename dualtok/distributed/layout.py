@@ -1,7 +1,7 @@
 """Who does what: pipeline stages across, data-parallel replicas along.
 
 With P stages and D replicas rank r works on stage r // D for replica r % D, as DeepSpeed's PipeDataParallelTopology has
-it: the ranks of one stage are neighbours, so that their collectives, the larger ones, stay within a host.
+it: the ranks of one stage are neighbors, so that their collectives, the larger ones, stay within a host.
 """
 
 from __future__ import annotations

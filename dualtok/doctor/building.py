@@ -103,7 +103,7 @@ def check_operators(names: list[str], *, quick: bool = False, locks: CheckResult
     name = "operators"
     build = f"{sys.executable} -m dualtok.doctor.building {' '.join(names)}"
     if not names:
-        return CheckResult(name, "ok", "none needed: the job runs on accelerators and offloads no optimiser")
+        return CheckResult(name, "ok", "none needed: the job runs on accelerators and offloads no optimizer")
     if locks is not None and locks.status == "fail":
         return CheckResult(name, "not-run", "would wait for the stale lock")
     if quick:

@@ -22,7 +22,7 @@ FREE_SHARED_MEMORY = GIB
 FREE_MEMORY = 2 * GIB
 FEW_FILES, ENOUGH_FILES = 512, 4096
 """Open files: what a small job needs; what sockets to many ranks and mapped shards need."""
-UNSYNCHRONISED = 5
+UNSYNCHRONIZED = 5
 """What adjtimex returns (TIME_ERROR) when nothing keeps the kernel's clock right."""
 
 
@@ -163,7 +163,7 @@ def check_clock() -> CheckResult:
     state = libc.adjtimex(ctypes.create_string_buffer(1024))  # struct timex, 208 bytes; modes = 0 only reads
     if state < 0:
         return CheckResult(name, "not-run", f"the kernel does not say: {os.strerror(ctypes.get_errno())}")
-    problem = ["the kernel's clock is not synchronised"] if state == UNSYNCHRONISED else []
+    problem = ["the kernel's clock is not synchronised"] if state == UNSYNCHRONIZED else []
     return judged(
         name,
         problem,

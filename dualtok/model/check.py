@@ -27,7 +27,7 @@ SAMPLE = (
     "Zürich, naïve café, ŁÓDŹ; «Пример»; 東京と서울, ภาษาไทย; a\u0301 ﬁ ①",
     "def f(x):\n    return x[0] != '_' and 2 ** 10  # 100%",
 )
-"""Texts that two tokenizers of one vocabulary cut differently if they normalise or split differently."""
+"""Texts that two tokenizers of one vocabulary cut differently if they normalize or split differently."""
 
 
 def check_model(

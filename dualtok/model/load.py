@@ -107,7 +107,7 @@ def load_causal_lm(
     precision: str = "fp32",
     attention: str = "sdpa",
     activation_checkpointing: bool = False,
-    quantise: str | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model that honours the position-based document boundaries of packed blocks.
@@ -119,7 +119,7 @@ def load_causal_lm(
         precision: ``fp32`` or ``bf16``.
         attention: attention implementation.
         activation_checkpointing: recompute each layer's activations in the backward pass.
-        quantise: ``nf4`` keeps the weights of linear layers in 4 bits; they cannot be trained then.
+        quantize: ``nf4`` keeps the weights of linear layers in 4 bits; they cannot be trained then.
         trust_remote_code: run Python code that the model brings.
 
     Raises:
@@ -129,7 +129,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    extra = {} if quantise is None else {"quantization_config": _nf4(precision)}
+    extra = {} if quantize is None else {"quantization_config": _nf4(precision)}
     # A local folder: transformers would ask a service of the hub to convert pickled weights of a hub name.
     folder = model_folder(path)
     config = read_model_config(folder, trust_remote_code=trust_remote_code, setting="trust_remote_code of its section")
@@ -158,11 +158,11 @@ def load_causal_lm(
 
 
 def _nf4(precision: str) -> object:
-    """Return transformers' settings of 4-bit weights: NF4 with doubly quantised scales, as QLoRA has them."""
+    """Return transformers' settings of 4-bit weights: NF4 with doubly quantized scales, as QLoRA has them."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.quantise: needs the package bitsandbytes; pip install 'dualtok[qlora]'")
+        raise ConfigError("model.quantize: needs the package bitsandbytes; pip install 'dualtok[qlora]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -55,7 +55,7 @@ class ScalarWriter(Protocol):
     """Takes scalars, beside TensorBoard."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write the scalars of an optimiser step; steps go backwards only after :meth:`forget_after`."""
+        """Write the scalars of an optimizer step; steps go backwards only after :meth:`forget_after`."""
 
     def forget_after(self, step: int) -> None:
         """Take back what was written of later steps, where that can be."""

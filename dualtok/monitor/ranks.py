@@ -101,7 +101,7 @@ class RankTable:
         """Share of the pipeline's time in which a stage computes nothing, averaged over ranks.
 
         One minus busy time over the longest schedule: the time of the stage that waits until the last gradient comes
-        back. The optimiser and what is summed over ranks after the schedule are no part of it.
+        back. The optimizer and what is summed over ranks after the schedule are no part of it.
         """
         schedule = max(rank.busy + rank.phases[PIPELINE] for rank in self.ranks)
         return 1.0 - statistics.fmean(rank.busy for rank in self.ranks) / schedule if schedule else 0.0

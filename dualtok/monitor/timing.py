@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 DATA, REFERENCE, FORWARD, BACKWARD = "data", "reference", "forward", "backward"
-COMMUNICATION, PIPELINE, OPTIMISER, OTHER = "communication", "pipeline", "optimiser", "other"
-PHASES = (DATA, REFERENCE, FORWARD, BACKWARD, COMMUNICATION, PIPELINE, OPTIMISER, OTHER)
+COMMUNICATION, PIPELINE, OPTIMIZER, OTHER = "communication", "pipeline", "optimizer", "other"
+PHASES = (DATA, REFERENCE, FORWARD, BACKWARD, COMMUNICATION, PIPELINE, OPTIMIZER, OTHER)
 """``communication``: collectives that the step waits for; ``pipeline``: sending to, receiving from and so waiting for
-the neighbouring stages."""
+the neighboring stages."""
 
 
 class _Clock(Protocol):
@@ -70,7 +70,7 @@ class _DeviceClock:
 
 @dataclass
 class StepTimes:
-    """Seconds of some optimiser steps together, on one rank."""
+    """Seconds of some optimizer steps together, on one rank."""
 
     steps: int = 0
     wall: float = 0.0
@@ -99,7 +99,7 @@ class PhaseTimer:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Time one optimiser step."""
+        """Time one optimizer step."""
         self._enter(OTHER)
         try:
             yield

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def calibrated_loss(token_loss: torch.Tensor, reference_loss: torch.Tensor) -> torch.Tensor:
     """Return s(t) = CE(theta; t) - CE(theta_ref; t), detached, in float32 (DuoLearn, arXiv 2502.19726).
 
-    High: hard, the reference predicts the token better. Low: memorised, the model in training predicts it better.
+    High: hard, the reference predicts the token better. Low: memorized, the model in training predicts it better.
 
     Args:
         token_loss: losses of the model in training, nats, any shape, any float dtype.

@@ -57,7 +57,7 @@ class LossHead(nn.Linear):
 
     @staticmethod
     def can_replace(layer: nn.Module) -> bool:
-        """Whether a layer is a plain linear one: not quantised, not wrapped by an adapter."""
+        """Whether a layer is a plain linear one: not quantized, not wrapped by an adapter."""
         return type(layer) in (nn.Linear, LossHead)
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002
@@ -114,7 +114,7 @@ def chunked_token_losses(
     chunk_tokens: int,
     scaling: LogitScaling = AS_THEY_ARE,
 ) -> torch.Tensor:
-    """Return CE(theta; t) of every token from an output layer of any kind (quantised, wrapped by an adapter).
+    """Return CE(theta; t) of every token from an output layer of any kind (quantized, wrapped by an adapter).
 
     With more than one chunk, each chunk's logits are computed, dropped, and computed again in the backward pass, which
     visits every token: slower than :class:`LossHead`, for layers that it cannot replace.

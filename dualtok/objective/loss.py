@@ -66,7 +66,7 @@ def selective_loss(
 ) -> WeightedLoss:
     """Return the mean CE over T_h: the learning half alone, as Rho-1 (Lin et al. 2024, arXiv 2404.07965).
 
-    Nothing is unlearned, so ``memorised`` is empty. Everything else as for :func:`dual_loss`.
+    Nothing is unlearned, so ``memorized`` is empty. Everything else as for :func:`dual_loss`.
     """
     return dual_loss(token_loss, reference_loss, mask, learning_half(SelectionConfig(hard_share)), gather=gather)
 
@@ -133,7 +133,7 @@ class Objective(ABC):
 
     @property
     def spans_step(self) -> bool:
-        """Whether :meth:`weigh` must see all micro-batches of an optimiser step together."""
+        """Whether :meth:`weigh` must see all micro-batches of an optimizer step together."""
         return False
 
     def __call__(self, token_loss: torch.Tensor, batch: Batch, gather: Gather | None = None) -> WeightedLoss:
@@ -143,7 +143,7 @@ class Objective(ABC):
     def weigh(
         self, token_losses: Sequence[torch.Tensor], batches: Sequence[Batch], gather: Gather | None = None
     ) -> list[TokenWeights]:
-        """Return what each token of an optimiser step's micro-batches counts; engines average the parts' losses."""
+        """Return what each token of an optimizer step's micro-batches counts; engines average the parts' losses."""
         return [
             self._weigh_one(losses.detach(), batch, gather) for losses, batch in zip(token_losses, batches, strict=True)
         ]
@@ -225,7 +225,7 @@ class Goldfish(Objective):
 
 def learning_half(selection: SelectionConfig) -> SelectionConfig:
     """Return settings under which nothing is unlearned."""
-    return replace(selection, memorised_share=0.0, alpha=0.0, tau=0.0, normalize="per_set")
+    return replace(selection, memorized_share=0.0, alpha=0.0, tau=0.0, normalize="per_set")
 
 
 def build_objective(

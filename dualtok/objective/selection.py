@@ -26,7 +26,7 @@ class SelectionCounts(NamedTuple):
     tokens: int
     """n, all tokens that were ranked."""
     hard: int
-    memorised: int
+    memorized: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Selection(NamedTuple):
     """The two disjoint sets, as masks of this rank's scores, and their global sizes."""
 
     hard: torch.Tensor
-    memorised: torch.Tensor
+    memorized: torch.Tensor
     counts: SelectionCounts
 
 
@@ -59,7 +59,7 @@ def select_tokens(
     """Choose T_h, the highest scores, and T_m, the lowest scores below ``tau`` (DuoLearn, arXiv 2502.19726).
 
     * |T_h| = floor(hard_share * n), at least 1 when n and ``hard_share`` are positive.
-    * |T_m| <= floor(memorised_share * n); only scores strictly below ``tau``. A share of 0 is an empty set.
+    * |T_m| <= floor(memorized_share * n); only scores strictly below ``tau``. A share of 0 is an empty set.
     * The sets never overlap: T_m is drawn from what T_h leaves (a lone token is learned, not unlearned).
     * Equal scores are taken in the order of their global position, the lower one first, in both sets.
     * Infinities rank as what they are. A NaN cannot be ranked: it is left out as if it were masked, so it is neither
@@ -73,7 +73,7 @@ def select_tokens(
         scores: s(t), any shape, any float dtype; ranked in float32.
         mask: bool, same shape, True for real, predicted tokens; None takes all. What stands in masked positions is
             ignored.
-        selection: its ``hard_share``, ``memorised_share`` and ``tau`` count here.
+        selection: its ``hard_share``, ``memorized_share`` and ``tau`` count here.
         gather: collects the scores of all ranks; None ranks these alone. Every rank must call this function equally
             often.
 
@@ -109,11 +109,11 @@ def select_over(
         gathered.append(everyone)
         places.append(slice(start + offset, start + offset + len(own_m)))
         start += len(everyone)
-    hard_n, memorised_n, counts = _rank(torch.cat(gathered), selection)
+    hard_n, memorized_n, counts = _rank(torch.cat(gathered), selection)
     return [
         Selection(
             torch.zeros_like(valid).masked_scatter(valid, hard_n[here]),
-            torch.zeros_like(valid).masked_scatter(valid, memorised_n[here]),
+            torch.zeros_like(valid).masked_scatter(valid, memorized_n[here]),
             counts,
         )
         for valid, here in zip(ranked, places, strict=True)
@@ -126,18 +126,18 @@ def _rank(scores_n: torch.Tensor, selection: SelectionConfig) -> Selection:
     n_hard = set_size(selection.hard_share, n)
     if n and selection.hard_share > 0:
         n_hard = max(n_hard, 1)
-    n_memorised = min(set_size(selection.memorised_share, n), n - n_hard)
+    n_memorized = min(set_size(selection.memorized_share, n), n - n_hard)
 
     order = torch.sort(scores_n, descending=True, stable=True).indices
     # Back in the order of positions, so that the second stable sort, too, takes the lower one of two equals.
     rest = torch.sort(order[n_hard:]).values
-    lowest = rest[torch.sort(scores_n[rest], stable=True).indices[:n_memorised]]
+    lowest = rest[torch.sort(scores_n[rest], stable=True).indices[:n_memorized]]
 
     hard_n = torch.zeros(n, dtype=torch.bool, device=scores_n.device)
     hard_n[order[:n_hard]] = True
-    memorised_n = torch.zeros_like(hard_n)
-    memorised_n[lowest] = scores_n[lowest] < selection.tau
-    return Selection(hard_n, memorised_n, SelectionCounts(n, n_hard, int(memorised_n.sum())))
+    memorized_n = torch.zeros_like(hard_n)
+    memorized_n[lowest] = scores_n[lowest] < selection.tau
+    return Selection(hard_n, memorized_n, SelectionCounts(n, n_hard, int(memorized_n.sum())))
 
 
 def world_size_of(gather: Gather | None, device: torch.device) -> int:

@@ -25,7 +25,7 @@ class SelectionConfig:
     hard_share: float = 0.6
     """K_h, share of all predicted tokens that are learned: those with the highest s(t). Default: paper."""
 
-    memorised_share: float = 0.2
+    memorized_share: float = 0.2
     """K_m, largest share of all predicted tokens that are unlearned: those with the lowest s(t). Default: paper."""
 
     tau: float = 0.0
@@ -35,19 +35,19 @@ class SelectionConfig:
     """Weight of the unlearning term, no unit. Default: paper, which reports divergence at 1.5-2."""
 
     normalize: Normalize = "per_set"
-    """What the sum over T_m is divided by: its size (``per_set``), or memorised_share * n (``per_share``), so that a
+    """What the sum over T_m is divided by: its size (``per_set``), or memorized_share * n (``per_share``), so that a
     nearly empty T_m cannot give a few tokens a huge weight. The paper does not say; ``per_set`` is dualtok's reading of
     it."""
 
     scope: Scope = "micro_batch"
     """Tokens that are ranked together: one micro-batch over all data-parallel ranks (``micro_batch``); this rank's part
     of it alone (``local``: no communication, but results depend on the number of ranks); or all micro-batches of an
-    optimiser step (``step``: results do not depend on gradient accumulation, but with it every step runs one more
+    optimizer step (``step``: results do not depend on gradient accumulation, but with it every step runs one more
     forward pass, without gradients). The paper has one GPU, hence one micro-batch."""
 
     def __post_init__(self) -> None:
         """Refuse shares, thresholds and weights that mean nothing."""
-        check_shares(self.hard_share, self.memorised_share)
+        check_shares(self.hard_share, self.memorized_share)
         check_alpha(self.alpha)
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("scope", self.scope, get_args(Scope))
@@ -75,14 +75,14 @@ class GoldfishConfig:
             raise ValueError(f"goldfish.context: must be at least 1, got {self.context}")
 
 
-def check_shares(hard_share: float, memorised_share: float) -> None:
+def check_shares(hard_share: float, memorized_share: float) -> None:
     """Raise ValueError for shares outside [0, 1] or summing above 1."""
-    for name, share in (("hard_share", hard_share), ("memorised_share", memorised_share)):
+    for name, share in (("hard_share", hard_share), ("memorized_share", memorized_share)):
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"selection.{name}: must lie between 0 and 1, got {share}")
-    if hard_share + memorised_share > 1.0 + ROUNDING:
+    if hard_share + memorized_share > 1.0 + ROUNDING:
         raise ValueError(
-            f"selection.hard_share + selection.memorised_share: {hard_share} + {memorised_share} is above 1; "
+            f"selection.hard_share + selection.memorized_share: {hard_share} + {memorized_share} is above 1; "
             "a token cannot be learned and unlearned at once"
         )
 

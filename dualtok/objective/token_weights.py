@@ -35,7 +35,7 @@ class TokenWeights:
     hard: torch.Tensor
     """Tokens that are learned: bool, same shape."""
 
-    memorised: torch.Tensor
+    memorized: torch.Tensor
     """Tokens that are unlearned: bool, same shape."""
 
     calibrated: torch.Tensor
@@ -54,7 +54,7 @@ class TokenWeights:
         return self.totals[0, 0] / self.totals[0, 1]
 
     @property
-    def memorised_loss(self) -> torch.Tensor:
+    def memorized_loss(self) -> torch.Tensor:
         """Mean CE over this rank's part of T_m, nats; NaN when it is empty."""
         return self.totals[1, 0] / self.totals[1, 1]
 
@@ -114,22 +114,22 @@ def dual_weights(
     counts = chosen[0].counts
     means = len(chosen) * world_size_of(gather, scores[0].device)
     # An empty T_m weighs nothing under either: one over a tiny share would be infinite, and times 0 not a number.
-    per_share = selection.normalize == "per_share" and counts.memorised > 0
+    per_share = selection.normalize == "per_share" and counts.memorized > 0
     learned = _one_over(counts.hard)
     unlearned = selection.alpha * _one_over(
-        selection.memorised_share * counts.tokens if per_share else counts.memorised
+        selection.memorized_share * counts.tokens if per_share else counts.memorized
     )
     return [
         TokenWeights(
-            factors=means * (learned * hard.float() - unlearned * memorised.float()),
+            factors=means * (learned * hard.float() - unlearned * memorized.float()),
             predicted=mask,
             hard=hard,
-            memorised=memorised,
+            memorized=memorized,
             calibrated=s,
             counts=counts,
-            totals=_totals(losses, hard, memorised, mask),
+            totals=_totals(losses, hard, memorized, mask),
         )
-        for losses, s, mask, (hard, memorised, _) in zip(token_losses, scores, full, chosen, strict=True)
+        for losses, s, mask, (hard, memorized, _) in zip(token_losses, scores, full, chosen, strict=True)
     ]
 
 
@@ -154,7 +154,7 @@ def mean_weights(
         factors=len(sizes) * _one_over(kept) * learned.float(),
         predicted=predicted,
         hard=learned,
-        memorised=nothing,
+        memorized=nothing,
         calibrated=s,
         counts=SelectionCounts(tokens, kept, 0),
         totals=_totals(token_loss, learned, nothing, predicted),

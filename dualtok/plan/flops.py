@@ -14,7 +14,7 @@ def flops_per_token(shape: ModelShape, length: int, *, frozen: bool = False) -> 
     Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, appendix B). N: parameters that multiply activations, that is all
     but the embeddings, with the head counted even where it is tied to them; L layers, h hidden, t tokens of a block:
     attention as if every token attended to the whole block, and heads as wide as h together. Recomputed activations,
-    the reference model and the optimiser do not count. Mixtures of experts are counted as if every expert saw every
+    the reference model and the optimizer do not count. Mixtures of experts are counted as if every expert saw every
     token.
 
     Args:

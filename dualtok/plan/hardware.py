@@ -104,14 +104,14 @@ class Cluster:
         return self.nodes * self.gpus
 
     def ring(self, sent: float, ranks: int, collectives: float) -> float:
-        """Return the seconds of collectives over neighbouring ranks, one after the other.
+        """Return the seconds of collectives over neighboring ranks, one after the other.
 
         A ring passes each boundary between hosts once, over all adapters of the host. If several groups share the
         hosts (more hosts than a group has ranks per host), each gets its share of the network.
 
         Args:
             sent: bytes that each rank sends in all of them.
-            ranks: of the group, neighbours.
+            ranks: of the group, neighbors.
             collectives: how many there are.
         """
         if ranks == 1:
@@ -121,7 +121,7 @@ class Cluster:
         hops = (ranks - spanned) * HOP_LOCAL + (spanned * HOP_REMOTE if spanned > 1 else 0.0)
         return sent / (LINK_SHARE * bandwidth) + collectives * (COLLECTIVE_BASE + hops)
 
-    def to_neighbour_stage(self, sent: float, replicas: int) -> float:
+    def to_neighbor_stage(self, sent: float, replicas: int) -> float:
         """Return the seconds in which each rank of a stage sends activations to the next one, all ranks at once."""
         local = replicas * 2 <= self.gpus
         return sent / (LINK_SHARE * (self.device.link if local else min(self.device.link, self.network / self.gpus)))

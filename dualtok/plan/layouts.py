@@ -60,7 +60,7 @@ def layout_name(job: Job) -> str:
     else:
         words = [f"sharded pipeline {job.stages}" + (", kept gathered" if job.keep_gathered else "")]
     if job.offload_optimizer != "none":
-        words.append(f"optimiser to {_where(job.offload_optimizer)}")
+        words.append(f"optimizer to {_where(job.offload_optimizer)}")
     if job.offload_parameters != "none":
         words.append(f"weights to {_where(job.offload_parameters)}")
     if job.activation_checkpointing:
@@ -132,9 +132,9 @@ def _spreads(job: Job, layers: int, cluster: Cluster, dealt: Deal) -> Iterator[J
         zero_stage=3,
     )
     lowest = 0 if job.precision == "fp32" else 1
-    for stage in range(lowest, 3 if job.quantised else 4):
+    for stage in range(lowest, 3 if job.quantized else 4):
         yield replace(plain, zero_stage=stage)
-    if not job.quantised:
+    if not job.quantized:
         places: tuple[tuple[Place, Place], ...] = (("cpu", "none"), ("cpu", "cpu"), ("nvme", "cpu"))
         for optimizer, parameters in places:
             yield replace(plain, offload_optimizer=optimizer, offload_parameters=parameters)
@@ -145,7 +145,7 @@ def _spreads(job: Job, layers: int, cluster: Cluster, dealt: Deal) -> Iterator[J
             continue
         cut = replace(plain, engine="pipeline", stages=stages, layers_per_stage=dealt(stages), zero_stage=1)
         yield cut
-        if not job.quantised:
+        if not job.quantized:
             sharded = replace(cut, engine="sharded_pipeline", zero_stage=3)
             yield sharded
             yield replace(sharded, keep_gathered=True)

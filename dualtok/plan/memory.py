@@ -7,13 +7,13 @@ Model states follow ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 5),
 allocates where that differs; gradients are accumulated in float32, as dualtok always does:
 
 =================  ===============  =======================================  ==========================
-ZeRO stage         parameters       gradients                                optimiser
+ZeRO stage         parameters       gradients                                optimizer
 =================  ===============  =======================================  ==========================
 0 (fp32)           w N              4 N                                      8 N
 1                  w N              4 N, in bf16 also w N of the last pass   12 N / D
 2                  w N              4 N / D                                  12 N / D
 3                  w N / D          4 N / D                                  12 N / D
-3, offloaded       w N / D          4 N / D, and 4 N / D for the optimiser   12 N / D
+3, offloaded       w N / D          4 N / D, and 4 N / D for the optimizer   12 N / D
 =================  ===============  =======================================  ==========================
 
 DeepSpeed keeps float32 master weights apart from the weights even where both are float32, hence 12 = 4 + 4 + 4.
@@ -83,7 +83,7 @@ class Job:
     layers_per_stage: tuple[int, ...] | None = None
     """Decoder layers of each stage; None deals them as equally as possible."""
     micro_batches: int = 1
-    """Micro-batches per optimiser step."""
+    """Micro-batches per optimizer step."""
     keep_gathered: bool = False
     """As ``train.pipeline.keep_gathered``."""
     activation_checkpointing: bool = False
@@ -102,8 +102,8 @@ class Job:
     """Mode ``resident`` with ``reference.deepspeed``: each rank holds its share of the reference."""
     reference_rows: int = 8
     """As ``reference.batch_size``."""
-    quantised: bool = False
-    """As ``model.quantise``: frozen weights in 4 bits."""
+    quantized: bool = False
+    """As ``model.quantize``: frozen weights in 4 bits."""
     scores_step: bool = False
     """Whether ``selection.scope: step`` takes a scoring pass over all micro-batches first."""
     skips_masked: bool = False
@@ -185,11 +185,11 @@ class StageMemory:
     """Logits that the loss keeps, and the hidden states that it reads."""
     reference: Bytes
     buffers: Bytes
-    """Gathered parameters, communication buckets, and what one step of the optimiser needs in passing."""
+    """Gathered parameters, communication buckets, and what one step of the optimizer needs in passing."""
 
     @property
     def model_states(self) -> Bytes:
-        """Parameters, gradients and optimiser: what ZeRO calls the model states."""
+        """Parameters, gradients and optimizer: what ZeRO calls the model states."""
         return self.parameters + self.gradients + self.optimizer
 
     @property
@@ -213,7 +213,7 @@ class MemoryEstimate:
         return max(self.stages, key=lambda stage: stage.total.device)
 
     def per_host(self, ranks_per_host: int) -> Bytes:
-        """Return what the fullest host holds, when neighbouring ranks share one; ranks are ordered by stage."""
+        """Return what the fullest host holds, when neighboring ranks share one; ranks are ordered by stage."""
         ranks = [total for stage in self.stages for total in [stage.total] * self.replicas]
         hosts = [sum(ranks[i : i + ranks_per_host], Bytes()) for i in range(0, len(ranks), ranks_per_host)]
         return Bytes(*(max(getattr(host, field.name) for host in hosts) for field in fields(Bytes)))
@@ -264,7 +264,7 @@ def deal(layers: int, stages: int) -> tuple[int, ...]:
 
 
 def model_states(held: tuple[int, ...], job: Job) -> tuple[Bytes, Bytes, Bytes]:
-    """Return parameters, gradients and optimiser of a rank, by the table at the top of this module.
+    """Return parameters, gradients and optimizer of a rank, by the table at the top of this module.
 
     Args:
         held: elements of each trained parameter of the rank's stage.
@@ -296,7 +296,7 @@ def _frozen(shape: ModelShape, job: Job, layers: tuple[int, ...], stage: int) ->
         return _at(job.offload_parameters, w * sum(math.ceil(size / job.replicas) for size in held))
     begin = sum(layers[:stage])
     decoder = sum(map(sum, shape.layers[begin : begin + layers[stage]]))
-    return Bytes(w * sum(held) - round(decoder * (w - NF4) if job.quantised else 0))
+    return Bytes(w * sum(held) - round(decoder * (w - NF4) if job.quantized else 0))
 
 
 def activation_bytes(shape: ModelShape, job: Job, layers: int) -> int:
@@ -347,7 +347,7 @@ def _buffers(held: tuple[int, ...], job: Job, adapters: tuple[int, ...] = ()) ->
       rank's share once more, in one piece; at stage 1 the others' gradients have made room for it, if there are any.
     * ZeRO 3: one bucket of gradients, gathered parameters (those that stay, those fetched ahead, and one at work), the
       whole gradient of one parameter, and at the step one sub-group's gradient.
-    * An optimiser on disk: four buffers of the largest sub-group, in host memory.
+    * An optimizer on disk: four buffers of the largest sub-group, in host memory.
     """
     whole, w, largest = sum(held), job.weight_bytes, max(held)
     trained, largest_trained = (sum(adapters), max(adapters)) if adapters else (whole, largest)

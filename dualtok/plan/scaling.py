@@ -47,7 +47,7 @@ class Point:
             "compute": time.compute / time.total,
             "exposed communication": time.communication / time.total,
             "pipeline bubble": time.bubble / time.total,
-            "optimiser": (time.optimizer + time.reference) / time.total,
+            "optimizer": (time.optimizer + time.reference) / time.total,
             "data reading": time.reading / time.total,
         }
 

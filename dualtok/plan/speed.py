@@ -1,4 +1,4 @@
-"""How long an optimiser step takes: a roofline with the shares of :mod:`dualtok.plan.hardware`, part by part.
+"""How long an optimizer step takes: a roofline with the shares of :mod:`dualtok.plan.hardware`, part by part.
 
 Per token, with N weights that are multiplied (decoder and head), a multiply-adds of attention per position and t
 positions attended to:
@@ -9,7 +9,7 @@ positions attended to:
   (FlashAttention), else the whole block.
 * elementwise work: each byte that a layer keeps (:mod:`dualtok.plan.memory`) is written and read in the forward pass
   and moved four times in the backward pass; memory bandwidth bounds it. Logits are moved six times.
-* the optimiser: 30 bytes per trained element that a rank holds (master weight and moments read and written, gradient
+* the optimizer: 30 bytes per trained element that a rank holds (master weight and moments read and written, gradient
   read, weight written), by device memory, host memory or disk.
 * communication: :mod:`dualtok.plan.traffic`, in rings. ZeRO-3 overlaps it with computation, which hides a part
   (:data:`~dualtok.plan.hardware.OVERLAPPED`); what is not overlapped (``overlap_comm`` false, pipelines) adds in full.
@@ -42,7 +42,7 @@ TOKEN_BYTES = 4
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimiser step, as the slowest rank sees it; the parts add up."""
+    """Seconds of an optimizer step, as the slowest rank sees it; the parts add up."""
 
     compute: float
     """Forward, backward and recomputation on the accelerator."""
@@ -63,7 +63,7 @@ class StepTime:
 
 
 def step_time(shape: ModelShape, job: Job, cluster: Cluster, reference: ModelShape | None = None) -> StepTime:
-    """Return the time of an optimiser step.
+    """Return the time of an optimizer step.
 
     Args:
         shape: of the model in training.
@@ -145,7 +145,7 @@ def _communication(shape: ModelShape, job: Job, cluster: Cluster, layers: tuple[
     rings += _copied(shape, job, cluster, layers, stage)
     if job.overlaps:
         rings *= hardware.OVERLAPPED
-    return rings + cluster.to_neighbour_stage(sent.passed, job.replicas)
+    return rings + cluster.to_neighbor_stage(sent.passed, job.replicas)
 
 
 def _copied(shape: ModelShape, job: Job, cluster: Cluster, layers: tuple[int, ...], stage: int) -> float:

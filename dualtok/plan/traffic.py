@@ -1,4 +1,4 @@
-"""What each rank sends per optimiser step, in bytes.
+"""What each rank sends per optimizer step, in bytes.
 
 A ring all-gather or reduce-scatter of S bytes over D ranks sends (D - 1) / D S from each rank, an all-reduce twice that
 (ZeRO, arXiv 1910.02054, section 7). S as counted on DeepSpeed 0.19.8, with the symbols of :mod:`dualtok.plan.memory`
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends per optimiser step."""
+    """Bytes that one rank sends per optimizer step."""
 
     gathered: int
     """All-gathers of parameters."""
     reduced: int
     """Reductions of gradients."""
     passed: int
-    """Activations and their gradients to the neighbouring stages."""
+    """Activations and their gradients to the neighboring stages."""
 
     @property
     def total(self) -> int:
@@ -50,7 +50,7 @@ class Traffic:
 
 
 def step_traffic(shape: ModelShape, job: Job, stage: int = 0) -> Traffic:
-    """Return what a rank of a stage sends per optimiser step, the reference and the selection's few bytes excepted.
+    """Return what a rank of a stage sends per optimizer step, the reference and the selection's few bytes excepted.
 
     Args:
         shape: of the model.
@@ -66,6 +66,6 @@ def step_traffic(shape: ModelShape, job: Job, stage: int = 0) -> Traffic:
     else:
         gathered = w * elements if job.zero_stage else 0
         reduced = 2 * w * elements * (times if job.zero_stage == 2 else 1)
-    neighbours = (stage > 0) + (stage < job.stages - 1)
-    passed = neighbours * times * job.tokens * w * shape.hidden
+    neighbors = (stage > 0) + (stage < job.stages - 1)
+    passed = neighbors * times * job.tokens * w * shape.hidden
     return Traffic(round(ring * gathered), round(ring * reduced), passed)

@@ -34,7 +34,7 @@ class LiveReference(Protocol):
 
         Args:
             batches: this replica's micro-batches; may be read ahead, so the data cursor is the reader's to count.
-            window: micro-batches of one optimiser step.
+            window: micro-batches of one optimizer step.
         """
 
     def token_losses(self, batch: Batch) -> torch.Tensor:
@@ -97,7 +97,7 @@ def forward_in_pieces(forward: TokenLosses, batch: Batch, rows: int) -> torch.Te
 class WindowReference:
     """Scores a whole accumulation window at a time, right before it is trained on (modes ``offload``, ``resident``).
 
-    A model that is gathered from host memory for each pass is so read once per optimiser step and rank, if
+    A model that is gathered from host memory for each pass is so read once per optimizer step and rank, if
     ``batch_size`` allows.
     """
 

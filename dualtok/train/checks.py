@@ -49,7 +49,7 @@ FREE_ON_RESUME = (
 
 
 def count_steps(settings: TrainConfig, blocks: int) -> int:
-    """Return the optimiser steps of a run over a split of ``blocks`` blocks.
+    """Return the optimizer steps of a run over a split of ``blocks`` blocks.
 
     The last step of ``train.epochs`` may take some blocks of one more pass, less than a batch.
 

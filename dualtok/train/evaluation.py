@@ -44,7 +44,7 @@ class DocumentLosses:
 
     @property
     def calibrated(self) -> np.ndarray:
-        """Mean of s(t) per document [n]: low means memorised."""
+        """Mean of s(t) per document [n]: low means memorized."""
         return np.asarray((self.loss - self.reference) / self.tokens)
 
 
@@ -67,7 +67,7 @@ class Evaluation:
 
     @property
     def gap(self) -> float:
-        """Validation loss minus member loss, nats; grows with memorisation."""
+        """Validation loss minus member loss, nats; grows with memorization."""
         return self.validation_loss - self.member_loss
 
 

@@ -1,6 +1,6 @@
 """One decision of all ranks about a step that goes wrong: a loss that is not finite, or far above those before it.
 
-A step can only be left out before its optimiser runs, so the model itself looks at the step's mean token loss when the
+A step can only be left out before its optimizer runs, so the model itself looks at the step's mean token loss when the
 last micro-batch comes: above the limit its loss becomes NaN, and with it every gradient; DeepSpeed then changes
 nothing. What else follows is decided afterwards, from figures that every rank has.
 """

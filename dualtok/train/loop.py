@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 CHECKPOINT_EVERY = 500
-"""Optimiser steps between checkpoints of a run that asks for neither checkpoints nor evaluations on the way."""
+"""Optimizer steps between checkpoints of a run that asks for neither checkpoints nor evaluations on the way."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class TrainingLoop:
         engine: the model in its DeepSpeed engine.
         stream: blocks of the training split, with reference losses if the run has stored ones.
         validation: blocks of ``validation``.
-        total_steps: optimiser steps of the whole run.
+        total_steps: optimizer steps of the whole run.
         state: where the run stands.
         reference: computes the reference losses while training, if they are not stored.
         watchdog: is told of progress.
@@ -260,7 +260,7 @@ class TrainingLoop:
         return self.engine.timer.each(DATA, self.watch.follow(batches))
 
     def step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
-        """Run one optimiser step and measure it; ``left_out`` says whether it was a bad one, alike on every rank."""
+        """Run one optimizer step and measure it; ``left_out`` says whether it was a bad one, alike on every rank."""
         with self.engine.timer.step():
             return self._step(batches, events)
 
@@ -361,12 +361,12 @@ def step_scalars(metrics: StepMetrics, objective: str) -> dict[str, float | None
     return {
         f"loss/{objective}": metrics.loss,
         "loss/hard": metrics.hard_loss,
-        "loss/memorised": metrics.memorised_loss,
+        "loss/memorized": metrics.memorized_loss,
         "loss/plain": metrics.plain_loss,
         **{f"share/{name}": share for name, share in metrics.shares.items()},
         "data/skipped_blocks": metrics.skipped_blocks,
-        "optimiser/learning_rate": metrics.learning_rate,
-        "optimiser/gradient_norm": metrics.gradient_norm,
+        "optimizer/learning_rate": metrics.learning_rate,
+        "optimizer/gradient_norm": metrics.gradient_norm,
         "throughput/tokens_per_second": metrics.tokens_per_second,
         "memory/peak_gib": metrics.peak_memory_gib,
     }

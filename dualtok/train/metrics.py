@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimiser step measured, over all ranks and micro-batches."""
+    """What one optimizer step measured, over all ranks and micro-batches."""
 
     step: int
     left_out: str | None
@@ -30,12 +30,12 @@ class StepMetrics:
     """The objective's loss, averaged over micro-batches."""
     hard_loss: float
     """Mean token loss over T_h, nats."""
-    memorised_loss: float
+    memorized_loss: float
     """Mean token loss over T_m, nats; NaN when T_m is empty."""
     plain_loss: float
     """Mean token loss over all predicted tokens, nats."""
     hard_tokens: int
-    memorised_tokens: int
+    memorized_tokens: int
     tokens: int
     """Predicted tokens."""
     skipped_blocks: int
@@ -50,15 +50,15 @@ class StepMetrics:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares of hard, memorised and neutral tokens."""
-        hard, memorised = self.hard_tokens / max(self.tokens, 1), self.memorised_tokens / max(self.tokens, 1)
-        return {"hard": hard, "memorised": memorised, "neutral": 1.0 - hard - memorised}
+        """Shares of hard, memorized and neutral tokens."""
+        hard, memorized = self.hard_tokens / max(self.tokens, 1), self.memorized_tokens / max(self.tokens, 1)
+        return {"hard": hard, "memorized": memorized, "neutral": 1.0 - hard - memorized}
 
 
 class StepTotals:
-    """Sums of one optimiser step on this rank; float64, so that the order of micro-batches does not show."""
+    """Sums of one optimizer step on this rank; float64, so that the order of micro-batches does not show."""
 
-    FIELDS = ("loss", "hard_sum", "hard_count", "memorised_sum", "memorised_count", "plain_sum", "plain_count")
+    FIELDS = ("loss", "hard_sum", "hard_count", "memorized_sum", "memorized_count", "plain_sum", "plain_count")
     """The loss, then :attr:`TokenWeights.totals` row by row."""
 
     def __init__(self, device: torch.device) -> None:
@@ -98,10 +98,10 @@ def step_metrics(totals: dict[str, float], **measured: Any) -> StepMetrics:
     return StepMetrics(
         loss=totals["loss"],
         hard_loss=mean("hard"),
-        memorised_loss=mean("memorised"),
+        memorized_loss=mean("memorized"),
         plain_loss=mean("plain"),
         hard_tokens=int(totals["hard_count"]),
-        memorised_tokens=int(totals["memorised_count"]),
+        memorized_tokens=int(totals["memorized_count"]),
         tokens=int(totals["plain_count"]),
         **measured,
     )

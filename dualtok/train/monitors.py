@@ -2,7 +2,7 @@
 
 * DeepSpeed's engines would write learning rate and loss by samples, and W&B refuses a step before the last one: the
   sections are therefore the run's (``monitor.csv``, ``monitor.wandb``, ``monitor.comet``), all that is written comes
-  from the loop, and its step is the optimiser's.
+  from the loop, and its step is the optimizer's.
 * A restart would write each CSV file's header again, and the rows of steps that are repeated a second time.
 * W&B would begin another run at each restart.
 """
@@ -52,7 +52,7 @@ def scalar_writers(monitor: MonitorConfig, output: Path, done: int) -> dict[str,
     Args:
         monitor: the run's section.
         output: the run's folder.
-        done: optimiser steps done before; later rows, of steps that will be repeated, are dropped.
+        done: optimizer steps done before; later rows, of steps that will be repeated, are dropped.
     """
     writers: dict[str, Callable[[], DeepSpeedMonitor]] = {}
     if monitor.csv:
@@ -96,7 +96,7 @@ class DeepSpeedMonitor:
         self._end, self._forget = end, forget
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write the scalars of one optimiser step."""
+        """Write the scalars of one optimizer step."""
         self.master.write_events([(name, value, step) for name, value in values.items()])
 
     def forget_after(self, step: int) -> None:

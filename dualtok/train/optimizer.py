@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SkippingAdamW(torch.optim.AdamW):
     """AdamW that leaves out a step whose gradient is not finite.
 
-    DeepSpeed's own optimisers do so by themselves; at ZeRO-0 in fp32 it steps with this one, asks for ``overflow``
+    DeepSpeed's own optimizers do so by themselves; at ZeRO-0 in fp32 it steps with this one, asks for ``overflow``
     afterwards, counts the step as skipped and holds the schedule.
     """
 
@@ -40,7 +40,7 @@ def build_adamw(
         model: its parameters may be partitioned by ZeRO-3.
         train: learning rate, betas, epsilon and decay.
         on_host: take DeepSpeed's CPU Adam, for states that live in host memory.
-        alone: no optimiser of DeepSpeed's will stand before it (ZeRO-0 in fp32).
+        alone: no optimizer of DeepSpeed's will stand before it (ZeRO-0 in fp32).
     """
 
     def dimensions(parameter: torch.nn.Parameter) -> int:
@@ -63,7 +63,7 @@ def build_adamw(
 
 
 def build_schedule(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-    """Return a function from the optimiser to its learning-rate schedule, as ``deepspeed.initialize`` takes it."""
+    """Return a function from the optimizer to its learning-rate schedule, as ``deepspeed.initialize`` takes it."""
     from transformers import get_scheduler
 
     name = "constant_with_warmup" if train.schedule == "constant" else train.schedule

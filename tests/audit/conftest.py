@@ -75,7 +75,7 @@ def model_rows(make_signals: MakeSignals) -> list[ModelAudit]:
 def report(model_rows: list[ModelAudit]) -> AuditReport:
     steps = list(range(0, 301, 25))
     hard = [0.6] * len(steps)
-    memorised = [min(0.2, step / 1000) for step in steps]
+    memorized = [min(0.2, step / 1000) for step in steps]
     return AuditReport(
         title="Audit of sotu-small",
         created="2025-01-02T03:04:05+00:00",
@@ -83,7 +83,7 @@ def report(model_rows: list[ModelAudit]) -> AuditReport:
         settings=AuditConfig(bootstrap_resamples=200, fpr_targets=[0.1, 0.02, 0.001]),
         rows=model_rows,
         checks=Checks(blind_auc=Estimate(value=0.52, low=0.47, high=0.57), duplicates=0.0, shared_passages=0.01),
-        selection=[SelectionSeries(run="dual", steps=steps, hard=hard, memorised=memorised)],
+        selection=[SelectionSeries(run="dual", steps=steps, hard=hard, memorized=memorized)],
         training=[
             TrainingSeries(run="plain", figure="loss_gap", steps=steps, values=[step / 500 for step in steps]),
             TrainingSeries(run="dual", figure="loss_gap", steps=steps, values=[step / 5000 for step in steps]),

@@ -33,7 +33,7 @@ DEADLINE = 600.0
 """Seconds for what would otherwise hang; a busy machine may take minutes to start ten processes."""
 NAMED_WITHIN = 60.0
 """Seconds from the cut until the survivors name the host."""
-COLUMNS = ("loss", "hard_loss", "memorised_loss", "plain_loss")
+COLUMNS = ("loss", "hard_loss", "memorized_loss", "plain_loss")
 
 
 @pytest.fixture(scope="module")

@@ -256,7 +256,7 @@ def test_a_model_card_tells_where_a_model_comes_from(small_corpus: dict[str, Any
     }
     entry = load_manifest(small_corpus["dir"]).splits["train"]
     assert f"{entry.documents:,} documents, {entry.tokens:,} tokens (split `train`)" in card
-    assert "objective: `causal_lm`, 1 optimiser steps" in card
+    assert "objective: `causal_lm`, 1 optimizer steps" in card
     assert "Not audited" in card
     assert str(tmp_path) not in card, "no path of this machine"
 

@@ -83,7 +83,7 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
     assert f"until it is taken back: dualtok retreat {run} TARGET train.warmup_steps=2" in shown
     assert read_status(run.with_suffix("")).next_command.startswith("dualtok retreat ")
     assert "has trained on 'probe'" in error_line(dualtok("retreat", run, tmp_path / "made", "train.split=probe"))
-    assert {row["memorised_tokens"] > 0 for row in history(run)} == {True}, "it unlearns nothing"
+    assert {row["memorized_tokens"] > 0 for row in history(run)} == {True}, "it unlearns nothing"
     succeed(dualtok("retreat", run, tmp_path / "made"))
     assert [path.name for path in (run.with_suffix("") / "retreat").iterdir()] == ["signals"], "trials were left behind"
     w = json.loads((tmp_path / "made" / "retreat.json").read_text())["w"]

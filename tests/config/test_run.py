@@ -36,7 +36,7 @@ def test_defaults_are_those_of_the_paper(run_file: Path) -> None:
     assert run.selection is None
     run = load_run(run_file, ["selection={}"])
     assert run.selection is not None
-    shares = (run.selection.hard_share, run.selection.memorised_share, run.selection.tau, run.selection.alpha)
+    shares = (run.selection.hard_share, run.selection.memorized_share, run.selection.tau, run.selection.alpha)
     assert shares == (0.6, 0.2, 0.0, 0.8)
 
 

@@ -22,7 +22,7 @@ def test_folds_are_even_whatever_the_order_of_ids(folds: int) -> None:
         assert np.abs(shares - 1 / folds).max() < 5 * np.sqrt((1 / folds) * (1 - 1 / folds) / len(ids))
 
 
-def test_neighbours_fall_into_folds_independently() -> None:
+def test_neighbors_fall_into_folds_independently() -> None:
     fold = fold_of(np.arange(100_000), 2)
     assert abs(np.mean(fold[1:] == fold[:-1]) - 0.5) < 0.01
 

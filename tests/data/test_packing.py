@@ -133,9 +133,7 @@ def test_each_token_lands_in_exactly_one_block_where_its_segment_says(case: tupl
 
 @settings(deadline=None)
 @given(DOCUMENTS, st.randoms(use_true_random=False))
-def test_a_documents_pieces_do_not_depend_on_its_neighbours(
-    case: tuple[list[int], int], shuffle: random.Random
-) -> None:
+def test_a_documents_pieces_do_not_depend_on_its_neighbors(case: tuple[list[int], int], shuffle: random.Random) -> None:
     lengths, block_length = case
     documents = documents_of(lengths)
     others = documents[:]

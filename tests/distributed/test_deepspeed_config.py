@@ -82,7 +82,7 @@ def test_agreeing_and_automatic_values_pass(tmp_path: Path) -> None:
     )
     config = training_config(settings(path), world_size=1)
     assert config["train_batch_size"] == 16
-    assert "optimizer" not in config, "dualtok builds the optimiser itself"
+    assert "optimizer" not in config, "dualtok builds the optimizer itself"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, expect
         training_config(settings(path), world_size=1)
 
 
-def test_a_forward_only_engine_needs_stage_3_and_drops_the_optimiser(tmp_path: Path) -> None:
+def test_a_forward_only_engine_needs_stage_3_and_drops_the_optimizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs stage 3"):
         inference_config(deepspeed_json("zero2"), "bf16", 4)
     config = inference_config(deepspeed_json("zero3_offload"), "bf16", 4)

@@ -189,7 +189,7 @@ def test_a_clock_that_nothing_keeps_right_is_told(monkeypatch: pytest.MonkeyPatc
     """The kernel's answer is one of 0 to 5; which of them it is here, the test does not know."""
     results = []
     for state in range(6):
-        monkeypatch.setattr(machine, "UNSYNCHRONISED", state)
+        monkeypatch.setattr(machine, "UNSYNCHRONIZED", state)
         results.append(check_clock())
     if results[0].status == "not-run":  # containers may not ask
         assert {result.found for result in results} == {"the kernel does not say: Operation not permitted"}

@@ -99,8 +99,8 @@ def test_a_dual_run_can_be_watched(small_corpus: dict[str, Any], tmp_path: Path)
         "loss/dual": "loss",
         "loss/hard": "hard_loss",
         "loss/plain": "plain_loss",
-        "optimiser/learning_rate": "learning_rate",
-        "optimiser/gradient_norm": "gradient_norm",
+        "optimizer/learning_rate": "learning_rate",
+        "optimizer/gradient_norm": "gradient_norm",
         "data/skipped_blocks": "skipped_blocks",
         "throughput/tokens_per_second": "tokens_per_second",
         "memory/peak_gib": "peak_memory_gib",
@@ -109,11 +109,11 @@ def test_a_dual_run_can_be_watched(small_corpus: dict[str, Any], tmp_path: Path)
         found = events.Scalars(tag)
         assert [event.step for event in found] == list(range(1, STEPS + 1)), tag
         assert [event.value for event in found] == pytest.approx([row[column] for row in history], rel=1e-6), tag
-    memorised = {event.step: event.value for event in events.Scalars("loss/memorised")}
-    assert memorised, "no token was unlearned, so the test would say little"
-    for step, value in memorised.items():
-        assert value == pytest.approx(history[step - 1]["memorised_loss"], rel=1e-6)
-    shares = [[event.value for event in events.Scalars(f"share/{name}")] for name in ("hard", "memorised", "neutral")]
+    memorized = {event.step: event.value for event in events.Scalars("loss/memorized")}
+    assert memorized, "no token was unlearned, so the test would say little"
+    for step, value in memorized.items():
+        assert value == pytest.approx(history[step - 1]["memorized_loss"], rel=1e-6)
+    shares = [[event.value for event in events.Scalars(f"share/{name}")] for name in ("hard", "memorized", "neutral")]
     assert [sum(parts) for parts in zip(*shares, strict=True)] == pytest.approx([1.0] * STEPS, abs=1e-6)
     assert shares[0] == pytest.approx([0.6] * STEPS, abs=2e-3)
     assert all(0.0 <= share <= 0.2 for share in shares[1])

@@ -56,9 +56,9 @@ def test_sharded_pipeline_with_an_offloaded_reference_trains_as_one_process_with
         **common,
     )
     succeed(dualtok("train", asked, ranks=4))
-    for name in ("loss", "hard_loss", "memorised_loss", "plain_loss"):
+    for name in ("loss", "hard_loss", "memorized_loss", "plain_loss"):
         np.testing.assert_allclose(column(asked, name), column(plain, name), rtol=1e-5, err_msg=name)
-    for name in ("hard_tokens", "memorised_tokens"):
+    for name in ("hard_tokens", "memorized_tokens"):
         assert (column(plain, name) > 0).all(), f"no {name}, so nothing is compared"
         np.testing.assert_array_equal(column(asked, name), column(plain, name), err_msg=name)
     assert (column(plain, "gradient_norm") > CLIPPING).all(), "clipping was not active"

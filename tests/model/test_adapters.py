@@ -245,7 +245,7 @@ def test_weights_in_four_bits_are_adapted_and_are_their_own_reference(tmp_path: 
     torch.manual_seed(0)
     settings = {**ARCHITECTURES["llama"], "hidden_size": 64, "intermediate_size": 128, "vocab_size": VOCABULARY}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings)).save_pretrained(tmp_path)
-    exact, model = load_causal_lm(tmp_path), load_causal_lm(tmp_path, quantise="nf4")
+    exact, model = load_causal_lm(tmp_path), load_causal_lm(tmp_path, quantize="nf4")
     base = logits(model)
     assert 0 < (base - logits(exact)).abs().mean() < 0.2 * logits(exact).abs().mean()
     adapters = plan_adapters(LoraConfig(rank=2), AutoConfig.from_pretrained(tmp_path), seed=0, base=str(tmp_path))

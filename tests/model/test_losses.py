@@ -84,7 +84,7 @@ def test_packed_documents_have_the_losses_they_have_alone(model_type: str, atten
 
 
 @torch.no_grad()
-def test_a_neighbour_does_not_show() -> None:
+def test_a_neighbor_does_not_show() -> None:
     """Fails when attention reaches over a document boundary, even if each loss stays plausible."""
     model = TokenLossModel(build("llama"))
     ids = np.random.default_rng(2).integers(0, VOCABULARY, (1, BLOCK_LENGTH)).astype(np.int32)

@@ -28,7 +28,7 @@ def read(folder: Path) -> EventAccumulator:
 
 def test_scalars_and_histograms_come_back(tmp_path: Path) -> None:
     writer = EventWriter(tmp_path)
-    writer.scalars({"loss/dual": 1.5, "evaluation/ref_auc": None, "loss/memorised": float("nan")}, step=3)
+    writer.scalars({"loss/dual": 1.5, "evaluation/ref_auc": None, "loss/memorized": float("nan")}, step=3)
     writer.histogram("calibrated/s", fixed_bins(torch.tensor([-1.0, -1.0, 0.5, 100.0])).numpy(), step=3)
     writer.close()
     events = read(tmp_path)

@@ -99,8 +99,8 @@ def expected_weights(model: nn.Module, scope: str, world_size: int) -> dict[str,
         for group in groups:
             batch = {name: torch.cat([part[name] for part in group]) for name in group[0]}
             outcome = dual_loss(plain_losses(model, batch), batch["reference_loss"], batch["labels"] != -100)
-            assert outcome.weights.memorised.any()
-            assert not (outcome.weights.hard | outcome.weights.memorised)[batch["labels"] != -100].all()
+            assert outcome.weights.memorized.any()
+            assert not (outcome.weights.hard | outcome.weights.memorized)[batch["labels"] != -100].all()
             (outcome.loss / len(groups)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -123,5 +123,5 @@ def test_every_chain_of_layouts_trains_the_undisturbed_run(small_corpus: dict[st
             assert step["loss"] == pytest.approx(other["loss"], rel=1e-4), name
             assert step["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3), name
             assert step["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-9), name
-            assert (step["hard_tokens"], step["memorised_tokens"]) == (other["hard_tokens"], other["memorised_tokens"])
+            assert (step["hard_tokens"], step["memorized_tokens"]) == (other["hard_tokens"], other["memorized_tokens"])
         assert relative_distance(expected[undisturbed], exported(run)) < 1e-4, name

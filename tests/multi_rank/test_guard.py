@@ -99,7 +99,7 @@ def test_what_was_done_shows_in_the_run(runs: dict[tuple[str, str], Path]) -> No
     # The unlearning half weighs less from then on.
     quieter, louder = (history(runs[case, "one"])[BROKEN] for case in ("lower_alpha", "skip"))
     assert quieter["hard_loss"] == louder["hard_loss"]
-    assert quieter["loss"] == pytest.approx(quieter["hard_loss"] - 0.2 * quieter["memorised_loss"], rel=1e-3)
+    assert quieter["loss"] == pytest.approx(quieter["hard_loss"] - 0.2 * quieter["memorized_loss"], rel=1e-3)
     # Back from step 5 to the checkpoint of step 3, with two steps' blocks gone: 4 and 5 were taken twice.
     assert state("roll_back")["samples_seen"] == 8 * (STEPS + 2)
     assert state("skip")["samples_seen"] == 8 * STEPS

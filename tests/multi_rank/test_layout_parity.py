@@ -256,15 +256,15 @@ def margin(rows: list[dict[str, list[Any]]]) -> float:
     """Return how near any score came to a border between two sets, nats."""
     nearest = math.inf
     for row in rows:
-        s, hard, memorised = (np.array(row[key]) for key in ("calibrated", "hard", "memorised"))
-        neutral = ~hard & ~memorised
+        s, hard, memorized = (np.array(row[key]) for key in ("calibrated", "hard", "memorized"))
+        neutral = ~hard & ~memorized
         assert hard.any()
-        assert memorised.any()
+        assert memorized.any()
         assert neutral.any()
         # Unlearned are the lowest scores, as many as the share allows, and of those only the ones below tau = 0.
-        share_is_full = memorised.sum() == int(0.2 * len(s) + 1e-9)
-        next_to_unlearned = s[neutral].min() - (s[memorised].max() if share_is_full else 0.0)
-        nearest = min(nearest, s[hard].min() - s[~hard].max(), -s[memorised].max(), next_to_unlearned)
+        share_is_full = memorized.sum() == int(0.2 * len(s) + 1e-9)
+        next_to_unlearned = s[neutral].min() - (s[memorized].max() if share_is_full else 0.0)
+        nearest = min(nearest, s[hard].min() - s[~hard].max(), -s[memorized].max(), next_to_unlearned)
     return float(nearest)
 
 
@@ -286,7 +286,7 @@ def test_a_layout_trains_the_same_model(trained: Path, cell: Cell) -> None:
         assert len(rows) == len(known_rows) >= STEPS
         for row, known_row in zip(rows, known_rows, strict=True):
             assert row["hard"] == known_row["hard"]
-            assert row["memorised"] == known_row["memorised"]
+            assert row["memorized"] == known_row["memorized"]
     weights = [final_weights(trained, each) for each in (expected, cell)]
     assert relative_distance(*weights) < tolerance
 

@@ -71,10 +71,10 @@ def test_a_live_reference_trains_as_a_stored_one(
     succeed(dualtok("train", run, ranks=ranks))
     steps, wanted = history(run, "metrics.jsonl"), history(expected, "metrics.jsonl")
     assert len(steps) == len(wanted) == TRAIN["steps"]
-    assert any(step["memorised_tokens"] for step in wanted), "nothing is unlearned, so nothing is compared"
+    assert any(step["memorized_tokens"] for step in wanted), "nothing is unlearned, so nothing is compared"
     for step, other in zip(steps, wanted, strict=True):
         assert step["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert (step["hard_tokens"], step["memorised_tokens"]) == (other["hard_tokens"], other["memorised_tokens"])
+        assert (step["hard_tokens"], step["memorized_tokens"]) == (other["hard_tokens"], other["memorized_tokens"])
     found, there = history(run, "evaluations.jsonl")[-1], history(expected, "evaluations.jsonl")[-1]
     assert found["ref_auc"] == pytest.approx(there["ref_auc"], abs=1e-3)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dualtok.monitor.timing import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMISER, OTHER, PHASES
+from dualtok.monitor.timing import BACKWARD, COMMUNICATION, DATA, FORWARD, OPTIMIZER, OTHER, PHASES
 from tests.multi_rank.watched_runs import NAP, WALL_FILE
 from tests.support import ROOT, command, environment, history, partitioned_json, tiny_llama_config, write_run
 
@@ -91,7 +91,7 @@ def test_phases_make_up_the_step(launched: Launched) -> None:
         for row in rows:
             assert sum(row[phase] for phase in PHASES) == pytest.approx(row["wall"], abs=1e-4)
             assert row[OTHER] < 0.5 * row["wall"], "most of a step has a name"
-            assert all(row[phase] > 0 for phase in (DATA, FORWARD, BACKWARD, COMMUNICATION, OPTIMISER)), name
+            assert all(row[phase] > 0 for phase in (DATA, FORWARD, BACKWARD, COMMUNICATION, OPTIMIZER)), name
 
 
 @pytest.mark.slow

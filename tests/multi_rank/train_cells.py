@@ -43,12 +43,12 @@ class Recorder:
             predicted = batch["labels"] != IGNORED_LABEL
             mine = [
                 outcome.hard.cpu()[predicted].tolist(),
-                outcome.memorised.cpu()[predicted].tolist(),
+                outcome.memorized.cpu()[predicted].tolist(),
                 outcome.calibrated.cpu()[predicted].tolist(),
             ]
             parts = ranks.gather_objects(mine)
-            hard, memorised, calibrated = ([value for part in parts for value in part[i]] for i in range(3))
-            self.rows.append({"hard": hard, "memorised": memorised, "calibrated": calibrated})
+            hard, memorized, calibrated = ([value for part in parts for value in part[i]] for i in range(3))
+            self.rows.append({"hard": hard, "memorized": memorized, "calibrated": calibrated})
         return outcomes
 
     def write(self, folder: Path) -> None:

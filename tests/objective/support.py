@@ -25,7 +25,7 @@ class Expected:
     loss: float
     gradient: NDArray[np.float64]
     hard: NDArray[np.bool_]
-    memorised: NDArray[np.bool_]
+    memorized: NDArray[np.bool_]
 
 
 def expected_dual(
@@ -34,7 +34,7 @@ def expected_dual(
     mask: NDArray[np.bool_],
     *,
     hard_share: float = 0.6,
-    memorised_share: float = 0.2,
+    memorized_share: float = 0.2,
     tau: float = 0.0,
     alpha: float = 0.8,
     normalize: str = "per_set",
@@ -51,20 +51,20 @@ def expected_dual(
         n_hard = 1
     hard = sorted(tokens, key=lambda i: (-s[i], i))[:n_hard]
     others = [i for i in tokens if i not in set(hard)]
-    lowest = sorted(others, key=lambda i: (s[i], i))[: math.floor(memorised_share * n + 1e-9)]
-    memorised = [i for i in lowest if s[i] < tau]
+    lowest = sorted(others, key=lambda i: (s[i], i))[: math.floor(memorized_share * n + 1e-9)]
+    memorized = [i for i in lowest if s[i] < tau]
 
     gradient = np.zeros(losses.shape)
     gradient[hard] += 1.0 / max(len(hard), 1)
-    divisor = len(memorised) if normalize == "per_set" else memorised_share * n
-    if memorised:
-        gradient[memorised] -= alpha / divisor
-    chosen = [*hard, *memorised]
+    divisor = len(memorized) if normalize == "per_set" else memorized_share * n
+    if memorized:
+        gradient[memorized] -= alpha / divisor
+    chosen = [*hard, *memorized]
     return Expected(
         float(np.sum(gradient[chosen] * losses[chosen])),
         gradient.reshape(mask.shape),
         _members(hard, mask.shape),
-        _members(memorised, mask.shape),
+        _members(memorized, mask.shape),
     )
 
 

@@ -14,7 +14,7 @@ def test_it_is_the_model_minus_the_reference() -> None:
     np.testing.assert_allclose(calibrated_loss(token_loss, reference_loss).numpy(), expected, atol=1e-6)
 
 
-def test_a_memorised_token_is_negative_and_a_hard_one_positive() -> None:
+def test_a_memorized_token_is_negative_and_a_hard_one_positive() -> None:
     s = calibrated_loss(torch.tensor([0.1, 5.0]), torch.tensor([4.0, 2.0]))
     assert s[0] < 0 < s[1]
 

@@ -97,7 +97,7 @@ def test_about_one_token_in_drop_every_is_dropped(drop_every: int, context: int)
     assert share == pytest.approx(1 / drop_every, abs=4 * deviation)
 
 
-def test_neighbouring_ids_are_told_apart() -> None:
+def test_neighboring_ids_are_told_apart() -> None:
     """A weak hash of one token, such as a product modulo a power of two, would follow the token's low bits."""
     documents = [[[token, 0]] for token in range(4096)]
     kept = goldfish_mask(**pack(documents, 2), drop_every=4, context=1)[:, 0]

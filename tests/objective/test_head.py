@@ -108,7 +108,7 @@ def test_a_tied_weight_gets_the_gradient_of_both_uses(labels: torch.Tensor) -> N
     ):
         outcome = dual_loss(losses_of(embedding(ids).tanh(), labels), reference_loss, labels != -100)
         gradients.append(torch.autograd.grad(outcome.loss, embedding.weight)[0])
-    assert outcome.weights.memorised.any()
+    assert outcome.weights.memorized.any()
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[1], gradients[2], rtol=1e-5, atol=1e-6)
 

@@ -28,11 +28,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"normalize": "per_share"},
     {"alpha": 0.0},
     {"alpha": 1.7, "tau": -0.5},
-    {"hard_share": 0.3, "memorised_share": 0.7, "tau": 0.5, "normalize": "per_share"},
-    {"hard_share": 0.0, "memorised_share": 0.4},
-    {"hard_share": 1.0, "memorised_share": 0.0},
+    {"hard_share": 0.3, "memorized_share": 0.7, "tau": 0.5, "normalize": "per_share"},
+    {"hard_share": 0.0, "memorized_share": 0.4},
+    {"hard_share": 1.0, "memorized_share": 0.0},
     {"tau": -100.0},
-    {"memorised_share": 1e-178, "normalize": "per_share"},
+    {"memorized_share": 1e-178, "normalize": "per_share"},
 ]
 
 
@@ -45,8 +45,8 @@ def agree(token_loss: torch.Tensor, reference_loss: torch.Tensor, mask: torch.Te
     assert outcome.loss.item() == pytest.approx(expected.loss, rel=1e-5, abs=1e-5)
     np.testing.assert_allclose(backward(outcome, token_loss).numpy(), expected.gradient, rtol=1e-6, atol=1e-8)
     np.testing.assert_array_equal(outcome.weights.hard.numpy(), expected.hard)
-    np.testing.assert_array_equal(outcome.weights.memorised.numpy(), expected.memorised)
-    assert outcome.weights.counts == (int(mask.sum()), expected.hard.sum(), expected.memorised.sum())
+    np.testing.assert_array_equal(outcome.weights.memorized.numpy(), expected.memorized)
+    assert outcome.weights.counts == (int(mask.sum()), expected.hard.sum(), expected.memorized.sum())
     return outcome
 
 
@@ -65,12 +65,12 @@ def test_what_the_model_knows_better_than_the_reference_is_unlearned() -> None:
     known, unknown = 0.1, 5.0
     token_loss = torch.tensor([known, unknown], requires_grad=True)
     outcome = dual_loss(
-        token_loss, torch.tensor([2.0, 2.0]), selection=SelectionConfig(hard_share=0.5, memorised_share=0.5)
+        token_loss, torch.tensor([2.0, 2.0]), selection=SelectionConfig(hard_share=0.5, memorized_share=0.5)
     )
     gradient = backward(outcome, token_loss)
-    assert gradient[0] < 0, "descent must raise the loss of the memorised token"
+    assert gradient[0] < 0, "descent must raise the loss of the memorized token"
     assert gradient[1] > 0, "descent must lower the loss of the hard token"
-    assert outcome.weights.memorised.tolist() == [True, False]
+    assert outcome.weights.memorized.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("options", SETTINGS)
@@ -101,7 +101,7 @@ def test_it_agrees_with_the_formulas_for_any_settings(
     seed: int, n: int, ties: bool, cuts: tuple[float, float], options: dict[str, Any]
 ) -> None:
     token_loss, reference_loss = random_losses(seed, (n,), ties=ties)
-    shares = {"hard_share": min(cuts), "memorised_share": max(cuts) - min(cuts)}
+    shares = {"hard_share": min(cuts), "memorized_share": max(cuts) - min(cuts)}
     agree(token_loss, reference_loss, random_mask(seed, (n,)), **shares, **options)
 
 
@@ -111,16 +111,16 @@ def test_no_mask_means_every_token() -> None:
     torch.testing.assert_close(dual_loss(token_loss, reference_loss).loss, full.loss, rtol=0, atol=0)
 
 
-def test_the_memorised_set_may_be_empty() -> None:
+def test_the_memorized_set_may_be_empty() -> None:
     token_loss = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
     for normalize in ("per_set", "per_share"):
         outcome = dual_loss(token_loss, torch.zeros(5), selection=SelectionConfig(normalize=normalize))
         assert outcome.weights.counts == (5, 3, 0)
         assert outcome.loss.item() == pytest.approx(4.0)
-        assert torch.isnan(outcome.weights.memorised_loss)
+        assert torch.isnan(outcome.weights.memorized_loss)
 
 
-def test_per_share_keeps_a_nearly_empty_memorised_set_harmless() -> None:
+def test_per_share_keeps_a_nearly_empty_memorized_set_harmless() -> None:
     token_loss = torch.tensor([2.0] * 99 + [1.0], requires_grad=True)
     reference_loss = torch.tensor([1.0] * 99 + [3.0])
     per_set = backward(dual_loss(token_loss, reference_loss), token_loss)
@@ -166,7 +166,7 @@ def test_what_stands_under_the_mask_reaches_neither_value_nor_gradient(bad: floa
 def test_a_broken_reference_leaves_its_token_out() -> None:
     token_loss = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     outcome = dual_loss(
-        token_loss, torch.tensor([2.0, NAN, 1.0]), selection=SelectionConfig(hard_share=0.5, memorised_share=0.5)
+        token_loss, torch.tensor([2.0, NAN, 1.0]), selection=SelectionConfig(hard_share=0.5, memorized_share=0.5)
     )
     assert outcome.loss.item() == pytest.approx(3.0 - 0.8 * 1.0)
     torch.testing.assert_close(backward(outcome, token_loss), torch.tensor([-0.8, 0.0, 1.0]))
@@ -176,7 +176,7 @@ def test_a_broken_reference_leaves_its_token_out() -> None:
 def test_a_broken_model_shows_in_the_loss_even_where_nothing_is_selected() -> None:
     token_loss = torch.tensor([1.0, NAN, 3.0], requires_grad=True)
     outcome = dual_loss(
-        token_loss, torch.tensor([2.0, 1.0, 1.0]), selection=SelectionConfig(hard_share=0.5, memorised_share=0.0)
+        token_loss, torch.tensor([2.0, 1.0, 1.0]), selection=SelectionConfig(hard_share=0.5, memorized_share=0.0)
     )
     assert not outcome.weights.hard[1]
     assert torch.isnan(outcome.loss)
@@ -186,7 +186,7 @@ def test_a_broken_model_shows_in_the_loss_even_where_nothing_is_selected() -> No
 def test_bfloat16_losses_are_summed_in_float32() -> None:
     # In bfloat16 a sum of 4096 ones stops at 256.
     token_loss = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True)
-    outcome = dual_loss(token_loss, torch.zeros(4096), selection=SelectionConfig(hard_share=1.0, memorised_share=0.0))
+    outcome = dual_loss(token_loss, torch.zeros(4096), selection=SelectionConfig(hard_share=1.0, memorized_share=0.0))
     assert outcome.loss.dtype == torch.float32
     assert outcome.loss.item() == pytest.approx(1.0, rel=1e-6)
     assert backward(outcome, token_loss).dtype == torch.bfloat16
@@ -221,10 +221,10 @@ def test_the_totals_are_sums_and_sizes_of_the_sets() -> None:
     mask = random_mask(7, (5, 11))
     outcome = dual_loss(token_loss, reference_loss, mask)
     values = token_loss.detach().numpy().astype(np.float64)
-    for row, members in enumerate((outcome.weights.hard, outcome.weights.memorised, mask)):
+    for row, members in enumerate((outcome.weights.hard, outcome.weights.memorized, mask)):
         chosen = values[members.numpy()]
         np.testing.assert_allclose(outcome.weights.totals[row].numpy(), [chosen.sum(), len(chosen)], rtol=1e-12)
-    loss = outcome.weights.hard_loss - 0.8 * outcome.weights.memorised_loss
+    loss = outcome.weights.hard_loss - 0.8 * outcome.weights.memorized_loss
     assert outcome.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert outcome.weights.plain_loss.item() == pytest.approx(values[mask.numpy()].mean())
 
@@ -251,8 +251,8 @@ def test_selective_is_the_learning_half_and_unlearns_nothing() -> None:
     dual = dual_loss(token_loss, reference_loss, mask, selection=SelectionConfig(hard_share=0.4, alpha=0.0))
     torch.testing.assert_close(outcome.loss, dual.loss)
     torch.testing.assert_close(outcome.weights.hard, dual.weights.hard)
-    assert dual.weights.memorised.any()
-    assert not outcome.weights.memorised.any()
+    assert dual.weights.memorized.any()
+    assert not outcome.weights.memorized.any()
 
 
 def test_causal_lm_is_the_mean_over_all_predicted_tokens() -> None:
@@ -303,8 +303,8 @@ def test_every_objective_takes_a_batch_and_ignores_positions_without_a_label(nam
     assert not gradient[batch["labels"] == -100].any()
     assert outcome.weights.counts.tokens == outcome.weights.totals[2, 1] == 3 * 38
     torch.testing.assert_close(gradient > 0, outcome.weights.hard)
-    torch.testing.assert_close(gradient < 0, outcome.weights.memorised)
-    assert outcome.weights.memorised.any() == (name == "dual")
+    torch.testing.assert_close(gradient < 0, outcome.weights.memorized)
+    assert outcome.weights.memorized.any() == (name == "dual")
 
 
 def test_objectives_without_need_of_a_reference_report_s_when_there_is_one() -> None:
@@ -334,14 +334,14 @@ def test_settings_reach_the_dual_loss() -> None:
     token_loss, _ = random_losses(13, (3, 40))
     options: dict[str, Any] = {
         "hard_share": 0.3,
-        "memorised_share": 0.4,
+        "memorized_share": 0.4,
         "tau": -3.0,
         "alpha": 0.3,
         "normalize": "per_share",
     }
     outcome = build_objective("dual", SelectionConfig(**options))(token_loss, batch)
     unlimited = build_objective("dual", SelectionConfig(**{**options, "tau": 0.0}))(token_loss, batch)
-    assert outcome.weights.memorised.sum() < unlimited.weights.memorised.sum(), "tau decides nothing here"
+    assert outcome.weights.memorized.sum() < unlimited.weights.memorized.sum(), "tau decides nothing here"
     mask = batch["labels"] != -100
     expected = expected_dual(token_loss.detach().numpy(), batch["reference_loss"].numpy(), mask.numpy(), **options)
     assert outcome.loss.item() == pytest.approx(expected.loss, rel=1e-5)

@@ -27,7 +27,7 @@ def check_parity(
     # Each token lives on one rank, so the mean of the gradients is the ranks' own over the world size.
     gradients = [backward(outcome, leaf) for outcome, leaf in zip(outcomes, leaves, strict=True)]
     torch.testing.assert_close(torch.cat(gradients) / world_size, backward(whole, token_loss), rtol=1e-6, atol=1e-9)
-    for name in ("hard", "memorised", "calibrated"):
+    for name in ("hard", "memorized", "calibrated"):
         torch.testing.assert_close(
             torch.cat([getattr(o.weights, name) for o in outcomes]), getattr(whole.weights, name)
         )
@@ -48,7 +48,7 @@ def test_any_split_gives_the_result_of_one_process(
 ) -> None:
     token_loss, reference_loss = random_losses(seed, (sum(rows), 5), ties=ties)
     mask = random_mask(seed, token_loss.shape)
-    options: dict[str, Any] = {"normalize": normalize, "hard_share": shares[0], "memorised_share": shares[1]}
+    options: dict[str, Any] = {"normalize": normalize, "hard_share": shares[0], "memorized_share": shares[1]}
     leaves = [part.detach().clone().requires_grad_() for part in token_loss.split(rows)]
     references, masks = reference_loss.split(rows), mask.split(rows)
 
@@ -113,7 +113,7 @@ def test_a_rank_without_a_selected_token_still_has_a_backward_pass() -> None:
             leaves[rank], torch.zeros(2), selection=SelectionConfig(hard_share=0.5), gather=gather
         ),
     )
-    assert not (outcomes[1].weights.hard | outcomes[1].weights.memorised).any()
+    assert not (outcomes[1].weights.hard | outcomes[1].weights.memorized).any()
     assert backward(outcomes[0], leaves[0]).tolist() == [1.0, 1.0]
     assert backward(outcomes[1], leaves[1]).tolist() == [0.0, 0.0]
 
@@ -164,7 +164,7 @@ def step_outcomes(
 STEPS = st.fixed_dictionaries(
     {
         "hard_share": st.sampled_from([0.0, 0.3, 0.6]),
-        "memorised_share": st.sampled_from([0.0, 0.2, 0.4]),
+        "memorized_share": st.sampled_from([0.0, 0.2, 0.4]),
         "normalize": st.sampled_from(["per_set", "per_share"]),
     }
 )
@@ -204,8 +204,8 @@ def test_a_step_of_micro_batches_is_one_batch(
     gradients = [backward(outcome, leaf) / slices for outcome, leaf in zip(in_order, leaves, strict=True)]
     np.testing.assert_allclose(torch.cat(gradients).numpy(), expected.gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(torch.cat([o.weights.hard for o in in_order]).numpy(), expected.hard)
-    np.testing.assert_array_equal(torch.cat([o.weights.memorised for o in in_order]).numpy(), expected.memorised)
-    counts = (int(mask.sum()), int(expected.hard.sum()), int(expected.memorised.sum()))
+    np.testing.assert_array_equal(torch.cat([o.weights.memorized for o in in_order]).numpy(), expected.memorized)
+    counts = (int(mask.sum()), int(expected.hard.sum()), int(expected.memorized.sum()))
     assert all(outcome.weights.counts == counts for outcome in in_order)
     assert sum(o.weights.totals for o in in_order)[:, 1].tolist() == [counts[1], counts[2], counts[0]]
 
@@ -231,7 +231,7 @@ def test_other_scopes_plan_each_micro_batch_alone(name: str, scope: Any) -> None
         alone = objective(losses, batch)
         torch.testing.assert_close(apply_weights(weights, losses).loss, alone.loss, rtol=0, atol=0)
         torch.testing.assert_close(weights.hard, alone.weights.hard, rtol=0, atol=0)
-        torch.testing.assert_close(weights.memorised, alone.weights.memorised, rtol=0, atol=0)
+        torch.testing.assert_close(weights.memorized, alone.weights.memorized, rtol=0, atol=0)
 
 
 def test_a_plan_needs_no_losses_of_tokens_that_weigh_nothing() -> None:
@@ -240,7 +240,7 @@ def test_a_plan_needs_no_losses_of_tokens_that_weigh_nothing() -> None:
     plans = build_objective("dual", SelectionConfig(scope="step")).weigh(list(token_loss), batches)
     for weights, losses in zip(plans, token_loss, strict=True):
         selected = weights.factors != 0
-        assert (selected == (weights.hard | weights.memorised)).all()
+        assert (selected == (weights.hard | weights.memorized)).all()
         assert not selected.all()
         torch.testing.assert_close(apply_weights(weights, losses).loss, apply_weights(weights, losses * selected).loss)
 

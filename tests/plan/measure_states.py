@@ -1,7 +1,7 @@
 """Started under torchrun by test_memory.py: the bytes of model states that real DeepSpeed engines hold, as JSON.
 
-Every tensor that lives after a forward and backward pass, when optimiser states and gradients all exist, and that did
-not before the engine was built, counts once per storage. Of one optimiser step, the bytes of each kind of collective
+Every tensor that lives after a forward and backward pass, when optimizer states and gradients all exist, and that did
+not before the engine was built, counts once per storage. Of one optimizer step, the bytes of each kind of collective
 are counted, those below a kilobyte (norms, flags) left out.
 """
 

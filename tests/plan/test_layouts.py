@@ -69,14 +69,14 @@ def test_where_none_fits_the_nearest_comes_first() -> None:
 
 def test_4_bit_weights_and_step_scope_leave_some_layouts_out() -> None:
     adapters = replace(SHAPE, adapters=((1000,),) * LAYERS)
-    quantised = rank_layouts(adapters, replace(OWN, quantised=True, zero_stage=2), cluster(80 * GIB))
-    assert {(option.job.engine, option.job.zero_stage) for option in quantised} == {
+    quantized = rank_layouts(adapters, replace(OWN, quantized=True, zero_stage=2), cluster(80 * GIB))
+    assert {(option.job.engine, option.job.zero_stage) for option in quantized} == {
         ("zero", 1),
         ("zero", 2),
         ("pipeline", 1),
     }
     whole = weigh(adapters, replace(OWN, zero_stage=2), cluster(80 * GIB)).memory.largest.parameters.device
-    halves = weigh(adapters, replace(OWN, zero_stage=2, quantised=True), cluster(80 * GIB)).memory.largest
+    halves = weigh(adapters, replace(OWN, zero_stage=2, quantized=True), cluster(80 * GIB)).memory.largest
     assert whole - halves.parameters.device == pytest.approx(LAYERS * 12_000_000 * (2 - 0.5625), rel=1e-6)
     step = rank_layouts(SHAPE, replace(OWN, scores_step=True), cluster(80 * GIB))
     assert {option.job.engine for option in step} == {"zero"}

@@ -53,8 +53,8 @@ def test_rings_pass_the_slowest_link_and_pay_for_every_hop() -> None:
     assert CLUSTER.ring(80.0, 8, 0) == pytest.approx(10.0)
     assert CLUSTER.ring(0.0, 8, 1) == pytest.approx(base + 6 * local + 2 * remote)
     assert CLUSTER.ring(80.0, 1, 3) == 0.0
-    assert CLUSTER.to_neighbour_stage(80.0, 2) == pytest.approx(1.0)
-    assert CLUSTER.to_neighbour_stage(80.0, 4) == pytest.approx(80 / 0.8 / 2.5)
+    assert CLUSTER.to_neighbor_stage(80.0, 2) == pytest.approx(1.0)
+    assert CLUSTER.to_neighbor_stage(80.0, 4) == pytest.approx(80 / 0.8 / 2.5)
 
 
 def test_zero3_hides_a_part_of_its_communication_and_others_none() -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from dualtok.reference.live import LiveReference
 
 MICRO_BATCH, WINDOW, BATCHES = 6, 2, 4
-"""Blocks over all replicas, micro-batches per optimiser step, micro-batches compared."""
+"""Blocks over all replicas, micro-batches per optimizer step, micro-batches compared."""
 
 
 class Comparison:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 def test_the_expected_auc_is_what_ref_reaches() -> None:
     draw = np.random.default_rng(0)
-    n, memorised = 20_000, 0.02
+    n, memorized = 20_000, 0.02
     sides = []
-    for learned in (memorised, 0.0):
+    for learned in (memorized, 0.0):
         difficulty = draw.normal(5.0, 0.5, n)
         reference = difficulty + draw.normal(0, 0.05, n)
         stand_in = difficulty + draw.normal(0, 0.05, n)

@@ -38,13 +38,13 @@ def test_a_tiny_model_takes_dual_steps_and_the_plan_stands_beside_what_was_measu
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    steps = re.findall(r"step (\d): loss (\S+), hard (\S+), memorised (\S+), gradient norm (\S+),", result.stdout)
+    steps = re.findall(r"step (\d): loss (\S+), hard (\S+), memorized (\S+), gradient norm (\S+),", result.stdout)
     assert [step for step, *_ in steps] == ["1", "2"]
-    for _, loss, hard, memorised, norm in steps:
+    for _, loss, hard, memorized, norm in steps:
         assert float(norm) > 0
         # Random weights know nothing: both sets lie near log(32,000) = 10.4, and the loss is their weighted difference.
-        assert float(loss) == pytest.approx(float(hard) - 0.8 * float(memorised), abs=1e-3)
-        assert 8 < float(memorised) < float(hard) < 13
+        assert float(loss) == pytest.approx(float(hard) - 0.8 * float(memorized), abs=1e-3)
+        assert 8 < float(memorized) < float(hard) < 13
     assert "0.004 billion parameters, 2 ranks" in result.stdout
     planned = re.search(r"planned (\S+): measured / planned", result.stdout)
     assert planned is not None

@@ -43,7 +43,7 @@ def writer(monitor: MonitorConfig, output: Path, done: int = 0) -> Iterator[Even
 def write(monitor: MonitorConfig, output: Path, steps: tuple[int, ...] = STEPS, done: int = 0) -> None:
     with writer(monitor, output, done) as events:
         for step in steps:
-            events.scalars({"loss/dual": step / 2, "time/data": 0.25, "loss/memorised": None}, step)
+            events.scalars({"loss/dual": step / 2, "time/data": 0.25, "loss/memorized": None}, step)
             events.scalars({"evaluation/ref_auc": 0.5}, step)  # at the same step, as an evaluation comes
 
 

@@ -56,7 +56,7 @@ def test_matrices_decay_and_vectors_do_not(alone: bool) -> None:
         torch.testing.assert_close(value.detach(), before[name] * kept)
 
 
-def test_what_is_frozen_is_not_given_to_the_optimiser() -> None:
+def test_what_is_frozen_is_not_given_to_the_optimizer() -> None:
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     groups = build_adamw(model, settings(), on_host=False).param_groups

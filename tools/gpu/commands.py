@@ -72,7 +72,7 @@ WAYS = {
 NORM_TOLERANCE = 2e-4
 """For norms that another device has added up: on host cores torch's of 4 million float32 elements is off by 7e-5."""
 
-LOSSES = ("plain_loss", "hard_loss", "memorised_loss")
+LOSSES = ("plain_loss", "hard_loss", "memorized_loss")
 """Of all tokens, and of those that are learned and unlearned, so that another choice of tokens shows."""
 
 

@@ -246,7 +246,7 @@ AUDIT: tuple[Fault, ...] = (
         OF_ATTACKS,
     ),
     Fault(
-        "lira-normalisation",
+        "lira-normalization",
         LIRA,
         "np.log(fit.sigma_out / fit.sigma_in)",
         "np.log(fit.sigma_in / fit.sigma_out)",

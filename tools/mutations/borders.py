@@ -247,7 +247,7 @@ BORDERS: tuple[Fault, ...] = (
         "true-is-a-number", KEYS, "(kind == FLAG or not isinstance(value, bool))", "True", "true passes for 1", OF_JSON
     ),
     Fault(
-        "amsgrad-passes", CONFIG, '"amsgrad": (False,', '"amsgrad": (True,', "another optimiser is asked for", OF_JSON
+        "amsgrad-passes", CONFIG, '"amsgrad": (False,', '"amsgrad": (True,', "another optimizer is asked for", OF_JSON
     ),
     Fault(
         "remainder-lost",

@@ -44,9 +44,9 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "sets-swapped",
         SELECTION,
-        "return Selection(hard_n, memorised_n,",
-        "return Selection(memorised_n, hard_n,",
-        "hard and memorised tokens change places",
+        "return Selection(hard_n, memorized_n,",
+        "return Selection(memorized_n, hard_n,",
+        "hard and memorized tokens change places",
         OF_SELECTION,
     ),
     Fault(
@@ -84,8 +84,8 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "ties-from-the-end",
         SELECTION,
-        "rest[torch.sort(scores_n[rest], stable=True).indices[:n_memorised]]",
-        "order.flip(0)[:n_memorised]",
+        "rest[torch.sort(scores_n[rest], stable=True).indices[:n_memorized]]",
+        "order.flip(0)[:n_memorized]",
         "of equal scores the later ones are unlearned first",
         OF_SELECTION,
     ),
@@ -116,9 +116,9 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "alpha-sign",
         PLAN,
-        "hard.float() - unlearned * memorised.float()",
-        "hard.float() + unlearned * memorised.float()",
-        "memorised tokens are learned",
+        "hard.float() - unlearned * memorized.float()",
+        "hard.float() + unlearned * memorized.float()",
+        "memorized tokens are learned",
         OF_LOSS,
     ),
     Fault(
@@ -158,7 +158,7 @@ OBJECTIVE: tuple[Fault, ...] = (
         PLAN,
         'per_share = selection.normalize == "per_share"',
         'per_share = selection.normalize == "per_set"',
-        "the two ways to average the memorised tokens change places",
+        "the two ways to average the memorized tokens change places",
         OF_LOSS,
     ),
     Fault(
@@ -172,8 +172,8 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "totals-swapped",
         PLAN,
-        "totals=_totals(losses, hard, memorised, mask)",
-        "totals=_totals(losses, memorised, hard, mask)",
+        "totals=_totals(losses, hard, memorized, mask)",
+        "totals=_totals(losses, memorized, hard, mask)",
         "the losses reported of both sets change places",
         OF_LOSS,
     ),
@@ -196,7 +196,7 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "selective-unlearns",
         LOSS,
-        "memorised_share=0.0, alpha=0.0, tau=0.0",
+        "memorized_share=0.0, alpha=0.0, tau=0.0",
         "tau=0.0",
         "the objective selective unlearns too",
         OF_LOSS,

@@ -285,7 +285,7 @@ PLUMBING: tuple[Fault, ...] = (
         (f"{OF_PRIVATE}::test_epsilon_is_opacus_own",),
     ),
     Fault(
-        "memory-of-the-optimiser",
+        "memory-of-the-optimizer",
         MEMORY,
         "Bytes(2 * STATE * whole)",
         "Bytes(STATE * whole)",

@@ -3,8 +3,8 @@
     python tools/paper/dynamics.py runs/paper/sotu-0/dynamics_dual.yaml
 
 The same blocks of the training split are judged by every checkpoint, with the run's own selection and reference. Writes
-``dynamics.json`` into the run's folder: shares of hard and memorised tokens, the share of tokens hard at the first
-checkpoint that are memorised now, and cos(grad of mean CE over T_h, grad of mean CE over T_m) over the batches.
+``dynamics.json`` into the run's folder: shares of hard and memorized tokens, the share of tokens hard at the first
+checkpoint that are memorized now, and cos(grad of mean CE over T_h, grad of mean CE over T_m) over the batches.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ BLOCKS = 64
 
 
 def judge(model: Any, objective: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    """Return the masks of hard and memorised tokens of every batch, and the cosines of the two gradients."""
-    hard, memorised, cosines = [], [], []
+    """Return the masks of hard and memorized tokens of every batch, and the cosines of the two gradients."""
+    hard, memorized, cosines = [], [], []
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in batches:
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -43,11 +43,11 @@ def judge(model: Any, objective: Any, batches: list[dict[str, torch.Tensor]]) ->
         ).view(batch["labels"].shape)
         outcome = objective(losses, batch)
         hard.append(outcome.weights.hard)
-        memorised.append(outcome.weights.memorised)
-        if outcome.weights.hard.any() and outcome.weights.memorised.any():
+        memorized.append(outcome.weights.memorized)
+        if outcome.weights.hard.any() and outcome.weights.memorized.any():
             learned, unlearned = (
                 torch.autograd.grad(losses[mask].mean(), parameters, retain_graph=True)
-                for mask in (outcome.weights.hard, outcome.weights.memorised)
+                for mask in (outcome.weights.hard, outcome.weights.memorized)
             )
             pairs = [
                 torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
@@ -55,7 +55,7 @@ def judge(model: Any, objective: Any, batches: list[dict[str, torch.Tensor]]) ->
             ]
             product, one, other = torch.stack(pairs).sum(0).tolist()
             cosines.append(product / (one * other) ** 0.5)
-    return {"hard": torch.cat(hard), "memorised": torch.cat(memorised), "cosines": cosines}
+    return {"hard": torch.cat(hard), "memorized": torch.cat(memorized), "cosines": cosines}
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def main() -> None:
             {
                 "step": int(checkpoint.name.removeprefix("step-")),
                 "hard": int(judged["hard"].sum()) / tokens,
-                "memorised": int(judged["memorised"].sum()) / tokens,
-                "hard_to_memorised": int((first & judged["memorised"]).sum()) / max(1, int(first.sum())),
+                "memorized": int(judged["memorized"].sum()) / tokens,
+                "hard_to_memorized": int((first & judged["memorized"]).sum()) / max(1, int(first.sum())),
                 "cosine": statistics.fmean(cosines) if cosines else None,
                 "cosine_deviation": statistics.pstdev(cosines) if cosines else None,
             }

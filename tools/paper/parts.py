@@ -61,10 +61,10 @@ def sweeps(cell: Cell) -> None:
     for setting, values in (
         ("alpha", (0.1, 0.2, 0.4, 1.0, 1.5, 2.0)),
         ("hard_share", (0.2, 0.4, 0.8)),
-        ("memorised_share", (0.1, 0.4)),
+        ("memorized_share", (0.1, 0.4)),
     ):
         for value in values:
-            selection = {setting: value} if setting != "memorised_share" else {setting: value, "hard_share": 0.5}
+            selection = {setting: value} if setting != "memorized_share" else {setting: value, "hard_share": 0.5}
             name = f"dual {setting} {value:g}"
             run = cell.run(name.replace(" ", "-"), "dual", selection=selection, **cell.reference())
             cell.train(name, run, [scored], row=name)
@@ -298,7 +298,7 @@ def further(cell: Cell) -> None:
         ATTACKER,
         f"{cell.name}/export {ATTACKER}",
         attacks=attacks,
-        passes={"neighbours": cell.scale.neighbours},
+        passes={"neighbors": cell.scale.neighbors},
     )
 
 

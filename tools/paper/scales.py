@@ -42,7 +42,7 @@ class Scale:
     """Corpus -> keys of ``data`` that say where its documents are; without it the bundled corpora."""
     adapters: dict[str, Any] = field(default_factory=dict)
     """What ``model`` of every fine-tuning has beside its weights: LoRA."""
-    neighbours: int = 10
+    neighbors: int = 10
     """Changed texts per document in the part ``further``."""
     paper_model: str = GPT_2
     """The paper's model whose figures stand beside ours."""
@@ -75,7 +75,7 @@ def _shares(*, train: float, auxiliary: float, held_out: float) -> dict[str, flo
     return {"train": train, **small, "held_out": held_out}
 
 
-_CPU_OPTIMISER = {"precision": "fp32", "batch_size": 16}
+_CPU_OPTIMIZER = {"precision": "fp32", "batch_size": 16}
 SCALES = {
     "smoke": Scale(
         name="smoke",
@@ -89,9 +89,9 @@ SCALES = {
         from_scratch=_shares(train=0.005, auxiliary=0.0015, held_out=0.005),
         auxiliary=(2,),
         shadows=2,
-        neighbours=2,
-        pretraining={**_CPU_OPTIMISER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
-        fine_tuning={**_CPU_OPTIMISER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},
+        neighbors=2,
+        pretraining={**_CPU_OPTIMIZER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
+        fine_tuning={**_CPU_OPTIMIZER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},
         private={"batch_size": 8},
         early=2,
         reference_epochs=1,
@@ -110,14 +110,14 @@ SCALES = {
         pretraining_shares={"train": 0.3, "reference": 0.2, "validation": 0.02},
         from_scratch=_shares(train=0.2, auxiliary=0.02, held_out=0.04),
         pretraining={
-            **_CPU_OPTIMISER,
+            **_CPU_OPTIMIZER,
             "learning_rate": 3e-3,
             "steps": 200,
             "warmup_steps": 10,
             "evaluation_blocks": 64,
         },
         fine_tuning={
-            **_CPU_OPTIMISER,
+            **_CPU_OPTIMIZER,
             "learning_rate": 1e-3,
             "epochs": 3,
             "warmup_steps": 10,
@@ -142,7 +142,7 @@ SCALES = {
         private={"batch_size": 512, "gradient_accumulation": 16, "epochs": 10, "learning_rate": 2e-4},
         early=100,
         reference_epochs=5,
-        neighbours=25,
+        neighbors=25,
         sources={
             "wikipedia": {"source": "wikimedia/wikipedia", "dataset_config": "20231101.en", "max_documents": 12_000},
             "cc_news": {"source": "vblagoje/cc_news", "max_documents": 12_000},

@@ -206,10 +206,10 @@ def _dynamics(cell: Cell) -> Iterator[str]:
     if not file.is_file():
         return
     yield from (f"## {cell.name}, tokens of the dual run (paper: cosine within +-.15)", "")
-    yield "| step | hard | memorised | first hard, now memorised | cosine of the gradients |"
+    yield "| step | hard | memorized | first hard, now memorized | cosine of the gradients |"
     yield "|---|---|---|---|---|"
     for entry in json.loads(file.read_text()):
         cosine = "n/a" if entry["cosine"] is None else f"{entry['cosine']:.3f} ± {entry['cosine_deviation']:.3f}"
-        shares = " | ".join(f"{entry[name]:.3f}" for name in ("hard", "memorised", "hard_to_memorised"))
+        shares = " | ".join(f"{entry[name]:.3f}" for name in ("hard", "memorized", "hard_to_memorized"))
         yield f"| {entry['step']} | {shares} | {cosine} |"
     yield ""

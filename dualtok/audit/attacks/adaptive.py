@@ -130,11 +130,11 @@ def _runs(below: NDArray[np.bool_], offsets: Offsets) -> tuple[Floats, Floats]:
 
 
 def _autocorrelation(s: Floats, means: Floats, offsets: Offsets) -> Floats:
-    """Return the correlation [n] of neighbouring tokens' s; 0 where s does not vary."""
+    """Return the correlation [n] of neighboring tokens' s; 0 where s does not vary."""
     centred = s - np.repeat(means, np.diff(offsets))
     product = np.zeros_like(s)
     product[1:] = centred[1:] * centred[:-1]
-    product[offsets[:-1]] = 0.0  # a document's first token has no neighbour before it
+    product[offsets[:-1]] = 0.0  # a document's first token has no neighbor before it
     return _ratio(segment_mean(product, offsets), segment_mean(centred**2, offsets))
 
 
@@ -210,7 +210,7 @@ def forest_scores(members: Floats, non_members: Floats, seed: int) -> PairOfScor
 
 
 def logistic() -> Any:
-    """Return a regression on standardised features."""
+    """Return a regression on standardized features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

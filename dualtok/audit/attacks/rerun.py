@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dualtok.audit.signals.signals import Signals
 
 CANDIDATES = 10
-"""Likeliest other tokens that a neighbour's tokens are drawn from."""
+"""Likeliest other tokens that a neighbor's tokens are drawn from."""
 LOSS_FLOOR = 1e-6
 """In nats: a model that is certain of every token has no loss to divide by."""
 
@@ -75,18 +75,18 @@ def con_recall_score(target: Signals, context: AttackContext) -> Scores:
 
 
 @attack(
-    "neighbourhood",
-    "Neighbours",
+    "neighborhood",
+    "Neighbors",
     "mean loss of texts with some tokens replaced minus the loss (Mattern et al. 2023; the replacements are the "
     "audited model's own)",
     kind="rerun",
-    needs=("neighbours",),
-    settings=("neighbours", "neighbour_share"),
+    needs=("neighbors",),
+    settings=("neighbors", "neighbor_share"),
 )
-def neighbourhood_score(target: Signals, context: AttackContext) -> Scores:
-    """Mean loss of the neighbours minus the loss."""
-    known = context.rerun_for(target, "neighbours")
-    return known["neighbour_loss"] - known["loss"]
+def neighborhood_score(target: Signals, context: AttackContext) -> Scores:
+    """Mean loss of the neighbors minus the loss."""
+    known = context.rerun_for(target, "neighbors")
+    return known["neighbor_loss"] - known["loss"]
 
 
 @attack(
@@ -131,29 +131,29 @@ def _conditional(scorer: Scorer | None, documents: Documents, tools: Tools, pref
     return {"loss": _means(losses[:n]), "conditional_loss": _means(after)}
 
 
-def neighbourhood_rerun(scorer: Scorer | None, documents: Documents, tools: Tools) -> dict[str, Floats]:
-    """Return the mean ``loss`` of each document and ``neighbour_loss``, that of its neighbours on average."""
+def neighborhood_rerun(scorer: Scorer | None, documents: Documents, tools: Tools) -> dict[str, Floats]:
+    """Return the mean ``loss`` of each document and ``neighbor_loss``, that of its neighbors on average."""
     assert scorer is not None
     originals = scorer.candidates(documents.tokens, CANDIDATES)
-    neighbours: list[Ids] = []
+    neighbors: list[Ids] = []
     for number, tokens, original in zip(documents.numbers, documents.tokens, originals, strict=True):
         draw = np.random.default_rng([tools.seed, number])
-        neighbours += _neighbours(tokens, original["other"], original["weight"], tools, draw)
-    losses = _means(scorer.losses(neighbours))
+        neighbors += _neighbors(tokens, original["other"], original["weight"], tools, draw)
+    losses = _means(scorer.losses(neighbors))
     return {
         "loss": _means([original["loss"] for original in originals]),
-        "neighbour_loss": losses.reshape(len(documents.tokens), tools.settings.neighbours).mean(axis=1),
+        "neighbor_loss": losses.reshape(len(documents.tokens), tools.settings.neighbors).mean(axis=1),
     }
 
 
-def _neighbours(
+def _neighbors(
     tokens: Ids, other: NDArray[np.generic], weight: NDArray[np.generic], tools: Tools, draw: np.random.Generator
 ) -> list[Ids]:
     """Return copies of a document in which some tokens, never the first or the end token, are others."""
     places = 1 + np.flatnonzero(tokens[1:] != tools.eos)
-    replaced = min(len(places), max(1, round(tools.settings.neighbour_share * len(places))))
+    replaced = min(len(places), max(1, round(tools.settings.neighbor_share * len(places))))
     copies = []
-    for _ in range(tools.settings.neighbours):
+    for _ in range(tools.settings.neighbors):
         copy = tokens.copy()
         for place in draw.choice(places, replaced, replace=False) if replaced else ():
             chances = weight[place - 1].astype(np.float64)
@@ -175,7 +175,7 @@ RERUNS = {
         Rerun("lowercase", lowercase_rerun),
         Rerun("non_member_prefix", non_member_prefix_rerun, _PREFIX, prefix="non_members"),
         Rerun("member_prefix", member_prefix_rerun, _PREFIX, prefix="members"),
-        Rerun("neighbours", neighbourhood_rerun, ("neighbours", "neighbour_share")),
+        Rerun("neighbors", neighborhood_rerun, ("neighbors", "neighbor_share")),
         Rerun("gradient", gradient_rerun, gradients=True),
     )
 }

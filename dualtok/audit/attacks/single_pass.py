@@ -59,11 +59,11 @@ def min_k_score(target: Signals, context: AttackContext) -> Scores:
 @attack(
     "min_k_plus_plus",
     "Min-K%++",
-    "the same after standardising each log-probability over the vocabulary (Zhang et al. 2024)",
+    "the same after standardizing each log-probability over the vocabulary (Zhang et al. 2024)",
     headline=True,
 )
 def min_k_plus_plus_score(target: Signals, context: AttackContext) -> Scores:
     """Mean of the document's lowest (log p - mu) / sigma, mu and sigma over the vocabulary under p itself."""
     sigma = np.maximum(np.sqrt(target.var_log_prob.astype(np.float64)), SIGMA_FLOOR)
-    normalised = (target.log_prob.astype(np.float64) - target.mean_log_prob) / sigma
-    return lowest_mean(normalised, target.offsets, context.min_k_share)
+    normalized = (target.log_prob.astype(np.float64) - target.mean_log_prob) / sigma
+    return lowest_mean(normalized, target.offsets, context.min_k_share)

@@ -1,4 +1,4 @@
-"""Published attacks that look at single tokens: which of them count, and how their neighbours vote.
+"""Published attacks that look at single tokens: which of them count, and how their neighbors vote.
 
 They need what one pass leaves of each token, and two of them the same of a reference. Higher scores say "member".
 

@@ -230,20 +230,20 @@ class SelectionSeries(Record):
     run: str
     steps: list[int]
     hard: list[Share]
-    memorised: list[Share]
+    memorized: list[Share]
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if not len(self.steps) == len(self.hard) == len(self.memorised):
+        if not len(self.steps) == len(self.hard) == len(self.memorized):
             raise ValueError(f"selection of {self.run!r}: {len(self.steps)} steps need as many shares of each kind")
-        if any(h + m > 1 + 1e-6 for h, m in zip(self.hard, self.memorised, strict=True)):
-            raise ValueError(f"selection of {self.run!r}: the hard and memorised shares exceed 1 together")
+        if any(h + m > 1 + 1e-6 for h, m in zip(self.hard, self.memorized, strict=True)):
+            raise ValueError(f"selection of {self.run!r}: the hard and memorized shares exceed 1 together")
         return self
 
     @property
     def neutral(self) -> list[float]:
         """Share of tokens that took no part, per step."""
-        return [max(0.0, 1 - hard - memorised) for hard, memorised in zip(self.hard, self.memorised, strict=True)]
+        return [max(0.0, 1 - hard - memorized) for hard, memorized in zip(self.hard, self.memorized, strict=True)]
 
 
 class TrainingSeries(Record):

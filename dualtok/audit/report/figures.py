@@ -128,12 +128,12 @@ def canary_figure(name: str, canaries: CanaryAudit, identifier: str) -> str:
 
 
 def selection_figure(series: SelectionSeries, identifier: str) -> str:
-    """Return the shares of hard, neutral and memorised tokens over one run's training steps, stacked."""
+    """Return the shares of hard, neutral and memorized tokens over one run's training steps, stacked."""
     with _axes(f"{identifier}-", (4.0, 2.9)) as (axes, finish):
         parts = (
             ("hard (learned)", series.hard),
             ("neutral", series.neutral),
-            ("memorised (unlearned)", series.memorised),
+            ("memorized (unlearned)", series.memorized),
         )
         base = np.zeros(len(series.steps))
         for index, (label, values) in enumerate(parts):
@@ -146,7 +146,7 @@ def selection_figure(series: SelectionSeries, identifier: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.set_title(series.run, fontsize=11)
         axes.legend(fontsize=8, loc="lower right")
-        return finish(f"Shares of hard, neutral and memorised tokens over the training of {series.run}")
+        return finish(f"Shares of hard, neutral and memorized tokens over the training of {series.run}")
 
 
 def training_figure(series: Sequence[TrainingSeries], identifier: str) -> str:

@@ -48,11 +48,11 @@ class RerunSettings:
     con_recall_gamma: Annotated[float, Field(ge=0)] = 0.5
     """Con-ReCall: weight of the log-likelihood given members. The code of Wang et al. 2024 tries 0.1 to 1."""
 
-    neighbours: Annotated[int, Field(ge=1)] = 25
-    """Neighbourhood: changed texts per document, each of which costs as much as the document itself."""
+    neighbors: Annotated[int, Field(ge=1)] = 25
+    """Neighborhood: changed texts per document, each of which costs as much as the document itself."""
 
-    neighbour_share: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Neighbourhood: share of a document's tokens that are replaced in each, at least one."""
+    neighbor_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Neighborhood: share of a document's tokens that are replaced in each, at least one."""
 
 
 class Scorer(Protocol):

@@ -64,7 +64,7 @@ class Shadow:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of its training."""
+        """Optimizer steps of its training."""
         assert self.run.train is not None
         assert self.run.train.steps is not None
         return self.run.train.steps

@@ -180,7 +180,7 @@ def make_job(run: RunConfig, material: Material, ranks: int, config: Json) -> Jo
             reference_precision="fp32" if reference is None else reference.precision,
             reference_sharded=reference is not None and reference.deepspeed is not None,
             reference_rows=8 if reference is None else reference.batch_size,
-            quantised=model.quantise is not None,
+            quantized=model.quantize is not None,
             scores_step=scores_step(run),
             skips_masked=model.attention == "flash_attention_2",
             overlap=zero.get("overlap_comm"),

@@ -23,7 +23,7 @@ SHOWN = 10
 PARTS = {
     "parameters": "weights",
     "gradients": "gradients",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "activations": "activations",
     "head": "loss head",
     "reference": "reference",
@@ -72,7 +72,7 @@ def _memory(option: Option, shape: ModelShape, title: str) -> Table:
 
 
 def _time(found: Plan, option: Option) -> Table:
-    table = Table(title="Time of an optimiser step", title_justify="left")
+    table = Table(title="Time of an optimizer step", title_justify="left")
     table.add_column("seconds")
     table.add_column("", justify="right")
     for field in fields(option.time):
@@ -157,7 +157,7 @@ def _budget(found: Plan) -> Table:
         return unknown if size is None else f"{size / GIB:,.2f} GiB"
 
     steps, tokens, hours, scoring = budget.steps, budget.tokens, budget.hours, budget.scoring_hours
-    table.add_row("optimiser steps", unknown if steps is None else f"{steps:,}")
+    table.add_row("optimizer steps", unknown if steps is None else f"{steps:,}")
     table.add_row("tokens trained on", unknown if tokens is None else f"{tokens:,}")
     table.add_row("hours of these steps alone", unknown if hours is None else f"{hours:,.2f}")
     table.add_row("hours of the scoring pass before", unknown if scoring is None else f"{scoring:,.2f}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 JSON_FILE, RUN_FILE = "deepspeed.json", "run.yaml"
 NVME_PATH = "/local/nvme"
-"""Where a layout with an optimiser in files puts them, unless the run's own JSON names a folder."""
+"""Where a layout with an optimizer in files puts them, unless the run's own JSON names a folder."""
 
 
 def write_layout(run: RunConfig, option: Option, folder: Path) -> tuple[Path, Path]:
@@ -48,7 +48,7 @@ def write_layout(run: RunConfig, option: Option, folder: Path) -> tuple[Path, Pa
         note += (
             f"# States are kept in files: nvme_path in {json_file}\n"
             f"# must be a folder on a local disk of every host (it is {place} now), and libaio-dev be installed.\n"
-            "# Such a run cannot be resumed as it is: optimiser states on NVMe are not filled from a checkpoint; for\n"
+            "# Such a run cannot be resumed as it is: optimizer states on NVMe are not filled from a checkpoint; for\n"
             "# that, set offload_optimizer.device to cpu.\n"
         )
     write_text(run_file, note + yaml.safe_dump(_given(planned.as_dict()), sort_keys=False, allow_unicode=True))

@@ -1,4 +1,4 @@
-"""What deduplication needs of a document, made in worker processes: a digest of its normalised text and a MinHash
+"""What deduplication needs of a document, made in worker processes: a digest of its normalized text and a MinHash
 signature, and the keys under which similar documents meet.
 
 Legend: d documents, p permutations, b bands, r rows of a band.
@@ -53,7 +53,7 @@ class Sketch(NamedTuple):
     """What the search for duplicates needs of a document."""
 
     exact: bytes
-    """Digest of the normalised text."""
+    """Digest of the normalized text."""
     signature: NDArray[np.uint32] | None
     """MinHash values [p], or None when near duplicates are kept."""
     of_characters: bool = False
@@ -69,14 +69,14 @@ class _Constants(NamedTuple):
     add: NDArray[np.uint64]
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Return the text in Unicode NFC with every run of white space as one space: what "exact duplicate" compares."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def exact_digest(text: str) -> bytes:
-    """Return the digest of the normalised text, which exact duplicates share."""
-    return _digest(normalised(text).encode("utf-8"))
+    """Return the digest of the normalized text, which exact duplicates share."""
+    return _digest(normalized(text).encode("utf-8"))
 
 
 def _digest(plain: bytes) -> bytes:
@@ -85,7 +85,7 @@ def _digest(plain: bytes) -> bytes:
 
 def sketch(text: str, config: DataConfig) -> Sketch:
     """Return a document's sketch."""
-    plain = normalised(text).encode("utf-8")
+    plain = normalized(text).encode("utf-8")
     exact = _digest(plain)
     if config.near_duplicate_threshold is None:
         return Sketch(exact, None)
@@ -120,7 +120,7 @@ def _characters(letters: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _words(letters: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where each word of a normalised text begins and ends."""
+    """Return where each word of a normalized text begins and ends."""
     spaces = np.flatnonzero(letters == ord(" "))
     return np.concatenate([[0], spaces + 1]), np.concatenate([spaces, [len(letters)]])
 

@@ -1,4 +1,4 @@
-"""``dualtok prepare``: documents to deduplicated, split, tokenised, packed and checksummed shards.
+"""``dualtok prepare``: documents to deduplicated, split, tokenized, packed and checksummed shards.
 
 Stages, each of which continues where an interruption left it: the documents are read, hashed and staged
 (:mod:`.ingest`), by this process or by several parts; those with a common key are found (:mod:`.groups`) and each
@@ -115,7 +115,7 @@ def prepare_part(config: DataConfig, part: Part, *, progress: bool = True) -> No
 
 
 def finish(config: DataConfig, *, progress: bool = True) -> Manifest:
-    """Deduplicate, split, tokenise and pack what all parts staged: the same bytes as one process gives.
+    """Deduplicate, split, tokenize and pack what all parts staged: the same bytes as one process gives.
 
     Args:
         config: the ``data`` section of a run.

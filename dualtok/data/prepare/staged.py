@@ -27,7 +27,7 @@ CHUNK_CHARACTERS = 1 << 25
 
 
 class Chunk(NamedTuple):
-    """Documents ``first`` to ``end - 1``: what one process tokenises and packs at a time."""
+    """Documents ``first`` to ``end - 1``: what one process tokenizes and packs at a time."""
 
     number: int
     first: int

@@ -44,7 +44,7 @@ class PoissonDocuments:
 
     Args:
         stream: blocks of the split, in a local folder.
-        batch_size: documents expected per optimiser step, over all ranks.
+        batch_size: documents expected per optimizer step, over all ranks.
         parts: pieces that each rank's draw is cut into, to bound memory.
         seed: of the draws.
 

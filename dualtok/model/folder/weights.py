@@ -243,10 +243,10 @@ class WeightFiles:
         ]
         if faults:
             stored_small = hasattr(model.config, "quantization_config")
-            quantised = ", or give weights that are not quantised" if stored_small else ""
+            quantized = ", or give weights that are not quantized" if stored_small else ""
             raise ConfigError(
                 f"{self.folder}: its weights are not those of the model in its config.json ({len(shapes)} tensors): "
-                f"{'; '.join(faults)}. Get the model again, or correct config.json{quantised}"
+                f"{'; '.join(faults)}. Get the model again, or correct config.json{quantized}"
             )
         for name, holder in self._tied.items():
             if name in self._names and holder in self._names and self._names[name] != self._names[holder]:

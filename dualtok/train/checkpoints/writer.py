@@ -83,7 +83,7 @@ class CheckpointWriter:
 
         Args:
             engine: the model in training.
-            step: optimiser steps done.
+            step: optimizer steps done.
             state: what the loop needs to go on, independent of rank and world size.
             best: whether it becomes the one that ``best`` names.
 

@@ -48,10 +48,10 @@ def build_engine(
     Args:
         folder: Hugging Face folder or hub name of the starting weights.
         model: attention and activation checkpointing.
-        train: engine, optimiser, schedule, precision.
+        train: engine, optimizer, schedule, precision.
         config: complete DeepSpeed configuration (:func:`dualtok.distributed.deepspeed_config.training_config`).
         objective: the loss.
-        total_steps: optimiser steps at which the schedule ends.
+        total_steps: optimizer steps at which the schedule ends.
         layout: the job's ranks, in ``train.stages`` stages.
         adapters: train these and freeze the rest; None trains all weights.
 

@@ -20,7 +20,7 @@ from dualtok.errors import ConfigError
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import probe_batch, probe_errors, require_faithful
 from dualtok.model.norms import row_norms, total_norm
-from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PhaseTimer
+from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PhaseTimer
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import CausalLM
 from dualtok.train.engines.states import ReplicatedStates
@@ -92,7 +92,7 @@ class PrivateEngine:
     hooks: Any
     """Opacus' ghost clipping."""
     optimizer: Any
-    """Opacus' optimiser around AdamW."""
+    """Opacus' optimizer around AdamW."""
     engine: _Progress
     seed: int
     objective: CausalLM = field(default_factory=CausalLM)
@@ -129,7 +129,7 @@ class PrivateEngine:
         outcomes = []
         for number, batch in enumerate(micro_batches):
             outcomes.append(self._part(self.to_device(batch)))
-            with self.timer.phase(OPTIMISER):
+            with self.timer.phase(OPTIMIZER):
                 self.optimizer.signal_skip_step(do_skip=number < last)
                 self.optimizer.step()
                 if number == last:
@@ -174,7 +174,7 @@ class PrivateEngine:
         return 0
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the next optimiser step."""
+        """Return the learning rate of the next optimizer step."""
         return float(self.engine.lr_scheduler.get_last_lr()[0])
 
     def zero_stage(self) -> int:
@@ -212,9 +212,9 @@ def build_private_engine(
     Args:
         folder: Hugging Face folder or hub name of the starting weights.
         model: attention; activation checkpointing is refused.
-        train: optimiser and schedule.
+        train: optimizer and schedule.
         account: noise and clipping.
-        total_steps: optimiser steps at which the schedule ends.
+        total_steps: optimizer steps at which the schedule ends.
         layout: the job's ranks.
         seed: of the noise, unless it is secret.
         adapters: train these and freeze the rest; None trains all weights.

@@ -22,7 +22,7 @@ from torch import nn
 from dualtok.model.empty import tied_weights
 from dualtok.model.losses import probe_batch, require_faithful
 from dualtok.model.norms import total_norm
-from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PIPELINE, PhaseTimer
+from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PIPELINE, PhaseTimer
 from dualtok.train.engines.objective_model import ObjectiveModel
 from dualtok.train.engines.states import states_of
 from dualtok.train.optimizer import SkippingAdamW
@@ -113,14 +113,14 @@ class StagesModule(PipelineModule):
 
 
 def mark(parameter: nn.Parameter, *, counted: bool) -> None:
-    """Say whether a parameter counts in the gradient's norm, in each of the ways that DeepSpeed's optimisers ask."""
+    """Say whether a parameter counts in the gradient's norm, in each of the ways that DeepSpeed's optimizers ask."""
     vars(parameter).update(model_parallel=counted, ds_pipe_replicated=not counted)
 
 
 PHASE_OF = {
     schedule.ForwardPass: FORWARD,
     schedule.BackwardPass: BACKWARD,
-    schedule.OptimizerStep: OPTIMISER,
+    schedule.OptimizerStep: OPTIMIZER,
     **dict.fromkeys((schedule.SendActivation, schedule.RecvActivation, schedule.SendGrad, schedule.RecvGrad), PIPELINE),
 }
 """What a stage's instructions count as; gradients are reduced by collectives, which count by themselves."""
@@ -231,7 +231,7 @@ class PipelineTrainer:
         require_faithful(errors, precision, type(stage.causal_lm).__name__)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
-        """Run one 1F1B schedule and the optimiser."""
+        """Run one 1F1B schedule and the optimizer."""
         self.engine.train_batch(self.engine.begin([self._to_device(batch) for batch in micro_batches]))
         return self.engine.outcomes
 
@@ -258,11 +258,11 @@ class PipelineTrainer:
         return float(self.engine.get_global_grad_norm())
 
     def skipped_steps(self) -> int:
-        """Return the optimiser steps that DeepSpeed left out because a gradient was not finite."""
+        """Return the optimizer steps that DeepSpeed left out because a gradient was not finite."""
         return int(self.engine.skipped_steps)
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the next optimiser step."""
+        """Return the learning rate of the next optimizer step."""
         return float(self.engine.get_lr()[0])
 
     def zero_stage(self) -> int:

@@ -48,7 +48,7 @@ class TrainingEngine(Protocol):
         """
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
-        """Run one optimiser step over a whole accumulation window.
+        """Run one optimizer step over a whole accumulation window.
 
         Args:
             micro_batches: this replica's share of each micro-batch; the stages of one replica get the same ones.
@@ -61,13 +61,13 @@ class TrainingEngine(Protocol):
         """Return the token losses [b, t] (float32) of this replica's batch without gradients, on each of its stages."""
 
     def gradient_norm(self) -> float:
-        """Return the norm of the whole model's gradient of the last optimiser step, before clipping."""
+        """Return the norm of the whole model's gradient of the last optimizer step, before clipping."""
 
     def skipped_steps(self) -> int:
-        """Return the optimiser steps that were left out because a gradient was not finite."""
+        """Return the optimizer steps that were left out because a gradient was not finite."""
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the next optimiser step."""
+        """Return the learning rate of the next optimizer step."""
 
     def zero_stage(self) -> int:
         """Return the ZeRO stage that the parameters are trained with."""

@@ -1,4 +1,4 @@
-"""ZeRO-3 inside DeepSpeed's PipelineEngine: each stage's parameters, gradients and optimiser states are sharded over
+"""ZeRO-3 inside DeepSpeed's PipelineEngine: each stage's parameters, gradients and optimizer states are sharded over
 the data-parallel ranks of that stage.
 
 DeepSpeed refuses this combination. What stands in the way, and what is done about it here, by subclasses alone:
@@ -45,7 +45,7 @@ KEPT = -1
 class UntracedCoordinator(PartitionedParameterCoordinator):
     """Gathers a module's parameters when it runs and releases them after; keeps no trace, hence never fetches ahead.
 
-    Parameters below DeepSpeed's persistence threshold stay gathered until the optimiser's step.
+    Parameters below DeepSpeed's persistence threshold stay gathered until the optimizer's step.
     """
 
     def release_sub_module(self, submodule: nn.Module, forward: bool = False) -> None:
@@ -110,7 +110,7 @@ class ShardedStageEngine(StageEngine, _BaseIsBuilt):
 
     @contextmanager
     def _at_boundary(self, boundary: bool) -> Any:
-        """Let ZeRO-3 know the last micro-batch, whose gradients are then moved to where the optimiser works."""
+        """Let ZeRO-3 know the last micro-batch, whose gradients are then moved to where the optimizer works."""
         self._force_grad_boundary = boundary
         try:
             yield

@@ -112,7 +112,7 @@ class States(ABC):
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser under DeepSpeed's."""
+        """The optimizer under DeepSpeed's."""
         inner: torch.optim.Optimizer = self._engine.basic_optimizer
         return inner
 
@@ -128,7 +128,7 @@ class States(ABC):
 
     @abstractmethod
     def _trained_tensors(self) -> Iterable[torch.Tensor]:
-        """Return the tensors that the inner optimiser works on."""
+        """Return the tensors that the inner optimizer works on."""
 
     @abstractmethod
     def _fill_one(self, name: str, parameter: nn.Parameter, source: Source) -> None:
@@ -160,7 +160,7 @@ class ReplicatedStates(States):
 
 
 class FlatStates(States):
-    """ZeRO 1-2 and DeepSpeed's BF16 optimiser: one flat fp32 tensor per parameter group, cut by ranks."""
+    """ZeRO 1-2 and DeepSpeed's BF16 optimizer: one flat fp32 tensor per parameter group, cut by ranks."""
 
     def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
         here: Any = getattr(parameter, "_hp_mapping", None)
@@ -224,7 +224,7 @@ class ShardedStates(States):
         zero = self._engine.optimizer
         if zero.swap_optimizer:
             raise CheckpointError(
-                "train.deepspeed: optimiser states on NVMe cannot be filled from a checkpoint; resume with "
+                "train.deepspeed: optimizer states on NVMe cannot be filled from a checkpoint; resume with "
                 "offload_optimizer.device: cpu"
             )
         tensors: list[torch.Tensor] = zero.fp32_partitioned_groups_flat

@@ -17,7 +17,7 @@ from dualtok.model.load import load_causal_lm
 from dualtok.model.loss_backends import load_backend
 from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
 from dualtok.model.norms import total_norm
-from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMISER, PhaseTimer
+from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PhaseTimer
 from dualtok.objective.selection import RankGather
 from dualtok.train.engines.objective_model import ObjectiveModel
 from dualtok.train.engines.states import states_of
@@ -49,7 +49,7 @@ class ZeroEngine:
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def __post_init__(self) -> None:
-        """Ask how the optimiser steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
+        """Ask how the optimizer steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
         self._steps_with_torch = isinstance(self.engine.optimizer, torch.optim.Optimizer)
         self._norm = float("nan")
         if self._steps_with_torch:
@@ -71,7 +71,7 @@ class ZeroEngine:
         require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
-        """Run forward and backward of each micro-batch, and the optimiser after the last."""
+        """Run forward and backward of each micro-batch, and the optimizer after the last."""
         self.engine.train()
         batches = [self.to_device(batch) for batch in micro_batches]
         return [
@@ -97,7 +97,7 @@ class ZeroEngine:
             loss = self.engine(batch)
         with self.timer.phase(BACKWARD):
             self.engine.backward(loss)
-        with self.timer.phase(OPTIMISER):
+        with self.timer.phase(OPTIMIZER):
             if self._steps_with_torch and self.engine.is_gradient_accumulation_boundary():
                 self._norm = _gradient_norm(self.model)
                 if isinstance(self.engine.optimizer, SkippingAdamW):
@@ -115,15 +115,15 @@ class ZeroEngine:
         return losses
 
     def gradient_norm(self) -> float:
-        """Return the norm of the global gradient of the last optimiser step, before clipping."""
+        """Return the norm of the global gradient of the last optimizer step, before clipping."""
         return float(self._norm if self._steps_with_torch else self.engine.get_global_grad_norm())
 
     def skipped_steps(self) -> int:
-        """Return the optimiser steps that DeepSpeed left out because a gradient was not finite."""
+        """Return the optimizer steps that DeepSpeed left out because a gradient was not finite."""
         return int(self.engine.skipped_steps)
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the next optimiser step."""
+        """Return the learning rate of the next optimizer step."""
         return float(self.engine.get_lr()[0])
 
     def zero_stage(self) -> int:
@@ -151,10 +151,10 @@ def build_zero_engine(
     Args:
         folder: Hugging Face folder or hub name of the starting weights.
         model: attention and activation checkpointing.
-        train: optimiser, schedule, precision.
+        train: optimizer, schedule, precision.
         config: complete DeepSpeed configuration (:func:`dualtok.distributed.deepspeed_config.training_config`).
         objective: the loss; called inside the engine's forward with this rank's token losses.
-        total_steps: optimiser steps at which the schedule ends.
+        total_steps: optimizer steps at which the schedule ends.
         layout: the job's ranks, in one stage.
         adapters: train these and freeze the rest; None trains all weights.
     """
@@ -167,7 +167,7 @@ def build_zero_engine(
         folder,
         attention=model.attention,
         activation_checkpointing=model.activation_checkpointing,
-        quantise=model.quantise,
+        quantize=model.quantize,
         trust_remote_code=model.trust_remote_code,
     )
     if adapters is not None:

@@ -134,7 +134,7 @@ def test_scores_follow_the_documents_when_they_are_reordered(make_signals: MakeS
     np.testing.assert_allclose(ATTACKS[attack](target.take(order), context), scores[order], rtol=1e-12)
 
 
-def test_a_certain_model_gives_finite_standardised_scores(make_signals: MakeSignals) -> None:
+def test_a_certain_model_gives_finite_standardized_scores(make_signals: MakeSignals) -> None:
     signals = make_signals()
     sure = replace(signals, var_log_prob=np.zeros_like(signals.var_log_prob), mean_log_prob=signals.log_prob)
     assert (ATTACKS["min_k_plus_plus"](sure, AttackContext()) == 0).all()

@@ -34,13 +34,13 @@ def test_records_that_contradict_themselves_are_refused() -> None:
     with pytest.raises(ValidationError, match="one count per bin"):
         TokenHistogram(edges=[0, 1], members=[1], non_members=[1, 2], mean_members=0, mean_non_members=0)
     with pytest.raises(ValidationError, match="2 steps"):
-        SelectionSeries(run="r", steps=[1, 2], hard=[0.5], memorised=[0.1])
+        SelectionSeries(run="r", steps=[1, 2], hard=[0.5], memorized=[0.1])
     with pytest.raises(ValidationError, match="exceed 1"):
-        SelectionSeries(run="r", steps=[1], hard=[0.7], memorised=[0.4])
+        SelectionSeries(run="r", steps=[1], hard=[0.7], memorized=[0.4])
     with pytest.raises(ValidationError, match="1 steps, 2 values"):
         TrainingSeries(run="r", figure="ref_auc", steps=[1], values=[0.1, 0.2])
 
 
 def test_neutral_is_what_is_left() -> None:
-    series = SelectionSeries(run="r", steps=[1, 2], hard=[0.6, 0.5], memorised=[0.1, 0.5])
+    series = SelectionSeries(run="r", steps=[1, 2], hard=[0.6, 0.5], memorized=[0.1, 0.5])
     assert series.neutral == pytest.approx([0.3, 0.0])

@@ -61,7 +61,7 @@ def test_the_roc_axis_is_logarithmic_and_one_line_is_drawn_per_model(report: Aud
 
 
 def test_labels_are_escaped_and_a_single_step_is_still_drawn(report: AuditReport) -> None:
-    svg = selection_figure(SelectionSeries(run='a<b & "c"', steps=[5], hard=[0.6], memorised=[0.2]), "one")
+    svg = selection_figure(SelectionSeries(run='a<b & "c"', steps=[5], hard=[0.6], memorized=[0.2]), "one")
     root = ElementTree.fromstring(svg)
     assert 'a<b & "c"' in root.attrib["aria-label"]
     assert any(text.text == 'a<b & "c"' for text in root.iter("text"))

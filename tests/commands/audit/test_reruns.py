@@ -46,7 +46,7 @@ def audit_yaml(data: dict[str, Any], folder: Path, name: str, **changes: Any) ->
         "bootstrap_resamples": 100,
         "members": "train",
         "seed": 5,
-        "reruns": {"prefix_documents": 2, "con_recall_gamma": 0.7, "neighbours": 4, "neighbour_share": 0.1},
+        "reruns": {"prefix_documents": 2, "con_recall_gamma": 0.7, "neighbors": 4, "neighbor_share": 0.1},
         **changes,
     }
     return write_run(folder / f"{name}.yaml", {"dir": data["dir"]}, audit=audit)
@@ -159,26 +159,26 @@ def test_recall_compares_the_same_tokens_with_and_without_a_prefix(
         assert contrast[document] == pytest.approx(expected, rel=1e-4)
 
 
-def test_neighbours_hold_likely_other_tokens(audited: tuple[RunConfig, RerunResults]) -> None:
+def test_neighbors_hold_likely_other_tokens(audited: tuple[RunConfig, RerunResults]) -> None:
     run, _ = audited
     oracle, end = Oracle(run.audit.models["one"]), load_tokenizer(Path(run.data.dir) / "tokenizer").eos_token_id
     texts = first_blocks(run, "held_out")
-    for document, score in scores(audited, "neighbourhood", "held_out").items():
+    for document, score in scores(audited, "neighborhood", "held_out").items():
         ids = texts[document]
         log_p = oracle.log_p(ids)
         draw = np.random.default_rng([5, document])
         places = [place for place in range(1, len(ids)) if ids[place] != end]
-        neighbours = []
+        neighbors = []
         for _ in range(4):
-            neighbour = ids.copy()
+            neighbor = ids.copy()
             for place in draw.choice(places, max(1, round(0.1 * len(places))), replace=False):
                 p = np.exp(log_p[place - 1])
                 p[[ids[place], end]] = 0
                 likely = np.argsort(-p)[:10]
-                neighbour[place] = draw.choice(likely, p=p[likely] / p[likely].sum())
-            assert 0 < np.count_nonzero(neighbour != ids) <= 0.1 * len(ids) + 1
-            neighbours.append(oracle.losses(neighbour).mean())
-        assert score == pytest.approx(np.mean(neighbours) - oracle.losses(ids).mean(), rel=1e-4, abs=1e-5)
+                neighbor[place] = draw.choice(likely, p=p[likely] / p[likely].sum())
+            assert 0 < np.count_nonzero(neighbor != ids) <= 0.1 * len(ids) + 1
+            neighbors.append(oracle.losses(neighbor).mean())
+        assert score == pytest.approx(np.mean(neighbors) - oracle.losses(ids).mean(), rel=1e-4, abs=1e-5)
 
 
 def test_kept_reruns_need_no_model_and_their_settings_name_them(
@@ -189,17 +189,17 @@ def test_kept_reruns_need_no_model_and_their_settings_name_them(
     gone = replace(run, audit=replace(run.audit, models={"one": str(tmp_path / "no such model")}))
     again = rerun_all(gone, kept)
     for place, results in before.results.items():
-        assert results.keys() == {"lowercase", "non_member_prefix", "member_prefix", "neighbours", "gradient"}
+        assert results.keys() == {"lowercase", "non_member_prefix", "member_prefix", "neighbors", "gradient"}
         for name, result in results.items():
             for column, values in result.values.items():
                 assert np.array_equal(again.results[place][name].values[column], values)
-    only = replace(run.audit, attacks=("lowercase", "neighbourhood"), reruns=RerunSettings(neighbours=2))
+    only = replace(run.audit, attacks=("lowercase", "neighborhood"), reruns=RerunSettings(neighbors=2))
     files = set(kept.glob("*.npz"))
     assert len(files) == 2 * 5
     reruns = rerun_all(replace(run, audit=only), kept)
     assert {file.name.split("-", 1)[1] for file in set(kept.glob("*.npz")) - files} == {
-        "neighbours-train.npz",
-        "neighbours-held_out.npz",
+        "neighbors-train.npz",
+        "neighbors-held_out.npz",
     }
     assert reruns.prefixes == {}, "nothing is left out where nothing is put in front"
 
@@ -319,5 +319,5 @@ def test_settings_without_effect_are_refused() -> None:
     assert read(attacks=["con_recall"], reruns={"con_recall_gamma": 0.1}).reruns.con_recall_gamma == 0.1
     with pytest.raises(ValidationError, match="con_recall_gamma: has no effect without con_recall"):
         read(attacks=["recall"], reruns={"con_recall_gamma": 0.1})
-    with pytest.raises(ValidationError, match="neighbours: has no effect without neighbourhood"):
-        read(reruns={"neighbours": 3})
+    with pytest.raises(ValidationError, match="neighbors: has no effect without neighborhood"):
+        read(reruns={"neighbors": 3})

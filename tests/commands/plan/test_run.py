@@ -175,7 +175,7 @@ def test_the_command_prints_writes_and_gives_json(tiny: Path, tmp_path: Path) ->
     assert shown.exit_code == 0, shown.output
     for part in (
         "weights",
-        "optimiser",
+        "optimizer",
         "loss head",
         "checkpointing",
         "buffers",

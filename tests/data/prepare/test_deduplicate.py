@@ -1,4 +1,4 @@
-"""Duplicates: exact ones by their normalised text, near ones at a known Jaccard similarity."""
+"""Duplicates: exact ones by their normalized text, near ones at a known Jaccard similarity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dualtok.config.data import DataConfig
 from dualtok.data.prepare import deduplicate, groups
 from dualtok.data.prepare import staged as staged_module
 from dualtok.data.prepare.decide import FATES, decide, fates_path
-from dualtok.data.prepare.deduplicate import key_count, keys, normalised, sketch
+from dualtok.data.prepare.deduplicate import key_count, keys, normalized, sketch
 from dualtok.data.prepare.groups import find_groups
 from dualtok.data.prepare.ingest import stage_part
 from dualtok.data.prepare.parallel import Workers
@@ -83,7 +83,7 @@ def planted_pair(draw: random.Random, low: float, high: float) -> tuple[str, str
 def test_white_space_and_unicode_composition_do_not_count() -> None:
     first = "Café au lait,\n\nplease \u00c5"
     same = ["Cafe\u0301 au lait, please \u212b", "  Café\tau  lait,\u00a0please\u2003A\u030a\n"]
-    assert {normalised(text) for text in same} == {normalised(first)}
+    assert {normalized(text) for text in same} == {normalized(first)}
     assert verdicts([first, *same, first]) == [None, "exact", "exact", "exact"]
     other = ["café au lait, please \u00c5", "Café au lait please \u00c5", "Cafe au lait, please \u00c5", "ﬁ", "fi"]
     assert verdicts([first, *other], near_duplicate_threshold=None) == [None] * 6
@@ -106,7 +106,7 @@ def test_the_first_occurrence_wins_and_a_dropped_document_attracts_no_others() -
         chain.append(changed(chain[-1], 1, draw))
     result = verdicts([" ".join(words) for words in chain])
     assert result[:3] == [None, "near", "near"]
-    # Each is near its neighbour, but the far end is compared with what was kept only.
+    # Each is near its neighbor, but the far end is compared with what was kept only.
     assert jaccard(chain[-2], chain[-1]) > 0.9
     kept = [words for words, verdict in zip(chain, result, strict=True) if verdict is None]
     assert 1 < len(kept) < 20

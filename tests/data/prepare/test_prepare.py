@@ -12,7 +12,7 @@ import pytest
 from dualtok.config.data import SPLITS
 from dualtok.data.manifest import check_shard, load_manifest
 from dualtok.data.prepare import assemble, staged
-from dualtok.data.prepare.deduplicate import normalised
+from dualtok.data.prepare.deduplicate import normalized
 from dualtok.data.prepare.pipeline import prepare, summary
 from dualtok.data.prepare.splits import assign_split, content_digest, uniform
 from dualtok.data.sources.corpora import write_jsonl
@@ -43,7 +43,7 @@ def test_all_six_splits_are_disjoint_and_hold_no_duplicate(prepared: Path, texts
     docs = [doc for table in tables.values() for doc in table["doc"].to_pylist()]
     assert len(set(digests)) == len(digests) == sum(entry.documents for entry in manifest.splits.values())
     assert len(set(docs)) == len(docs)
-    by_digest = {sha256(text): normalised(text) for text in texts}
+    by_digest = {sha256(text): normalized(text) for text in texts}
     kept = [by_digest[digest] for digest in digests]
     assert len(set(kept)) == len(kept)
     near = [text for text in kept if text.endswith("Finis.")]

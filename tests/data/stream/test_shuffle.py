@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 BLOCKS, LANES, ROWS, BATCH = 4096, 16, 32, 64
 SOURCE = range(1024, 1536)
-"""Neighbouring blocks of the file order, as of one of eight sources that were prepared one after the other."""
+"""Neighboring blocks of the file order, as of one of eight sources that were prepared one after the other."""
 SEEDS = range(6)
 
 
@@ -49,7 +49,7 @@ def spread(orders: list[np.ndarray], batch: int = BATCH) -> float:
     return float(np.mean([np.mean((count - batch * share) ** 2) for count in counts]) / expected)
 
 
-def neighbours(orders: list[np.ndarray]) -> float:
+def neighbors(orders: list[np.ndarray]) -> float:
     """Share of following blocks of a batch that lay within one round of lanes of each other in the files."""
     near = [np.abs(np.diff(order.reshape(-1, BATCH), axis=1)) <= LANES for order in orders]
     return float(np.mean(near))
@@ -82,8 +82,8 @@ def test_within_the_window_blocks_mix_as_by_a_permutation(tmp_path: Path) -> Non
     assert np.abs(correlations(orders)).max() < 0.06
 
 
-def test_neighbours_in_the_files_are_not_neighbours_in_a_batch(orders: list[np.ndarray]) -> None:
-    chance = neighbours(uniform())
+def test_neighbors_in_the_files_are_not_neighbors_in_a_batch(orders: list[np.ndarray]) -> None:
+    chance = neighbors(uniform())
     assert chance < 0.02
-    assert neighbours([np.arange(BLOCKS)]) == 1.0
-    assert neighbours(orders) < 3 * chance + 0.01
+    assert neighbors([np.arange(BLOCKS)]) == 1.0
+    assert neighbors(orders) < 3 * chance + 0.01
