@@ -63,7 +63,7 @@ def prepare(
 ) -> None:
     """Deduplicate, split, tokenize and pack documents into shards."""
     _refuse_launcher("prepare")
-    from dualtok.config.run import load_run
+    from dualtok.config.load import load_run
     from dualtok.data.prepare import pipeline
     from dualtok.data.prepare.parts import parse_part
 
@@ -83,7 +83,7 @@ def prepare(
 def score(run_file: RunFile, overrides: Overrides = None) -> None:
     """Compute the reference model's loss on every token, once; stored beside the shards."""
     from dualtok.commands.score.run import score as run_score
-    from dualtok.config.run import load_run
+    from dualtok.config.load import load_run
 
     _quiet_libraries()
     summary = run_score(load_run(run_file, overrides or []))
@@ -104,7 +104,7 @@ def train(
 ) -> None:
     """Train a model with the dual, selective, Goldfish or plain objective through DeepSpeed."""
     from dualtok.commands.train import train as run_train
-    from dualtok.config.run import load_run
+    from dualtok.config.load import load_run
 
     _quiet_libraries()
     run = load_run(run_file, overrides or [])
@@ -116,8 +116,8 @@ def train(
         f"checkpoints in {Path(run.output_dir) / 'checkpoints'}"
     )
     if run.objective == "dual_plus":
-        again = shlex.join(["dualtok", "retreat", str(run_file), "TARGET", *(overrides or [])])
-        _say(f"the model shows its members until it is taken back: {again}")
+        again = shlex.join(["dualtok", "interpolate", str(run_file), "TARGET", *(overrides or [])])
+        _say(f"the model shows its members until it is interpolated towards its reference: {again}")
 
 
 @app.command()
@@ -139,17 +139,17 @@ def export(
 
 
 @app.command()
-def retreat(
+def interpolate(
     run_file: RunFile,
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
     overrides: Overrides = None,
 ) -> None:
     """Take a trained model's weights back towards its reference's, until an attacker hardly sees its members."""
-    from dualtok.commands.interpolate import retreat as run_retreat
-    from dualtok.config.run import load_run
+    from dualtok.commands.interpolate import interpolate as run_interpolate
+    from dualtok.config.load import load_run
 
     _quiet_libraries()
-    kept = run_retreat(load_run(run_file, overrides or []), target)
+    kept = run_interpolate(load_run(run_file, overrides or []), target)
     _say(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model")
     if kept.w:
         _say(
@@ -169,7 +169,7 @@ def audit(
     """Attack models with membership inference and measure their perplexity."""
     from dualtok.commands.audit.run import audit as run_audit
     from dualtok.commands.audit.run import print_figures
-    from dualtok.config.run import load_run
+    from dualtok.config.load import load_run
 
     _quiet_libraries()
     run = load_run(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
@@ -185,7 +185,7 @@ def report(run_file: RunFile, overrides: Overrides = None) -> None:
     """Write the audit's figures as one HTML page, JSON and CSV."""
     _refuse_launcher("report")
     from dualtok.commands.report import write_run_report
-    from dualtok.config.run import load_run
+    from dualtok.config.load import load_run
 
     _say(f"wrote {write_run_report(load_run(run_file, overrides or []))}")
 
@@ -208,7 +208,7 @@ def plan(
     """Say whether a run fits on some machines, how long it takes, and which layout is fastest; reads no weights."""
     _refuse_launcher("plan")
     from dualtok.commands.plan.run import make_cluster, show_plan
-    from dualtok.config.run import load_run
+    from dualtok.config.load import load_run
 
     _quiet_libraries()
     cluster = make_cluster(
@@ -246,11 +246,11 @@ def launch(
 ) -> None:
     """Start the ranks of a run on the hosts of a cluster; the section `launch` says how."""
     _refuse_launcher("launch")
-    from dualtok.config.run import load_run
-    from dualtok.launch.start import SCRIPTS, plan_start, start
+    from dualtok.config.load import load_run
+    from dualtok.launch.start import SCRIPTS, build_start, start
 
     run = load_run(run_file, overrides or [])
-    plan = plan_start(run, run_file, overrides or [], verb=verb, backend=backend, nodes=nodes, gpus=gpus)
+    plan = build_start(run, run_file, overrides or [], verb=verb, backend=backend, nodes=nodes, gpus=gpus)
     start(plan, Path(run.output_dir).absolute() / SCRIPTS, dry_run=dry_run)
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from dualtok.config.data import DataConfig
-from dualtok.config.run import load_run, parse_run
+from dualtok.config.load import load_run, parse_run
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import MANIFEST, load_manifest
 from dualtok.data.prepare.pipeline import prepare

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dualtok.train.checkpoints.files import seal, write_part
+from dualtok.train.checkpoints.files import finalize, write_part
 from dualtok.train.checkpoints.writer import point, tag_of
 from dualtok.train.engines.states import KINDS, Piece
 
@@ -66,7 +66,7 @@ def write_checkpoint(run: Path, parameters: int, mebibytes: int) -> None:
     folder.mkdir(parents=True)
     for rank in range(RANKS):
         write_part(folder, rank, pieces(rank, parameters, mebibytes * 2**18))
-    seal(folder, ranks=RANKS, step=1, optimizer_steps=1, layout="", state={}, run={})
+    finalize(folder, ranks=RANKS, step=1, optimizer_steps=1, layout="", state={}, run={})
     point(folder.parent, "latest", folder.name)
 
 

@@ -139,7 +139,7 @@ def compare_training(folder: Path, _: Path, options: argparse.Namespace) -> None
     from contenders import dualtok_step
 
     from dualtok.commands.demo import write_runs
-    from dualtok.config.run import parse_run
+    from dualtok.config.load import parse_run
     from dualtok.data.manifest import load_manifest
 
     settings = write_runs(folder / "demo")["base"]

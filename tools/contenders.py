@@ -19,7 +19,7 @@ from dualtok.data.manifest import load_manifest
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks
-from dualtok.model.adapters import plan_adapters
+from dualtok.model.adapters import prepare_adapters
 from dualtok.model.load import read_model_config
 from dualtok.monitor.events import EventWriter
 from dualtok.objective.head import IGNORED_LABEL
@@ -91,7 +91,7 @@ def training_loop(run: RunConfig) -> TrainingLoop:
     stream, validation = open_streams(run, manifest, ("train", "validation"), layout.ranks)
     adapters = None
     if run.model.lora is not None:
-        adapters = plan_adapters(run.model.lora, read_model_config(start), seed=run.seed, base=str(start))
+        adapters = prepare_adapters(run.model.lora, read_model_config(start), seed=run.seed, base=str(start))
     reference: LiveReference | None = None
     if run.reference is not None and run.reference.mode in ("offload", "cpu", "resident"):
         reference = build_reference(run.reference, Path(run.reference.origin), layout)

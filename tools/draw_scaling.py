@@ -71,7 +71,7 @@ def row(model: str, point: Point) -> str:
 
 
 def draw(found: dict[tuple[str, Family], list[Point]], models: list[str], out: Path) -> None:
-    """Draw the shares of a step, a row per model and a column per family, and the utilisation over them."""
+    """Draw the shares of a step, a row per model and a column per family, and the utilization over them."""
     figure, axes = plt.subplots(
         len(models),
         len(FAMILIES),

@@ -5,7 +5,7 @@
 * commands: DP-SGD, LoRA, the audit and the doctor, as a user would run them;
 * loss backends: each one's check, time and memory on a large output layer;
 * steps: dualtok's plain and dual step, and each mode of the reference, against the Hugging Face Trainer's plain step
-  and a naive dual step (two forward passes over full logits); with model FLOPs utilisation.
+  and a naive dual step (two forward passes over full logits); with model FLOPs utilization.
 
     python tools/gpu_check.py [--folder runs/gpu-check] [--only machine parity command head step] [--output table.md]
 

@@ -18,7 +18,7 @@ from dualtok.commands.audit.run import print_figures
 from dualtok.commands.export import export
 from dualtok.commands.report import read_figures, write_run_report
 from dualtok.commands.train import CHECKPOINTS
-from dualtok.config.run import parse_run
+from dualtok.config.load import parse_run
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_jsonl
 from dualtok.errors import ConfigError

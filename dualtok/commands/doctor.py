@@ -6,7 +6,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.doctor.examine import examine, examine_hosts
 from dualtok.doctor.result import Subject, any_failed, as_json, print_table
 

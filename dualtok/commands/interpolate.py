@@ -1,4 +1,4 @@
-"""``dualtok retreat``: take a trained model's weights back towards its reference's, as far as members can be seen.
+"""``dualtok interpolate``: the model between a reference and a trained one at which members can hardly be told.
 
 Trials run over members and non-members like an audit, on all ranks together.
 """
@@ -23,15 +23,15 @@ from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.model.check import check_model
-from dualtok.model.folder.interpolate import interpolate
+from dualtok.model.folder.interpolate import write_interpolation
 from dualtok.model.folder.weights import model_folder
-from dualtok.reference.interpolation import expected_auc, furthest
+from dualtok.reference.interpolation import expected_auc, largest_weight
 
 if TYPE_CHECKING:
     from dualtok.config.run import RunConfig
     from dualtok.reference.interpolation import Floats
 
-FILE = "retreat.json"
+FILE = "interpolate.json"
 
 
 @dataclass(frozen=True)
@@ -40,47 +40,48 @@ class Trial:
 
     w: float
     auc: float
-    """Expected of an attacker with a reference of his own; what ``retreat.auc`` limits."""
+    """Expected of an attacker with a reference of their own; what ``interpolate.auc`` limits."""
     auc_with_reference: float
-    """One-sided, of Ref on ``retreat.members`` and ``non_members``, by an attacker who has the defender's reference
-    itself; as it was seen, without an upper end."""
+    """One-sided, of Ref on ``interpolate.members`` and ``non_members``, by an attacker who has the defender's reference
+    itself; as measured, without an upper end."""
 
 
-def retreat(run: RunConfig, target: Path) -> Trial:
-    """Write the furthest model that keeps to ``retreat.auc`` as a Hugging Face folder, and return its figures.
+def interpolate(run: RunConfig, target: Path) -> Trial:
+    """Write the model of the largest weight that keeps to ``interpolate.auc`` as a Hugging Face folder.
 
-    ``<target>/retreat.json`` tells w and what every trial gave.
+    ``<target>/interpolate.json`` holds w and what every trial gave.
 
     Raises:
         CheckpointError: the run's own model is asked for, and it has no complete checkpoint.
-        ConfigError: there is no section ``retreat``, the target exists, a model is not whole or does not fit the
+        ConfigError: there is no section ``interpolate``, the target exists, a model is not whole or does not fit the
             blocks, or the models differ in shape.
         DataError: a shard is missing or altered, or a class has no documents.
     """
-    settings = run.need("retreat", "retreat")
+    settings = run.need("interpolate", "interpolate")
     if target.exists():
         raise ConfigError(f"{target}: exists; give another folder")
     if settings.model is None:
         _require_own_members(run)
     folders = {"reference": model_folder(settings.reference)}
-    named = [settings.stand_in] if isinstance(settings.stand_in, str) else settings.stand_in
-    stand_ins = {f"stand_in {number}": model_folder(name) for number, name in enumerate(named, start=1)}
-    own = dataclasses.replace(
+    named = settings.surrogate_reference
+    names = [named] if isinstance(named, str) else named
+    surrogates = {f"surrogate reference {number}": model_folder(name) for number, name in enumerate(names, start=1)}
+    judged = dataclasses.replace(
         run, audit=dataclasses.replace(run.audit, members=settings.members, non_members=settings.non_members)
     )
     ranks = join_ranks()
-    work = Path(run.output_dir) / "retreat"
+    work = Path(run.output_dir) / "interpolate"
     own_model = work / "model"
     if settings.model is None:
         ranks.first_does(lambda: _export(run, own_model))
     folders["model"] = model_folder(settings.model or own_model)
     data = DataFolder(prepared(run.data))
-    ranks.first_does(lambda: _check_models(own, data, folders | stand_ins))
-    models = ModelPasses(own, data.manifest, work / "signals", ranks)
+    ranks.first_does(lambda: _check_models(judged, data, folders | surrogates))
+    models = ModelPasses(judged, data.manifest, work / "signals", ranks)
 
     reference = _losses(models, "reference", folders["reference"])
-    by_class = zip(*(_losses(models, name, folder) for name, folder in stand_ins.items()), strict=True)
-    stand_in = [np.mean(found, axis=0) for found in by_class]
+    by_class = zip(*(_losses(models, name, folder) for name, folder in surrogates.items()), strict=True)
+    surrogate = [np.mean(found, axis=0) for found in by_class]
     trials: list[Trial] = []
     candidate = work / "trial"
 
@@ -88,16 +89,16 @@ def retreat(run: RunConfig, target: Path) -> Trial:
         folder = folders["model"]
         if w < 1:
             folder = Path(
-                ranks.first_does(lambda: str(interpolate(folders["reference"], folders["model"], w, candidate)))
+                ranks.first_does(lambda: str(write_interpolation(folders["reference"], folders["model"], w, candidate)))
             )
         found = _losses(models, f"w = {w:.3f}", folder)
-        seen = _judge(w, found, reference, stand_in, settings.confidence) if ranks.is_first else None
+        seen = _judge(w, found, reference, surrogate, settings.confidence) if ranks.is_first else None
         trial: Trial = ranks.from_first(seen)
         trials.append(trial)
         return trial.auc
 
-    w = furthest(auc_at, settings.auc)
-    # Brent's method ends within its resolution of the limit, on either side: take the furthest trial that keeps to it.
+    w = largest_weight(auc_at, settings.auc)
+    # Brent's method ends within its resolution of the limit, on either side: take the largest weight that keeps to it.
     within = [trial for trial in trials if trial.auc <= settings.auc]
     kept = max(within, key=lambda trial: trial.w, default=Trial(0.0, 0.5, 0.5))
     facts = {
@@ -117,7 +118,7 @@ def _check_models(run: RunConfig, data: DataFolder, folders: dict[str, Path]) ->
         check_model(
             folder,
             data,
-            origin=f"retreat: {name} ({folder})",
+            origin=f"interpolate: {name} ({folder})",
             trust_remote_code=run.audit.trust_remote_code,
             setting="audit.trust_remote_code",
         )
@@ -130,30 +131,34 @@ def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:
     return [signals[split].with_tokens().mean_loss for split in splits]
 
 
-def _judge(w: float, model: list[Floats], reference: list[Floats], stand_in: list[Floats], confidence: float) -> Trial:
-    """Return what attackers see of a model, from each model's mean losses of [members, non-members]."""
-    members, non_members = zip(model, reference, stand_in, strict=True)
+def _judge(w: float, model: list[Floats], reference: list[Floats], surrogate: list[Floats], confidence: float) -> Trial:
+    """Return what attackers find in a model, from each model's mean losses of [members, non-members]."""
+    members, non_members = zip(model, reference, surrogate, strict=True)
     auc = expected_auc(members, non_members, confidence)
     return Trial(w, auc, roc_auc(*(side[1] - side[0] for side in (members, non_members))))
 
 
 def _require_own_members(run: RunConfig) -> None:
-    """Raise ConfigError unless the members that the retreat judges are what the run has trained on."""
-    train, members = run.train, run.need("retreat", "retreat").members
+    """Raise ConfigError unless the members that are judged are what the run has trained on."""
+    train, members = run.train, run.need("interpolate", "interpolate").members
     if train is None:
-        raise ConfigError("retreat.model: name the trained model, or give the file of the run that trained it")
+        raise ConfigError("interpolate.model: name the trained model, or give the file of the run that trained it")
     if train.split != members:
-        raise ConfigError(f"retreat.members: {members!r}, but this run has trained on {train.split!r} (train.split)")
+        raise ConfigError(
+            f"interpolate.members: {members!r}, but this run has trained on {train.split!r} (train.split)"
+        )
     if train.leave_out is not None:
-        raise ConfigError("train.leave_out: the run did not learn all members; name a model that did as retreat.model")
+        raise ConfigError(
+            "train.leave_out: the run did not learn all members; name a model that did as interpolate.model"
+        )
 
 
 def _export(run: RunConfig, target: Path) -> None:
-    """Write the run's latest checkpoint as a whole model; what a retreat that was killed has left there goes."""
+    """Write the run's latest checkpoint as a whole model; what a killed call has left there is removed."""
     shutil.rmtree(target, ignore_errors=True)
     export(Path(run.output_dir), target, which="latest", merge=run.model is not None and run.model.lora is not None)
 
 
 def _write(folders: dict[str, Path], w: float, target: Path, facts: dict[str, object]) -> None:
-    interpolate(folders["reference"], folders["model"], w, target)
+    write_interpolation(folders["reference"], folders["model"], w, target)
     write_text(target / FILE, json.dumps(facts, indent=1))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from dualtok.commands.train import CHECKPOINTS
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.distributed.job_record import read_ends, read_started
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.train.checkpoints.files import COMPLETE, read_manifest
@@ -227,7 +227,7 @@ def _next_command(folder: Path, state: State, started: Started | None, *, has_ch
     if state == "running":
         return f"tensorboard --logdir {folder / 'events'}"
     if state == "finished" and _objective(folder) == "dual_plus":
-        return f"dualtok retreat {folder / RUN_FILE} {folder / 'model'}"
+        return f"dualtok interpolate {folder / RUN_FILE} {folder / 'model'}"
     if state == "finished":
         return f"dualtok export {folder} {folder / 'model'}"
     ranks = 1 if started is None else started.world_size

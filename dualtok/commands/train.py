@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 from torch import nn
 
+from dualtok.config.old_names import with_new_names
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import split_entry
 from dualtok.data.remote.remote import prepared
@@ -26,12 +27,12 @@ from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks
 from dualtok.distributed.watchdog import Watchdog
 from dualtok.errors import CheckpointError, ConfigError
-from dualtok.model.adapters import plan_adapters
+from dualtok.model.adapters import prepare_adapters
 from dualtok.model.load import starting_config
 from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, reference_fingerprint
 from dualtok.reference.live import AdapterReference
-from dualtok.reference.stored import StoredScores
+from dualtok.reference.stored import StoredLosses
 from dualtok.train.checkpoints.files import COMPLETE
 from dualtok.train.checkpoints.writer import find_checkpoint
 from dualtok.train.engines.build import build_engine
@@ -40,7 +41,7 @@ from dualtok.train.engines.dp_sgd import build_private_engine
 from dualtok.train.live_reference import build_reference, check_reference
 from dualtok.train.loop import LoopState, TrainingLoop
 from dualtok.train.monitors import require_monitors
-from dualtok.train.start_folder import RUN_FILE, START_FOLDER, lay_down_start
+from dualtok.train.start_folder import RUN_FILE, START_FOLDER, write_start_folder
 from dualtok.train.watch import efficiency
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _train(
     total_steps = _count_and_tell(settings, len(stream), ranks)
     reference_folder = _check_reference(run, manifest, ranks)
     adapters = _plan_adapters(run, model, manifest, deepspeed_config, ranks)
-    folder = lay_down_start(run, model, sources, adapters, ranks, resumed=saved is not None)
+    folder = write_start_folder(run, model, sources, adapters, ranks, resumed=saved is not None)
     record.begin(total_steps)
     reference: LiveReference | None = None
     if run.reference is not None and reference_folder is not None:
@@ -221,10 +222,10 @@ def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], rank
             )
 
     def open_split(place: Place, manifest: Manifest, split: str) -> BlockStream:
-        losses: StoredScores | None = None
+        losses: StoredLosses | None = None
         if expected is not None and split in scored:
             own = replace(expected, blocks=blocks_digest(manifest))
-            losses = StoredScores(
+            losses = StoredLosses(
                 place,
                 manifest,
                 split,
@@ -275,7 +276,7 @@ def _plan_adapters(
 
     def plan() -> Adapters:
         vocabulary = vocabulary_size(load_data_tokenizer(prepared(run.data), manifest))
-        return plan_adapters(lora, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
+        return prepare_adapters(lora, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
 
     return ranks.together(plan)
 
@@ -299,7 +300,8 @@ def _require_same_settings(run: RunConfig) -> None:
     path = Path(run.output_dir) / RUN_FILE
     if not path.is_file():
         return
-    for key, earlier, now in changes(yaml.safe_load(path.read_text(encoding="utf-8")), run.as_dict()):
+    stored, _ = with_new_names(yaml.safe_load(path.read_text(encoding="utf-8")))
+    for key, earlier, now in changes(stored, run.as_dict()):
         raise ConfigError(
             f"{key}: {now!r}, but the run to resume in {run.output_dir} has {earlier!r}; resume with its settings, or "
             "start another run"

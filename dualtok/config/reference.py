@@ -108,15 +108,15 @@ class ReferenceConfig:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class RetreatConfig:
-    """Which model goes back towards which reference, and how far."""
+class InterpolateConfig:
+    """Between which reference and which trained model to interpolate, and how far."""
 
     reference: str
     """Folder or hub name of a model of the same shape that has seen no member; the trained one should have started from
     its weights, or from the same weights as it."""
 
-    stand_in: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    """Folder or hub name of a model that stands in for the attacker's reference: trained like one, by you, on documents
+    surrogate_reference: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    """Folder or hub name of a surrogate of the attacker's reference: trained like one, by you, on documents
     that are in neither ``members`` nor ``non_members``, e.g. on the split ``probe``. The reference, and so the model
     that starts from it, may have learned them too; the model should then stay a little nearer to the reference. Of
     several the mean loss of each document counts, as for an attacker with several shadow models."""
@@ -125,7 +125,7 @@ class RetreatConfig:
     """Folder or hub name of the trained model. None: what this run itself has trained, its latest checkpoint."""
 
     auc: Annotated[float, Field(gt=0.5, lt=1)] = 0.53
-    """Largest AUC that the Ref attack with the stand-in is expected to reach."""
+    """Largest AUC that the Ref attack with the surrogate reference is expected to reach."""
 
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """How sure that is to hold for other documents of the same kind: few non-members keep the model nearer to the
@@ -140,4 +140,6 @@ class RetreatConfig:
     def __post_init__(self) -> None:
         """Refuse a class compared with itself."""
         if self.members == self.non_members:
-            raise ValueError(f"retreat.members: {self.members!r} is also retreat.non_members; choose two splits")
+            raise ValueError(
+                f"interpolate.members: {self.members!r} is also interpolate.non_members; choose two splits"
+            )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dualtok.distributed.jit_locks import clear_the_way
+from dualtok.distributed.jit_locks import remove_dead_locks
 from dualtok.distributed.network import check_interfaces
 from dualtok.distributed.operators import watch_operators
 from dualtok.distributed.rendezvous import complete_environment, meet
@@ -152,7 +152,7 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
         # ranks, and spin for ever if some are on another host.
         os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        clear_the_way()
+        remove_dead_locks()
     watch_operators()
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():

@@ -114,7 +114,7 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
                 f"{str(error).splitlines()[0]}. Has that host started its ranks, and can this one reach it? "
                 "`dualtok doctor --hosts` looks"
             ) from None
-    _come(store, rank)
+    _announce(store, rank)
     problem = _count(store, world_size, timeout) if rank == 0 else _verdict(store, timeout)
     if problem:
         raise ConfigError(problem)
@@ -158,7 +158,7 @@ def _address(timeout: timedelta) -> Callable[[], tuple[str, int]]:
     return lambda: (host, int(agent.get(STORE_PORT)))
 
 
-def _come(store: dist.TCPStore, rank: int) -> None:
+def _announce(store: dist.TCPStore, rank: int) -> None:
     """Tell the others that this rank is there.
 
     Raises:

@@ -23,12 +23,12 @@ CONNECT_SECONDS = 5.0
 GREETING = b"dualtok doctor"
 
 
-def tell_time() -> float:
+def read_clock() -> float:
     """Return this host's clock, in seconds since 1970."""
     return time.time()
 
 
-def tell_versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Return what must be equal on all hosts."""
     import torch
 
@@ -50,7 +50,7 @@ def tell_versions() -> dict[str, str]:
 
 def examine_machine(run: dict[str, Any] | None, folder: str, quick: bool, ranks: int | None) -> list[dict[str, Any]]:
     """Make the checks of one host."""
-    from dualtok.config.run import parse_run
+    from dualtok.config.load import parse_run
     from dualtok.doctor.examine import machine_checks
     from dualtok.doctor.result import Subject
 
@@ -119,7 +119,7 @@ def ranks(job: dict[str, Any]) -> dict[str, Any]:
 
 REQUESTS: dict[str, Callable[..., Any]] = {
     call.__name__: call
-    for call in (tell_time, tell_versions, examine_machine, listen, connect, free_port, look, leave, ranks)
+    for call in (read_clock, read_versions, examine_machine, listen, connect, free_port, look, leave, ranks)
 }
 
 

@@ -29,7 +29,7 @@ by the age of a file (locks, caches, signs of life) goes wrong."""
 def check_same_versions(sessions: Sequence[Session]) -> CheckResult:
     """Compare Python, packages, CUDA, NCCL and the GPU driver of all hosts."""
     name = "same versions"
-    found = {session.host.name: session.ask("tell_versions") for session in sessions}
+    found = {session.host.name: session.ask("read_versions") for session in sessions}
     parts = sorted({part for versions in found.values() for part in versions})
     different = []
     for part in parts:
@@ -60,7 +60,7 @@ def clock_offset(session: Session) -> tuple[float, float]:
     best = (0.0, float("inf"))
     for _ in range(ROUNDS):
         sent, started = time.time(), time.perf_counter()
-        there = session.ask("tell_time")
+        there = session.ask("read_clock")
         half = (time.perf_counter() - started) / 2
         best = min(best, (there - sent - half, half), key=lambda measured: measured[1])
     return best

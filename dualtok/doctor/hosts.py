@@ -97,7 +97,7 @@ class Session:
             raise UnreachableError(f"{self._ssh[0]}: {error.strerror}") from None
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            self.ask("tell_time", seconds=60)
+            self.ask("read_clock", seconds=60)
         except BaseException:
             self._leave()
             raise

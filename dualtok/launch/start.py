@@ -38,7 +38,7 @@ VERBS = ("train", "score", "audit")
 """Verbs that ranks can share."""
 
 
-def plan_start(
+def build_start(
     run: RunConfig,
     run_file: Path,
     overrides: Sequence[str],

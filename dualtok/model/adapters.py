@@ -125,7 +125,7 @@ class Adapters:
         return as_reference(module, None if self.reference is None else REFERENCE)
 
 
-def plan_adapters(
+def prepare_adapters(
     lora: LoraConfig, config: PretrainedConfig, *, seed: int, base: str, reference: str | None = None
 ) -> Adapters:
     """Check a run's adapters against its base model and return them; reads no weights.

@@ -9,7 +9,7 @@ import torch
 
 from dualtok.data.packing import model_inputs
 from dualtok.model.load import load_causal_lm
-from dualtok.model.losses import TokenLossModel, probe_batch, require_faithful
+from dualtok.model.losses import TokenLossModel, check_batch, require_faithful
 from dualtok.model.norms import total_norm
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def build_gradient_norm(
         batch = {name: tensor.to(device) for name, tensor in model_inputs(ids[None].astype(np.int32), lengths).items()}
         if not checked:
             with torch.no_grad():
-                require_faithful(model(probe_batch(batch), check=True), precision, type(causal_lm).__name__)
+                require_faithful(model(check_batch(batch), check=True), precision, type(causal_lm).__name__)
             checked = True
         model.zero_grad(set_to_none=True)
         (model(batch).sum() / (len(ids) - 1)).backward()

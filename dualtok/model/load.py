@@ -174,7 +174,7 @@ def _nf4(precision: str) -> object:
 def logit_scaling(config: PretrainedConfig) -> LogitScaling:
     """Return what the architecture does to its logits after ``lm_head`` (scale, soft cap).
 
-    :func:`dualtok.model.losses.probe_errors` compares the result with the model's own forward pass.
+    :func:`dualtok.model.losses.check_errors` compares the result with the model's own forward pass.
     """
     text = config.get_text_config()
     multiply, divide = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)

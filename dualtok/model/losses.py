@@ -77,17 +77,17 @@ class TokenLossModel(nn.Module):
         return self._scaling(self.causal_lm.get_output_embeddings()(hidden))
 
     def forward(self, batch: Batch, check: bool = False) -> Any:
-        """Return :meth:`compute` of the batch, or with ``check`` the :func:`probe_errors` of a :func:`probe_batch`.
+        """Return :meth:`compute` of the batch, or with ``check`` the :func:`check_errors` of a :func:`check_batch`.
 
         Both run inside ``forward``, where ZeRO-3 has the weights.
         """
         return self.errors(batch) if check else self.compute(batch)
 
     def errors(self, probe: Batch) -> torch.Tensor:
-        """Return the :func:`probe_errors` of a :func:`probe_batch`."""
+        """Return the :func:`check_errors` of a :func:`check_batch`."""
         own = TokenLossModel.compute(self, probe)
         logits = self.causal_lm(**self.base_inputs(probe), use_cache=False).logits
-        return probe_errors(own, logits, probe["labels"])
+        return check_errors(own, logits, probe["labels"])
 
     def compute(self, batch: Batch) -> Any:
         """Return the token losses [b, t] in float32, aligned with ``labels`` and 0 where a label is -100."""
@@ -131,8 +131,8 @@ def _give_loss_head(causal_lm: PreTrainedModel, scaling: LogitScaling, kernel: L
     setattr(causal_lm.get_submodule(parent), attribute, LossHead(layer, scaling=scaling, kernel=kernel))
 
 
-def probe_batch(batch: Batch) -> Batch:
-    """Return two short rows that tell whether a model is what dualtok takes it for; :func:`probe_errors` judges them.
+def check_batch(batch: Batch) -> Batch:
+    """Return two short rows that tell whether a model is what dualtok takes it for; :func:`check_errors` judges them.
 
     Both hold two documents, made of the first tokens of the batch's first block. The second ones are equal, the first
     ones are not: a model that looks across document boundaries gives the second ones different losses.
@@ -149,7 +149,7 @@ def probe_batch(batch: Batch) -> Batch:
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
-def probe_errors(own: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def check_errors(own: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return what :func:`require_faithful` judges: the errors of head and boundaries, relative to the mean loss, [2].
 
     * Some architectures scale or cap their logits after ``lm_head``. One that does so in a way unknown to
@@ -157,7 +157,7 @@ def probe_errors(own: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) 
     * Some take ``position_ids`` and yet look across document boundaries (another mask, or a recurrent state).
 
     Args:
-        own: dualtok's token losses of a :func:`probe_batch` [2, t].
+        own: dualtok's token losses of a :func:`check_batch` [2, t].
         logits: the model's own logits [2, t, v].
         labels: the probe's labels [2, t].
     """
@@ -170,7 +170,7 @@ def probe_errors(own: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) 
 
 
 def require_faithful(errors: torch.Tensor, precision: str, architecture: str) -> None:
-    """Raise ConfigError when :func:`probe_errors` are beyond what rounding explains."""
+    """Raise ConfigError when :func:`check_errors` are beyond what rounding explains."""
     tolerance = 1e-4 if precision == "fp32" else 5e-2
     head, boundary = errors.tolist()
     if not head <= tolerance:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CutPlan:
+class StageLayout:
     """The children of a base model in the order in which they run."""
 
     embeddings: tuple[str, ...]
@@ -40,7 +40,7 @@ class CutPlan:
     """What runs after them, on the last stage."""
 
 
-OWN_PLANS = {"gpt2": CutPlan(("wte", "wpe", "drop"), "h", ("ln_f",))}
+OWN_PLANS = {"gpt2": StageLayout(("wte", "wpe", "drop"), "h", ("ln_f",))}
 """Architectures that transformers gives no pipeline plan."""
 
 
@@ -64,7 +64,7 @@ class StageBounds:
         return self.stage == self.stages - 1
 
 
-def cut_plan(config: PretrainedConfig) -> CutPlan:
+def stage_layout_of(config: PretrainedConfig) -> StageLayout:
     """Return how an architecture is cut: transformers' ``base_model_pp_plan``, or our own table.
 
     Raises:
@@ -80,10 +80,10 @@ def cut_plan(config: PretrainedConfig) -> CutPlan:
             "stages; use train.engine=zero"
         )
     place = names.index("layers")
-    return CutPlan(tuple(names[:place]), "layers", tuple(names[place + 1 :]))
+    return StageLayout(tuple(names[:place]), "layers", tuple(names[place + 1 :]))
 
 
-def layer_costs(model: PreTrainedModel, plan: CutPlan) -> tuple[list[int], int]:
+def layer_costs(model: PreTrainedModel, plan: StageLayout) -> tuple[list[int], int]:
     """Return the cost of each decoder layer, and that of the head: parameters that are multiplied with each token.
 
     An embedding is looked up and costs nothing; a tied head is multiplied all the same.
@@ -157,7 +157,7 @@ class _NoEmbedding(nn.Module):
         return torch.zeros((), device=ids.device)
 
 
-def keep_stage(model: PreTrainedModel, plan: CutPlan, bounds: StageBounds) -> None:
+def keep_stage(model: PreTrainedModel, plan: StageLayout, bounds: StageBounds) -> None:
     """Take away all pieces of a model that another stage holds; what is left runs as before."""
     base: Any = model.base_model
     layers = getattr(base, plan.layers)
@@ -203,7 +203,7 @@ class StageNames:
 
 def stage_names(model: PreTrainedModel, bounds: Sequence[StageBounds]) -> StageNames:
     """Return how the parameters of these stages are called in the uncut model."""
-    plan = cut_plan(model.config)
+    plan = stage_layout_of(model.config)
     return StageNames(f"{model.base_model_prefix}.{plan.layers}", tuple(each.first for each in bounds))
 
 
@@ -240,7 +240,7 @@ def build_stage(
         ConfigError: the architecture cannot be cut, there are too many stages, or a weight is missing.
     """
     causal_lm = empty_causal_lm(config, model.attention, origin=str(folder), real_buffers=True)
-    plan = cut_plan(causal_lm.config)
+    plan = stage_layout_of(causal_lm.config)
     costs, head = layer_costs(causal_lm, plan)
     bounds = cut(costs, head, stages, balance)
     mine = bounds[stage]

@@ -106,8 +106,8 @@ class RankTable:
         schedule = max(rank.busy + rank.phases[PIPELINE] for rank in self.ranks)
         return 1.0 - statistics.fmean(rank.busy for rank in self.ranks) / schedule if schedule else 0.0
 
-    def utilisation(self, efficiency: Efficiency) -> float:
-        """Return the model FLOP utilisation: operations that the blocks need over what the devices could do meanwhile.
+    def utilization(self, efficiency: Efficiency) -> float:
+        """Return the model FLOP utilization: operations that the blocks need over what the devices could do meanwhile.
 
         Time within steps alone; evaluations and checkpoints are left out.
         """
@@ -129,7 +129,7 @@ class RankTable:
         if self.stages > 1:
             values["pipeline/bubble"] = self.bubble
         if efficiency is not None:
-            values["throughput/mfu"] = self.utilisation(efficiency)
+            values["throughput/mfu"] = self.utilization(efficiency)
         depths = [rank.queue_depth for rank in self.ranks if rank.queue_depth is not None]
         if depths:
             values["data/queue_depth"] = min(depths)

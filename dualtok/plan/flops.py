@@ -1,4 +1,4 @@
-"""Operations per token, as model FLOP utilisation counts them."""
+"""Operations per token, as model FLOP utilization counts them."""
 
 from __future__ import annotations
 

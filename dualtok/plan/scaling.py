@@ -37,7 +37,7 @@ class Point:
     tokens: int
     """Of a step."""
     mfu: float
-    """Model FLOP utilisation."""
+    """Model FLOP utilization."""
 
     @property
     def shares(self) -> dict[str, float]:

@@ -90,7 +90,7 @@ def tokens_per_second(job: Job, seconds: float) -> float:
 
 
 def model_flops(shape: ModelShape, length: int) -> float:
-    """Return FLOP per token as model FLOP utilisation counts them: 6 N and causal attention, nothing recomputed.
+    """Return FLOP per token as model FLOP utilization counts them: 6 N and causal attention, nothing recomputed.
 
     Frozen weights count as trained, as is usual.
     """

@@ -231,7 +231,7 @@ def _load(settings: WorkerSettings) -> Callable[[Batch], torch.Tensor]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     from dualtok.model.load import load_causal_lm
-    from dualtok.model.losses import TokenLossModel, probe_batch, require_faithful
+    from dualtok.model.losses import TokenLossModel, check_batch, require_faithful
 
     causal_lm = load_causal_lm(
         settings.model, precision=settings.precision, trust_remote_code=settings.trust_remote_code
@@ -243,7 +243,7 @@ def _load(settings: WorkerSettings) -> Callable[[Batch], torch.Tensor]:
     def forward(batch: Batch) -> torch.Tensor:
         nonlocal checked
         if not checked:
-            require_faithful(model(probe_batch(batch), check=True), settings.precision, type(model.causal_lm).__name__)
+            require_faithful(model(check_batch(batch), check=True), settings.precision, type(model.causal_lm).__name__)
             checked = True
         return forward_in_pieces(model, batch, settings.batch_size)
 

@@ -1,8 +1,10 @@
-"""How far a trained model may go from its reference: the weights between the two that an attacker hardly sees.
+"""Interpolation towards the reference: how far a trained model may be from it before an attacker sees its members.
 
 With theta(w) = theta_ref + w (theta - theta_ref), what a model has learned grows faster than what it gives away while w
 is small. The reference has seen no member, so w = 0 gives nothing away; the largest w is taken for which an attacker
-with a reference of his own is expected to reach no more than a given AUC.
+with a reference of their own is expected to reach no more than a given AUC. Interpolating the weights of a fine-tuned
+model and its start is known from WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), which does it for robustness, and
+from scaling a task vector (Ilharco et al. 2023, arXiv 2212.04089).
 
 Legend: m members, n non-members, each a document.
 """
@@ -30,10 +32,11 @@ def expected_auc(
     """Return the AUC of Ref that an attacker is expected to reach: Phi(gap / (sqrt(2) sigma)), both classes normal.
 
     The gap is that of s(t) by the *defender's* reference, for which it is exactly 0 where the model is that reference:
-    what members and non-members differ by beforehand drops out. The spread sigma is that of s(t) by the stand-in.
+    what members and non-members differ by beforehand drops out. The spread sigma is that of s(t) by the surrogate
+    of the attacker's reference.
 
     Args:
-        members: mean loss of each member [m] under the model, the defender's reference and the stand-in, in nats.
+        members: mean loss of each member [m] under the model, the defender's reference and the surrogate, in nats.
         non_members: the same of the non-members [n].
         confidence: of the gap: its one-sided upper end is taken, as far as documents were drawn by chance; .5 takes
             the gap that was seen.
@@ -47,7 +50,7 @@ def expected_auc(
     return float(norm.cdf(gap / np.sqrt(2 * np.mean(spreads))))
 
 
-def furthest(auc_at: Callable[[float], float], limit: float) -> float:
+def largest_weight(auc_at: Callable[[float], float], limit: float) -> float:
     """Return the w in [0, 1] at which ``auc_at`` reaches ``limit`` (Brent's method), or 1 if it does not.
 
     ``auc_at`` is called once per trial, about six times; it must be .5 at 0, where it is not called.

@@ -120,7 +120,7 @@ def _unfinished(index: str) -> str:
     return f"{index}: missing, so scoring did not finish; run `dualtok score` again to continue it"
 
 
-class StoredScores:
+class StoredLosses:
     """The reference losses of one split, each file checked against the index and the manifest.
 
     Those of a local folder are checked before the first is used, those at an address as each arrives.

@@ -22,7 +22,7 @@ ROUNDING = 1e-9
 FREE_ON_RESUME = (
     "monitor",
     "audit",
-    "retreat",
+    "interpolate",
     "launch",
     "output_dir",
     "data.processes",

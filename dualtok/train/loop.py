@@ -74,7 +74,7 @@ class TrainingLoop:
         state: where the run stands.
         reference: computes the reference losses while training, if they are not stored.
         watchdog: is told of progress.
-        efficiency: what the model FLOP utilisation is reckoned with.
+        efficiency: what the model FLOP utilization is reckoned with.
     """
 
     run: RunConfig

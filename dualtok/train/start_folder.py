@@ -44,7 +44,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LICENCE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
 
-def lay_down_start(
+def write_start_folder(
     run: RunConfig,
     model: ModelConfig,
     sources: Sequence[Source],

@@ -10,7 +10,7 @@ import yaml
 from dualtok.commands import demo
 from dualtok.commands.demo import run_demo, write_runs
 from dualtok.config.data import SPLITS
-from dualtok.config.run import parse_run
+from dualtok.config.load import parse_run
 from dualtok.data.stream.blocks import BlockStream
 from dualtok.launch import local as launch
 from tests.support import ROOT, command

@@ -1,4 +1,4 @@
-"""``dualtok retreat``: the furthest model that keeps to the limit, the same on any number of ranks."""
+"""``dualtok interpolate``: the model of the largest weight that keeps to the limit, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
     small_corpus: dict[str, Any], tmp_path: Path
 ) -> None:
-    reference, stand_in = (save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("stand_in", 2)))
+    reference, surrogate = (
+        save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("surrogate_reference", 2))
+    )
     plain = write_run(
         tmp_path / "plain.yaml",
         small_corpus,
@@ -30,10 +32,10 @@ def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
     succeed(dualtok("train", plain))
     model = tmp_path / "plain.hf"
     succeed(dualtok("export", plain.with_suffix(""), model, "--checkpoint", "latest"))
-    settings = {"model": str(model), "reference": str(reference), "stand_in": str(stand_in), "auc": 0.52}
-    run = write_run(tmp_path / "back.yaml", {"dir": small_corpus["dir"]}, retreat=settings)
-    shown = succeed(dualtok("retreat", run, tmp_path / "made"))
-    facts = json.loads((tmp_path / "made" / "retreat.json").read_text())
+    settings = {"model": str(model), "reference": str(reference), "surrogate_reference": str(surrogate), "auc": 0.52}
+    run = write_run(tmp_path / "back.yaml", {"dir": small_corpus["dir"]}, interpolate=settings)
+    shown = succeed(dualtok("interpolate", run, tmp_path / "made"))
+    facts = json.loads((tmp_path / "made" / "interpolate.json").read_text())
     trials = {trial["w"]: trial["auc"] for trial in facts["trials"]}
     by_reference = {trial["w"]: trial["auc_with_reference"] for trial in facts["trials"]}
     assert by_reference[1.0] > 0.7, "the model is overfit"
@@ -48,25 +50,27 @@ def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
     for name, tensor in made.items():
         torch.testing.assert_close(tensor, near[name] + facts["w"] * (far[name] - near[name]))
 
-    line = error_line(dualtok("retreat", run, tmp_path / "made"))
+    line = error_line(dualtok("interpolate", run, tmp_path / "made"))
     assert "exists; give another folder" in line
-    succeed(dualtok("retreat", run, tmp_path / "again", f"output_dir={tmp_path / 'again.run'}", ranks=2))
-    again = json.loads((tmp_path / "again" / "retreat.json").read_text())
+    succeed(dualtok("interpolate", run, tmp_path / "again", f"output_dir={tmp_path / 'again.run'}", ranks=2))
+    again = json.loads((tmp_path / "again" / "interpolate.json").read_text())
     assert again["w"] == pytest.approx(facts["w"], abs=0.01)
 
     # The reference stands in as well: who knows more of each document sees more, so that the model goes further back.
-    both = f"retreat.stand_in=[{stand_in}, {reference}]"
-    succeed(dualtok("retreat", run, tmp_path / "nearer", both))
-    assert json.loads((tmp_path / "nearer" / "retreat.json").read_text())["w"] < 0.8 * facts["w"]
+    both = f"interpolate.surrogate_reference=[{surrogate}, {reference}]"
+    succeed(dualtok("interpolate", run, tmp_path / "nearer", both))
+    assert json.loads((tmp_path / "nearer" / "interpolate.json").read_text())["w"] < 0.8 * facts["w"]
 
 
 @pytest.mark.slow
 def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
     small_corpus: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Score with both folds' models, train, and retreat, all by one run file."""
+    """Score with both folds' models, train, and interpolate, all by one run file."""
     data = own_copy(small_corpus, tmp_path / "data")
-    reference, stand_in = (save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("stand_in", 2)))
+    reference, surrogate = (
+        save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("surrogate_reference", 2))
+    )
     folds = [str(save_model(tmp_path / f"fold-{fold}", seed=3 + fold)) for fold in (0, 1)]
     run = write_run(
         tmp_path / "run.yaml",
@@ -75,18 +79,23 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
         model={"path": str(reference)},
         reference={"folds": folds},
         train={"learning_rate": 5e-3, "batch_size": 8, "epochs": 8, "precision": "fp32"},
-        retreat={"reference": str(reference), "stand_in": str(stand_in), "auc": 0.52},
+        interpolate={"reference": str(reference), "surrogate_reference": str(surrogate), "auc": 0.52},
     )
-    assert "checkpoints: no checkpoint 'latest'" in error_line(dualtok("retreat", run, tmp_path / "made"))
+    assert "checkpoints: no checkpoint 'latest'" in error_line(dualtok("interpolate", run, tmp_path / "made"))
     succeed(dualtok("score", run))
     shown = succeed(dualtok("train", run, "train.warmup_steps=2"))
-    assert f"until it is taken back: dualtok retreat {run} TARGET train.warmup_steps=2" in shown
-    assert read_status(run.with_suffix("")).next_command.startswith("dualtok retreat ")
-    assert "has trained on 'probe'" in error_line(dualtok("retreat", run, tmp_path / "made", "train.split=probe"))
+    assert (
+        f"until it is interpolated towards its reference: dualtok interpolate {run} TARGET train.warmup_steps=2"
+        in shown
+    )
+    assert read_status(run.with_suffix("")).next_command.startswith("dualtok interpolate ")
+    assert "has trained on 'probe'" in error_line(dualtok("interpolate", run, tmp_path / "made", "train.split=probe"))
     assert {row["memorized_tokens"] > 0 for row in history(run)} == {True}, "it unlearns nothing"
-    succeed(dualtok("retreat", run, tmp_path / "made"))
-    assert [path.name for path in (run.with_suffix("") / "retreat").iterdir()] == ["signals"], "trials were left behind"
-    w = json.loads((tmp_path / "made" / "retreat.json").read_text())["w"]
+    succeed(dualtok("interpolate", run, tmp_path / "made"))
+    assert [path.name for path in (run.with_suffix("") / "interpolate").iterdir()] == ["signals"], (
+        "trials were left behind"
+    )
+    w = json.loads((tmp_path / "made" / "interpolate.json").read_text())["w"]
     assert 0 < w < 1
     succeed(dualtok("export", run.with_suffix(""), tmp_path / "trained", "--checkpoint", "latest"))
     near, far, made = (read_weights(tmp_path / name) for name in ("reference", "trained", "made"))
@@ -96,6 +105,8 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
 
 def test_without_its_section_there_is_nothing_to_do(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]})
-    assert "retreat" in error_line(dualtok("retreat", run, tmp_path / "made"))
-    nothing_trained = "retreat={reference: a, stand_in: b}"
-    assert "retreat.model: name the trained" in error_line(dualtok("retreat", run, tmp_path / "made", nothing_trained))
+    assert "interpolate" in error_line(dualtok("interpolate", run, tmp_path / "made"))
+    nothing_trained = "interpolate={reference: a, surrogate_reference: b}"
+    assert "interpolate.model: name the trained" in error_line(
+        dualtok("interpolate", run, tmp_path / "made", nothing_trained)
+    )

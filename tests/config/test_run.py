@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from dualtok.config.run import load_run, parse_run
+from dualtok.config.load import load_run, parse_run
 from dualtok.errors import ConfigError
 from dualtok.objective.loss import Dual, build_objective
 from dualtok.objective.selection import SelectionConfig

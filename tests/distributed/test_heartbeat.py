@@ -96,14 +96,14 @@ def test_a_silent_host_is_named_and_ends_the_job(tmp_path: Path) -> None:
     time.sleep(SECONDS)
     rows = json.loads((tmp_path / "hosts.json").read_text())["hosts"]
     assert [(row["host"], row["ranks"]) for row in rows] == [("node0", [0]), ("node1", [1, 2]), ("node2", [3])]
-    assert all(row["silent_seconds"] < SECONDS / 2 for row in rows)
+    assert all(row["silent_seconds"] < SECONDS for row in rows)
     assert all(0 < row["round_trip_seconds"] < SECONDS for row in rows[1:])
 
     started = time.monotonic()
     for member in members[1:3]:
         member.signal(signal.SIGSTOP)  # as if the whole host hung
     first, last = members[0].end(), members[3].end()
-    assert SECONDS * 0.8 < time.monotonic() - started < 4 * SECONDS
+    assert SECONDS * 0.8 < time.monotonic() - started < 20 * SECONDS
     error = "dualtok: error: host node1 (ranks 1-2) has not been heard from for 3 s"
     for status, said in (first, last):
         assert status == LOST_HOST

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from dualtok.config.run import parse_run
+from dualtok.config.load import parse_run
 from dualtok.distributed.ranks import ALONE
 from dualtok.doctor import machine, storage
 from dualtok.doctor.agent import connect, listen

@@ -38,7 +38,7 @@ def runs(bad: str, sound: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Return every way of a verb to a model: arguments of the command, and sections of the run."""
     plain: dict[str, Any] = {"objective": "causal_lm"}
     dual: dict[str, Any] = {"objective": "dual"}
-    retreat = {"model": sound, "reference": sound, "stand_in": sound}
+    interpolate = {"model": sound, "reference": sound, "surrogate_reference": sound}
     return {
         "train": (["train"], {**plain, "model": {"path": bad}, "train": TRAIN}),
         "train, lora": (["train"], {**plain, "model": {"path": bad, "lora": {"rank": 2}}, "train": TRAIN}),
@@ -51,9 +51,9 @@ def runs(bad: str, sound: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
         "audit": (["audit"], {"audit": {"models": {"a": bad}}}),
         "audit, second model": (["audit"], {"audit": {"models": {"a": sound, "b": bad}, "null_model": "b"}}),
         "audit, attack reference": (["audit"], {"audit": {"models": {"a": sound}, "attack_reference": bad}}),
-        "retreat": (["retreat"], {"retreat": {**retreat, "model": bad}}),
-        "retreat, reference": (["retreat"], {"retreat": {**retreat, "reference": bad}}),
-        "retreat, stand-in": (["retreat"], {"retreat": {**retreat, "stand_in": bad}}),
+        "interpolate": (["interpolate"], {"interpolate": {**interpolate, "model": bad}}),
+        "interpolate, reference": (["interpolate"], {"interpolate": {**interpolate, "reference": bad}}),
+        "interpolate, surrogate": (["interpolate"], {"interpolate": {**interpolate, "surrogate_reference": bad}}),
     }
 
 
@@ -71,7 +71,7 @@ def test_every_verb_refuses_it(
 ) -> None:
     (verb,), sections = runs(models[fault], models["sound"])[way]
     run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]}, **sections)
-    target = [tmp_path / "made"] if verb == "retreat" else []
+    target = [tmp_path / "made"] if verb == "interpolate" else []
     line = error_line(dualtok(verb, run, *target))
     assert FAULTS[fault] in line
     assert f"/{fault}" in line, "the folder is named"

@@ -162,7 +162,7 @@ class Campaign:
 
     def _strike(self, number: int, kind: str, step: int) -> None:
         samples, mark, drawn = self.folder / "samples-hit", self.folder / f"mark-{number}", kind
-        moment = "save" if kind == "disk_full" else self.draw.choice(("step", "save", "seal"))
+        moment = "save" if kind == "disk_full" else self.draw.choice(("step", "save", "finalize"))
         if kind == "remote":
             shutil.rmtree(self.cache, ignore_errors=True)  # else nothing would be fetched
             if self.draw.random() < 0.5:
@@ -181,7 +181,7 @@ class Campaign:
         else:
             if moment != "step":
                 step = max(EVERY, step // EVERY * EVERY)
-            rank = 0 if moment == "seal" else self.draw.randrange(RANKS)
+            rank = 0 if moment == "finalize" else self.draw.randrange(RANKS)
             fault = Fault(kind, rank, step, moment, str(mark), str(self.disk / "ballast"))  # type: ignore[arg-type]
             ended = train(self.run, samples, fault=fault)
             (self.disk / "ballast").unlink(missing_ok=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 Kind = Literal["kill", "sigterm", "disk_full", "hang", "nan"]
-Moment = Literal["step", "save", "seal"]
+Moment = Literal["step", "save", "finalize"]
 FAULT, SAMPLES = "DUALTOK_FAULT", "DUALTOK_SAMPLES"
 
 
@@ -93,7 +93,7 @@ class Injector:
         engine.train_step = step_with_fault
 
     def install(self) -> None:
-        write_part, seal = checkpoint_module.write_part, checkpoint_module.seal
+        write_part, finalize = checkpoint_module.write_part, checkpoint_module.finalize
 
         def with_fault(build: Callable[..., Any]) -> Callable[..., Any]:
             def build_with_fault(*arguments: Any, **settings: Any) -> Any:
@@ -115,14 +115,14 @@ class Injector:
             write_part(folder, rank, struck())
 
         def seal_with_fault(folder: Path, **facts: Any) -> None:
-            if self.due("seal", facts["step"]):
+            if self.due("finalize", facts["step"]):
                 self.strike()
-            seal(folder, **facts)
+            finalize(folder, **facts)
 
         for name in ("build_engine", "build_private_engine"):
             setattr(train_module, name, with_fault(getattr(train_module, name)))
         checkpoint_module.write_part = write_with_fault  # type: ignore[assignment]
-        checkpoint_module.seal = seal_with_fault  # type: ignore[assignment]
+        checkpoint_module.finalize = seal_with_fault  # type: ignore[assignment]
         # A file for every few pieces, so that a fault can strike between two of them.
         import dualtok.train.checkpoints.files as files_module
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.errors import ConfigError
 from dualtok.launch.hostfile import choose_hosts, read_hostfile
-from dualtok.launch.start import plan_start
+from dualtok.launch.start import build_start
 from tests.support import ROOT, dualtok, error_line, succeed, write_run
 from tools.write_recipes import recipes
 
@@ -52,7 +52,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def plan(run_file: Path, *overrides: str, **changes: Any) -> dict[str, str]:
     arguments = {"verb": "train", "backend": "torchrun", "nodes": None, "gpus": 2, **changes}
-    return plan_start(load_run(run_file, overrides), run_file, overrides, **arguments).files
+    return build_start(load_run(run_file, overrides), run_file, overrides, **arguments).files
 
 
 def hostfile(tmp_path: Path, text: str) -> str:

@@ -23,7 +23,7 @@ from dualtok.model.adapters import (
     adapter_weights,
     linear_layers,
     lora_layers,
-    plan_adapters,
+    prepare_adapters,
     require_same_base,
     write_adapter,
 )
@@ -61,7 +61,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def plan(model_type: str = "llama", reference: Path | None = None, **lora: Any) -> Any:
     settings = LoraConfig(**{"rank": 3, "alpha": 6, **lora})
     folder = None if reference is None else str(reference)
-    return plan_adapters(settings, config_of(model_type), seed=5, base="base", reference=folder)
+    return prepare_adapters(settings, config_of(model_type), seed=5, base="base", reference=folder)
 
 
 def disturb(model: nn.Module, name: str) -> None:
@@ -248,7 +248,7 @@ def test_weights_in_four_bits_are_adapted_and_are_their_own_reference(tmp_path: 
     exact, model = load_causal_lm(tmp_path), load_causal_lm(tmp_path, quantize="nf4")
     base = logits(model)
     assert 0 < (base - logits(exact)).abs().mean() < 0.2 * logits(exact).abs().mean()
-    adapters = plan_adapters(LoraConfig(rank=2), AutoConfig.from_pretrained(tmp_path), seed=0, base=str(tmp_path))
+    adapters = prepare_adapters(LoraConfig(rank=2), AutoConfig.from_pretrained(tmp_path), seed=0, base=str(tmp_path))
     adapters.put_into(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.arange(40)[None] % VOCABULARY

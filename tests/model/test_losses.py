@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dualtok.data.packing import model_inputs, pack_documents
 from dualtok.errors import ConfigError
-from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
+from dualtok.model.losses import SignalModel, TokenLossModel, check_batch, require_faithful
 from dualtok.objective import LossHead
 from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 
@@ -116,7 +116,7 @@ def test_the_head_is_transformers_own(model_type: str, changes: dict[str, Any]) 
     batch = model_inputs(
         np.random.default_rng(3).integers(0, VOCABULARY, (2, 32)).astype(np.int32), [np.array([32])] * 2
     )
-    require_faithful(model(probe_batch(batch), check=True), "fp32", model_type)
+    require_faithful(model(check_batch(batch), check=True), "fp32", model_type)
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_logits_changed_in_an_unknown_way_are_refused() -> None:
     causal_lm.logit_scale = 0.5  # as for an architecture whose scale dualtok does not know
     batch = model_inputs(np.random.default_rng(3).integers(0, VOCABULARY, (1, 32)).astype(np.int32), [np.array([32])])
     with pytest.raises(ConfigError, match="changes its logits"):
-        require_faithful(model.errors(probe_batch(batch)), "fp32", "cohere")
+        require_faithful(model.errors(check_batch(batch)), "fp32", "cohere")
     with pytest.raises(ConfigError):
         require_faithful(torch.tensor([float("nan"), 0.0]), "fp32", "broken")
 
@@ -137,7 +137,7 @@ def test_an_architecture_that_looks_across_documents_is_refused() -> None:
     model = TokenLossModel(build("opt", hidden_size=32, ffn_dim=48, word_embed_proj_dim=32))
     batch = model_inputs(np.random.default_rng(3).integers(0, VOCABULARY, (1, 48)).astype(np.int32), [np.array([48])])
     with pytest.raises(ConfigError, match="with the document packed before it"):
-        require_faithful(model.errors(probe_batch(batch)), "fp32", "OPT")
+        require_faithful(model.errors(check_batch(batch)), "fp32", "OPT")
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def test_an_output_layer_that_is_not_plain_is_called_as_it_is() -> None:
     assert isinstance(causal_lm.get_output_embeddings(), Wrapped)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        require_faithful(TokenLossModel(causal_lm).errors(probe_batch(batch)), "fp32", "wrapped")
+        require_faithful(TokenLossModel(causal_lm).errors(check_batch(batch)), "fp32", "wrapped")
     with pytest.raises(ConfigError, match=r"loss_backend.*Wrapped.*use loss_backend: torch"):
         TokenLossModel(causal_lm, kernel=linear_cross_entropy)
 

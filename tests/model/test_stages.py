@@ -16,7 +16,7 @@ from dualtok.errors import ConfigError
 from dualtok.model.empty import empty_causal_lm
 from dualtok.model.load import load_causal_lm, read_model_config
 from dualtok.model.losses import TokenLossModel
-from dualtok.model.stages import StageBounds, build_stage, cut, cut_plan, stage_names
+from dualtok.model.stages import StageBounds, build_stage, cut, stage_layout_of, stage_names
 from dualtok.objective import build_objective
 from dualtok.train.engines.pipeline import StageModel
 
@@ -225,7 +225,7 @@ def test_an_architecture_without_a_plan_is_refused() -> None:
     from transformers import AutoConfig
 
     with pytest.raises(ConfigError, match=r"no pipeline plan for 'opt'.*train.engine=zero"):
-        cut_plan(AutoConfig.for_model("opt"))
+        stage_layout_of(AutoConfig.for_model("opt"))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

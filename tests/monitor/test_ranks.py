@@ -41,8 +41,8 @@ def test_the_bubble_of_equal_stages_is_that_of_1f1b(stages: int, micro_batches: 
 def test_utilisation_counts_the_blocks_of_a_pipeline_once() -> None:
     ranks = [rank(2.0, figures={"tokens": 500.0}), rank(1.0, figures={"tokens": 500.0})]
     work = Efficiency(flops_per_token=1e9, peak_tflops=0.5)
-    assert RankTable(ranks).utilisation(work) == pytest.approx(1000 * 1e9 / (2.0 * 2 * 0.5e12))
-    assert RankTable(ranks, stages=2).utilisation(work) == pytest.approx(500 * 1e9 / (2.0 * 2 * 0.5e12))
+    assert RankTable(ranks).utilization(work) == pytest.approx(1000 * 1e9 / (2.0 * 2 * 0.5e12))
+    assert RankTable(ranks, stages=2).utilization(work) == pytest.approx(500 * 1e9 / (2.0 * 2 * 0.5e12))
 
 
 def test_reading_ahead_is_told_by_the_rank_that_has_least_and_by_all_shards_together() -> None:

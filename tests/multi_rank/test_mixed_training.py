@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dualtok.commands.train import open_streams
-from dualtok.config.run import load_run, parse_run
+from dualtok.config.load import load_run, parse_run
 from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.sources.corpora import sotu_passages, write_jsonl

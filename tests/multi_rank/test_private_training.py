@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from dualtok.config.run import parse_run
+from dualtok.config.load import parse_run
 from dualtok.errors import ConfigError
 from tests.multi_rank.test_resume import kill_after_step
 from tests.support import (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtok.commands import train as training
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.distributed.ranks import leave_ranks
 from dualtok.errors import ConfigError
 from dualtok.objective.head import IGNORED_LABEL

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtok.commands import train as training
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.distributed.ranks import leave_ranks
 from dualtok.errors import Preempted
 

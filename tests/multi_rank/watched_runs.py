@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dualtok.commands import train as training
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.data.stream.blocks import BlockStream
 from dualtok.distributed.ranks import leave_ranks
 

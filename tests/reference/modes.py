@@ -26,7 +26,7 @@ from dualtok.data.stream.blocks import BlockStream
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import Layout, build_layout
 from dualtok.distributed.ranks import join_ranks
-from dualtok.model.adapters import plan_adapters
+from dualtok.model.adapters import prepare_adapters
 from dualtok.model.load import DTYPES, read_model_config
 from dualtok.objective.loss import build_objective
 from dualtok.reference.live import AdapterReference
@@ -148,7 +148,7 @@ def adapters(comparison: Comparison, precision: str, stage: int, adapter: str | 
     )
     model = ModelConfig(path=job["base"], lora=LoraConfig(rank=4, alpha=8, dropout=0.0))
     assert model.lora is not None
-    plan = plan_adapters(model.lora, read_model_config(job["base"]), seed=3, base=job["base"], reference=adapter)
+    plan = prepare_adapters(model.lora, read_model_config(job["base"]), seed=3, base=job["base"], reference=adapter)
     # Before the engine: while one of ZeRO-3 lives, transformers partitions every model that it loads.
     expected = comparison.transformers_losses(job["merged"] if adapter else job["base"], precision)
     engine = build_engine(

@@ -1,4 +1,4 @@
-"""How far a model may go from its reference: the expected attack, the furthest point, the weights between."""
+"""How far a model may go from its reference: the expected attack, the largest weight, the weights between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dualtok.audit.statistics.metrics import roc_auc
 from dualtok.errors import ConfigError
 from dualtok.model.folder.interpolate import interpolate
-from dualtok.reference.interpolation import expected_auc, furthest
+from dualtok.reference.interpolation import expected_auc, largest_weight
 from tests.support import save_model
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def test_the_expected_auc_is_what_ref_reaches() -> None:
     for learned in (memorized, 0.0):
         difficulty = draw.normal(5.0, 0.5, n)
         reference = difficulty + draw.normal(0, 0.05, n)
-        stand_in = difficulty + draw.normal(0, 0.05, n)
-        sides.append((reference - 0.1 - learned, reference, stand_in))
-    ref_attack = roc_auc(*(stand_in - model for model, _, stand_in in sides))
+        surrogate = difficulty + draw.normal(0, 0.05, n)
+        sides.append((reference - 0.1 - learned, reference, surrogate))
+    ref_attack = roc_auc(*(surrogate - model for model, _, surrogate in sides))
     assert expected_auc(sides[0], sides[1]) == pytest.approx(ref_attack, abs=0.01)
     assert ref_attack > 0.55
 
@@ -61,17 +61,17 @@ def test_chance_differences_of_the_classes_drop_out() -> None:
     assert expected_auc(sides[0], sides[1], 0.95) == 0.5
 
 
-def test_the_furthest_point_is_where_the_limit_is_reached() -> None:
+def test_the_largest_weight_is_where_the_limit_is_reached() -> None:
     tried: list[float] = []
 
     def auc_at(w: float) -> float:
         tried.append(w)
         return 0.5 + 0.3 * w**1.5
 
-    assert furthest(auc_at, 0.53) == pytest.approx((0.03 / 0.3) ** (1 / 1.5), abs=0.005)
+    assert largest_weight(auc_at, 0.53) == pytest.approx((0.03 / 0.3) ** (1 / 1.5), abs=0.005)
     assert len(tried) <= 10
     assert 0.0 not in tried
-    assert furthest(lambda w: 0.5 + 0.01 * w, 0.53) == 1.0
+    assert largest_weight(lambda w: 0.5 + 0.01 * w, 0.53) == 1.0
 
 
 def test_weights_between_two_models(tmp_path: Path) -> None:

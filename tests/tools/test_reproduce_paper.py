@@ -45,9 +45,9 @@ ALL_AUXILIARY = {
     *(f"plain, {FROM}, step {step}" for step in range(1, 7)),
     "dual, cross-fitted",
 }
-TAKEN_BACK = {"dual_plus", "dual_plus, limit 0.55", "plain, taken back"}
-PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *TAKEN_BACK}
-FURTHER = {f"{row}, further attacks" for row in KINDS | TAKEN_BACK}
+INTERPOLATED = {"dual_plus", "dual_plus, limit 0.55", "plain, interpolated"}
+PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *INTERPOLATED}
+FURTHER = {f"{row}, further attacks" for row in KINDS | INTERPOLATED}
 PRETRAINED = {f"{row}, from scratch" for row in ("reference alone", "plain", "dual")}
 Module = Callable[[str], Any]
 
@@ -140,7 +140,7 @@ def test_the_steps_of_every_part_have_sound_settings_and_needs(
         "audit",
         "export",
         "prepare",
-        "retreat",
+        "interpolate",
         "score",
         "train",
         *scripts,
@@ -158,7 +158,9 @@ def test_a_part_alone_is_planned_with_what_it_needs_and_nothing_else(module: Mod
     assert trained == {"base-sotu/train", *(f"sotu-0/train {model}" for model in models)}
     assert [step.name for step in planned if step.arguments[0] == "audit"] == ["sotu-0/audit-longer"]
     planned = tool.plan(tool.SCALES["cpu"], tmp_path, ["frontier"], ["sotu-0"])[1]
-    assert {"retreat", "dual all"}.isdisjoint(word for step in planned for word in (step.arguments[0], step.name[13:]))
+    assert {"interpolate", "dual all"}.isdisjoint(
+        word for step in planned for word in (step.arguments[0], step.name[13:])
+    )
     assert "sotu-0/train cross-fitted" in {step.name for step in planned}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from paper.steps import Step
 
-from dualtok.config.run import parse_run
+from dualtok.config.load import parse_run
 from dualtok.files import write_text
 
 if TYPE_CHECKING:

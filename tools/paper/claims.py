@@ -17,7 +17,7 @@ QUIET = 0.58
 LEVEL = 0.05
 DUAL = ("dual", "dual, reference then probe", "dual, from reference then probe")
 PLUS = ("dual_plus", "dual_plus, limit 0.55")
-DEFENDED = (*DUAL, *PLUS, "plain, taken back")
+DEFENDED = (*DUAL, *PLUS, "plain, interpolated")
 REFERENCE = "reference, then probe"
 STOPPED = {"plain": "base", "plain, from reference then probe": REFERENCE}
 """Plain training that may stop early -> where it starts."""

@@ -20,7 +20,7 @@ import torch
 
 from dualtok.commands.export import export
 from dualtok.commands.train import open_streams
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.data.manifest import load_manifest
 from dualtok.data.remote.remote import prepared
 from dualtok.distributed.ranks import ALONE

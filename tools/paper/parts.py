@@ -11,19 +11,19 @@ from typing import Any
 from paper.cell import ATTACKER, Cell, Run
 
 from dualtok.audit.attacks.registry import default_attacks, names_of
-from dualtok.config.reference import RetreatConfig
+from dualtok.config.reference import InterpolateConfig
 
 Part = Callable[[Cell], None]
 Made = tuple[str, Path, str]
 """Row, model, and the step that writes it."""
 DELTA = 1e-5
 """Of DP-SGD."""
-TAKEN_BACK = {
+INTERPOLATED = {
     "dual_plus": ("cross-fitted", 0.53),
     "dual_plus, limit 0.55": ("cross-fitted", 0.55),
-    "plain, taken back": ("plain from all", 0.53),
+    "plain, interpolated": ("plain from all", 0.53),
 }
-"""Row -> the model that goes back, and ``retreat.auc``."""
+"""Row -> the model that goes back, and ``interpolate.auc``."""
 ALL_AUXILIARY = "reference probe"
 """The reference that is trained on by the documents of the split ``probe``."""
 WAY_BACK = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -129,9 +129,9 @@ def lora(cell: Cell) -> None:
 def lira(cell: Cell) -> None:
     """LiRA (Carlini et al. 2022): shadow models of plain training, and of dual training with either reference.
 
-    A model that was taken back is judged by shadows that were not: an attacker who trained eight of those would have to
-    repeat two folds, a training and a retreat for each. Those of dual training, from the weights of the reference of
-    all auxiliary documents, also judge models on the way back, step by step; plain ones start from the base.
+    An interpolated model is judged by shadows that are not: an attacker who trained eight of those would have to repeat
+    two folds, a training and an interpolation for each. Those of dual training, from the weights of the reference of
+    all auxiliary documents, also judge models between, step by step; plain ones start from the base.
     """
     rows = {"reference alone": "reference", "plain": "plain", "dual": "dual"}
     half = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
@@ -250,7 +250,7 @@ def plus(cell: Cell) -> None:
     """``dual_plus``, and what it must be better than.
 
     That is its reference alone, which has learned all auxiliary documents, the dual loss against that reference, and
-    plain training that stops early, from the base and from the reference. Plain training taken back in the same way
+    plain training that stops early, from the base and from the reference. Plain training interpolated in the same way
     shows what the dual loss adds.
     """
     _plain_stopped(cell)
@@ -289,7 +289,7 @@ def further(cell: Cell) -> None:
         f"DP-SGD (8, {DELTA:g})": "dp-sgd 8",
     }
     models = [(row, cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()]
-    taken_back = [made for made in _of_all_auxiliary(cell) if made[0] in TAKEN_BACK]
+    taken_back = [made for made in _of_all_auxiliary(cell) if made[0] in INTERPOLATED]
     for row, model, step in (*models, *taken_back):
         cell.attack(f"{row}, further attacks", model, step)
     attacks = [*default_attacks(), *names_of("joint", "rerun")]
@@ -322,21 +322,21 @@ def _of_all_auxiliary(cell: Cell) -> list[Made]:
     run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, train=kept)
     made["plain from all"] = "plain, from reference then probe", cell.train("plain from all", run, [reference])
     made["cross-fitted"] = "dual, cross-fitted", _cross_fitted(cell, reference)
-    stand_in = _reference(cell, "probe", ready)
-    for row, (name, limit) in TAKEN_BACK.items():
-        models = {"model": name, "reference": ALL_AUXILIARY, "stand_in": "probe"}
-        back = f"back-{name}" + ("" if limit == RetreatConfig.auc else f" {limit:g}")
+    surrogate = _reference(cell, "probe", ready)
+    for row, (name, limit) in INTERPOLATED.items():
+        models = {"model": name, "reference": ALL_AUXILIARY, "surrogate_reference": "probe"}
+        back = f"back-{name}" + ("" if limit == InterpolateConfig.auc else f" {limit:g}")
         run = {
             "data": cell.data,
             "output_dir": str(cell.folder / back),
             "seed": cell.seed,
             "audit": {"batch_size": 16},
-            "retreat": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
+            "interpolate": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
         }
         step = cell.add(
-            back.replace("back-", "retreat "),
-            ["retreat", cell.write(back, run), str(cell.model(back))],
-            [stand_in, reference, f"{cell.name}/export {name}"],
+            back.replace("back-", "interpolate "),
+            ["interpolate", cell.write(back, run), str(cell.model(back))],
+            [surrogate, reference, f"{cell.name}/export {name}"],
         )
         made[back] = row, step
     return [(row, cell.model(name), step) for name, (row, step) in made.items()]

@@ -100,7 +100,7 @@ def _log(step: Step) -> Path:
 
 def _execute(step: Step) -> int:
     """Run one step as a process of its own and return its status."""
-    if step.arguments[0] in ("export", "retreat") and Path(step.arguments[2]).exists():
+    if step.arguments[0] in ("export", "interpolate") and Path(step.arguments[2]).exists():
         return 0  # both are atomic: the folder is whole, only its mark was lost
     _log(step).parent.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("forkserver").Process(target=_become, args=(step.arguments, _log(step)))

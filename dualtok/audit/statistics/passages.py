@@ -28,7 +28,7 @@ def shared_passages(members: Sequence[TokenIds], non_members: Sequence[TokenIds]
     A document shorter than that counts when a member contains all of it; an empty one is left out.
     """
     asked = Passages(non_members, tokens)
-    asked.look_in(members)
+    asked.find_in(members)
     return asked.share
 
 
@@ -53,7 +53,7 @@ class Passages:
             order = np.argsort(hashes[here], kind="stable")
             self._asked[length] = hashes[here][order], document[here][order]
 
-    def look_in(self, documents: Sequence[TokenIds]) -> None:
+    def find_in(self, documents: Sequence[TokenIds]) -> None:
         """Note which of the asked documents share a run with one of these."""
         others = _Runs(documents)
         for length, (hashes, document) in self._asked.items():

@@ -17,7 +17,8 @@ import yaml
 from dualtok.audit.attacks.lira import fit_shadows, statistic
 from dualtok.commands.export import export
 from dualtok.commands.train import CHECKPOINTS
-from dualtok.config.run import RunConfig, parse_run
+from dualtok.config.load import parse_run
+from dualtok.config.old_names import with_new_names
 from dualtok.data.folds import in_shadow
 from dualtok.data.manifest import load_manifest, split_entry
 from dualtok.data.remote.remote import prepared
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from dualtok.audit.attacks.base import ShadowFit
     from dualtok.audit.signals.signals import Signals
+    from dualtok.config.run import RunConfig
     from dualtok.data.manifest import Manifest
 
     DocumentLosses = tuple[NDArray[np.int64], NDArray[np.float64]]
@@ -91,7 +93,7 @@ def train_shadows(run: RunConfig, folder: Path, processes: int) -> list[Path]:
     settings = run.audit
     assert settings.shadows is not None
     manifest = load_manifest(prepared(run.data))
-    shadows = plan_shadows(run, manifest, folder)
+    shadows = shadow_runs(run, manifest, folder)
     missing = [shadow for shadow in shadows if not shadow.model(settings.shadow_checkpoint).is_dir()]
     for shadow in shadows:
         _require_same(run, manifest, shadow)
@@ -111,7 +113,7 @@ def train_shadows(run: RunConfig, folder: Path, processes: int) -> list[Path]:
     return [shadow.model(settings.shadow_checkpoint) for shadow in shadows]
 
 
-def plan_shadows(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shadow]:
+def shadow_runs(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shadow]:
     """Return the training runs of an audit's shadows: the run's own recipe, with as many passes over the documents.
 
     Raises:
@@ -128,7 +130,7 @@ def plan_shadows(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shado
         )
     if run.objective == "dual_plus":
         raise ConfigError(
-            "objective: shadows of 'dual_plus' would not be taken back, as the audited model was; shadows of "
+            "objective: shadows of 'dual_plus' would not be interpolated, as the audited model was; shadows of "
             "objective=dual, with the same reference model, judge it too"
         )
     if train.leave_out is not None:
@@ -202,7 +204,7 @@ def _require_same(run: RunConfig, manifest: Manifest, shadow: Shadow) -> None:
         if before != _note(run, manifest, shadow):
             raise ConfigError(f"{shadow.folder}: made for other members or non-members, or another seed; {again}")
     if shadow.run_file.is_file():
-        earlier = yaml.safe_load(shadow.run_file.read_text(encoding="utf-8"))
+        earlier = with_new_names(yaml.safe_load(shadow.run_file.read_text(encoding="utf-8")))[0]
         earlier["data"]["dir"] = shadow.run.data.dir
         for key, before, now in changes(earlier, shadow.run.as_dict()):
             raise ConfigError(f"{key}: {now!r}, but the shadow model in {shadow.folder} has {before!r}; {again}")

@@ -80,7 +80,7 @@ def _time(found: Plan, option: Option) -> Table:
     table.add_row("together", f"{option.time.total:,.4f}")
     each = option.tokens_per_second / found.cluster.ranks
     table.add_row("tokens/s", f"{option.tokens_per_second:,.0f} ({each:,.0f} per device)")
-    table.add_row("model FLOP utilisation", f"{found.mfu:.1%}")
+    table.add_row("model FLOP utilization", f"{found.mfu:.1%}")
     return table
 
 

@@ -24,7 +24,7 @@ from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import blocks_digest, cross_fitted, fingerprint
-from dualtok.reference.stored import StoredScores
+from dualtok.reference.stored import StoredLosses
 from dualtok.train.engines.zero import build_forward_only
 from dualtok.train.live_reference import check_reference
 
@@ -153,7 +153,7 @@ def _cross_fit(task: _Task, folds: list[Fingerprint]) -> str:
     digest = blocks_digest(task.source.manifest)
     everyone = np.stack(
         [
-            StoredScores(
+            StoredLosses(
                 task.source.place, task.source.manifest, task.split, replace(fold, blocks=digest), rank=-1
             ).read(task.shard.stem, rows)
             for fold in folds

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from dualtok.config.data import SPLITS, DataConfig, SplitName
 from dualtok.data.manifest import ShardEntry, SplitEntry
 from dualtok.data.packing import pack_documents
-from dualtok.data.prepare.decide import fates_path
+from dualtok.data.prepare.decide import decisions_path
 from dualtok.data.prepare.splits import content_digest
 from dualtok.data.prepare.staged import Chunk, Staged, StagedAt, read_staged, staged_at
 from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
@@ -143,7 +143,7 @@ def write_splits(
 
 
 def _documents(staged: Staged, chunk: Chunk, split: str) -> NDArray[np.int64]:
-    fates = np.load(fates_path(staged.at.folder, chunk))
+    fates = np.load(decisions_path(staged.at.folder, chunk))
     return chunk.first + np.flatnonzero(fates == SPLITS.index(split))
 
 

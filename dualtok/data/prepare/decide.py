@@ -74,7 +74,7 @@ class Decisions:
                 )
 
 
-def fates_path(folder: Path, chunk: Chunk) -> Path:
+def decisions_path(folder: Path, chunk: Chunk) -> Path:
     """Return the file of a chunk's fates, uint8 indices of :data:`FATES`."""
     return folder / f"fates-{chunk.number:06d}.npy"
 
@@ -86,7 +86,7 @@ def decide(config: DataConfig, staged: Staged, groups: Groups, progress: RunProg
     result = Decisions()
     for chunk in _cut(staged):
         members = groups.of(chunk.first, chunk.end)
-        path = fates_path(folder, chunk)
+        path = decisions_path(folder, chunk)
         if path.is_file():
             fates = np.load(path)
             for doc, memberships in members.items():

@@ -53,7 +53,7 @@ def shared_with_members(folder: Path, splits: dict[str, SplitEntry]) -> float | 
         return None
     passages = Passages(asked, length)
     for some in _portions(_pieces(folder / MEMBERS, splits[MEMBERS])):
-        passages.look_in(some)
+        passages.find_in(some)
     return passages.share
 
 

@@ -120,15 +120,15 @@ def source_files(config: DataConfig) -> list[Path] | None:
 def left_out(config: DataConfig) -> list[str]:
     """Return the files of a source folder that are not read, each with the reason; none of another kind of source."""
     path = Path(config.source or "")
-    return [f"{file}: {reason}" for file, reason in _look_through(path, config) if reason] if path.is_dir() else []
+    return [f"{file}: {reason}" for file, reason in _walk(path, config) if reason] if path.is_dir() else []
 
 
 def _files_in(folder: Path, config: DataConfig) -> list[Path]:
     """Return the readable files of a folder by name, without those of a ``data.dir`` inside it."""
-    return sorted(file for file, reason in _look_through(folder, config) if not reason)
+    return sorted(file for file, reason in _walk(folder, config) if not reason)
 
 
-def _look_through(folder: Path, config: DataConfig) -> Iterator[tuple[Path, str]]:
+def _walk(folder: Path, config: DataConfig) -> Iterator[tuple[Path, str]]:
     """Yield the files below a folder, through links as well, with why one is not read, or nothing.
 
     A folder that is reached twice is read where it is reached first in the order of the names.

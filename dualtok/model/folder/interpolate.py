@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def interpolate(start: Path, end: Path, weight: float, target: Path) -> Path:
+def write_interpolation(start: Path, end: Path, weight: float, target: Path) -> Path:
     """Write the model ``start + weight * (end - start)`` as a Hugging Face folder, whole or not at all.
 
     Configuration, tokenizer and the files' layout are those of ``end``. One file of weights is held at a time.

@@ -115,7 +115,7 @@ def is_written(folder: Path, ranks: int) -> bool:
     return all(_part_path(folder, rank).is_file() for rank in range(ranks))
 
 
-def seal(
+def finalize(
     folder: Path,
     *,
     ranks: int,

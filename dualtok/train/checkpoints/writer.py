@@ -22,10 +22,10 @@ from dualtok.train.checkpoints.files import (
     COMPLETE,
     CheckpointManifest,
     CheckpointReader,
+    finalize,
     is_as_written,
     is_written,
     read_manifest,
-    seal,
     write_part,
 )
 
@@ -105,7 +105,7 @@ class CheckpointWriter:
         }
 
         def finish() -> None:
-            seal(folder, **facts)
+            finalize(folder, **facts)
             if best:
                 point(self._root, BEST, folder.name)
             point(self._root, LATEST, folder.name)

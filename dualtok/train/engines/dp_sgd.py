@@ -18,7 +18,7 @@ from torch import nn
 
 from dualtok.errors import ConfigError
 from dualtok.model.load import load_causal_lm
-from dualtok.model.losses import probe_batch, probe_errors, require_faithful
+from dualtok.model.losses import check_batch, check_errors, require_faithful
 from dualtok.model.norms import row_norms, total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PhaseTimer
 from dualtok.objective.head import IGNORED_LABEL
@@ -110,12 +110,12 @@ class PrivateEngine:
     def check(self, batch: Batch, precision: str) -> None:
         """Compare document boundaries with what they should be; blocks are packed in evaluations."""
         self.model.eval()
-        probe = self.to_device(probe_batch(batch)) if len(batch["input_ids"]) else None
+        probe = self.to_device(check_batch(batch)) if len(batch["input_ids"]) else None
         if probe is not None:
             logits = self.model.causal_lm(
                 input_ids=probe["input_ids"], position_ids=probe["position_ids"], use_cache=False
             ).logits
-            errors = probe_errors(self.model(probe), logits, probe["labels"])
+            errors = check_errors(self.model(probe), logits, probe["labels"])
             require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:

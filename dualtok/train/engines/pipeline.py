@@ -20,7 +20,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
 from dualtok.model.empty import tied_weights
-from dualtok.model.losses import probe_batch, require_faithful
+from dualtok.model.losses import check_batch, require_faithful
 from dualtok.model.norms import total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PIPELINE, PhaseTimer
 from dualtok.train.engines.objective_model import ObjectiveModel
@@ -226,7 +226,7 @@ class PipelineTrainer:
         """Compare head and document boundaries with what they should be, once, before training."""
         stage: StageModel = self.engine.module.stage
         stage.checking = True
-        errors = self._evaluate(probe_batch(batch), torch.Size([2]))
+        errors = self._evaluate(check_batch(batch), torch.Size([2]))
         stage.checking = False
         require_faithful(errors, precision, type(stage.causal_lm).__name__)
 

@@ -15,7 +15,7 @@ import torch
 from dualtok.distributed.deepspeed_config import Json, inference_config, offloads_optimizer, zero_stage
 from dualtok.model.load import load_causal_lm
 from dualtok.model.loss_backends import load_backend
-from dualtok.model.losses import SignalModel, TokenLossModel, probe_batch, require_faithful
+from dualtok.model.losses import SignalModel, TokenLossModel, check_batch, require_faithful
 from dualtok.model.norms import total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PhaseTimer
 from dualtok.objective.selection import RankGather
@@ -67,7 +67,7 @@ class ZeroEngine:
     def check(self, batch: Batch, precision: str) -> None:
         """Compare dualtok's head and document boundaries with what they should be, once, before training."""
         with torch.no_grad():
-            errors = self.engine(self.to_device(probe_batch(batch)), check=True)
+            errors = self.engine(self.to_device(check_batch(batch)), check=True)
         require_faithful(errors, precision, type(self.model.causal_lm).__name__)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
@@ -225,7 +225,7 @@ def build_forward_only(
         here = {name: tensor.to(ranks.device) for name, tensor in batch.items()}
         with torch.no_grad():
             if not checked:
-                require_faithful(runner(probe_batch(here), check=True), precision, type(causal_lm).__name__)
+                require_faithful(runner(check_batch(here), check=True), precision, type(causal_lm).__name__)
                 checked = True
                 if config is not None:
                     _trace_again(runner)

@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,13 +21,16 @@ from dualtok.audit.statistics.evaluate import audit_model
 from dualtok.commands.audit.reruns import RerunResults, rerun_models
 from dualtok.commands.report import write_run_report
 from dualtok.config.data import DataConfig
-from dualtok.config.run import RunConfig, load_run
+from dualtok.config.load import load_run
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.distributed.ranks import ALONE
 from dualtok.errors import DataError
 from tests.support import BLOCK_LENGTH, dualtok, partitioned_json, save_model, succeed, write_run
+
+if TYPE_CHECKING:
+    from dualtok.config.run import RunConfig
 
 NAMES = list(names_of("rerun"))
 BUDGET = BLOCK_LENGTH // 2

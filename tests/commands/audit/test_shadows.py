@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from dualtok.commands.audit.shadows import plan_shadows, train_shadows
+from dualtok.commands.audit.shadows import shadow_runs, train_shadows
 from dualtok.commands.export import export
 from dualtok.config.data import DataConfig
-from dualtok.config.run import RunConfig, load_run, parse_run
+from dualtok.config.load import load_run, parse_run
 from dualtok.data.folds import in_shadow
 from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare.pipeline import prepare
@@ -25,6 +25,8 @@ from tests.support import BLOCK_LENGTH, VOCABULARY, dualtok, succeed, tiny_llama
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from dualtok.config.run import RunConfig
 
 RECIPE: dict[str, Any] = {
     "objective": "causal_lm",
@@ -60,7 +62,7 @@ def test_a_shadow_is_the_runs_own_recipe_with_as_many_passes(data: dict[str, Any
     run = run_of(data, tmp_path, seed=5, reference={"model": "r"})
     manifest = load_manifest(data["dir"])
     members, others = manifest.splits["train"].blocks, manifest.splits["held_out"].blocks
-    shadows = plan_shadows(run, manifest, tmp_path)
+    shadows = shadow_runs(run, manifest, tmp_path)
     assert [shadow.run.seed for shadow in shadows] == [6, 7, 8, 9]
     for shadow in shadows:
         assert shadow.steps == round(round(12 * members / 16) * (members + others) / 2 / members)
@@ -73,7 +75,7 @@ def test_a_shadow_is_the_runs_own_recipe_with_as_many_passes(data: dict[str, Any
         assert shadow.run.train.warmup_steps == round(4 * (members + others) / 2 / members)
         assert shadow.run.data.dir == str(shadow.folder / "data")
     dual = run_of(data, tmp_path, objective="dual", reference={"model": "r", "splits": ["train", "held_out"]})
-    (first, *_) = plan_shadows(dual, manifest, tmp_path)
+    (first, *_) = shadow_runs(dual, manifest, tmp_path)
     assert first.run.reference is not None
     assert (first.run.reference.model, first.run.reference.splits) == ("r", ("train",))
 

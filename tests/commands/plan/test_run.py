@@ -16,7 +16,7 @@ from dualtok.cli import plan as plan_command
 from dualtok.commands.plan.inputs import job_of, material_of
 from dualtok.commands.plan.run import make_cluster, plan
 from dualtok.commands.plan.write import write_layout
-from dualtok.config.run import load_run
+from dualtok.config.load import load_run
 from dualtok.errors import ConfigError
 from dualtok.plan.hardware import GIB, Cluster
 from tests.support import ROOT, dualtok, error_line, history, succeed, tiny_llama_config, write_run

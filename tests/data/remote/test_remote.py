@@ -27,7 +27,7 @@ from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.errors import DataError
 from dualtok.files import file_sha256
 from dualtok.reference.fingerprint import Fingerprint
-from dualtok.reference.stored import StoredScores, score_path, scores_folder, write_index, write_scores
+from dualtok.reference.stored import StoredLosses, score_path, scores_folder, write_index, write_scores
 from tests.data.remote.servers import FaultServer, fault_server, stream_config, upload
 from tests.data.support import BLOCK_LENGTH, whole_documents, write_prepared
 
@@ -80,7 +80,7 @@ def open_split(
     **settings: object,
 ) -> BlockStream:
     place = RemoteFolder(address, stream_config(hosts / cache, endpoint, **settings))
-    losses = StoredScores(place, load_manifest(place), "train", EXPECTED, on_bad_shard=on_bad_shard)
+    losses = StoredLosses(place, load_manifest(place), "train", EXPECTED, on_bad_shard=on_bad_shard)
     return BlockStream(place, "train", seed=3, scores=losses, on_bad_shard=on_bad_shard)
 
 
@@ -92,7 +92,7 @@ def at_s3(uploaded: str, s3: str, tmp_path: Path) -> Iterator[tuple[Opener, Faul
 
 
 def local(folder: Path, **changes: Any) -> BlockStream:
-    losses = StoredScores(folder, load_manifest(folder), "train", EXPECTED, **changes)
+    losses = StoredLosses(folder, load_manifest(folder), "train", EXPECTED, **changes)
     return BlockStream(folder, "train", seed=3, scores=losses, **changes)
 
 
@@ -308,7 +308,7 @@ def test_bad_local_shards_are_skipped_by_whoever_reads_them(
             on_bad_shard="skip",
             verify_rank=rank,
             verify_world_size=2,
-            scores=StoredScores(copy, load_manifest(copy), "train", EXPECTED, rank=rank, **losses),
+            scores=StoredLosses(copy, load_manifest(copy), "train", EXPECTED, rank=rank, **losses),
         )
         for rank in (0, 1)
     ]
@@ -328,7 +328,7 @@ def test_a_web_server_will_do(folder: Path, tmp_path: Path, small_corpus: dict[s
     with fault_server(folder) as server:
         place = RemoteFolder(server.url, stream_config(tmp_path / "cache"))
         stream = BlockStream(
-            place, "train", seed=3, scores=StoredScores(place, load_manifest(place), "train", EXPECTED)
+            place, "train", seed=3, scores=StoredLosses(place, load_manifest(place), "train", EXPECTED)
         )
         assert_same(stream.batches(0, GLOBAL), local(folder).batches(0, GLOBAL), 12)
     with fault_server(Path(small_corpus["dir"])) as server:
@@ -371,12 +371,12 @@ def test_missing_scores_at_an_address_are_told_apart(uploaded: str, s3: str, tmp
     place = RemoteFolder(uploaded, stream_config(tmp_path, s3))
     manifest = load_manifest(place)
     with pytest.raises(DataError, match=r"those of models/reference differ in: weights\); run `dualtok score`"):
-        StoredScores(place, manifest, "train", Fingerprint("other", "tokenizer", "blocks", "fp32"))
+        StoredLosses(place, manifest, "train", Fingerprint("other", "tokenizer", "blocks", "fp32"))
     unfinished = Fingerprint("unfinished", "tokenizer", "blocks", "fp32")
     (tmp_path / "x.arrow").write_bytes(b"x")
     place.storage.put(tmp_path / "x.arrow", f"scores/{unfinished.digest}/train/x.arrow")
     with pytest.raises(DataError, match="scoring did not finish"):
-        StoredScores(place, manifest, "train", unfinished)
+        StoredLosses(place, manifest, "train", unfinished)
 
 
 def test_ranks_of_uneven_shards_read_equally_often(remote: Opener) -> None:

@@ -87,14 +87,14 @@ def test_the_parts_of_several_ranks_become_one(tmp_path: Path) -> None:
     for rank, part in ((1, piece(2, 6)), (0, piece(0, 2))):
         write_part(tmp_path, rank, [part])
     facts: dict[str, Any] = {"ranks": 2, "step": 1, "optimizer_steps": 1, "layout": "", "state": {}, "run": {}}
-    from dualtok.train.checkpoints.files import CheckpointReader, seal
+    from dualtok.train.checkpoints.files import CheckpointReader, finalize
 
-    seal(tmp_path, **facts)
+    finalize(tmp_path, **facts)
     assert torch.equal(CheckpointReader(tmp_path, read_manifest(tmp_path)).whole("w").flatten(), VALUES["weight"])
     for rank, part in ((1, piece(3, 6)), (0, piece(0, 2))):
         write_part(tmp_path, rank, [part])
     with pytest.raises(CheckpointError, match="with gaps"):
-        seal(tmp_path, **facts)
+        finalize(tmp_path, **facts)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -109,7 +109,7 @@ def test_an_interrupted_save_leaves_the_earlier_one_in_force(tmp_path: Path, bac
         find_checkpoint(tmp_path, tag_of(10))
 
 
-@pytest.mark.parametrize("where", ["write_part", "seal"])
+@pytest.mark.parametrize("where", ["write_part", "finalize"])
 def test_what_fails_in_the_background_is_raised_at_the_next_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

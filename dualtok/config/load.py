@@ -1,0 +1,150 @@
+"""Read a run's YAML file strictly.
+
+An unknown key, a value of the wrong type, and a setting without effect in the chosen mode are errors that name the
+file, the dotted key and, for a typo, the nearest known key. Names of an earlier version are read with a note.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from dualtok.config.old_names import with_new_names
+from dualtok.config.run import RunConfig
+from dualtok.errors import ConfigError, did_you_mean, print_to_stderr
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""What pydantic calls a key that it does not know."""
+
+
+class _RunLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice instead of keeping the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML file and apply dotted overrides such as ``train.steps=100``.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value``; the value is read as YAML, ``null`` removes a section.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a setting is unknown, of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a run's YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_RunLoader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_without_content(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a run is a mapping of sections such as 'data:' and 'train:'")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_run(tree, source=str(path))
+
+
+def parse_run(tree: dict[str, Any], source: str = "run") -> RunConfig:
+    """Validate a run given as nested dictionaries; ``source`` names it in errors."""
+    tree, notes = with_new_names(tree)
+    for note in notes:
+        print_to_stderr(f"dualtok: {source}: {note}")
+    try:
+        return TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: the value is not YAML: {_without_content(error)}") from None
+
+
+def _without_content(error: yaml.YAMLError) -> str:
+    """Return what PyYAML found and where, without the line itself, which may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return "a character that YAML does not allow"
+    mark = error.problem_mark
+    return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's report into one line: all problems, unknown keys first, for one may be why another is missing."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in UNKNOWN)
+    texts = list(dict.fromkeys(" ".join(_explain_one(problem).split()) for problem in problems))
+    return (
+        texts[0]
+        if len(texts) == 1
+        else f"{len(texts)} problems: " + "; ".join(f"({number}) {text}" for number, text in enumerate(texts, start=1))
+    )
+
+
+def _explain_one(problem: ErrorDetails) -> str:
+    location = [str(part) for part in problem["loc"] if not str(part).endswith("]")]
+    key = ".".join(location)
+    if problem["type"] in UNKNOWN:
+        return f"unknown key {key!r}{did_you_mean(location[-1], _known_keys(location[:-1]))}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing; add it to the run"
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
+    secret = key.startswith("data.stream.storage")
+    return f"{key}: {problem['msg']}" + ("" if secret else f", got {problem['input']!r}")
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """Return the field names of the config class at a dotted location."""
+    here: Any = RunConfig
+    for part in location:
+        if part.isdigit():  # an entry of a list, whose class was found with the list
+            continue
+        here = _config_class(get_type_hints(here).get(part))
+        if here is None:
+            return []
+    return [field.name for field in dataclasses.fields(here)]
+
+
+def _config_class(annotation: Any) -> Any | None:
+    """Return the config class in an annotation such as ``LoraConfig | None`` or ``tuple[MixConfig, ...]``."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    return next(filter(None, map(_config_class, get_args(annotation))), None)
