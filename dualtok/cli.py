@@ -12,12 +12,15 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dualtok import __version__
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
+
+if TYPE_CHECKING:
+    from dualtok.config.run import RunConfig
 
 app = typer.Typer(
     help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
@@ -63,14 +66,13 @@ def prepare(
 ) -> None:
     """Deduplicate, split, tokenize and pack documents into shards."""
     _refuse_launcher("prepare")
-    from dualtok.config.load import load_run
-    from dualtok.data.prepare import pipeline
-    from dualtok.data.prepare.parts import parse_part
-
     if part is not None and finish:
         raise ConfigError("--part and --finish: one after the other; `--finish` follows when all parts are complete")
     short_forms = [] if canaries is None else [f"data.canaries.count={canaries}"]
-    data = load_run(run_file, [*(overrides or []), *short_forms]).data
+    data = _load(run_file, [*(overrides or []), *short_forms]).data
+    from dualtok.data.prepare import pipeline
+    from dualtok.data.prepare.parts import parse_part
+
     if part is not None:
         pipeline.prepare_part(data, parse_part(part))
     elif finish:
@@ -82,11 +84,11 @@ def prepare(
 @app.command()
 def score(run_file: RunFile, overrides: Overrides = None) -> None:
     """Compute the reference model's loss on every token, once; stored beside the shards."""
-    from dualtok.commands.score.run import score as run_score
-    from dualtok.config.load import load_run
-
+    run = _load(run_file, overrides)
     _quiet_libraries()
-    summary = run_score(load_run(run_file, overrides or []))
+    from dualtok.commands.score.run import score as run_score
+
+    summary = run_score(run)
     _say(
         f"{summary.shards} shards scored ({summary.scored} now, {summary.tokens_per_second:,.0f} tokens/s) "
         f"in {summary.folder}"
@@ -103,13 +105,12 @@ def train(
     ] = False,
 ) -> None:
     """Train a model with the dual, selective, Goldfish or plain objective through DeepSpeed."""
-    from dualtok.commands.train import train as run_train
-    from dualtok.config.load import load_run
-
-    _quiet_libraries()
-    run = load_run(run_file, overrides or [])
     if resume and auto_resume:
         raise ConfigError("--resume and --auto-resume: give one of them")
+    run = _load(run_file, overrides)
+    _quiet_libraries()
+    from dualtok.commands.train import train as run_train
+
     state = run_train(run, resume="always" if resume else "if_any" if auto_resume else "never")
     _say(
         f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
@@ -130,11 +131,11 @@ def export(
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer), or as a peft adapter folder."""
     _refuse_launcher("export")
-    from dualtok.commands.export import export as run_export
-
-    _quiet_libraries()
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision {precision!r}: must be fp32 or bf16")
+    _quiet_libraries()
+    from dualtok.commands.export import export as run_export
+
     _say(f"wrote {run_export(run_dir, target, which=checkpoint, precision=precision, merge=merge)}")
 
 
@@ -144,17 +145,25 @@ def interpolate(
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
     overrides: Overrides = None,
 ) -> None:
-    """Take a trained model's weights back towards its reference's, until an attacker hardly sees its members."""
-    from dualtok.commands.interpolate import interpolate as run_interpolate
-    from dualtok.config.load import load_run
-
+    """Write the model between a reference and the trained model at which an attacker hardly sees the members."""
+    run = _load(run_file, overrides)
     _quiet_libraries()
-    kept = run_interpolate(load_run(run_file, overrides or []), target)
+    from dualtok.commands.interpolate import interpolate as run_interpolate
+
+    kept = run_interpolate(run, target)
     _say(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model")
     if kept.w:
         _say(
             f"keep the reference secret: who has it reaches an AUC of {kept.auc_with_reference:.3f} with the attack Ref"
         )
+
+
+@app.command("retreat", hidden=True)
+def retreat(run_file: RunFile, target: Path, overrides: Overrides = None) -> None:
+    """Do what ``interpolate`` does, under its name of version 0.1."""
+    if is_first_rank():
+        print_to_stderr("dualtok: `dualtok retreat` is now called `dualtok interpolate`; the old name works until 0.3")
+    interpolate(run_file, target, overrides)
 
 
 @app.command()
@@ -167,14 +176,13 @@ def audit(
     processes: Annotated[int, typer.Option(min=1, help="Ranks that share each shadow's training.")] = 1,
 ) -> None:
     """Attack models with membership inference and measure their perplexity."""
-    from dualtok.commands.audit.run import audit as run_audit
-    from dualtok.commands.audit.run import print_figures
-    from dualtok.config.load import load_run
-
-    _quiet_libraries()
-    run = load_run(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
+    run = _load(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
     if processes > 1 and run.audit.shadows is None:
         raise ConfigError("--processes: has no effect without --shadows; to share the audit itself, use a launcher")
+    _quiet_libraries()
+    from dualtok.commands.audit.run import audit as run_audit
+    from dualtok.commands.audit.run import print_figures
+
     figures = run_audit(run, processes=processes)
     if is_first_rank():
         print_figures(figures)
@@ -184,10 +192,10 @@ def audit(
 def report(run_file: RunFile, overrides: Overrides = None) -> None:
     """Write the audit's figures as one HTML page, JSON and CSV."""
     _refuse_launcher("report")
+    run = _load(run_file, overrides)
     from dualtok.commands.report import write_run_report
-    from dualtok.config.load import load_run
 
-    _say(f"wrote {write_run_report(load_run(run_file, overrides or []))}")
+    _say(f"wrote {write_run_report(run)}")
 
 
 @app.command()
@@ -207,14 +215,14 @@ def plan(
 ) -> None:
     """Say whether a run fits on some machines, how long it takes, and which layout is fastest; reads no weights."""
     _refuse_launcher("plan")
-    from dualtok.commands.plan.run import make_cluster, show_plan
-    from dualtok.config.load import load_run
-
+    run = _load(run_file, overrides)
     _quiet_libraries()
+    from dualtok.commands.plan.run import make_cluster, show_plan
+
     cluster = make_cluster(
         device=device, nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, network=network
     )
-    show_plan(load_run(run_file, overrides or []), cluster, tokens, write, as_json=as_json)
+    show_plan(run, cluster, tokens, write, as_json=as_json)
 
 
 @app.command()
@@ -246,10 +254,9 @@ def launch(
 ) -> None:
     """Start the ranks of a run on the hosts of a cluster; the section `launch` says how."""
     _refuse_launcher("launch")
-    from dualtok.config.load import load_run
+    run = _load(run_file, overrides)
     from dualtok.launch.start import SCRIPTS, build_start, start
 
-    run = load_run(run_file, overrides or [])
     plan = build_start(run, run_file, overrides or [], verb=verb, backend=backend, nodes=nodes, gpus=gpus)
     start(plan, Path(run.output_dir).absolute() / SCRIPTS, dry_run=dry_run)
 
@@ -276,10 +283,17 @@ def status(
     run_dir: Annotated[Path, typer.Argument(help="A training run's output_dir, or its YAML file.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Say from a run's files how far it is, whether it lives, of what it died, and what to do next."""
+    """Report a run's progress, whether it is alive, why it ended, and the next step."""
     from dualtok.commands.status import print_status
 
     print_status(run_dir, json=json)
+
+
+def _load(run_file: Path, overrides: list[str] | None) -> RunConfig:
+    """Read the run's settings: before libraries are imported, so that a mistake is told at once."""
+    from dualtok.config.load import load_run
+
+    return load_run(run_file, overrides or [])
 
 
 def _refuse_launcher(verb: str) -> None:

@@ -22,7 +22,6 @@ from dualtok.data.manifest import MANIFEST, load_manifest
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.prepare.splits import assign_split, content_digest
 from dualtok.data.sources.documents import read_documents
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dualtok.errors import CheckpointError, ConfigError, DataError
 from dualtok.model.adapters import read_adapter_settings
@@ -416,7 +415,7 @@ def test_no_output_of_a_whole_run_holds_text_or_secrets(tmp_path: Path) -> None:
             holders = [path for path in root.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
             assert holders == []
         tokenizer = load_tokenizer(root / "data" / "tokenizer")
-        trained_on = BlockStream(root / "data", "train", seed=0).read(range(20))["input_ids"]
+        trained_on = DataFolder(root / "data").open("train").read(range(20))["input_ids"]
         assert CANARY in tokenizer.decode(trained_on.flatten()), "there was nothing to be found"
         assert wrong_modes(root, 0o027) == []
         assert {"events", "report", "audit", "checkpoints", "start"} <= {path.name for path in (root / "run").iterdir()}

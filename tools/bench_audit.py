@@ -22,8 +22,8 @@ from benchmark_support import llama_config, paired, prepared_corpus, print_ratio
 from dualtok.audit.signals.from_logits import token_signals
 from dualtok.audit.signals.signals import SignalsBuilder
 from dualtok.commands.audit.model_signals import with_columns
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.distributed.ranks import join_ranks
 from dualtok.model.load import load_causal_lm
 from dualtok.train.engines.zero import build_forward_only
@@ -56,7 +56,7 @@ def main() -> None:
         ids = load_manifest(data.dir).vocabulary
         if min(options.vocabularies) < ids:
             parser.error(f"--vocabularies: the corpus has {ids} ids; give no fewer")
-        batches = list(BlockStream(data.dir, SPLIT, seed=0).sequential(options.batch_size, max_blocks=options.blocks))
+        batches = list(DataFolder(data.dir).open(SPLIT).sequential(options.batch_size, max_blocks=options.blocks))
         for vocabulary in options.vocabularies:
             config = llama_config(options.hidden, options.layers, options.block_length)
             model = save_llama(Path(folder) / f"model-{vocabulary}", vocabulary, 1, config)

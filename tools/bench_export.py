@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from dualtok.train.checkpoints.files import finalize, write_part
-from dualtok.train.checkpoints.writer import point, tag_of
-from dualtok.train.engines.states import KINDS, Piece
+from dualtok.train.checkpoints.manifest import tag_of
+from dualtok.train.checkpoints.writer import point
+from dualtok.train.engines.states import KINDS, ParameterSlice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,11 +71,11 @@ def write_checkpoint(run: Path, parameters: int, mebibytes: int) -> None:
     point(folder.parent, "latest", folder.name)
 
 
-def pieces(rank: int, parameters: int, size: int) -> Iterator[Piece]:
+def pieces(rank: int, parameters: int, size: int) -> Iterator[ParameterSlice]:
     """Yield one rank's half of every parameter."""
     half = size // RANKS
     for number in range(parameters):
-        yield Piece(f"layer.{number}.weight", (size,), rank * half, {kind: torch.rand(half) for kind in KINDS})
+        yield ParameterSlice(f"layer.{number}.weight", (size,), rank * half, {kind: torch.rand(half) for kind in KINDS})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from dualtok.config.reference import ReferenceConfig
 from dualtok.config.run import RunConfig
 from dualtok.config.train import TrainConfig
 from dualtok.data.manifest import load_manifest
+from dualtok.data.mixed import load_sources
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks
@@ -122,7 +123,7 @@ def timed_turn(run: RunConfig, reference: BackgroundReference | None, spans: Spa
     assert run.train is not None
     assert run.model is not None
     layout = build_layout(join_ranks())
-    stream, validation = open_streams(run, load_manifest(run.data.dir), ("train", "validation"), layout.ranks)
+    stream, validation = open_streams(run, load_sources(run.data, "train"), ("train", "validation"), layout.ranks)
     engine = build_engine(
         str(run.model.path),
         run.model,

@@ -21,8 +21,8 @@ from benchmark_support import llama_config, paired, prepared_corpus, print_ratio
 from dualtok.commands.score.run import score
 from dualtok.config.reference import ReferenceConfig
 from dualtok.config.run import RunConfig
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.model.load import load_causal_lm
 
 SPLIT = "held_out"
@@ -45,7 +45,7 @@ def main() -> None:
         )
         reference = ReferenceConfig(model=str(model), splits=(SPLIT,), batch_size=options.batch_size)
         run = RunConfig(data=data, reference=reference)
-        stream = BlockStream(data.dir, SPLIT, seed=0)
+        stream = DataFolder(data.dir).open(SPLIT)
         blocks = [
             stream.read_rows(shard.file, np.arange(first, min(first + options.batch_size, shard.rows)))
             for shard in manifest.splits[SPLIT].shards

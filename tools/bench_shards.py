@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from benchmark_support import paired, prepared_corpus, print_ratio
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.packing import Block
 from dualtok.data.prepare.staged import read_staged
 from dualtok.data.shards import Shard, blocks_table, write_shard
-from dualtok.data.stream.blocks import BlockStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ def main() -> None:
 
 def write_both(folder: Path, block_length: int, rows: int, row_group: int) -> tuple[list[Path], list[Path]]:
     """Write the corpus' training blocks, repeated as needed, as shards of both kinds."""
-    stream = BlockStream(prepared_corpus(folder, block_length).dir, "train", seed=0)
+    stream = DataFolder(prepared_corpus(folder, block_length).dir).open("train")
     blocks = [
         Block(ids.numpy().astype(np.int32), pieces)
         for batch, rows_pieces in stream.sequential(64)

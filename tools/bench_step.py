@@ -32,8 +32,8 @@ from dualtok.config.model import ModelConfig
 from dualtok.config.reference import ReferenceConfig
 from dualtok.config.run import RunConfig
 from dualtok.config.train import TrainConfig
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 
 WARM_UP = 2
 PASSAGES = 600
@@ -81,7 +81,7 @@ def main() -> None:
             for name in ("dual", "causal_lm")
         }
         score(runs["dual"])
-        stream = BlockStream(data.dir, "train", seed=0)
+        stream = DataFolder(data.dir).open("train")
         trainer = hugging_face_trainer(start, stream, settings, options.pairs + WARM_UP, folder)
         contenders = {
             "dual": dualtok_step(runs["dual"]),

@@ -45,6 +45,8 @@ from stream_formats import (
     write_mds,
 )
 
+from dualtok.data.folder import DataFolder
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -177,9 +179,8 @@ def compare_seeks(folder: Path, prepared: Path, options: argparse.Namespace) -> 
 
 def first_batch(prepared: Path, sample: int, workers: int, batch_size: int) -> float:
     """Return the seconds from a fresh stream to its first micro-batch."""
-    from dualtok.data.stream.blocks import BlockStream
 
-    stream = BlockStream(prepared, "train", seed=0, verify=False)
+    stream = DataFolder(prepared).open("train", seed=0, verify=False)
     gc.collect()
     started = time.perf_counter()
     batches = stream.batches(sample, batch_size, workers=workers)

@@ -23,6 +23,7 @@ from dualtok.config.model import ModelConfig
 from dualtok.config.run import RunConfig
 from dualtok.config.train import TrainConfig
 from dualtok.data.manifest import load_manifest
+from dualtok.data.mixed import load_sources
 from dualtok.distributed.collectives import timed_collectives
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
@@ -95,7 +96,7 @@ def build_loop(folder: Path, options: argparse.Namespace) -> TrainingLoop:
         model=ModelConfig(path=str(start)),
     )
     ranks = join_ranks()
-    stream, validation = open_streams(run, load_manifest(data.dir), ("train", "validation"), ranks)
+    stream, validation = open_streams(run, load_sources(run.data, "train"), ("train", "validation"), ranks)
     engine = build_engine(
         start,
         ModelConfig(path=str(start)),

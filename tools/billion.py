@@ -30,7 +30,7 @@ from dualtok.config.model import ModelConfig
 from dualtok.config.reference import ReferenceConfig
 from dualtok.config.run import RunConfig
 from dualtok.config.train import TrainConfig
-from dualtok.data.manifest import load_manifest
+from dualtok.data.mixed import load_sources
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import Ranks, join_ranks, leave_ranks
@@ -122,7 +122,7 @@ def build_loop(run: RunConfig, ranks: Ranks, peaks: dict[str, int]) -> TrainingL
     reference = build_reference(run.reference, Path(run.reference.origin), layout)
     peaks["reference"] = restart_peak()
     say(ranks, f"reference built: {resident('VmRSS') / 2**30:.2f} GiB")
-    stream, validation = open_streams(run, load_manifest(run.data.dir), ("train", "validation"), ranks)
+    stream, validation = open_streams(run, load_sources(run.data, "train"), ("train", "validation"), ranks)
     total = run.train.steps or 0
     engine = build_engine(
         str(run.model.path),

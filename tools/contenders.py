@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from dualtok.commands.train import open_streams
 from dualtok.data.manifest import load_manifest
+from dualtok.data.mixed import load_sources
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks
@@ -87,8 +88,8 @@ def training_loop(run: RunConfig) -> TrainingLoop:
     assert run.model is not None
     start = Path(str(run.model.path))
     layout = build_layout(join_ranks())
-    manifest = load_manifest(run.data.dir)
-    stream, validation = open_streams(run, manifest, ("train", "validation"), layout.ranks)
+    load_manifest(run.data.dir)
+    stream, validation = open_streams(run, load_sources(run.data, "train"), ("train", "validation"), layout.ranks)
     adapters = None
     if run.model.lora is not None:
         adapters = prepare_adapters(run.model.lora, read_model_config(start), seed=run.seed, base=str(start))

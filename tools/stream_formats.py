@@ -15,10 +15,10 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import Manifest, ShardEntry, SplitEntry, load_manifest, save_manifest
 from dualtok.data.packing import model_inputs, pack_documents
 from dualtok.data.shards import Shard, blocks_table, shard_name, write_shard
-from dualtok.data.stream.blocks import BlockStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -128,7 +128,7 @@ def write_arrow(prepared: Path, folder: Path) -> None:
 
 def open_dualtok(prepared: Path, batch_size: int, workers: int) -> Iterator[Batch]:
     """Return dualtok's endless micro-batches."""
-    return BlockStream(prepared, "train", seed=0, verify=False).batches(0, batch_size, workers=workers)
+    return DataFolder(prepared).open("train", seed=0, verify=False).batches(0, batch_size, workers=workers)
 
 
 def open_mosaicml(folder: Path, batch_size: int, workers: int) -> Iterator[Batch]:

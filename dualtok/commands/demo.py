@@ -17,7 +17,6 @@ import yaml
 from dualtok.commands.audit.run import print_figures
 from dualtok.commands.export import export
 from dualtok.commands.report import read_figures, write_run_report
-from dualtok.commands.train import CHECKPOINTS
 from dualtok.config.load import parse_run
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_jsonl
@@ -25,6 +24,7 @@ from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.launch.local import launch
 from dualtok.train.checkpoints.writer import COMPLETE
+from dualtok.train.folder import CHECKPOINTS
 
 SETTINGS = Path(__file__).with_name("demo.yaml")
 

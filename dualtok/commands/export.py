@@ -10,14 +10,13 @@ import torch
 import yaml
 
 from dualtok.commands.model_card import write_card
-from dualtok.commands.train import CHECKPOINTS
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import atomic_folder
 from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
 from dualtok.model.folder.save import write_config, write_weights
 from dualtok.model.load import DTYPES, load_causal_lm, read_model_config
 from dualtok.train.checkpoints.writer import find_checkpoint
-from dualtok.train.start_folder import ADAPTER_FOLDER, FACTS_FILE, RUN_FILE, START_FOLDER
+from dualtok.train.folder import ADAPTER_FOLDER, CHECKPOINTS, FACTS_FILE, RUN_FILE, START_FOLDER
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,6 @@ from dualtok.audit.statistics.metrics import roc_auc
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.export import export
 from dualtok.data.folder import DataFolder
-from dualtok.data.remote.remote import prepared
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
@@ -28,6 +27,7 @@ from dualtok.model.folder.weights import model_folder
 from dualtok.reference.interpolation import expected_auc, largest_weight
 
 if TYPE_CHECKING:
+    from dualtok.audit.settings import AuditConfig
     from dualtok.config.run import RunConfig
     from dualtok.reference.interpolation import Floats
 
@@ -66,18 +66,16 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     named = settings.surrogate_reference
     names = [named] if isinstance(named, str) else named
     surrogates = {f"surrogate reference {number}": model_folder(name) for number, name in enumerate(names, start=1)}
-    judged = dataclasses.replace(
-        run, audit=dataclasses.replace(run.audit, members=settings.members, non_members=settings.non_members)
-    )
+    audit = dataclasses.replace(run.audit, members=settings.members, non_members=settings.non_members)
     ranks = join_ranks()
     work = Path(run.output_dir) / "interpolate"
     own_model = work / "model"
     if settings.model is None:
         ranks.first_does(lambda: _export(run, own_model))
     folders["model"] = model_folder(settings.model or own_model)
-    data = DataFolder(prepared(run.data))
-    ranks.first_does(lambda: _check_models(judged, data, folders | surrogates))
-    models = ModelPasses(judged, data.manifest, work / "signals", ranks)
+    data = DataFolder.of_run(run.data)
+    ranks.first_does(lambda: _check_models(audit, data, folders | surrogates))
+    models = ModelPasses(audit, data, work / "signals", ranks)
 
     reference = _losses(models, "reference", folders["reference"])
     by_class = zip(*(_losses(models, name, folder) for name, folder in surrogates.items()), strict=True)
@@ -113,13 +111,13 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     return kept
 
 
-def _check_models(run: RunConfig, data: DataFolder, folders: dict[str, Path]) -> None:
+def _check_models(audit: AuditConfig, data: DataFolder, folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         check_model(
             folder,
             data,
             origin=f"interpolate: {name} ({folder})",
-            trust_remote_code=run.audit.trust_remote_code,
+            trust_remote_code=audit.trust_remote_code,
             setting="audit.trust_remote_code",
         )
 
@@ -127,7 +125,7 @@ def _check_models(run: RunConfig, data: DataFolder, folders: dict[str, Path]) ->
 def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:
     """Return each member's and each non-member's mean loss under a model, on rank 0; nothing elsewhere."""
     signals = models.signals(name, folder, models.ranks.first_does(lambda: models.key(folder)))
-    splits = (models.run.audit.members, models.run.audit.non_members) if signals else ()
+    splits = (models.settings.members, models.settings.non_members) if signals else ()
     return [signals[split].with_tokens().mean_loss for split in splits]
 
 

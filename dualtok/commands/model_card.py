@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dualtok.audit.report.data import AuditFigures
 from dualtok.files import write_text
 from dualtok.train.engines.dp_account import stated
-from dualtok.train.start_folder import FACTS_FILE, START_FOLDER
+from dualtok.train.folder import FACTS_FILE, START_FOLDER
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,7 @@ from dualtok.config.run import RECIPES
 from dualtok.errors import DataError
 from dualtok.objective.settings import NEEDS_REFERENCE
 from dualtok.train.engines.dp_account import stated
-from dualtok.train.metrics import read_history
+from dualtok.train.history import read_history
 from dualtok.versions import installed_versions
 
 if TYPE_CHECKING:

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from dualtok.commands.train import CHECKPOINTS
 from dualtok.config.load import load_run
 from dualtok.distributed.job_record import read_ends, read_started
 from dualtok.errors import CheckpointError, ConfigError
-from dualtok.train.checkpoints.files import COMPLETE, read_manifest
-from dualtok.train.checkpoints.writer import BEST, tag_of
-from dualtok.train.metrics import StepMetrics, read_history
-from dualtok.train.start_folder import RUN_FILE
+from dualtok.train.checkpoints.manifest import BEST, COMPLETE, read_manifest, tag_of
+from dualtok.train.folder import CHECKPOINTS, RUN_FILE
+from dualtok.train.history import StepMetrics, read_history
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

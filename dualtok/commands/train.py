@@ -13,13 +13,11 @@ import yaml
 from torch import nn
 
 from dualtok.config.old_names import with_new_names
-from dualtok.data.folder import DataFolder
-from dualtok.data.manifest import split_entry
-from dualtok.data.remote.remote import prepared
+from dualtok.data.mixed import load_sources
 from dualtok.data.stream.blocks import BlockStream
-from dualtok.data.stream.mixture import Mixture, load_sources
+from dualtok.data.stream.mixture import Mixture
 from dualtok.data.stream.poisson import PoissonDocuments
-from dualtok.data.tokenizer import load_data_tokenizer, vocabulary_size
+from dualtok.data.tokenizer import vocabulary_size
 from dualtok.distributed.deepspeed_config import training_config, zero_stage
 from dualtok.distributed.heartbeat import STATUS_FILE, watch_hosts
 from dualtok.distributed.job_record import JobRecord, write_end
@@ -33,26 +31,29 @@ from dualtok.objective.loss import build_objective
 from dualtok.reference.fingerprint import blocks_digest, reference_fingerprint
 from dualtok.reference.live import AdapterReference
 from dualtok.reference.stored import StoredLosses
-from dualtok.train.checkpoints.files import COMPLETE
+from dualtok.train.checkpoints.manifest import COMPLETE
 from dualtok.train.checkpoints.writer import find_checkpoint
+from dualtok.train.checks import changes, count_steps, require_reference
 from dualtok.train.engines.build import build_engine
 from dualtok.train.engines.dp_account import PrivacyAccount
 from dualtok.train.engines.dp_sgd import build_private_engine
+from dualtok.train.folder import CHECKPOINTS, RUN_FILE, START_FOLDER
 from dualtok.train.live_reference import build_reference, check_reference
 from dualtok.train.loop import LoopState, TrainingLoop
 from dualtok.train.monitors import require_monitors
-from dualtok.train.start_folder import RUN_FILE, START_FOLDER, write_start_folder
+from dualtok.train.start_folder import write_start_folder
 from dualtok.train.watch import efficiency
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dualtok.config.model import ModelConfig
+    from dualtok.config.reference import ReferenceConfig
     from dualtok.config.run import RunConfig
     from dualtok.config.train import TrainConfig
-    from dualtok.data.manifest import Manifest
-    from dualtok.data.remote.remote import Place
-    from dualtok.data.stream.mixture import Source, TrainingStream
+    from dualtok.data.folder import DataFolder
+    from dualtok.data.mixed import Source
+    from dualtok.data.stream.mixture import TrainingStream
     from dualtok.distributed.deepspeed_config import Json
     from dualtok.distributed.ranks import Ranks
     from dualtok.model.adapters import Adapters
@@ -61,10 +62,8 @@ if TYPE_CHECKING:
     from dualtok.train.checkpoints.writer import SavedCheckpoint
     from dualtok.train.engines.protocol import TrainingEngine
 
-from dualtok.train.checks import changes, count_steps, require_reference
 
 Resume = Literal["never", "always", "if_any"]
-CHECKPOINTS = "checkpoints"
 
 
 def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
@@ -104,7 +103,7 @@ def _train(
     """Check all, build the engine and let the loop run."""
     model: ModelConfig = run.need("model", "train")
     settings: TrainConfig = run.need("train", "train")
-    manifest = sources[0].manifest
+    data = sources[0].folder
     layout = build_layout(ranks, settings.stages)
     private = settings.engine == "opacus"
     deepspeed_config = {} if private else training_config(settings, layout.data_parallel.world_size)
@@ -112,13 +111,13 @@ def _train(
     require_reference(run)
     if saved is not None:
         ranks.first_does(lambda: _require_same_settings(run))
-    stream, validation = ranks.together(lambda: open_streams(run, manifest, (settings.split, "validation"), ranks))
+    stream, validation = ranks.together(lambda: open_streams(run, sources, (settings.split, "validation"), ranks))
     if private:
         secret_seed = ranks.from_first(secrets.randbits(62))
         stream = ranks.together(lambda: draw_documents(run, settings, stream, secret_seed))
     total_steps = _count_and_tell(settings, len(stream), ranks)
-    reference_folder = _check_reference(run, manifest, ranks)
-    adapters = _plan_adapters(run, model, manifest, deepspeed_config, ranks)
+    reference_folder = _check_reference(run.reference, data, ranks)
+    adapters = _prepare_adapters(run, model, data, deepspeed_config, ranks)
     folder = write_start_folder(run, model, sources, adapters, ranks, resumed=saved is not None)
     record.begin(total_steps)
     reference: LiveReference | None = None
@@ -158,7 +157,7 @@ def _train(
         assert isinstance(module, nn.Module)
         reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
-    peak = efficiency(run, Path(run.output_dir) / START_FOLDER, manifest.block_length, ranks)
+    peak = efficiency(run, Path(run.output_dir) / START_FOLDER, data.manifest.block_length, ranks)
     loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog, peak)
     if saved is not None:
         loop.resume(saved)
@@ -203,66 +202,59 @@ def _count_and_tell(settings: TrainConfig, blocks: int, ranks: Ranks) -> int:
     return steps
 
 
-def open_streams(run: RunConfig, manifest: Manifest, splits: Sequence[str], ranks: Ranks) -> list[TrainingStream]:
+def open_streams(
+    run: RunConfig, sources: Sequence[Source], splits: Sequence[str], ranks: Ranks
+) -> list[TrainingStream]:
     """Open the streams of some splits with the run's reference losses, if it has any.
 
     The first split is the one to train on; ``data.mix`` is mixed into it, each folder with its own reference losses.
     """
+    main = sources[0].folder
     for split in splits:
-        split_entry(manifest, split, run.data.dir)
+        main.entry(split)
     reference = run.reference
     expected: Fingerprint | None = None
     scored: tuple[str, ...] = ()
     if reference is not None and not reference.is_live:
         scored = reference.splits
-        expected = ranks.first_does(lambda: reference_fingerprint(reference, manifest))
+        expected = ranks.first_does(lambda: reference_fingerprint(reference, main.manifest))
         if splits[0] not in reference.splits:
             raise ConfigError(
                 f"reference.splits: has no {splits[0]!r}, which this run trains on; add it and score again"
             )
 
-    def open_split(place: Place, manifest: Manifest, split: str) -> BlockStream:
+    def open_split(folder: DataFolder, split: str) -> BlockStream:
         losses: StoredLosses | None = None
+        shared = {"on_bad_shard": run.data.on_bad_shard}
         if expected is not None and split in scored:
-            own = replace(expected, blocks=blocks_digest(manifest))
-            losses = StoredLosses(
-                place,
-                manifest,
-                split,
-                own,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                on_bad_shard=run.data.on_bad_shard,
-            )
-        return BlockStream(
-            place,
+            own = replace(expected, blocks=blocks_digest(folder.manifest))
+            losses = StoredLosses(folder, split, own, rank=ranks.rank, world_size=ranks.world_size, **shared)
+        return folder.open(
             split,
             seed=run.seed,
-            scores=losses,
+            losses=losses,
             verify_rank=ranks.rank,
             verify_world_size=ranks.world_size,
-            on_bad_shard=run.data.on_bad_shard,
             leave_out=run.train.leave_out if run.train is not None and split == splits[0] else None,
+            **shared,
         )
 
-    main, *others = (open_split(prepared(run.data), manifest, split) for split in splits)
-    if not run.data.mix:
-        return [main, *others]
-    sources = load_sources(run.data, splits[0])
-    mixed = [main, *(open_split(source.place, source.manifest, splits[0]) for source in sources[1:])]
+    trained, *others = (open_split(main, split) for split in splits)
+    if len(sources) == 1:
+        return [trained, *others]
+    mixed = [trained, *(open_split(source.folder, splits[0]) for source in sources[1:])]
     return [Mixture(mixed, [source.weight for source in sources], seed=run.seed), *others]
 
 
-def _check_reference(run: RunConfig, manifest: Manifest, ranks: Ranks) -> Path | None:
+def _check_reference(reference: ReferenceConfig | None, data: DataFolder, ranks: Ranks) -> Path | None:
     """Return the folder of a reference that has a model of its own and computes while training."""
-    reference = run.reference
     if reference is None or reference.mode in ("stored", "adapter"):
         return None
-    return Path(ranks.first_does(lambda: check_reference(reference, DataFolder(prepared(run.data), manifest))))
+    return Path(ranks.first_does(lambda: check_reference(reference, data)))
 
 
-def _plan_adapters(
-    run: RunConfig, model: ModelConfig, manifest: Manifest, deepspeed_config: Json, ranks: Ranks
+def _prepare_adapters(
+    run: RunConfig, model: ModelConfig, data: DataFolder, deepspeed_config: Json, ranks: Ranks
 ) -> Adapters | None:
     """Check the run's LoRA adapters against its base model."""
     if model.lora is None:
@@ -274,11 +266,11 @@ def _plan_adapters(
     lora, adapter = model.lora, run.reference.adapter if run.reference is not None else None
     base = model.path or str(Path(run.output_dir) / START_FOLDER)
 
-    def plan() -> Adapters:
-        vocabulary = vocabulary_size(load_data_tokenizer(prepared(run.data), manifest))
+    def prepare() -> Adapters:
+        vocabulary = vocabulary_size(data.tokenizer)
         return prepare_adapters(lora, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
 
-    return ranks.together(plan)
+    return ranks.together(prepare)
 
 
 def _checkpoint_to_resume(root: Path, *, ranks: Ranks, resume: Resume) -> SavedCheckpoint | None:

@@ -16,7 +16,7 @@ from dualtok.errors import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SplitName = Literal["train", "reference", "attack_reference", "probe", "validation", "held_out"]
+SplitName = Literal["train", "reference", "attack_reference", "auxiliary", "validation", "held_out"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 Count = Annotated[int, Field(ge=1)]
 ROUNDING = 1e-9
@@ -30,7 +30,7 @@ def default_shares() -> dict[str, float]:
         "train": 0.6,
         "reference": 0.12,
         "attack_reference": 0.12,
-        "probe": 0.02,
+        "auxiliary": 0.02,
         "validation": 0.04,
         "held_out": 0.1,
     }

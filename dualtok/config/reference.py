@@ -116,10 +116,10 @@ class InterpolateConfig:
     its weights, or from the same weights as it."""
 
     surrogate_reference: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    """Folder or hub name of a surrogate of the attacker's reference: trained like one, by you, on documents
-    that are in neither ``members`` nor ``non_members``, e.g. on the split ``probe``. The reference, and so the model
-    that starts from it, may have learned them too; the model should then stay a little nearer to the reference. Of
-    several the mean loss of each document counts, as for an attacker with several shadow models."""
+    """Folder or hub name of a surrogate of the attacker's reference: trained like one, by you, on documents that are
+    in neither ``members`` nor ``non_members``, e.g. on the split ``auxiliary``. The reference, and so the model that
+    starts from it, may have learned them too; the model should then stay a little nearer to the reference. Of several
+    the mean loss of each document counts, as for an attacker with several shadow models."""
 
     model: str | None = None
     """Folder or hub name of the trained model. None: what this run itself has trained, its latest checkpoint."""

@@ -1,24 +1,29 @@
-"""A prepared folder as its readers take it: where it lies, its manifest, its tokenizer, and the ids that it holds."""
+"""A prepared folder as its readers take it, opened once: its manifest, its tokenizer, its splits."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from dualtok.data.manifest import load_manifest
-from dualtok.data.remote.remote import place_of
+from dualtok.data.manifest import DOCUMENTS, load_manifest, split_entry
+from dualtok.data.remote.remote import RemoteFile, RemoteFolder, place_of
 from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_data_tokenizer, vocabulary_size
+from dualtok.errors import DataError
+from dualtok.files import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from dualtok.data.manifest import Manifest
+    from dualtok.config.data import DataConfig
+    from dualtok.data.manifest import Manifest, SplitEntry
     from dualtok.data.packing import Segment
     from dualtok.data.remote.remote import Place
 
@@ -47,11 +52,61 @@ class DataFolder:
     def __init__(self, place: str | Place, manifest: Manifest | None = None) -> None:
         self.place = place_of(place)
         self.manifest = load_manifest(self.place) if manifest is None else manifest
+        self._tables: dict[str, pa.Table] = {}
+
+    @classmethod
+    def of_run(cls, data: DataConfig) -> DataFolder:
+        """Return the data of a run.
+
+        Raises:
+            DataError: the folder is not prepared.
+        """
+        return cls(place_of(data.dir, data.stream))
+
+    def __str__(self) -> str:
+        """Return the folder or its address."""
+        return str(self.place)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that made the blocks."""
         return load_data_tokenizer(self.place, self.manifest)
+
+    @property
+    def encodes_special_tokens(self) -> bool:
+        """Whether special tokens that a text spells out became these tokens (``data.special_tokens_in_text``)."""
+        return self.manifest.config.get("special_tokens_in_text") == "encode"
+
+    def entry(self, split: str) -> SplitEntry:
+        """Return what the manifest says of a split.
+
+        Raises:
+            DataError: the data was prepared without it.
+        """
+        return split_entry(self.manifest, split, self.place)
+
+    def open(self, split: str, *, seed: int = 0, **options: Any) -> BlockStream:
+        """Return the blocks of a split.
+
+        Args:
+            split: its name.
+            seed: of the order.
+            **options: see :class:`.stream.blocks.BlockStream`.
+
+        Raises:
+            DataError: the split does not exist, or a shard is missing, truncated or altered.
+        """
+        return BlockStream(self.place, self.manifest, split, seed=seed, **options)
+
+    def documents(self, split: str) -> pa.Table:
+        """Return one row per document of a split: doc, sha256 (of its text), n_tokens, n_characters, zlib_bytes.
+
+        Raises:
+            DataError: the split does not exist, or the table is missing or altered.
+        """
+        if split not in self._tables:
+            self._tables[split] = self._read_documents(split, self.entry(split).documents_sha256)
+        return self._tables[split]
 
     @cached_property
     def largest_id(self) -> int:
@@ -79,7 +134,21 @@ class DataFolder:
         for split, entry in self.manifest.splits.items():
             if not entry.blocks:
                 continue
-            for batch, pieces in BlockStream(self.place, split, seed=0, verify=False).sequential(READ_AT_ONCE):
+            for batch, pieces in self.open(split, verify=False).sequential(READ_AT_ONCE):
                 for row, own in zip(batch["input_ids"].numpy(), pieces, strict=True):
                     if own:  # a batch is filled up with rows of none
                         yield split, row[: sum(piece.length for piece in own)], own
+
+    def _read_documents(self, split: str, sha256: str) -> pa.Table:
+        name = f"{self.manifest.folder_of(split)}/{DOCUMENTS}"
+        if isinstance(self.place, RemoteFolder):
+            return self.place.open(RemoteFile(name, sha256), _read_table)
+        path = self.place / name
+        if not path.is_file() or file_sha256(path) != sha256:
+            raise DataError(f"{path}: missing or altered; remove the folder and run `dualtok prepare` again")
+        return _read_table(path)
+
+
+def _read_table(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()

@@ -15,6 +15,10 @@ from dualtok.errors import DataError
 from dualtok.files import FileName, file_sha256, write_text
 
 MANIFEST = "manifest.json"
+DOCUMENTS = "documents.arrow"
+"""A split's table of documents."""
+OLD_AUXILIARY = "probe"
+"""Name of the split ``auxiliary`` in folders of version 0.1."""
 FORMAT_VERSION = 1
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -54,6 +58,8 @@ class SplitEntry(_Entry):
     """Checksum of the split's table of documents."""
     largest_id: int | None = None
     """The largest token id in it; None in a folder of an earlier version."""
+    folder: FileName | None = None
+    """Its folder, where that has another name than the split."""
 
 
 class CanariesEntry(_Entry):
@@ -107,6 +113,10 @@ class Manifest(_Entry):
     facts: Facts | None = None
     """None in a folder of an earlier version, and in a subset."""
 
+    def folder_of(self, split: str) -> str:
+        """Return the name of a split's folder."""
+        return self.splits[split].folder or split
+
 
 def load_manifest(data_dir: str | Place) -> Manifest:
     """Read a prepared folder's manifest.
@@ -132,9 +142,22 @@ def load_manifest(data_dir: str | Place) -> Manifest:
             raise DataError(
                 f"{path}: format version {version}, this dualtok reads {FORMAT_VERSION}; prepare the data again"
             )
-        return Manifest.model_validate(values)
+        return _with_new_names(Manifest.model_validate(values))
     except (ValueError, AttributeError, ValidationError) as error:
         raise DataError(f"{path}: malformed: {' '.join(str(error).split())[:160]}; prepare the data again") from None
+
+
+def _with_new_names(manifest: Manifest) -> Manifest:
+    """Return the manifest with the splits' present names; ``probe`` of version 0.1 is ``auxiliary``."""
+    if OLD_AUXILIARY not in manifest.splits:
+        return manifest
+    splits = {
+        "auxiliary" if name == OLD_AUXILIARY else name: (
+            entry.model_copy(update={"folder": name}) if name == OLD_AUXILIARY else entry
+        )
+        for name, entry in manifest.splits.items()
+    }
+    return manifest.model_copy(update={"splits": splits})
 
 
 def save_manifest(manifest: Manifest, data_dir: str | Path) -> None:

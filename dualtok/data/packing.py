@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 PADDING_ID = 0
+Batch = dict[str, torch.Tensor]
+"""``input_ids``, ``position_ids`` and ``labels`` [b, t] and, where they are known, ``reference_loss`` [b, t]."""
 
 
 class Segment(NamedTuple):
@@ -119,3 +121,13 @@ def model_inputs(input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int3
         "position_ids": torch.from_numpy(positions.reshape(rows, width)),
         "labels": torch.from_numpy(labels),
     }
+
+
+def pad_rows(batch: Batch, rows: int) -> Batch:
+    """Fill a batch to ``rows`` blocks by repeating its first one, with all labels ignored."""
+    missing = rows - len(batch["input_ids"])
+    if missing <= 0:
+        return batch
+    filled = {name: torch.cat([tensor, tensor[:1].expand(missing, -1)]) for name, tensor in batch.items()}
+    filled["labels"][-missing:] = IGNORED_LABEL
+    return filled

@@ -17,8 +17,6 @@ from dualtok.errors import DualtokError
 
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "fuse", "9p", "wekafs")
 """Where the process that holds a lock may be on another host."""
-
-
 SETTLE_SECONDS = 0.5
 """Between two looks at a lock that nobody holds: its holder closes it a moment before it removes it."""
 

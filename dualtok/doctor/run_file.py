@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dualtok.data.stream.mixture import load_sources
+from dualtok.data.mixed import load_sources
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.doctor.result import CheckResult
 from dualtok.errors import DataError, DualtokError

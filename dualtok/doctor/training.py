@@ -17,7 +17,7 @@ from dualtok.doctor.result import CheckResult
 from dualtok.errors import DualtokError
 from dualtok.files import write_text
 from dualtok.train.checkpoints.writer import find_checkpoint
-from dualtok.train.metrics import read_history
+from dualtok.train.history import read_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
-    from dualtok.data.stream.blocks import Batch
+    from dualtok.data.packing import Batch
 
 START_SECONDS = 600.0
 """Longest time that a worker may take to load its model."""

@@ -73,7 +73,7 @@ def blocks_digest(*manifests: Manifest) -> str:
     folders = [
         "\n".join(
             sorted(
-                f"{split}/{shard.file}:{shard.sha256}"
+                f"{manifest.folder_of(split)}/{shard.file}:{shard.sha256}"
                 for split, entry in manifest.splits.items()
                 for shard in entry.shards
             )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from dualtok.data.stream.blocks import Batch, pad_rows
+from dualtok.data.packing import Batch, pad_rows
 from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:

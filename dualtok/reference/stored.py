@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from dualtok.data.remote.remote import Place, RemoteFile, RemoteFolder, place_of
+from dualtok.data.remote.remote import Place, RemoteFile, RemoteFolder
 from dualtok.data.remote.storage import BadShardError
 from dualtok.data.shards import only_chunk
 from dualtok.errors import DataError
@@ -24,7 +24,8 @@ from dualtok.files import atomic_file, file_sha256, write_text
 from dualtok.reference.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
-    from dualtok.data.manifest import Manifest, ShardEntry
+    from dualtok.data.folder import DataFolder
+    from dualtok.data.manifest import ShardEntry
 
 SCORES = "scores"
 COLUMN = "loss"
@@ -126,8 +127,7 @@ class StoredLosses:
     Those of a local folder are checked before the first is used, those at an address as each arrives.
 
     Args:
-        data_dir: the prepared data, or its address.
-        manifest: its manifest.
+        folder: the prepared data.
         split: the split to read.
         expected: the fingerprint that the run's reference model must have.
         rank: this rank; it hashes every ``world_size``-th local file, so that the job as a whole hashes each once.
@@ -140,8 +140,7 @@ class StoredLosses:
 
     def __init__(
         self,
-        data_dir: str | Place,
-        manifest: Manifest,
+        folder: DataFolder,
         split: str,
         expected: Fingerprint,
         *,
@@ -149,14 +148,15 @@ class StoredLosses:
         world_size: int = 1,
         on_bad_shard: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self._place = place_of(data_dir)
+        self._place, manifest = folder.place, folder.manifest
+        split_folder = manifest.folder_of(split)
         name = f"{SCORES}/{expected.digest}"
-        index = _index_of(self._place, name, split, expected)
+        index = _index_of(self._place, name, split_folder, expected)
         self._skips = on_bad_shard == "skip"
         self._shards = {shard.stem: shard for shard in manifest.splits[split].shards}
         checksums = index["files"]
         self._files = {
-            stem: RemoteFile(f"{name}/{split}/{stem}.arrow", checksums.get(f"{split}/{stem}.arrow", ""))
+            stem: RemoteFile(f"{name}/{split_folder}/{stem}.arrow", checksums.get(f"{split_folder}/{stem}.arrow", ""))
             for stem in self._shards
         }
         self._open: OrderedDict[str, np.ndarray] = OrderedDict()

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 
 ROUNDING = 1e-9
-
-
 FREE_ON_RESUME = (
     "monitor",
     "audit",

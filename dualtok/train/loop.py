@@ -23,7 +23,8 @@ from dualtok.objective.head import IGNORED_LABEL
 from dualtok.train.checkpoints.writer import CheckpointWriter, find_checkpoint, load_checkpoint
 from dualtok.train.evaluation import Evaluation, evaluate
 from dualtok.train.guard import Guard, LossLimit
-from dualtok.train.metrics import History, StepMetrics, StepTotals, peak_memory_gib, step_metrics
+from dualtok.train.history import History, StepMetrics
+from dualtok.train.metrics import StepTotals, peak_memory_gib, step_metrics
 from dualtok.train.monitors import scalar_writers
 from dualtok.train.watch import RunWatch
 

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualtok.data.folder import DataFolder
 from dualtok.data.tokenizer import vocabulary_size
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
@@ -23,6 +22,7 @@ from dualtok.model.folder.save import extra_files, write_config, write_tokenizer
 from dualtok.model.folder.weights import model_folder
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import starting_config
+from dualtok.train.folder import ADAPTER_FOLDER, FACTS_FILE, RUN_FILE, START_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,15 +31,12 @@ if TYPE_CHECKING:
 
     from dualtok.config.model import ModelConfig
     from dualtok.config.run import RunConfig
-    from dualtok.data.stream.mixture import Source
+    from dualtok.data.folder import DataFolder
+    from dualtok.data.mixed import Source
     from dualtok.distributed.ranks import Ranks
     from dualtok.model.adapters import Adapters
 
-RUN_FILE = "run.yaml"
-START_FOLDER = "start"
-ADAPTER_FOLDER = "adapter"
-"""Folder within it that holds the settings of a run's LoRA adapters."""
-FACTS_FILE = "facts.json"
+
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LICENCE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
@@ -64,7 +61,7 @@ def write_start_folder(
     output = Path(run.output_dir)
 
     def prepare() -> Path:
-        data = [DataFolder(source.place, source.manifest) for source in sources]
+        data = [source.folder for source in sources]
         weights = _prepare(run, model, data, output / START_FOLDER, resumed=resumed)
         if adapters is not None:
             require_same_base(adapters, model_folder(weights))

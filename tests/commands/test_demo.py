@@ -11,7 +11,7 @@ from dualtok.commands import demo
 from dualtok.commands.demo import run_demo, write_runs
 from dualtok.config.data import SPLITS
 from dualtok.config.load import parse_run
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from dualtok.launch import local as launch
 from tests.support import ROOT, command
 
@@ -75,7 +75,7 @@ def test_the_whole_way_in_miniature(tmp_path: Path, capfd: pytest.CaptureFixture
         assert row in table
     page = report.read_text(encoding="utf-8")
     assert "dual, best" in page
-    hashes = {split: _hashes(folder / "data" / "sotu", split) for split in SPLITS if split != "probe"}
+    hashes = {split: _hashes(folder / "data" / "sotu", split) for split in SPLITS if split != "auxiliary"}
     everything: set[str] = set().union(*hashes.values())
     assert len(everything) == sum(map(len, hashes.values())), "splits overlap"
 
@@ -89,7 +89,7 @@ def test_the_whole_way_in_miniature(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def _hashes(data_dir: Path, split: str) -> set[str]:
-    table: Any = BlockStream(data_dir, split, seed=0).document_table()
+    table: Any = DataFolder(data_dir).documents(split)
     rows = table["sha256"].to_pylist()
     assert len(set(rows)) == len(rows) > 0
     return set(rows)

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.model.load import load_causal_lm
 from tests.support import (
@@ -67,7 +67,7 @@ def validation_loss(small_corpus: dict[str, Any], model: Path, dtype: torch.dtyp
 
     causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     total = tokens = 0.0
-    for batch, _ in BlockStream(small_corpus["dir"], "validation", seed=0).sequential(8):
+    for batch, _ in DataFolder(small_corpus["dir"]).open("validation").sequential(8):
         logits = causal_lm(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits.float()

@@ -89,7 +89,9 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
         in shown
     )
     assert read_status(run.with_suffix("")).next_command.startswith("dualtok interpolate ")
-    assert "has trained on 'probe'" in error_line(dualtok("interpolate", run, tmp_path / "made", "train.split=probe"))
+    assert "has trained on 'auxiliary'" in error_line(
+        dualtok("interpolate", run, tmp_path / "made", "train.split=auxiliary")
+    )
     assert {row["memorized_tokens"] > 0 for row in history(run)} == {True}, "it unlearns nothing"
     succeed(dualtok("interpolate", run, tmp_path / "made"))
     assert [path.name for path in (run.with_suffix("") / "interpolate").iterdir()] == ["signals"], (

@@ -127,7 +127,7 @@ def test_dual_plus_needs_a_cross_fitted_reference(run_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"reference\.folds: objective 'dual_plus'"):
         load_run(run_file, ["objective=dual_plus", "reference={model: reference}"])
     run = load_run(run_file, ["objective=dual_plus", "reference={folds: [a, b]}", "selection={alpha: 0.5}"])
-    assert build_objective(run.objective, run.selection) == Dual(SelectionConfig(alpha=0.5))
+    assert build_objective(run.loss, run.selection) == Dual(SelectionConfig(alpha=0.5))
 
 
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from dualtok.config.data import DataConfig
-from dualtok.data.manifest import Manifest, SplitEntry, save_manifest
+from dualtok.data.manifest import DOCUMENTS, Manifest, SplitEntry, save_manifest
 from dualtok.data.packing import Block, pack_documents
 from dualtok.data.prepare.pipeline import DOCUMENT
 from dualtok.data.shards import blocks_table, write_shard
-from dualtok.data.stream.blocks import DOCUMENTS
 from dualtok.files import file_sha256
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BLOCK_LENGTH = 8
-SHARES = {"train": 0.5, "reference": 0.1, "attack_reference": 0.1, "probe": 0.1, "validation": 0.1, "held_out": 0.1}
+SHARES = {"train": 0.5, "reference": 0.1, "attack_reference": 0.1, "auxiliary": 0.1, "validation": 0.1, "held_out": 0.1}
 
 
 def whole_documents(blocks: int) -> list[tuple[int, np.ndarray]]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dualtok.config.folds import LeaveOut
+from dualtok.data.folder import DataFolder
 from dualtok.data.folds import fold_of, in_shadow
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.objective.head import IGNORED_LABEL
 
 
@@ -32,10 +32,10 @@ def test_the_folds_of_ids_never_change() -> None:
 
 
 def test_every_document_is_left_out_once(small_corpus: dict[str, Any]) -> None:
-    whole = BlockStream(small_corpus["dir"], "train", seed=1)
+    whole = DataFolder(small_corpus["dir"]).open("train", seed=1)
     learned = {}
     for fold in range(3):
-        stream = BlockStream(small_corpus["dir"], "train", seed=1, leave_out=LeaveOut(fold=fold, folds=3))
+        stream = DataFolder(small_corpus["dir"]).open("train", seed=1, leave_out=LeaveOut(fold=fold, folds=3))
         for shard in load_manifest(small_corpus["dir"]).splits["train"].shards:
             rows = np.arange(shard.rows)
             everything, some = whole.read_rows(shard.file, rows), stream.read_rows(shard.file, rows)

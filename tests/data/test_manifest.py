@@ -74,8 +74,8 @@ def test_values_that_do_not_belong_are_refused(prepared: Path, changes: dict[str
 
 
 def test_a_missing_split_is_named_with_those_there_are(prepared: Path) -> None:
-    with pytest.raises(DataError, match=r"without split 'probe' \(it has train\); add it to data.shares"):
-        split_entry(load_manifest(prepared), "probe", prepared)
+    with pytest.raises(DataError, match=r"without split 'auxiliary' \(it has train\); add it to data.shares"):
+        split_entry(load_manifest(prepared), "auxiliary", prepared)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_the_checkpoint_that_validates_best_is_kept_beside_the_last(
         small_corpus,
         tmp_path / "run.yaml",
         train={
-            "split": "probe",
+            "split": "auxiliary",
             "learning_rate": 3e-2,
             "steps": 160,
             "evaluate_every": 20,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dualtok.config.data import DataConfig
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare.pipeline import prepare
-from dualtok.data.stream.blocks import BlockStream
 from tests.data.remote.servers import CREDENTIALS, FaultServer, fault_server, s3_server, upload
 from tests.support import dualtok, error_line, history, measured, save_model, succeed, tiny_llama_config, write_run
 
@@ -111,7 +111,7 @@ def test_training_from_s3_is_training_from_the_folder(
 def test_a_shard_that_goes_in_mid_epoch_stops_the_job_or_is_skipped_and_counted(
     scored: Path, address: str, proxy: FaultServer, model: Path, tmp_path: Path
 ) -> None:
-    stream = BlockStream(scored, "train", seed=SEED)
+    stream = DataFolder(scored).open("train", seed=SEED)
     early = {stream.locate(sample)[1] for sample in range(3 * BATCH)}
     lost = next(file for file in (stream.locate(sample)[1] for sample in range(STEPS * BATCH)) if file not in early)
     samples = [sample for sample in range(STEPS * BATCH) if stream.locate(sample)[1] == lost]
@@ -160,7 +160,7 @@ def test_a_step_without_any_sound_block_changes_nothing(scored: Path, model: Pat
 def test_the_stages_of_a_pipeline_count_a_skipped_block_once(scored: Path, model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(scored, copy)
-    stream = BlockStream(scored, "train", seed=SEED)
+    stream = DataFolder(scored).open("train", seed=SEED)
     lost = stream.locate(BATCH)[1]
     (copy / "train" / lost).unlink()
     run = run_file(

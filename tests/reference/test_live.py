@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from dualtok.reference.live import Share, WindowReference
 from tests.support import ROOT, command, environment, save_model
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from dualtok.data.stream.blocks import Batch
+    from dualtok.data.packing import Batch
 
 SPREAD = 0.15
 """Standard deviation of the reference's weights: losses from 0 to 30, not all near that of guessing."""
@@ -134,7 +134,7 @@ def test_a_pipeline_in_training_is_its_own_reference(results: dict[int, Any]) ->
 
 
 def batches(small_corpus: dict[str, Any], count: int, rows: int) -> list[Batch]:
-    return list(islice(BlockStream(small_corpus["dir"], "train", seed=0).batches(0, rows), count))
+    return list(islice(DataFolder(small_corpus["dir"]).open("train").batches(0, rows), count))
 
 
 def position_losses(batch: Batch) -> torch.Tensor:

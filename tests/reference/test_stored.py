@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import Manifest, load_manifest
 from dualtok.errors import ConfigError, DataError
 from dualtok.reference.fingerprint import Fingerprint, blocks_digest, fingerprint, weights_digest
@@ -49,7 +50,7 @@ def prepared(small_corpus: dict[str, Any], tmp_path: Path) -> tuple[Path, Manife
 
 def test_losses_come_back_bit_for_bit(prepared: tuple[Path, Manifest]) -> None:
     losses = store(*prepared)
-    scores = StoredLosses(*prepared, "validation", EXPECTED)
+    scores = StoredLosses(DataFolder(*prepared), "validation", EXPECTED)
     for stem, values in losses.items():
         rows = np.arange(len(values))[::-1]
         np.testing.assert_array_equal(scores.read(stem, rows), values[rows])
@@ -60,7 +61,7 @@ def test_scores_of_something_else_are_refused_and_say_what_differs(prepared: tup
     store(*prepared)
     values = {"weights": "weights", "tokenizer": "tokenizer", "blocks": "blocks", "precision": "fp32", part: "other"}
     with pytest.raises(DataError) as caught:
-        StoredLosses(*prepared, "validation", Fingerprint(**values))
+        StoredLosses(DataFolder(*prepared), "validation", Fingerprint(**values))
     assert f"those of models/reference differ in: {part}; " in str(caught.value).replace(")", "; ")
     assert "run `dualtok score`" in str(caught.value)
 
@@ -74,7 +75,7 @@ def test_each_kind_of_damage_names_the_shard(prepared: tuple[Path, Manifest]) ->
 
     def refusal() -> str:
         with pytest.raises(DataError) as caught:
-            StoredLosses(folder, manifest, "validation", EXPECTED)
+            StoredLosses(DataFolder(folder, manifest), "validation", EXPECTED)
         assert shard.file in str(caught.value) or path.name in str(caught.value)
         return str(caught.value)
 
@@ -100,7 +101,7 @@ def test_unfinished_scoring_is_told_apart(prepared: tuple[Path, Manifest]) -> No
     store(folder, manifest)
     (scores_folder(folder, EXPECTED) / "scores.json").unlink()
     with pytest.raises(DataError, match="scoring did not finish"):
-        StoredLosses(folder, manifest, "validation", EXPECTED)
+        StoredLosses(DataFolder(folder, manifest), "validation", EXPECTED)
 
 
 def test_a_loss_that_is_not_finite_is_never_stored(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_the_fingerprint_sees_weights_config_blocks_tokenizer_and_precision(
     changed = manifest.model_copy(update={"tokenizer_fingerprint": "other"})
     assert fingerprint(model, changed, "fp32").differences(own) == ["tokenizer"]
     splits = dict(manifest.splits)
-    del splits["probe"]
+    del splits["auxiliary"]
     assert blocks_digest(manifest.model_copy(update={"splits": splits})) != own.blocks
 
 

@@ -36,10 +36,10 @@ HEADLINE = {
     *STOPS,
 }
 KINDS = {"reference alone", "plain", "goldfish 25 %", "DP-SGD (8, 1e-05)", "dual"}
-FROM = "from reference then probe"
+FROM = "from reference then auxiliary"
 ALL_AUXILIARY = {
-    "reference, then probe",
-    "dual, reference then probe",
+    "reference, then auxiliary",
+    "dual, reference then auxiliary",
     f"dual, {FROM}",
     f"plain, {FROM}",
     *(f"plain, {FROM}, step {step}" for step in range(1, 7)),
@@ -218,8 +218,8 @@ def test_plain_training_is_stopped_in_each_seed_before_it_is_recognised(module: 
             "plain, step 2": row((12.0, 12.0), (0.57, 0.6)),
             "plain, step 4": row((8.0, 8.0), (0.7, 0.7)),
             "dual_plus": row((9.0, 22.0), (0.5, 0.5)),
-            "reference, then probe": row((18.0, 44.0), (0.5, 0.5)),
-            "plain, from reference then probe, step 1": row((16.0, 16.0), (0.6, 0.58)),
+            "reference, then auxiliary": row((18.0, 44.0), (0.5, 0.5)),
+            "plain, from reference then auxiliary, step 1": row((16.0, 16.0), (0.6, 0.58)),
             "dual, cross-fitted, at w = 0.1": row((12.0, 17.0), (0.57, 0.57)),
             "dual, cross-fitted, at w = 0.2": row((9.0, 12.0), (0.6, 0.57)),
             "dual, cross-fitted, at w = 0.2, by 8 dual shadows": row((9.0, 12.0), (0.5, 0.5)),
@@ -230,7 +230,7 @@ def test_plain_training_is_stopped_in_each_seed_before_it_is_recognised(module: 
     # 9 / 12, for the first stop is quiet in this seed, and 22 / 20, for not even that one is
     assert f"| {claim.format('plain', '0.925 ± 0.247')} | 1 of 2 seeds |" in claims
     # 9 / 18 and 22 / 16, for in the first seed the model had to stop before it began
-    assert f"| {claim.format('plain, from reference then probe', '0.938 ± 0.619')} | 1 of 2 seeds |" in claims
+    assert f"| {claim.format('plain, from reference then auxiliary', '0.938 ± 0.619')} | 1 of 2 seeds |" in claims
     [furthest] = [line for line in claims if "the best of the models" in line and "below that of plain, from" in line]
     assert furthest.endswith("(ratio 0.708 ± 0.059) | 2 of 2 seeds |")  # 12 / 18 and 12 / 16
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import ALONE
 from dualtok.model.load import load_causal_lm
@@ -20,6 +20,8 @@ from tests.support import save_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from dualtok.data.stream.blocks import BlockStream
 
 
 class RandomScores:
@@ -66,8 +68,8 @@ def document_means(model: TokenLossModel, stream: BlockStream) -> tuple[dict[int
 def test_loss_gap_and_ref_auc_are_what_they_say(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     model = TokenLossModel(load_causal_lm(save_model(tmp_path / "model", seed=1)).eval())
     members, validation = (
-        BlockStream(small_corpus["dir"], split, seed=0, scores=RandomScores(shift))
-        for split, shift in (("probe", 0.01), ("validation", 0.0))
+        DataFolder(small_corpus["dir"]).open(split, seed=0, losses=RandomScores(shift))
+        for split, shift in (("auxiliary", 0.01), ("validation", 0.0))
     )
     found = evaluate(Engine(model), members, validation, blocks=10_000, batch_size=7, step=5)
     seen, member_loss = document_means(model, members)
@@ -86,6 +88,6 @@ def test_loss_gap_and_ref_auc_are_what_they_say(small_corpus: dict[str, Any], tm
 
 def test_without_reference_losses_there_is_no_auc(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     model = TokenLossModel(load_causal_lm(save_model(tmp_path / "model", seed=1)).eval())
-    streams = [BlockStream(small_corpus["dir"], split, seed=0) for split in ("probe", "validation")]
+    streams = [DataFolder(small_corpus["dir"]).open(split) for split in ("auxiliary", "validation")]
     assert evaluate(Engine(model), *streams, blocks=8, batch_size=4, step=1).ref_auc is None
-    assert load_manifest(small_corpus["dir"]).splits["probe"].blocks > 8
+    assert load_manifest(small_corpus["dir"]).splits["auxiliary"].blocks > 8

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from dualtok.config.train import GuardConfig
 from dualtok.distributed.ranks import ALONE
-from dualtok.objective.loss import DualLoss, causal_lm_loss
+from dualtok.objective.loss import causal_lm_loss
 from dualtok.train.guard import Guard, LossLimit
 
+if TYPE_CHECKING:
+    from dualtok.objective.token_weights import WeightedLoss
 
-def outcome(*losses: float) -> DualLoss:
+
+def outcome(*losses: float) -> WeightedLoss:
     return causal_lm_loss(torch.tensor([losses]))
 
 

@@ -23,7 +23,7 @@ from dualtok.config.model import LoraConfig, ModelConfig
 from dualtok.config.reference import ReferenceConfig
 from dualtok.config.run import RunConfig
 from dualtok.config.train import TrainConfig
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from dualtok.model.load import DTYPES
 from dualtok.model.loss_backends import load_backend
 from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
@@ -155,7 +155,7 @@ def step(contender: str, folder: Path) -> Figures:
     if contender == "trainer":
         seconds = _time_trainer(folder, data, train, sizes)
     elif contender == "naive":
-        stream = BlockStream(data.dir, "train", seed=0)
+        stream = DataFolder(data.dir).open("train")
         seconds = _seconds(naive_dual_step(folder / "start", folder / "reference", stream, train), sizes.repeats)
     else:
         seconds, phases = _time_own_step(configured(contender, folder, data, train), sizes)
@@ -178,7 +178,7 @@ def _time_trainer(folder: Path, data: DataConfig, train: TrainConfig, sizes: Siz
             marks.append(time.perf_counter())
 
     steps = WARM_UP + sizes.repeats
-    stream = BlockStream(data.dir, "train", seed=0)
+    stream = DataFolder(data.dir).open("train")
     trainer = hugging_face_trainer(folder / "start", stream, train, steps, str(folder))
     trainer.add_callback(Clock())
     trainer.train()

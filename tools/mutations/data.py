@@ -17,6 +17,7 @@ PACKING, RANKS, SPLITS = (
     "dualtok/data/prepare/splits.py",
 )
 STORAGE, STREAM = "dualtok/data/remote/storage.py", "dualtok/data/stream/blocks.py"
+ORDER, READER = "dualtok/data/stream/order.py", "dualtok/data/stream/shard_reader.py"
 FINGERPRINT, STORED = "dualtok/reference/fingerprint.py", "dualtok/reference/stored.py"
 OF_PACKING, OF_STREAM = (f"{TESTS}/test_packing.py",), (f"{TESTS}/stream/test_blocks.py",)
 OF_MIXTURE, OF_CACHE = (f"{TESTS}/stream/test_mixture.py",), (f"{TESTS}/remote/test_cache.py",)
@@ -90,7 +91,7 @@ DATA: tuple[Fault, ...] = (
     ),
     Fault(
         "epoch-not-in-lanes",
-        STREAM,
+        ORDER,
         "default_rng([self.seed, epoch, lane])",
         "default_rng([self.seed, 0, lane])",
         "shards come in the same order in every epoch",
@@ -98,7 +99,7 @@ DATA: tuple[Fault, ...] = (
     ),
     Fault(
         "epoch-not-in-rows",
-        STREAM,
+        ORDER,
         "default_rng([self.seed, epoch, entry.lane, number + 1])",
         "default_rng([self.seed, 0, entry.lane, number + 1])",
         "rows come in the same order in every epoch",
@@ -106,7 +107,7 @@ DATA: tuple[Fault, ...] = (
     ),
     Fault(
         "seed-not-in-rows",
-        STREAM,
+        ORDER,
         "default_rng([self.seed, epoch, entry.lane, number + 1])",
         "default_rng([0, epoch, entry.lane, number + 1])",
         "the order of rows does not follow the seed",
@@ -114,7 +115,7 @@ DATA: tuple[Fault, ...] = (
     ),
     Fault(
         "shard-twice",
-        STREAM,
+        ORDER,
         "[shards[i].file for i in order]",
         "[shards[order[0]].file for i in order]",
         "the first shard of a lane is read in place of the others",
@@ -122,7 +123,7 @@ DATA: tuple[Fault, ...] = (
     ),
     Fault(
         "lane-of-a-sample",
-        STREAM,
+        ORDER,
         "lane, position = index % self.lanes, index // self.lanes",
         "lane, position = self.lanes - 1 - index % self.lanes, index // self.lanes",
         "samples come from the lanes in the opposite order",
@@ -131,7 +132,7 @@ DATA: tuple[Fault, ...] = (
     Fault(
         "first-blocks-only",
         STREAM,
-        "np.arange(wanted) * self._blocks // wanted",
+        "np.arange(wanted) * len(self) // wanted",
         "np.arange(wanted)",
         "an evaluation of some blocks takes the first ones",
         OF_STREAM,
@@ -139,14 +140,14 @@ DATA: tuple[Fault, ...] = (
     Fault(
         "losses-shifted",
         STREAM,
-        "self._scores.read(Path(file).stem, np.array([row]))[0]",
-        "np.roll(self._scores.read(Path(file).stem, np.array([row]))[0], 1)",
+        "self._losses.read(Path(file).stem, np.array([row]))[0]",
+        "np.roll(self._losses.read(Path(file).stem, np.array([row]))[0], 1)",
         "reference losses are one token late",
         OF_STREAM,
     ),
     Fault(
         "hashing-not-shared",
-        STREAM,
+        READER,
         "number % verify_world_size == verify_rank",
         "number % verify_world_size == 0",
         "all readers hash the same shards",

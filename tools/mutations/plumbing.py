@@ -78,7 +78,7 @@ PLUMBING: tuple[Fault, ...] = (
     ),
     Fault(
         "complete-not-checked",
-        FILES_OF_IT,
+        "dualtok/train/checkpoints/manifest.py",
         "if not (folder / COMPLETE).is_file():",
         "if not folder.is_dir():",
         "a checkpoint that was interrupted counts",
@@ -397,13 +397,18 @@ PLUMBING: tuple[Fault, ...] = (
         OF_RUN,
     ),
     Fault(
-        "key-twice", RUN, "if key in seen:", "if key in ():", "of a key that is there twice the last one counts", OF_RUN
+        "key-twice",
+        "dualtok/config/load.py",
+        "if key in seen:",
+        "if key in ():",
+        "of a key that is there twice the last one counts",
+        OF_RUN,
     ),
     Fault(
         "privacy-with-dual",
         RUN,
-        'if self.objective != "causal_lm":',
-        'if self.objective == "":',
+        'run.engine == "opacus" and run.objective != "causal_lm"',
+        "False",
         "DP-SGD accepts an objective that is not private",
         ("tests/multi_rank/test_private_training.py::test_what_is_not_private_is_refused",),
     ),

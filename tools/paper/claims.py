@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 QUIET = 0.58
 """Two-sided AUC of the strongest attack up to which a defence counts as one."""
 LEVEL = 0.05
-DUAL = ("dual", "dual, reference then probe", "dual, from reference then probe")
+DUAL = ("dual", "dual, reference then auxiliary", "dual, from reference then auxiliary")
 PLUS = ("dual_plus", "dual_plus, limit 0.55")
 DEFENDED = (*DUAL, *PLUS, "plain, interpolated")
-REFERENCE = "reference, then probe"
-STOPPED = {"plain": "base", "plain, from reference then probe": REFERENCE}
+REFERENCE = "reference, then auxiliary"
+STOPPED = {"plain": "base", "plain, from reference then auxiliary": REFERENCE}
 """Plain training that may stop early -> where it starts."""
 NO_MEMBER_SEEN = ("reference alone", REFERENCE)
 """Models of the auxiliary documents alone."""
@@ -72,7 +72,7 @@ def _stopped_early(table: Table) -> Iterator[str]:
     The models on the way back are chosen in the same way, by what the audit has found.
     """
     ours = {row: table[row]["perplexity"].by_seed for row in PLUS if row in table}
-    for end in ("dual, cross-fitted", "plain, from reference then probe"):
+    for end in ("dual, cross-fitted", "plain, from reference then auxiliary"):
         ours[f"the best of the models between {REFERENCE} and {end} whose strongest attack is at most {QUIET:g}"] = (
             _quiet(table, REFERENCE, f"{end}, at w")
         )

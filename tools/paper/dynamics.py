@@ -22,7 +22,7 @@ from dualtok.commands.export import export
 from dualtok.commands.train import open_streams
 from dualtok.config.load import load_run
 from dualtok.data.manifest import load_manifest
-from dualtok.data.remote.remote import prepared
+from dualtok.data.mixed import load_sources
 from dualtok.distributed.ranks import ALONE
 from dualtok.files import write_text
 from dualtok.model.load import load_causal_lm
@@ -65,8 +65,8 @@ def main() -> None:
     run = load_run(parser.parse_args().run)
     folder = Path(run.output_dir)
     assert run.train is not None
-    manifest = load_manifest(prepared(run.data))
-    (stream,) = open_streams(run, manifest, (run.train.split,), ALONE)
+    load_manifest(run.data.dir)
+    (stream,) = open_streams(run, load_sources(run.data, run.train.split), (run.train.split,), ALONE)
     batches = [batch for batch, _ in stream.sequential(run.train.batch_size, max_blocks=BLOCKS)]
     tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
     objective = build_objective(run.objective, run.selection, run.goldfish)

@@ -24,8 +24,8 @@ INTERPOLATED = {
     "plain, interpolated": ("plain from all", 0.53),
 }
 """Row -> the model that goes back, and ``interpolate.auc``."""
-ALL_AUXILIARY = "reference probe"
-"""The reference that is trained on by the documents of the split ``probe``."""
+ALL_AUXILIARY = "reference auxiliary"
+"""The reference that is trained on by the documents of the split ``auxiliary``."""
 WAY_BACK = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 """Shares of the way from the reference to a trained model at which what is between them is judged."""
 
@@ -141,7 +141,7 @@ def lira(cell: Cell) -> None:
     _judged_by_shadows(cell, "dual", "dual", run, half)
     whole |= {row: (model, step) for row, model, step in _mixed(cell)}
     run = cell.run("audit-lira-plus", "dual", base=ALL_AUXILIARY, **cell.reference(ALL_AUXILIARY))
-    _judged_by_shadows(cell, "plus", "dual (from reference then probe)", run, whole)
+    _judged_by_shadows(cell, "plus", "dual (from reference then auxiliary)", run, whole)
 
 
 def _judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[str, tuple[Path, str]]) -> None:
@@ -166,7 +166,10 @@ def _judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[
 def _mixed(cell: Cell) -> list[Made]:
     """Add models on the way from the reference of all auxiliary documents to others."""
     made = []
-    for name, row in (("cross-fitted", "dual, cross-fitted"), ("plain from all", "plain, from reference then probe")):
+    for name, row in (
+        ("cross-fitted", "dual, cross-fitted"),
+        ("plain from all", "plain, from reference then auxiliary"),
+    ):
         for w in WAY_BACK:
             target = cell.model(f"{name} {w:g}")
             ends = [str(cell.model(ALL_AUXILIARY)), str(cell.model(name))]
@@ -256,7 +259,7 @@ def plus(cell: Cell) -> None:
     _plain_stopped(cell)
     for row, model, step in _of_all_auxiliary(cell):
         cell.attack(row, model, step)
-    _stopped(cell, "plain from all", _steps_from_all(cell), row="plain, from reference then probe")
+    _stopped(cell, "plain from all", _steps_from_all(cell), row="plain, from reference then auxiliary")
     cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
@@ -306,25 +309,28 @@ def _of_all_auxiliary(cell: Cell) -> list[Made]:
     """Add what rests on a reference of all auxiliary documents, and that reference first."""
     ready, _ = _done(cell)
     run = cell.run(
-        "reference-probe", "causal_lm", base="reference", train={**_reference_training(cell), "split": "probe"}
+        "reference-auxiliary", "causal_lm", base="reference", train={**_reference_training(cell), "split": "auxiliary"}
     )
     reference = cell.train(ALL_AUXILIARY, run, [ready, f"{cell.name}/export reference"], which="best")
-    made = {ALL_AUXILIARY: ("reference, then probe", reference)}
+    made = {ALL_AUXILIARY: ("reference, then auxiliary", reference)}
     starts = {"dual all": "base", "dual from all": ALL_AUXILIARY}
     duals = {
         name: cell.run(name.replace(" ", "-"), "dual", base=base, **cell.reference(ALL_AUXILIARY))
         for name, base in starts.items()
     }
     scored = cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", duals["dual all"])], [reference])
-    for name, row in (("dual all", "dual, reference then probe"), ("dual from all", "dual, from reference then probe")):
+    for name, row in (
+        ("dual all", "dual, reference then auxiliary"),
+        ("dual from all", "dual, from reference then auxiliary"),
+    ):
         made[name] = row, cell.train(name, duals[name], [scored])
     kept = {"checkpoint_every": min(_steps_from_all(cell)), "checkpoint_keep": 100}
     run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, train=kept)
-    made["plain from all"] = "plain, from reference then probe", cell.train("plain from all", run, [reference])
+    made["plain from all"] = "plain, from reference then auxiliary", cell.train("plain from all", run, [reference])
     made["cross-fitted"] = "dual, cross-fitted", _cross_fitted(cell, reference)
-    surrogate = _reference(cell, "probe", ready)
+    surrogate = _reference(cell, "auxiliary", ready)
     for row, (name, limit) in INTERPOLATED.items():
-        models = {"model": name, "reference": ALL_AUXILIARY, "surrogate_reference": "probe"}
+        models = {"model": name, "reference": ALL_AUXILIARY, "surrogate_reference": "auxiliary"}
         back = f"back-{name}" + ("" if limit == InterpolateConfig.auc else f" {limit:g}")
         run = {
             "data": cell.data,

@@ -71,7 +71,7 @@ def resized(shares: dict[str, float], factor: float) -> dict[str, float]:
 
 def _shares(*, train: float, auxiliary: float, held_out: float) -> dict[str, float]:
     """Return ``data.shares``; the auxiliary splits are equal, at most a quarter of `train`."""
-    small = dict.fromkeys(("reference", "attack_reference", "probe", "validation"), auxiliary)
+    small = dict.fromkeys(("reference", "attack_reference", "auxiliary", "validation"), auxiliary)
     return {"train": train, **small, "held_out": held_out}
 
 

@@ -13,7 +13,7 @@ from paper.published import CORPUS, SAYS, published
 from dualtok.audit.attacks.registry import ATTACKS
 from dualtok.files import write_text
 from dualtok.train.engines.dp_account import stated
-from dualtok.train.metrics import read_history
+from dualtok.train.history import read_history
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.stats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,6 +63,7 @@ def cross_fitted_scores(model: Any, x: Any, n_members: int, seed: int) -> tuple[
     Raises:
         ValueError: a class has fewer documents than there are folds.
     """
+    from scipy.stats import rankdata  # half a second, which reading a run's settings would pay
     from sklearn.base import clone
 
     fold = folds(n_members, x.shape[0] - n_members, seed)
@@ -72,6 +72,6 @@ def cross_fitted_scores(model: Any, x: Any, n_members: int, seed: int) -> tuple[
     for number in range(FOLDS):
         judged = fold == number
         fitted = clone(model).fit(x[~judged], is_member[~judged])
-        ranks = scipy.stats.rankdata(fitted.predict_proba(x[judged])[:, 1])
+        ranks = rankdata(fitted.predict_proba(x[judged])[:, 1])
         scores[judged] = ranks / (np.count_nonzero(judged) + 1)
     return scores[:n_members], scores[n_members:]

@@ -204,7 +204,7 @@ def _value_problem(signals: Signals) -> str | None:
     return "var_log_prob is negative" if (signals.var_log_prob < 0).any() else None
 
 
-class Piece(NamedTuple):
+class PlacedSegment(NamedTuple):
     """Where a piece of a document lies in a row of packed blocks."""
 
     document: int
@@ -236,7 +236,7 @@ class SignalsBuilder:
         self._pieces: dict[int, dict[int, tuple[int, dict[str, NDArray[np.generic]]]]] = defaultdict(dict)
 
     def add(
-        self, signals: Mapping[str, torch.Tensor], labels_bt: torch.Tensor, segments: Sequence[Sequence[Piece]]
+        self, signals: Mapping[str, torch.Tensor], labels_bt: torch.Tensor, segments: Sequence[Sequence[PlacedSegment]]
     ) -> None:
         """Take one batch: signals of each token [b, t] (:mod:`.from_logits`), and each row's pieces.
 
@@ -328,7 +328,7 @@ def _broken(document: int, what: str) -> str:
 
 
 def collect(
-    batches: Iterable[tuple[Mapping[str, torch.Tensor], torch.Tensor, Sequence[Sequence[Piece]]]],
+    batches: Iterable[tuple[Mapping[str, torch.Tensor], torch.Tensor, Sequence[Sequence[PlacedSegment]]]],
     n_tokens: Mapping[int, int] | None = None,
 ) -> Signals:
     """Return the documents of batches ``(signals, labels_bt, segments)``; see :class:`SignalsBuilder`."""

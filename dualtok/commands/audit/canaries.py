@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dualtok.audit.signals.signals import Piece, SignalsBuilder, merged
+from dualtok.audit.signals.signals import PlacedSegment, SignalsBuilder, merged
 from dualtok.audit.statistics.canaries import CanaryTexts
-from dualtok.data.packing import model_inputs, pack_documents
+from dualtok.data.packing import model_inputs, pack_documents, pad_rows
 from dualtok.data.prepare.canaries import canary_config, candidates, load_canaries
-from dualtok.data.remote.remote import prepared
-from dualtok.data.stream.blocks import pad_rows
-from dualtok.data.tokenizer import encode, load_data_tokenizer
+from dualtok.data.tokenizer import encode
 from dualtok.monitor.progress import RunProgress
 from dualtok.objective.head import IGNORED_LABEL
 
@@ -24,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from dualtok.audit.settings import AuditConfig
     from dualtok.config.canaries import CanaryConfig
-    from dualtok.config.run import RunConfig
-    from dualtok.data.manifest import Manifest
+    from dualtok.data.folder import DataFolder
     from dualtok.data.prepare.canaries import Canary
     from dualtok.distributed.ranks import Ranks
 
@@ -40,8 +38,8 @@ class CanarySource:
 
     canaries: list[Canary]
     settings: CanaryConfig
-    run: RunConfig
-    manifest: Manifest
+    audit: AuditConfig
+    data: DataFolder
 
     def documents(self, split: str) -> set[int]:
         """Return the numbers of the canaries among a split's documents."""
@@ -49,26 +47,23 @@ class CanarySource:
 
     def count(self, *, attacker: bool) -> int:
         """Return how many candidates of each canary a model reads: the attacker's reference none."""
-        return 0 if attacker else min(self.run.audit.canary_candidates, self.settings.space - 1)
+        return 0 if attacker else min(self.audit.canary_candidates, self.settings.space - 1)
 
     def key(self, *, attacker: bool) -> str:
         """Name all that a model reads here."""
-        assert self.manifest.canaries is not None
-        content = f"{self.manifest.canaries.sha256}\n{self.count(attacker=attacker)}"
+        canaries = self.data.manifest.canaries
+        assert canaries is not None
+        content = f"{canaries.sha256}\n{self.count(attacker=attacker)}"
         return f"{KIND}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     @cached_property
     def encoded(self) -> list[list[int]]:
         """Token ids of the canaries."""
-        return encode(self._tokenizer, [canary.text for canary in self.canaries])
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return load_data_tokenizer(prepared(self.run.data), self.manifest)
+        return encode(self.data.tokenizer, [canary.text for canary in self.canaries])
 
     def texts(self) -> CanaryTexts:
         """Return the canaries as the audited models see them."""
-        prefixes = encode(self._tokenizer, [canary.prefix for canary in self.canaries])
+        prefixes = encode(self.data.tokenizer, [canary.prefix for canary in self.canaries])
         secrets = []
         for ids, prefix in zip(self.encoded, prefixes, strict=True):
             # A tokenizer may join the prefix's end with the secret's beginning: such a token is one of the secret.
@@ -93,18 +88,18 @@ class CanarySource:
             for secret in candidates(canary, self.settings, step - 1)
         ]
         numbers = [number for number in range(len(self.canaries) * step) if number % step]
-        return own | dict(zip(numbers, encode(self._tokenizer, others), strict=True))
+        return own | dict(zip(numbers, encode(self.data.tokenizer, others), strict=True))
 
 
-def open_canaries(run: RunConfig, manifest: Manifest) -> CanarySource | None:
-    """Return the canaries of a run's data; None if it was prepared without.
+def open_canaries(audit: AuditConfig, data: DataFolder) -> CanarySource | None:
+    """Return the canaries of prepared data; None if it was prepared without.
 
     Raises:
         DataError: their record is missing or altered.
     """
-    if manifest.canaries is None:
+    if data.manifest.canaries is None:
         return None
-    return CanarySource(load_canaries(prepared(run.data), manifest), canary_config(manifest), run, manifest)
+    return CanarySource(load_canaries(data.place, data.manifest), canary_config(data.manifest), audit, data)
 
 
 def canary_pass(
@@ -115,8 +110,8 @@ def canary_pass(
     Every rank makes the same number of calls with ``audit.batch_size`` rows, as under ZeRO-3 each is a collective.
     """
     ids = {number: np.array(row, np.int32) for number, row in source.documents_to_read(attacker=attacker).items()}
-    blocks = pack_documents(list(ids.items()), source.manifest.block_length)
-    rows = source.run.audit.batch_size
+    blocks = pack_documents(list(ids.items()), source.data.manifest.block_length)
+    rows = source.audit.batch_size
     calls = -(-len(blocks) // (rows * ranks.world_size))
     builder = SignalsBuilder({number: len(row) for number, row in ids.items()})
     with RunProgress(title, calls, active=ranks.is_first, plain_every=max(1, calls // 4)) as progress:
@@ -132,7 +127,9 @@ def canary_pass(
             pieces = []
             for block in mine:
                 columns = np.cumsum([0, *(piece.length for piece in block.segments)])
-                pieces.append([Piece(*piece, column) for piece, column in zip(block.segments, columns, strict=False)])
+                pieces.append(
+                    [PlacedSegment(*piece, column) for piece, column in zip(block.segments, columns, strict=False)]
+                )
             builder.add(forward(batch), batch["labels"], pieces + [[]] * (rows - len(mine)))
             progress.advance(1)
     return merged(ranks.gather_objects_to_first(builder))

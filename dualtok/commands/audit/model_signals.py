@@ -13,12 +13,10 @@ import numpy as np
 
 from dualtok.audit.signals.files import write_ragged
 from dualtok.audit.signals.from_logits import token_signals
-from dualtok.audit.signals.signals import TOKEN_DTYPES, Piece, Signals, SignalsBuilder, merged
+from dualtok.audit.signals.signals import TOKEN_DTYPES, PlacedSegment, Signals, SignalsBuilder, merged
 from dualtok.audit.statistics.evaluate import choose_documents
 from dualtok.commands.audit.canaries import KIND, canary_pass
 from dualtok.commands.audit.joint import KL_DTYPES, joint_forward, read_divergences
-from dualtok.data.remote.remote import prepared
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import blocks_digest, weights_digest
 from dualtok.train.engines.zero import build_forward_only
@@ -30,9 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dualtok.audit.settings import AuditConfig
     from dualtok.commands.audit.canaries import CanarySource
-    from dualtok.config.run import RunConfig
-    from dualtok.data.manifest import Manifest
+    from dualtok.data.folder import DataFolder
     from dualtok.data.packing import Segment
     from dualtok.distributed.ranks import Ranks
 
@@ -43,21 +41,21 @@ Divergences = dict[int, "NDArray[np.float32]"]
 class ModelPasses:
     """Runs models over an audit's documents; every rank calls every method, rank 0 alone gets the signals."""
 
-    run: RunConfig
-    manifest: Manifest
+    settings: AuditConfig
+    data: DataFolder
     folder: Path
     """Where files are kept."""
     ranks: Ranks
     canaries: CanarySource | None = None
-    """Canaries among the members. They are not audited with the others, for they would be told from them at sight."""
+    """Canaries among the members. They are not audited with the others, for canaries are trivially distinguishable."""
 
     def key(self, model: Path) -> str:
         """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents."""
-        settings = self.run.audit
+        settings = self.settings
         parts = [
             weights_digest(model),
-            blocks_digest(self.manifest),
-            self.manifest.tokenizer_fingerprint,
+            blocks_digest(self.data.manifest),
+            self.data.manifest.tokenizer_fingerprint,
             settings.precision,
             str(settings.max_documents),
             str(settings.seed),
@@ -72,7 +70,7 @@ class ModelPasses:
         self, name: str, model: Path, key: str, *, attacker: bool = False, with_canaries: bool = True
     ) -> dict[str, Signals]:
         """Return a model's signals over members and non-members, and over canaries if there are any."""
-        settings = self.run.audit
+        settings = self.settings
         files = self._files(key)
         if self.canaries is not None and with_canaries:
             files[KIND] = self._file(f"{key}-{self.canaries.key(attacker=attacker)}")
@@ -104,7 +102,7 @@ class ModelPasses:
         """
         files = self._files("-".join(keys))
         if not self._are_there(files):
-            forward = joint_forward(model, reference, self.run.audit, self.ranks)
+            forward = joint_forward(model, reference, self.settings, self.ranks)
             for split, file in files.items():
                 builder = self._pass(split, forward, f"compare {name}, {split}", dtypes=KL_DTYPES)
                 if builder is not None:
@@ -114,7 +112,7 @@ class ModelPasses:
 
     def _files(self, key: str) -> dict[str, Path]:
         """Return the file of each class' split for what a key names."""
-        return {split: self._file(f"{key}-{split}") for split in (self.run.audit.members, self.run.audit.non_members)}
+        return {split: self._file(f"{key}-{split}") for split in (self.settings.members, self.settings.non_members)}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.parquet"
@@ -131,17 +129,11 @@ class ModelPasses:
         dtypes: Mapping[str, type[np.generic]] = TOKEN_DTYPES,
     ) -> SignalsBuilder | None:
         """Run a model over the chosen documents of a split; returns all ranks' signals on rank 0, None elsewhere."""
-        settings, ranks = self.run.audit, self.ranks
+        settings, ranks = self.settings, self.ranks
         stream = ranks.together(
-            lambda: BlockStream(
-                prepared(self.run.data),
-                split,
-                seed=self.run.seed,
-                verify_rank=ranks.rank,
-                verify_world_size=ranks.world_size,
-            )
+            lambda: self.data.open(split, verify_rank=ranks.rank, verify_world_size=ranks.world_size)
         )
-        table = stream.document_table()
+        table = self.data.documents(split)
         left_out = self.left_out(split)
         numbers, tokens = table["doc"].to_pylist(), table["n_tokens"].to_pylist()
         lengths = {number: length for number, length in zip(numbers, tokens, strict=True) if number not in left_out}
@@ -158,10 +150,10 @@ class ModelPasses:
         return merged(ranks.gather_objects_to_first(builder))
 
 
-def with_columns(row: list[Segment]) -> list[Piece]:
+def with_columns(row: list[Segment]) -> list[PlacedSegment]:
     """Add to each (document, start, length) of a block the column where it lies: pieces are laid end to end."""
     pieces, column = [], 0
     for document, start, length in row:
-        pieces.append(Piece(document, start, length, column))
+        pieces.append(PlacedSegment(document, start, length, column))
         column += length
     return pieces

@@ -18,10 +18,7 @@ from dualtok.audit.attacks.registry import ATTACKS
 from dualtok.audit.attacks.rerun import RERUNS, choose_prefix, join_prefix, prefix_budget
 from dualtok.audit.signals.reruns import Documents, RerunResult, Tools
 from dualtok.audit.statistics.evaluate import choose_documents
-from dualtok.data.manifest import load_manifest
-from dualtok.data.remote.remote import prepared
-from dualtok.data.stream.blocks import BlockStream
-from dualtok.data.tokenizer import encode, load_data_tokenizer
+from dualtok.data.tokenizer import encode
 from dualtok.model.gradients import build_gradient_norm
 from dualtok.model.sequence_scorer import SequenceScorer, SequenceSignals
 from dualtok.monitor.progress import RunProgress
@@ -34,9 +31,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dualtok.audit.attacks.base import AttackContext
+    from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.reruns import Ids, Rerun, Side
     from dualtok.audit.signals.signals import Signals
-    from dualtok.config.run import RunConfig
+    from dualtok.data.folder import DataFolder
+    from dualtok.data.stream.blocks import BlockStream
     from dualtok.distributed.ranks import Ranks
 
 VERSION = 1
@@ -73,7 +72,8 @@ class RerunResults:
 
 
 def rerun_models(
-    run: RunConfig,
+    settings: AuditConfig,
+    data: DataFolder,
     folders: Mapping[str, Path],
     ranks: Ranks,
     kept: Path,
@@ -84,7 +84,8 @@ def rerun_models(
     """Make the reruns that the audit's attacks need beyond the one that all share; results are on rank 0 alone.
 
     Args:
-        run: its ``audit`` names the attacks.
+        settings: name the attacks.
+        data: the documents.
         folders: name of each audited model -> its folder.
         ranks: the job's ranks, which share the documents.
         kept: where results are kept.
@@ -92,11 +93,11 @@ def rerun_models(
         left_out: function from a split to documents of it that are not audited with the others, i.e. canaries.
     """
     wanted = [
-        each for name, each in RERUNS.items() if any(name in ATTACKS[attack].needs for attack in run.audit.attacks)
+        each for name, each in RERUNS.items() if any(name in ATTACKS[attack].needs for attack in settings.attacks)
     ]
     if not wanted:
         return RerunResults()
-    work = ranks.together(lambda: _Work(run, ranks, left_out))
+    work = ranks.together(lambda: _Work(settings, data, ranks, left_out))
     missing = {each.name: reason for each in wanted if (reason := work.obstacle(each)) is not None}
     possible = [each for each in wanted if each.name not in missing]
     results: dict[tuple[str, str], dict[str, RerunResult]] = {}
@@ -123,16 +124,16 @@ def rerun_models(
 class _Work:
     """One audit's documents, and the reruns over them."""
 
-    def __init__(self, run: RunConfig, ranks: Ranks, left_out: Callable[[str], set[int]]) -> None:
-        self._run, self._settings, self._ranks = run, run.audit, ranks
-        manifest = load_manifest(prepared(run.data))
-        self._block_length = manifest.block_length
-        self._special = manifest.config.get("special_tokens_in_text") == "encode"
-        self._tokenizer = load_data_tokenizer(prepared(run.data), manifest)
+    def __init__(
+        self, settings: AuditConfig, data: DataFolder, ranks: Ranks, left_out: Callable[[str], set[int]]
+    ) -> None:
+        self._settings, self._data, self._ranks = settings, data, ranks
+        self._block_length = data.manifest.block_length
+        self._tokenizer = data.tokenizer
         *head, self._eos = encode(self._tokenizer, [""])[0]
         self._bos = head[0] if head else None
         self.lengths: dict[str, dict[int, int]] = {
-            split: self._lengths(split, left_out(split)) for split in (run.audit.members, run.audit.non_members)
+            split: self._lengths(split, left_out(split)) for split in (settings.members, settings.non_members)
         }
         """Split -> document -> its tokens in its first block; documents of one token are left out."""
         self._streams: dict[str, BlockStream] = {}
@@ -224,7 +225,7 @@ class _Work:
                 self._tokenizer,
                 bos=self._bos,
                 eos=self._eos,
-                special=self._special,
+                special=self._data.encodes_special_tokens,
                 block_length=self._block_length,
             ),
             bos=self._bos,
@@ -253,7 +254,7 @@ class _Work:
         return prefix_budget(self._settings.reruns, self._block_length)
 
     def _lengths(self, split: str, left_out: set[int]) -> dict[int, int]:
-        table = BlockStream(prepared(self._run.data), split, seed=self._run.seed, verify=False).document_table()
+        table = self._data.documents(split)
         numbers, tokens = table["doc"].to_pylist(), table["n_tokens"].to_pylist()
         lengths = {number: length for number, length in zip(numbers, tokens, strict=True) if number not in left_out}
         chosen = choose_documents(np.array(list(lengths)), self._settings.max_documents, self._settings.seed)
@@ -275,12 +276,8 @@ class _Work:
     def _tokens(self, split: str, documents: Sequence[int]) -> list[Ids]:
         """Return the token ids of some documents, as far as their first block goes, in the order asked."""
         if split not in self._streams:
-            self._streams[split] = BlockStream(
-                prepared(self._run.data),
-                split,
-                seed=self._run.seed,
-                verify_rank=self._ranks.rank,
-                verify_world_size=self._ranks.world_size,
+            self._streams[split] = self._data.open(
+                split, verify_rank=self._ranks.rank, verify_world_size=self._ranks.world_size
             )
         found: dict[int, Ids] = dict.fromkeys(documents, np.zeros(0, dtype=np.int64))
         wanted = np.array(sorted(documents), dtype=np.int64)

@@ -35,9 +35,6 @@ from dualtok.commands.audit.reruns import rerun_models
 from dualtok.commands.audit.shadows import document_losses, fit_losses, train_shadows
 from dualtok.commands.audit.texts import attacker_frequencies, predicted_ids
 from dualtok.data.folder import DataFolder
-from dualtok.data.manifest import load_manifest
-from dualtok.data.remote.remote import prepared
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.stream.documents import document_pieces
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
@@ -48,6 +45,7 @@ from dualtok.model.folder.weights import model_folder
 if TYPE_CHECKING:
     from dualtok.audit.attacks.base import ShadowFit
     from dualtok.audit.report.data import Checks, ModelAudit
+    from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
     from dualtok.commands.audit.canaries import CanarySource
     from dualtok.commands.audit.model_signals import Divergences
@@ -80,13 +78,13 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     folders = {name: model_folder(path) for name, path in settings.models.items()}
     if settings.attack_reference is not None:
         folders[ATTACKER] = model_folder(settings.attack_reference)
-    manifest = load_manifest(prepared(run.data))
-    _check_models(run, folders)
+    data = DataFolder.of_run(run.data)
+    _check_models(settings, data, folders)
     # Before this process joins others or touches a device: training has processes of its own.
-    shadows = train_shadows(run, audit_folder(run) / "shadows", processes) if settings.shadows is not None else []
+    shadows = train_shadows(run, data, audit_folder(run) / "shadows", processes) if settings.shadows is not None else []
     ranks = join_ranks()
-    canaries = ranks.together(lambda: open_canaries(run, manifest))
-    models = ModelPasses(run, manifest, audit_folder(run) / "signals", ranks, canaries)
+    canaries = ranks.together(lambda: open_canaries(settings, data))
+    models = ModelPasses(settings, data, audit_folder(run) / "signals", ranks, canaries)
     keys = {name: ranks.first_does(partial(models.key, folder)) for name, folder in folders.items()}
     signals = {
         name: models.signals(name, folder, keys[name], attacker=name == ATTACKER) for name, folder in folders.items()
@@ -94,10 +92,11 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     divergences = {
         name: models.divergences(name, folders[name], folders[ATTACKER], (keys[name], keys[ATTACKER]))
         for name in settings.models
-        if _compares(run)
+        if _compares(settings)
     }
     reruns = rerun_models(
-        run,
+        settings,
+        data,
         {name: folders[name] for name in settings.models},
         ranks,
         audit_folder(run) / "reruns",
@@ -113,7 +112,13 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     def attack() -> AuditFigures:
         fit = fit_losses(of_shadows, run.seed) if of_shadows else None
         return _attack_all(
-            run, reruns.without_prefixes(signals), divergences=divergences, reruns=reruns, fit=fit, canaries=canaries
+            run,
+            data,
+            reruns.without_prefixes(signals),
+            divergences=divergences,
+            reruns=reruns,
+            fit=fit,
+            canaries=canaries,
         )
 
     figures: AuditFigures = ranks.first_does(attack)
@@ -137,20 +142,19 @@ def audit_folder(run: RunConfig) -> Path:
     return Path(run.output_dir) / "audit"
 
 
-def _check_models(run: RunConfig, folders: dict[str, Path]) -> None:
+def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Path]) -> None:
     """Raise ConfigError if a model is not whole, does not fit the blocks, or cannot be compared with the attacker's."""
-    data = DataFolder(prepared(run.data))
     logits = {}
     for name, folder in folders.items():
         config = check_model(
             folder,
             data,
             origin=f"audit: {name} ({folder})",
-            trust_remote_code=run.audit.trust_remote_code,
+            trust_remote_code=settings.trust_remote_code,
             setting="audit.trust_remote_code",
         )
         logits[name] = config.get_text_config().vocab_size
-    differ = [name for name in folders if _compares(run) and logits[name] != logits[ATTACKER]]
+    differ = [name for name in folders if _compares(settings) and logits[name] != logits[ATTACKER]]
     if differ:
         raise ConfigError(
             f"audit.models: {differ[0]!r} has {logits[differ[0]]} logits and the attacker's reference "
@@ -158,13 +162,14 @@ def _check_models(run: RunConfig, folders: dict[str, Path]) -> None:
         )
 
 
-def _compares(run: RunConfig) -> bool:
+def _compares(settings: AuditConfig) -> bool:
     """Return whether every model is to be run beside the attacker's reference."""
-    return "info_rmia" in run.audit.attacks and run.audit.attack_reference is not None
+    return "info_rmia" in settings.attacks and settings.attack_reference is not None
 
 
 def _attack_all(
     run: RunConfig,
+    data: DataFolder,
     signals: dict[str, dict[str, Signals]],
     *,
     divergences: dict[str, dict[str, Divergences]],
@@ -176,12 +181,12 @@ def _attack_all(
     settings = run.audit
     contexts: dict[str, AttackContext] = {}
     texts: dict[str, dict[int, Pieces]] = {}
-    frequencies = attacker_frequencies(run) if "dc_pdd" in settings.attacks else None
+    frequencies = attacker_frequencies(data, settings) if "dc_pdd" in settings.attacks else None
     audited = next(iter(settings.models))
     for split in (settings.members, settings.non_members):
-        stream = BlockStream(prepared(run.data), split, seed=run.seed, verify=False)
+        stream = data.open(split, verify=False)
         texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
-        table = stream.document_table()
+        table = data.documents(split)
         sizes = dict(zip(table["doc"].to_pylist(), table["zlib_bytes"].to_pylist(), strict=True))
         contexts[split] = AttackContext(
             reference=signals[ATTACKER][split] if ATTACKER in signals else None,
@@ -211,20 +216,21 @@ def _attack_all(
         found = [audit_canaries(signals[model.name][KIND], made_up, settings, reference) for model in audits]
         audits = [model.model_copy(update={"canaries": one}) for model, one in zip(audits, found, strict=True)]
     figures = AuditFigures(
-        settings=settings, models=audits, checks=_check(run, audits, texts), prefix_documents=reruns.prefixes
+        settings=settings, models=audits, checks=_check(settings, data, audits, texts), prefix_documents=reruns.prefixes
     )
     write_text(audit_folder(run) / AUDIT_FILE, figures.model_dump_json(indent=1))
     return figures
 
 
-def _check(run: RunConfig, audits: list[ModelAudit], texts: dict[str, dict[int, Pieces]]) -> Checks:
+def _check(
+    settings: AuditConfig, data: DataFolder, audits: list[ModelAudit], texts: dict[str, dict[int, Pieces]]
+) -> Checks:
     """Look for differences between members and non-members that no model is needed to see."""
-    settings = run.audit
     members, non_members = (
         [np.concatenate(pieces) for pieces in texts[split].values()]
         for split in (settings.members, settings.non_members)
     )
-    table = BlockStream(prepared(run.data), settings.members, seed=run.seed, verify=False).document_table()
+    table = data.documents(settings.members)
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
     passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
     null = next((model for model in audits if model.name == settings.null_model), None)

@@ -16,21 +16,20 @@ import yaml
 
 from dualtok.audit.attacks.lira import fit_shadows, statistic
 from dualtok.commands.export import export
-from dualtok.commands.train import CHECKPOINTS
 from dualtok.config.load import parse_run
 from dualtok.config.old_names import with_new_names
 from dualtok.data.folds import in_shadow
 from dualtok.data.manifest import load_manifest, split_entry
-from dualtok.data.remote.remote import prepared
-from dualtok.data.stream.subset import Subset, is_written, write_subset
+from dualtok.data.subset import Subset, is_written, write_subset
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.launch.local import launch
 from dualtok.objective.settings import NEEDS_REFERENCE
 from dualtok.reference.fingerprint import blocks_digest
-from dualtok.train.checkpoints.files import COMPLETE
+from dualtok.train.checkpoints.manifest import COMPLETE
 from dualtok.train.checkpoints.writer import find_checkpoint
 from dualtok.train.checks import changes, count_steps, require_reference
+from dualtok.train.folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from dualtok.audit.attacks.base import ShadowFit
     from dualtok.audit.signals.signals import Signals
     from dualtok.config.run import RunConfig
+    from dualtok.data.folder import DataFolder
     from dualtok.data.manifest import Manifest
 
     DocumentLosses = tuple[NDArray[np.int64], NDArray[np.float64]]
@@ -76,11 +76,12 @@ class Shadow:
         return self.folder / f"model-{checkpoint}"
 
 
-def train_shadows(run: RunConfig, folder: Path, processes: int) -> list[Path]:
+def train_shadows(run: RunConfig, data: DataFolder, folder: Path, processes: int) -> list[Path]:
     """Return the models of ``audit.shadows`` shadows, after training those that are not there yet, one by one.
 
     Args:
         run: an audit's run that also has the sections the audited model was trained with.
+        data: the run's.
         folder: where the shadows are kept.
         processes: ranks that share each training run.
 
@@ -92,7 +93,7 @@ def train_shadows(run: RunConfig, folder: Path, processes: int) -> list[Path]:
     """
     settings = run.audit
     assert settings.shadows is not None
-    manifest = load_manifest(prepared(run.data))
+    manifest = data.manifest
     shadows = shadow_runs(run, manifest, folder)
     missing = [shadow for shadow in shadows if not shadow.model(settings.shadow_checkpoint).is_dir()]
     for shadow in shadows:
@@ -105,7 +106,7 @@ def train_shadows(run: RunConfig, folder: Path, processes: int) -> list[Path]:
     if missing:
         _say(f"{len(missing)} of {len(shadows)} shadow models to train, {shadows[0].steps} steps each, in {folder}")
     for shadow in missing:  # all at first, for those who start the training runs by themselves
-        _lay_down(run, manifest, shadow)
+        _write_start(run, data, shadow)
     for shadow in missing:
         _say(f"shadow {shadow.number} ({shadow.number + 1} of {len(shadows)})")
         _train(shadow, processes)
@@ -210,19 +211,19 @@ def _require_same(run: RunConfig, manifest: Manifest, shadow: Shadow) -> None:
             raise ConfigError(f"{key}: {now!r}, but the shadow model in {shadow.folder} has {before!r}; {again}")
 
 
-def _lay_down(run: RunConfig, manifest: Manifest, shadow: Shadow) -> None:
+def _write_start(run: RunConfig, data: DataFolder, shadow: Shadow) -> None:
     """Write a shadow's documents and its run, unless they are there."""
-    settings, data = run.audit, shadow.folder / "data"
-    if not is_written(data):
+    settings, target = run.audit, shadow.folder / "data"
+    if not is_written(target):
         wants = partial(in_shadow, shadow=shadow.number, seed=run.seed)
         pool = Subset((settings.members, settings.non_members), wants)
         subsets: dict[str, Subset] = {settings.members: pool, "validation": Subset(("validation",), _everything)}
         write_subset(
-            prepared(run.data),
             data,
+            target,
             subsets,
             rows_per_shard=run.data.rows_per_shard,
-            note={"shadow": _note(run, manifest, shadow)},
+            note={"shadow": _note(run, data.manifest, shadow)},
         )
     write_text(shadow.run_file, shadow.run.to_yaml())
 

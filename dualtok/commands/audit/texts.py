@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dualtok.audit.attacks.token_level import smoothed_frequencies
-from dualtok.data.manifest import load_manifest
-from dualtok.data.remote.remote import prepared
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dualtok.config.run import RunConfig
+    from dualtok.audit.settings import AuditConfig
+    from dualtok.data.folder import DataFolder
 
     Pieces = list[NDArray[np.int64]]
 
@@ -25,19 +23,18 @@ def predicted_ids(pieces: dict[int, Pieces]) -> dict[int, NDArray[np.int64]]:
     return {document: np.concatenate([part[1:] for part in parts]) for document, parts in pieces.items()}
 
 
-def attacker_frequencies(run: RunConfig) -> NDArray[np.float64] | None:
+def attacker_frequencies(data: DataFolder, settings: AuditConfig) -> NDArray[np.float64] | None:
     """Return each token id's smoothed share [v] of the predicted tokens of the attacker's corpus.
 
     That is the split ``attack_reference`` or, where the data has none or the audit is of it, ``reference``; None if
     neither will do.
     """
-    manifest = load_manifest(prepared(run.data))
-    taken = (run.audit.members, run.audit.non_members)
-    split = next((s for s in ("attack_reference", "reference") if s in manifest.splits and s not in taken), None)
-    if split is None or not manifest.splits[split].blocks:
+    splits, audited = data.manifest.splits, (settings.members, settings.non_members)
+    split = next((s for s in ("attack_reference", "reference") if s in splits and s not in audited), None)
+    if split is None or not splits[split].blocks:
         return None
-    counts = np.zeros(manifest.vocabulary, dtype=np.int64)
-    for batch, _ in BlockStream(prepared(run.data), split, seed=run.seed).sequential(run.audit.batch_size):
+    counts = np.zeros(data.manifest.vocabulary, dtype=np.int64)
+    for batch, _ in data.open(split).sequential(settings.batch_size):
         labels = batch["labels"]
-        counts += np.bincount(labels[labels != IGNORED_LABEL].numpy(), minlength=manifest.vocabulary)
+        counts += np.bincount(labels[labels != IGNORED_LABEL].numpy(), minlength=data.manifest.vocabulary)
     return smoothed_frequencies(counts)

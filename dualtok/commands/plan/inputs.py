@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualtok.config.data import is_address
 from dualtok.data.manifest import MANIFEST, load_manifest, split_entry
-from dualtok.data.remote.remote import prepared
+from dualtok.data.remote.remote import place_of
 from dualtok.distributed.deepspeed_config import training_config, zero_stage
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.model.load import starting_config
@@ -212,4 +212,4 @@ def _manifest(run: RunConfig, tokens: int | None) -> Manifest | None:
     """Return the manifest of prepared data; None where a local folder is not prepared, or an address not to be read."""
     if tokens is not None if is_address(run.data.dir) else not (Path(run.data.dir) / MANIFEST).is_file():
         return None
-    return load_manifest(prepared(run.data))
+    return load_manifest(place_of(run.data.dir, run.data.stream))

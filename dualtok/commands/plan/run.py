@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dualtok.commands.plan.inputs import job_of, layers_per_stage, material_of
+from dualtok.commands.plan.result import Budget, Plan
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.plan.hardware import DEVICES, GIB, Cluster
 from dualtok.plan.layouts import Option, rank_layouts, weigh
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dualtok.config.train import TrainConfig
     from dualtok.plan.memory import Job
 
-from dualtok.commands.plan.result import Budget, Plan
 
 STATE_BYTES = 12
 """Bytes of a checkpoint per trained element: master weight and two moments in float32."""

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 
 from dualtok.commands.score.files import ScoreFiles
-from dualtok.data.folder import DataFolder
 from dualtok.data.folds import fold_of
-from dualtok.data.manifest import split_entry
-from dualtok.data.stream.blocks import BlockStream, pad_rows
-from dualtok.data.stream.mixture import load_sources
+from dualtok.data.mixed import load_sources
+from dualtok.data.packing import pad_rows
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.monitor.progress import RunProgress
@@ -33,9 +31,10 @@ if TYPE_CHECKING:
 
     from dualtok.config.reference import ReferenceConfig
     from dualtok.config.run import RunConfig
+    from dualtok.data.folder import DataFolder
     from dualtok.data.manifest import ShardEntry
-    from dualtok.data.remote.remote import Place
-    from dualtok.data.stream.mixture import Source
+    from dualtok.data.mixed import Source
+    from dualtok.data.stream.blocks import BlockStream
     from dualtok.distributed.ranks import Ranks
     from dualtok.model.losses import Batch
     from dualtok.reference.fingerprint import Fingerprint
@@ -65,7 +64,12 @@ class _Task:
     @property
     def name(self) -> str:
         """The score file's name in the index."""
-        return f"{self.split}/{self.shard.stem}.arrow"
+        return f"{self.folder}/{self.shard.stem}.arrow"
+
+    @property
+    def folder(self) -> str:
+        """The split's folder, under which its scores lie too."""
+        return self.source.manifest.folder_of(self.split)
 
 
 def score(run: RunConfig) -> ScoreSummary:
@@ -88,9 +92,7 @@ def score(run: RunConfig) -> ScoreSummary:
     sources = load_sources(run.data, trained)
     splits = [reference.splits, *[(trained,)] * (len(sources) - 1)]
     ranks = join_ranks()
-    jobs = [
-        _score_with(model, run, reference, list(zip(sources, splits, strict=True)), ranks) for model in reference.models
-    ]
+    jobs = [_score_with(model, reference, list(zip(sources, splits, strict=True)), ranks) for model in reference.models]
     if not reference.folds:
         return jobs[0][0]
     expected = cross_fitted([fingerprint for _, fingerprint in jobs])
@@ -109,13 +111,13 @@ def score(run: RunConfig) -> ScoreSummary:
 
 
 def _score_with(
-    model: str, run: RunConfig, reference: ReferenceConfig, sources: list[tuple[Source, Sequence[str]]], ranks: Ranks
+    model: str, reference: ReferenceConfig, sources: list[tuple[Source, Sequence[str]]], ranks: Ranks
 ) -> tuple[ScoreSummary, Fingerprint]:
     """Score what one model has not scored yet."""
-    place, manifest = sources[0][0].place, sources[0][0].manifest
+    data = sources[0][0].folder
     one = replace(reference, model=model, folds=())
-    folder = Path(ranks.first_does(lambda: check_reference(one, DataFolder(place, manifest))))
-    expected = ranks.first_does(lambda: fingerprint(folder, manifest, reference.precision))
+    folder = Path(ranks.first_does(lambda: check_reference(one, data)))
+    expected = ranks.first_does(lambda: fingerprint(folder, data.manifest, reference.precision))
     targets = ranks.together(lambda: [_score_files(source, expected) for source, _ in sources])
     tasks = _all_tasks([source for source, _ in sources], [splits for _, splits in sources], targets)
     checksums = _checksums(tasks, ranks)
@@ -130,7 +132,7 @@ def _score_with(
             ranks=ranks,
             trust_remote_code=reference.trust_remote_code,
         )
-        scored, rate = _score_shards(run, [tasks[i] for i in missing], forward, reference.batch_size, ranks)
+        scored, rate = _score_shards([tasks[i] for i in missing], forward, reference.batch_size, ranks)
         checksums |= dict(zip(missing, scored, strict=True))
     _write_indices(tasks, targets, checksums, model, ranks)
     return ScoreSummary(str(targets[0]), len(tasks), len(missing), rate), expected
@@ -148,14 +150,14 @@ def _write_indices(
 
 def _cross_fit(task: _Task, folds: list[Fingerprint]) -> str:
     """Write a shard's losses, each document's from the model that left its fold out; returns their SHA-256."""
-    stream = BlockStream(task.source.place, task.split, seed=0, verify=False)
+    stream = task.source.folder.open(task.split, verify=False)
     rows = np.arange(task.shard.rows)
     digest = blocks_digest(task.source.manifest)
     everyone = np.stack(
         [
-            StoredLosses(
-                task.source.place, task.source.manifest, task.split, replace(fold, blocks=digest), rank=-1
-            ).read(task.shard.stem, rows)
+            StoredLosses(task.source.folder, task.split, replace(fold, blocks=digest), rank=-1).read(
+                task.shard.stem, rows
+            )
             for fold in folds
         ]
     )
@@ -166,24 +168,24 @@ def _cross_fit(task: _Task, folds: list[Fingerprint]) -> str:
             here = slice(column, column + piece.length)
             losses[row, here] = everyone[fold, row, here]
             column += piece.length
-    return task.files.write(task.split, task.shard, losses)
+    return task.files.write(task.folder, task.shard, losses)
 
 
 def _score_files(source: Source, expected: Fingerprint) -> ScoreFiles:
-    return ScoreFiles(source.place, replace(expected, blocks=blocks_digest(source.manifest)))
+    return ScoreFiles(source.folder.place, replace(expected, blocks=blocks_digest(source.manifest)))
 
 
 def _checksums(tasks: list[_Task], ranks: Ranks) -> dict[int, str]:
-    """Return the checksums of the scores that are there; the ranks share the looking."""
+    """Return the checksums of the scores that are there; ranks split the work."""
 
-    def look() -> dict[int, str]:
+    def mine_of() -> dict[int, str]:
         mine = {
-            i: tasks[i].files.checksum(tasks[i].split, tasks[i].shard)
+            i: tasks[i].files.checksum(tasks[i].folder, tasks[i].shard)
             for i in range(ranks.rank, len(tasks), ranks.world_size)
         }
         return {i: checksum for i, checksum in mine.items() if checksum is not None}
 
-    found = ranks.together(look)
+    found = ranks.together(mine_of)
     return {i: checksum for part in ranks.gather_objects(found) for i, checksum in part.items()}
 
 
@@ -196,15 +198,11 @@ def _all_tasks(
 
 
 def _tasks(source: Source, splits: Sequence[str], files: ScoreFiles) -> list[_Task]:
-    return [
-        _Task(source, files, split, shard)
-        for split in splits
-        for shard in split_entry(source.manifest, split, source.dir).shards
-    ]
+    return [_Task(source, files, split, shard) for split in splits for shard in source.folder.entry(split).shards]
 
 
 def _score_shards(
-    run: RunConfig, tasks: list[_Task], forward: Callable[[Batch], torch.Tensor], batch_size: int, ranks: Ranks
+    tasks: list[_Task], forward: Callable[[Batch], torch.Tensor], batch_size: int, ranks: Ranks
 ) -> tuple[list[str], float]:
     """Score shards, rank r every world_size-th of them.
 
@@ -216,10 +214,8 @@ def _score_shards(
     most_calls = max(ranks.gather_objects(sum(calls)))
     streams = ranks.together(
         lambda: {
-            (place, split): BlockStream(
-                place, split, seed=run.seed, verify_rank=ranks.rank, verify_world_size=ranks.world_size
-            )
-            for place, split in {(task.source.place, task.split) for task in tasks}
+            (folder, split): folder.open(split, verify_rank=ranks.rank, verify_world_size=ranks.world_size)
+            for folder, split in {(task.source.folder, task.split) for task in tasks}
         }
     )
     started = time.perf_counter()
@@ -231,12 +227,12 @@ def _score_shards(
             losses = []
             for first in range(0, task.shard.rows, batch_size):
                 rows = np.arange(first, min(first + batch_size, task.shard.rows))
-                last = streams[task.source.place, task.split].read_rows(task.shard.file, rows)
+                last = streams[task.source.folder, task.split].read_rows(task.shard.file, rows)
                 # Filled up, so that every rank calls each layer equally often, chunk by chunk, under ZeRO-3.
                 losses.append(forward(pad_rows(last, batch_size))[: len(rows)].float().cpu().numpy())
                 positions += last["input_ids"].numel()
                 progress.advance(1, f"{positions / (time.perf_counter() - started):,.0f} tokens/s on this rank")
-            checksums.append(task.files.write(task.split, task.shard, np.concatenate(losses)))
+            checksums.append(task.files.write(task.folder, task.shard, np.concatenate(losses)))
         last = last if last is not None else _any_batch(streams, tasks[0])
         for _ in range(most_calls - sum(calls)):
             forward(
@@ -249,5 +245,5 @@ def _score_shards(
     return in_order, total / max(ranks.gather_objects(seconds))
 
 
-def _any_batch(streams: dict[tuple[Place, str], BlockStream], task: _Task) -> Batch:
-    return streams[task.source.place, task.split].read_rows(task.shard.file, np.arange(1))
+def _any_batch(streams: dict[tuple[DataFolder, str], BlockStream], task: _Task) -> Batch:
+    return streams[task.source.folder, task.split].read_rows(task.shard.file, np.arange(1))

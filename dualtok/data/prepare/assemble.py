@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dualtok.config.data import SPLITS, DataConfig, SplitName
-from dualtok.data.manifest import ShardEntry, SplitEntry
+from dualtok.data.manifest import DOCUMENTS, ShardEntry, SplitEntry
 from dualtok.data.packing import pack_documents
 from dualtok.data.prepare.decide import decisions_path
 from dualtok.data.prepare.splits import content_digest
 from dualtok.data.prepare.staged import Chunk, Staged, StagedAt, read_staged, staged_at
 from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
-from dualtok.data.stream.blocks import DOCUMENTS
 from dualtok.data.tokenizer import encode, load_tokenizer
 from dualtok.data.tokenizer_check import SpelledOut
 from dualtok.errors import DataError

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from dualtok.config.data import SPLITS, DataConfig, is_address
+from dualtok.config.old_names import with_new_names
 from dualtok.data.manifest import MANIFEST, Facts, Manifest, load_manifest, save_manifest
 from dualtok.data.prepare.assemble import DOCUMENT, TokenizerAt, pack_chunks, spelled_out, split_texts, write_splits
 from dualtok.data.prepare.canaries import Canary, check_canaries, deal, draw_canaries, write_canaries
@@ -277,7 +278,8 @@ def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / CONFIG_ECHO
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    earlier = with_new_names({"data": stored})[0]["data"]
     for key in sorted(earlier):  # a setting that is younger than the folder is not held against it
         if earlier[key] != settings.get(key):
             raise ConfigError(

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS, Passages
+from dualtok.data.manifest import DOCUMENTS
 from dualtok.data.shards import Shard
-from dualtok.data.stream.blocks import DOCUMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from dualtok.config.data import DataConfig
 
 Result = TypeVar("Result")
 MOST_THREADS = 8
@@ -163,11 +162,6 @@ def place_of(folder: str | Place, settings: StreamConfig | None = None) -> Place
     if not is_address(folder):
         return Path(folder)
     return _remote_folder(folder, json.dumps(asdict(settings or StreamConfig()), sort_keys=True))
-
-
-def prepared(data: DataConfig) -> Place:
-    """Return where a run's data lies."""
-    return place_of(data.dir, data.stream)
 
 
 @lru_cache(maxsize=64)

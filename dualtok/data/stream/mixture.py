@@ -9,7 +9,6 @@ look at one pattern; a source's lane begins its next epoch, in a new order, when
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,73 +16,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dualtok.config.data import MIX_PERIOD
-from dualtok.data.manifest import Manifest, load_manifest, split_entry
-from dualtok.data.remote.remote import Place, place_of
 from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.stream.poisson import PoissonDocuments
 from dualtok.data.stream.rank_batches import Batch, Fetches, RankBatches, rank_batches
-from dualtok.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from dualtok.config.data import DataConfig
     from dualtok.data.packing import Segment
+
 
 PATTERN_SEED = 0x6D6978
 """Tells the patterns' random numbers from those of the streams."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One prepared folder of a mixture."""
-
-    dir: str
-    place: Place
-    """Where ``dir`` is."""
-    weight: float
-    """Its share of the samples."""
-    manifest: Manifest
-
-
-def load_sources(data: DataConfig, split: str) -> list[Source]:
-    """Return ``data.dir`` and the folders of ``data.mix``, compared with each other.
-
-    Args:
-        data: the run's section.
-        split: the split of each that is mixed.
-
-    Raises:
-        DataError: a folder is not prepared, lacks the split, or has another tokenizer, block length or number of lanes
-            than ``data.dir``; or its split has fewer blocks than lanes.
-    """
-
-    def load(folder: str, weight: float) -> Source:
-        place = place_of(folder, data.stream)
-        return Source(folder, place, weight, load_manifest(place))
-
-    main = load(data.dir, 1.0 - sum(other.weight for other in data.mix))
-    sources = [main, *(load(other.dir, other.weight) for other in data.mix)]
-    for source in sources[1:]:
-        for name in ("tokenizer_fingerprint", "block_length", "lanes"):
-            theirs, ours = getattr(source.manifest, name), getattr(main.manifest, name)
-            if theirs != ours:
-                what = name.replace("_", " ")
-                raise DataError(
-                    f"data.mix: {source.dir} was prepared with {what} {theirs}, but {main.dir} with {ours}; prepare "
-                    f"the former again with data.tokenizer={main.dir}/tokenizer, data.block_length="
-                    f"{main.manifest.block_length} and data.lanes={main.manifest.lanes}"
-                )
-    for source in sources if data.mix else ():
-        blocks, lanes = split_entry(source.manifest, split, source.dir).blocks, source.manifest.lanes
-        if blocks < lanes:
-            raise DataError(
-                f"{source.dir}: split {split!r} has {blocks} blocks in {lanes} lanes, but each lane of a mixture "
-                "(data.mix) needs a block of each source; prepare it with fewer data.lanes, or leave it out"
-            )
-    return sources
 
 
 def quotas(weights: Sequence[float]) -> tuple[int, ...]:

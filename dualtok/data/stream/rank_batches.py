@@ -18,9 +18,9 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from dualtok.data.packing import Batch
 from dualtok.errors import DataError, DualtokError
 
-Batch = dict[str, torch.Tensor]
 LOOK_AHEAD = 16
 """Windows that the search for shards to fetch goes on per window read."""
 WINDOW_TOKENS = 2**17

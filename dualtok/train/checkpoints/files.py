@@ -11,17 +11,16 @@ Any layout can read what any other wrote. Nothing is pickled.
 
 from __future__ import annotations
 
-import json
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 
 from dualtok.errors import CheckpointError
 from dualtok.files import FileName, atomic_file, sync_folder, write_text
+from dualtok.train.checkpoints.manifest import COMPLETE, MANIFEST, CheckpointManifest, FileEntry, ParameterEntry, _Entry
 from dualtok.train.engines.states import KINDS
 from dualtok.versions import installed_versions
 
@@ -29,25 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from dualtok.train.engines.states import Piece
+    from dualtok.train.engines.states import ParameterSlice
 
-MANIFEST = "manifest.json"
-COMPLETE = "COMPLETE"
-FORMAT_VERSION = 2
+
 FILE_BYTES = 1 << 28
 """Size from which a rank begins another file: what writing and reading hold in memory beside the values."""
 PACKAGES = ("torch", "deepspeed", "transformers")
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-
-class FileEntry(_Entry):
-    """One file of a checkpoint."""
-
-    bytes: int
-    crc32: int
 
 
 class Part(_Entry):
@@ -58,33 +44,7 @@ class Part(_Entry):
     """Parameter, its shape, file, start and length of the piece."""
 
 
-class ParameterEntry(_Entry):
-    """One parameter of the whole model."""
-
-    shape: tuple[int, ...]
-    pieces: list[tuple[FileName, int, int]]
-    """File, start and length in the flattened parameter; ascending, without gaps."""
-
-
-class CheckpointManifest(_Entry):
-    """``manifest.json``."""
-
-    format_version: int = FORMAT_VERSION
-    step: int
-    optimizer_steps: int
-    """Steps that changed the weights."""
-    layout: str
-    """The layout that wrote it, in words."""
-    state: dict[str, Any]
-    """The training loop's state."""
-    run: dict[str, Any]
-    """The run's settings."""
-    versions: dict[str, str]
-    parameters: dict[str, ParameterEntry]
-    files: dict[FileName, FileEntry]
-
-
-def write_part(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
+def write_part(folder: Path, rank: int, pieces: Iterable[ParameterSlice]) -> None:
     """Write one rank's pieces and, last, the record of them.
 
     Raises:
@@ -149,29 +109,6 @@ def finalize(
         sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be completed: {error.strerror or error}") from None
-
-
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read a complete checkpoint's manifest.
-
-    Raises:
-        CheckpointError: it is not complete, malformed, or of another version.
-    """
-    path = folder / MANIFEST
-    if not (folder / COMPLETE).is_file():
-        raise CheckpointError(f"{folder}: not a complete checkpoint (no {COMPLETE}); it was interrupted while written")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values.get("format_version", 1)
-        if found != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format version {found}, this dualtok reads {FORMAT_VERSION}; resume with the version that "
-                "wrote it, or start a new run"
-            )
-        return CheckpointManifest.model_validate(values)
-    except (OSError, ValueError, AttributeError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path}: unreadable ({reason}); choose another checkpoint") from None
 
 
 def is_as_written(path: Path, entry: FileEntry) -> bool:
@@ -244,9 +181,9 @@ def _key(kind: str, start: int, name: str) -> str:
     return f"{kind}/{start}/{name}"
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterable[ParameterSlice]) -> Iterator[list[ParameterSlice]]:
     """Group pieces into files of about :data:`FILE_BYTES`."""
-    group: list[Piece] = []
+    group: list[ParameterSlice] = []
     size = 0
     for piece in pieces:
         group.append(piece)

@@ -18,16 +18,8 @@ from typing import TYPE_CHECKING, Any
 from dualtok.distributed.ranks import ALONE
 from dualtok.errors import CheckpointError
 from dualtok.files import write_text
-from dualtok.train.checkpoints.files import (
-    COMPLETE,
-    CheckpointManifest,
-    CheckpointReader,
-    finalize,
-    is_as_written,
-    is_written,
-    read_manifest,
-    write_part,
-)
+from dualtok.train.checkpoints.files import CheckpointReader, finalize, is_as_written, is_written, write_part
+from dualtok.train.checkpoints.manifest import BEST, COMPLETE, LATEST, CheckpointManifest, read_manifest, tag_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +27,7 @@ if TYPE_CHECKING:
     from dualtok.distributed.ranks import Ranks
     from dualtok.train.engines.protocol import TrainingEngine
 
-LATEST, BEST = "latest", "best"
+
 POLL_SECONDS = 0.1
 """Between two looks of rank 0 for the other ranks' files, while it writes in the background."""
 
@@ -56,11 +48,6 @@ def describe_layout(world_size: int, zero_stage: int, stages: int) -> str:
     """Return ranks, pipeline stages and ZeRO stage in words."""
     pipeline = f" in {stages} pipeline stages" if stages > 1 else ""
     return f"{world_size} rank{'s' * (world_size > 1)}{pipeline} with ZeRO stage {zero_stage}"
-
-
-def tag_of(step: int) -> str:
-    """Return the folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
 
 
 class CheckpointWriter:

@@ -1,9 +1,10 @@
 """What an engine has learned, parameter by parameter: the fp32 weight and Adam's two moments, in the pieces that each
 rank holds.
 
-DeepSpeed keeps these in flat buffers that depend on the ZeRO stage and the number of ranks. A :class:`Piece` says where
-in which parameter of the whole model some values belong, whatever the layout, so that a checkpoint of pieces can be
-read by any other layout. Reading and filling need no communication, but for the low-precision weights of ZeRO 1-2.
+DeepSpeed keeps these in flat buffers that depend on the ZeRO stage and the number of ranks. A :class:`ParameterSlice`
+says where in which parameter of the whole model some values belong, whatever the layout, so that a checkpoint of slices
+can be read by any other layout. Reading and filling need no communication, but for the low-precision weights of ZeRO
+1-2.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KINDS = (WEIGHT, *MOMENTS)
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterSlice:
     """A contiguous part of a parameter."""
 
     name: str
@@ -74,7 +75,7 @@ class States(ABC):
         self._engine, self._ranks, self._copies = engine, ranks, copies
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterSlice]:
         """Yield what this rank has to write; together the ranks yield every value once."""
         for name, parameter in self._parameters.items():
             if name not in self._copies:
@@ -123,7 +124,7 @@ class States(ABC):
         return {"step": count, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
 
     @abstractmethod
-    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
+    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[ParameterSlice]:
         """Yield the pieces of one parameter that this rank writes: one or none."""
 
     @abstractmethod
@@ -141,7 +142,7 @@ class States(ABC):
 class ReplicatedStates(States):
     """ZeRO-0 in fp32: every rank holds everything, and writes its share of it."""
 
-    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
+    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[ParameterSlice]:
         size, rank, world = parameter.numel(), self._ranks.rank, self._ranks.world_size
         start, stop = size * rank // world, size * (rank + 1) // world
         if start < stop:
@@ -162,7 +163,7 @@ class ReplicatedStates(States):
 class FlatStates(States):
     """ZeRO 1-2 and DeepSpeed's BF16 optimizer: one flat fp32 tensor per parameter group, cut by ranks."""
 
-    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
+    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[ParameterSlice]:
         here: Any = getattr(parameter, "_hp_mapping", None)
         if here is not None:  # else all of it lies on other ranks
             address = here.lp_fragment_address
@@ -199,7 +200,7 @@ class FlatStates(States):
 class ShardedStates(States):
     """ZeRO-3: each parameter is cut evenly by ranks, the last pieces are padded."""
 
-    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
+    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[ParameterSlice]:
         start, length = self._extent(parameter)
         if length > 0:
             here = {kind: self._local(parameter, kind) for kind in KINDS}
@@ -257,7 +258,9 @@ def states_of(
     return (ShardedStates if sharded else FlatStates)(engine, parameters, ranks, copies)
 
 
-def _piece(name: str, shape: Iterable[int], start: int, length: int, values: Mapping[str, torch.Tensor]) -> Piece:
+def _piece(
+    name: str, shape: Iterable[int], start: int, length: int, values: Mapping[str, torch.Tensor]
+) -> ParameterSlice:
     """Copy values to the host; moments that there are none of yet are zeros."""
     copies = {
         kind: values[kind].detach()[:length].to("cpu", torch.float32, copy=True)
@@ -265,7 +268,7 @@ def _piece(name: str, shape: Iterable[int], start: int, length: int, values: Map
         else torch.zeros(length)
         for kind in KINDS
     }
-    return Piece(name, tuple(shape), start, copies)
+    return ParameterSlice(name, tuple(shape), start, copies)
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:

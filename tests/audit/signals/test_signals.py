@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtok.audit.signals.signals import TOKEN_DTYPES, Piece, Signals, SignalsBuilder, collect
+from dualtok.audit.signals.signals import TOKEN_DTYPES, PlacedSegment, Signals, SignalsBuilder, collect
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -210,16 +210,16 @@ def packed(seed: int, block: int = 8) -> tuple[list[Any], dict[int, np.ndarray],
     rng = np.random.default_rng(seed)
     n_tokens = {int(100 + i): int(length) for i, length in enumerate(rng.integers(1, 30, 12))}
     pieces = [(doc, s, min(block, n - s)) for doc, n in n_tokens.items() for s in range(0, n, block)]
-    rows: list[list[Piece]] = []
+    rows: list[list[PlacedSegment]] = []
     for index in rng.permutation(len(pieces)):
         document, start, length = pieces[index]
         for row in rows:
             used = sum(piece.length for piece in row)
             if used + length <= block:
-                row.append(Piece(document, start, length, used))
+                row.append(PlacedSegment(document, start, length, used))
                 break
         else:
-            rows.append([Piece(document, start, length, 0)])
+            rows.append([PlacedSegment(document, start, length, 0)])
     expected: dict[int, np.ndarray] = {}
     for document, n in n_tokens.items():  # value of token i: document + i / 100; a piece's last token predicts nothing
         ends = {min(s + block, n) - 1 for s in range(0, n, block)}
@@ -284,21 +284,21 @@ def test_builder_notices_missing_and_repeated_pieces() -> None:
     zeros = {name: torch.zeros(1, 8, dtype=torch.bool if name == "top1" else torch.float32) for name in TOKEN_DTYPES}
     labels = torch.tensor([[1, 1, 1, -100, 1, 1, 1, -100]])
     with pytest.raises(DataError, match="document 4: a piece starts at token 8, expected 4"):
-        collect([(zeros, labels, [[Piece(4, 0, 4, 0), Piece(4, 8, 4, 4)]])])
+        collect([(zeros, labels, [[PlacedSegment(4, 0, 4, 0), PlacedSegment(4, 8, 4, 4)]])])
 
 
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([[Piece(1, 0, 3, 0)]], "the last token of its piece at 0 has a label"),
-        ([[Piece(1, 0, 4, 2)]], "the last token"),
-        ([[Piece(1, 0, 9, 0)]], "piece of 9 at column 0 of 8"),
-        ([[Piece(1, 0, 4, 5)]], "piece of 4 at column 5"),
-        ([[Piece(1, 0, 4, -1)]], "column -1"),
+        ([[PlacedSegment(1, 0, 3, 0)]], "the last token of its piece at 0 has a label"),
+        ([[PlacedSegment(1, 0, 4, 2)]], "the last token"),
+        ([[PlacedSegment(1, 0, 9, 0)]], "piece of 9 at column 0 of 8"),
+        ([[PlacedSegment(1, 0, 4, 5)]], "piece of 4 at column 5"),
+        ([[PlacedSegment(1, 0, 4, -1)]], "column -1"),
         ([[], []], "2 lists of pieces for 1 rows"),
     ],
 )
-def test_builder_refuses_pieces_that_do_not_fit_the_labels(segments: list[list[Piece]], message: str) -> None:
+def test_builder_refuses_pieces_that_do_not_fit_the_labels(segments: list[list[PlacedSegment]], message: str) -> None:
     zeros = {name: torch.zeros(1, 8) for name in TOKEN_DTYPES}
     labels = torch.tensor([[1, 1, 1, -100, 1, 1, 1, -100]])
     with pytest.raises(ValueError, match=message):
@@ -307,5 +307,5 @@ def test_builder_refuses_pieces_that_do_not_fit_the_labels(segments: list[list[P
 
 def test_a_document_of_one_token_is_empty() -> None:
     zeros = {name: torch.zeros(1, 4) for name in TOKEN_DTYPES}
-    signals = collect([(zeros, torch.full((1, 4), -100), [[Piece(9, 0, 1, 0)]])], {9: 1})
+    signals = collect([(zeros, torch.full((1, 4), -100), [[PlacedSegment(9, 0, 1, 0)]])], {9: 1})
     assert (signals.document.tolist(), signals.lengths.tolist()) == ([9], [0])

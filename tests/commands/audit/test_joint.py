@@ -13,7 +13,7 @@ from dualtok.audit.settings import AuditConfig
 from dualtok.audit.signals.files import Ragged, read_ragged, write_ragged
 from dualtok.audit.signals.signals import Signals
 from dualtok.commands.audit.joint import KL, KL_DTYPES, joint_forward, read_divergences
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from dualtok.distributed.ranks import Ranks
 from tests.commands.audit.test_run import audit_run, figures
 from tests.support import dualtok, error_line, partitioned_json, save_model, succeed
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def test_divergences_are_those_of_the_models_own_logits(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     folders = [save_model(tmp_path / str(seed), seed) for seed in (1, 2)]
-    batch, _ = next(iter(BlockStream(small_corpus["dir"], "held_out", seed=0).sequential(3)))
+    batch, _ = next(iter(DataFolder(small_corpus["dir"]).open("held_out").sequential(3)))
     forward = joint_forward(folders[0], folders[1], AuditConfig(), Ranks(0, 1, torch.device("cpu")))
     found = forward(batch)[KL].numpy()
     with torch.no_grad():

@@ -22,8 +22,8 @@ from dualtok.commands.audit.reruns import RerunResults, rerun_models
 from dualtok.commands.report import write_run_report
 from dualtok.config.data import DataConfig
 from dualtok.config.load import load_run
+from dualtok.data.folder import DataFolder
 from dualtok.data.prepare.pipeline import prepare
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.distributed.ranks import ALONE
 from dualtok.errors import DataError
@@ -64,13 +64,15 @@ def audited(small_corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 
 def rerun_all(run: RunConfig, kept: Path) -> RerunResults:
     models = {name: Path(path) for name, path in run.audit.models.items()}
-    return rerun_models(run, models, ALONE, kept, keys=dict.fromkeys(models, "model"), left_out=lambda split: set())
+    data = DataFolder.of_run(run.data)
+    keys = dict.fromkeys(models, "model")
+    return rerun_models(run.audit, data, models, ALONE, kept, keys=keys, left_out=lambda split: set())
 
 
 def first_blocks(run: RunConfig, split: str) -> dict[int, np.ndarray]:
     """Return the first block of each document of more than one token, read shard by shard."""
     found = {}
-    stream = BlockStream(run.data.dir, split, seed=0)
+    stream = DataFolder(run.data.dir).open(split)
     for batch, segments in stream.sequential(8):
         for ids, row in zip(batch["input_ids"].numpy(), segments, strict=True):
             column = 0

@@ -15,11 +15,11 @@ from dualtok.commands.audit.shadows import shadow_runs, train_shadows
 from dualtok.commands.export import export
 from dualtok.config.data import DataConfig
 from dualtok.config.load import load_run, parse_run
+from dualtok.data.folder import DataFolder
 from dualtok.data.folds import in_shadow
 from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.sources.corpora import sotu_passages, write_jsonl
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.errors import ConfigError, DualtokError
 from tests.support import BLOCK_LENGTH, VOCABULARY, dualtok, succeed, tiny_llama_config, write_run
 
@@ -51,6 +51,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     prepare(DataConfig(**section), progress=False)
     return section
+
+
+def train(run: RunConfig, folder: Path, processes: int) -> list[Path]:
+    return train_shadows(run, DataFolder.of_run(run.data), folder, processes)
 
 
 def run_of(data: dict[str, Any], folder: Path, **changes: Any) -> RunConfig:
@@ -86,7 +90,10 @@ def test_a_shadow_is_the_runs_own_recipe_with_as_many_passes(data: dict[str, Any
         ({"train": None}, "`dualtok audit --shadows` needs the section 'train'"),
         ({"model": None}, "`dualtok audit --shadows` needs the section 'model'"),
         ({"objective": "dual"}, "needs the section 'reference'"),
-        ({"objective": "dual_plus", "reference": {"folds": ["a", "b"]}}, "shadows of 'dual_plus' would not be taken"),
+        (
+            {"objective": "dual_plus", "reference": {"folds": ["a", "b"]}},
+            "shadows of 'dual_plus' would not be interpolated",
+        ),
         ({"train": {**RECIPE["train"], "split": "reference"}}, "audit.members: 'train', but train.split"),
         ({"train": {**RECIPE["train"], "leave_out": {"fold": 0, "folds": 2}}}, "did not learn all members"),
     ],
@@ -96,29 +103,26 @@ def test_a_run_that_does_not_say_how_members_were_learned_is_refused(
 ) -> None:
     run = run_of(data, tmp_path, **changes)
     with pytest.raises(ConfigError, match=words):
-        train_shadows(run, tmp_path, 1)
+        train(run, tmp_path, 1)
     assert not any(tmp_path.iterdir())
 
 
-def test_all_is_laid_down_first_and_another_recipe_refused(
+def test_all_is_written_first_and_another_recipe_refused(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as launched:
         launched.setenv("WORLD_SIZE", "2")
         with pytest.raises(ConfigError, match="4 of 4 shadow models are not there"):
-            train_shadows(run_of(data, tmp_path), tmp_path, 1)
+            train(run_of(data, tmp_path), tmp_path, 1)
     assert not any(tmp_path.iterdir())
 
     broken = run_of(data, tmp_path, model={"path": str(tmp_path / "no-such-model")})
     with pytest.raises(DualtokError, match=r"`dualtok train .*shadow\.yaml --auto-resume` failed: .*no-such-model"):
-        train_shadows(broken, tmp_path, 1)
-    pool = {
-        split: BlockStream(data["dir"], split, seed=0).document_table()["doc"].to_numpy()
-        for split in ("train", "held_out")
-    }
+        train(broken, tmp_path, 1)
+    pool = {split: DataFolder(data["dir"]).documents(split)["doc"].to_numpy() for split in ("train", "held_out")}
     documents = np.concatenate(list(pool.values()))
     for number in range(4):
-        table = BlockStream(tmp_path / str(number) / "data", "train", seed=0).document_table()
+        table = DataFolder(tmp_path / str(number) / "data").documents("train")
         assert set(table["doc"].to_pylist()) == set(documents[in_shadow(documents, number, broken.seed)].tolist())
         assert (tmp_path / str(number) / "shadow.yaml").is_file()
     for split, ids in pool.items():
@@ -127,10 +131,10 @@ def test_all_is_laid_down_first_and_another_recipe_refused(
 
     other = run_of(data, tmp_path, model={"path": str(tmp_path / "another")})
     with pytest.raises(ConfigError, match=r"model\.path: .*another.* but the shadow model in .*0 has .*no-such-model"):
-        train_shadows(other, tmp_path, 1)
+        train(other, tmp_path, 1)
     swapped = replace(broken, audit=replace(broken.audit, non_members="reference"))
     with pytest.raises(ConfigError, match="made for other members or non-members, or another seed"):
-        train_shadows(swapped, tmp_path, 1)
+        train(swapped, tmp_path, 1)
 
 
 @pytest.mark.slow
@@ -149,7 +153,7 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
     }
     run = write_run(tmp_path / "audit.yaml", data, **RECIPE, audit=audit)
     folder = run.with_suffix("") / "audit" / "shadows"
-    train_shadows(load_run(run, ["audit.shadows=2"]), folder, 1)
+    train(load_run(run, ["audit.shadows=2"]), folder, 1)
     assert "2 of 2 shadow models to train, 50 steps each" in capfd.readouterr().out
     trained = times(folder)
     assert len(trained) == 2
@@ -173,7 +177,7 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
     assert min(auc["lira"], auc["lira_offline"]) > max(0.75, auc["loss"])
 
     all_there, once = load_run(run, ["audit.shadows=4"]), times(folder)
-    assert train_shadows(all_there, folder, 1) == [folder / str(number) / "model-latest" for number in range(4)]
+    assert train(all_there, folder, 1) == [folder / str(number) / "model-latest" for number in range(4)]
     assert times(folder) == once
     settings = yaml.safe_load((folder / "3" / "shadow.yaml").read_text())
     assert settings["seed"] == 4

@@ -9,17 +9,15 @@ import numpy as np
 
 from dualtok.audit.settings import AuditConfig
 from dualtok.commands.audit.texts import attacker_frequencies, predicted_ids
-from dualtok.config.data import DataConfig
-from dualtok.config.run import RunConfig
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from dualtok.data.stream.documents import document_pieces
 from dualtok.objective.head import IGNORED_LABEL
 from tests.support import VOCABULARY
 
 
 def test_predicted_ids_are_the_labels_in_the_order_of_the_document(small_corpus: dict[str, Any]) -> None:
-    stream = BlockStream(small_corpus["dir"], "held_out", seed=0)
-    table = stream.document_table()
+    data = DataFolder(small_corpus["dir"])
+    stream, table = data.open("held_out"), data.documents("held_out")
     n_tokens = dict(zip(table["doc"].to_pylist(), table["n_tokens"].to_pylist(), strict=True))
     wanted = np.array(sorted(n_tokens)[::2])
     pieces = document_pieces(stream, wanted, 3)
@@ -42,11 +40,11 @@ def test_predicted_ids_are_the_labels_in_the_order_of_the_document(small_corpus:
 
 def test_frequencies_are_of_the_attackers_split_and_never_of_members(small_corpus: dict[str, Any]) -> None:
     def of(**audit: Any) -> Any:
-        return attacker_frequencies(RunConfig(data=DataConfig(dir=small_corpus["dir"]), audit=AuditConfig(**audit)))
+        return attacker_frequencies(DataFolder(small_corpus["dir"]), AuditConfig(**audit))
 
     def counted(split: str) -> list[float]:
         counts: Counter[int] = Counter()
-        for batch, _ in BlockStream(small_corpus["dir"], split, seed=1).sequential(1):
+        for batch, _ in DataFolder(small_corpus["dir"]).open(split, seed=1).sequential(1):
             counts.update(t for t in batch["labels"].flatten().tolist() if t != IGNORED_LABEL)
         return [(counts[token] + 1) / (counts.total() + VOCABULARY) for token in range(VOCABULARY)]
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.folds import fold_of
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
 from tests.support import (
     ROOT,
     command,
@@ -55,7 +55,7 @@ def expected_losses(data_dir: str, model: Path) -> dict[str, np.ndarray]:
     causal_lm = AutoModelForCausalLM.from_pretrained(model).eval()
     losses = {}
     for split in ("train", "validation"):
-        stream = BlockStream(data_dir, split, seed=0)
+        stream = DataFolder(data_dir).open(split)
         for shard in load_manifest(data_dir).splits[split].shards:
             batch = stream.read_rows(shard.file, np.arange(shard.rows))
             logits = causal_lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -179,7 +179,7 @@ def test_each_document_is_judged_by_the_model_that_left_it_out(
     taken = set()
     for name, losses in found.items():
         split, stem = name.split("/")
-        pieces = BlockStream(data["dir"], split, seed=0).pieces(f"{stem}.arrow", np.arange(len(losses)))
+        pieces = DataFolder(data["dir"]).open(split).pieces(f"{stem}.arrow", np.arange(len(losses)))
         for row, in_row in enumerate(pieces):
             column = 0
             for piece in in_row:

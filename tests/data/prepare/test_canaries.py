@@ -11,13 +11,13 @@ import pytest
 from scipy import stats
 
 from dualtok.config.canaries import CanaryConfig
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare import groups, staged
 from dualtok.data.prepare.canaries import CANARIES, canary_config, candidates, draw_canaries, load_canaries, secret_of
 from dualtok.data.prepare.parts import Part
 from dualtok.data.prepare.pipeline import finish, prepare, prepare_part, summary
 from dualtok.data.sources.corpora import write_jsonl
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import encode, load_tokenizer
 from dualtok.errors import ConfigError, DataError
 from tests.data.prepare.preparing import CHUNK, child, contents, finished, kill, section_of, settings_of
@@ -60,7 +60,7 @@ def folder(source: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactor
 
 def train_texts(folder: Path) -> dict[int, str]:
     """Return the documents of ``train`` as the blocks hold them, decoded."""
-    tokenizer, stream = load_tokenizer(folder / "tokenizer"), BlockStream(folder, "train", seed=0)
+    tokenizer, stream = load_tokenizer(folder / "tokenizer"), DataFolder(folder).open("train")
     pieces: dict[int, dict[int, list[int]]] = {}
     for batch, rows in stream.sequential(4):
         for ids, row in zip(batch["input_ids"].tolist(), rows, strict=True):
@@ -85,9 +85,7 @@ def test_included_ones_are_documents_of_train_and_the_others_nowhere(folder: Pat
     found = train_texts(folder)
     assert {row["doc"]: row["text"] for row in included} == {d: t for d, t in found.items() if d >= documents}
     everywhere = {
-        digest
-        for split in manifest.splits
-        for digest in BlockStream(folder, split, seed=0).document_table()["sha256"].to_pylist()
+        digest for split in manifest.splits for digest in DataFolder(folder).documents(split)["sha256"].to_pylist()
     }
     for row in rows:
         assert (hashlib.sha256(row["text"].encode()).hexdigest() in everywhere) == row["included"]
@@ -104,7 +102,7 @@ def test_other_documents_are_those_of_a_preparation_without(
     plain, documents = load_manifest(tmp_path / "plain"), load_manifest(folder).documents_read
     assert plain.canaries is None
     for split in plain.splits:
-        tables = [BlockStream(place, split, seed=0).document_table() for place in (tmp_path / "plain", folder)]
+        tables = [DataFolder(place).documents(split) for place in (tmp_path / "plain", folder)]
         rows = [[row for row in table.to_pylist() if row["doc"] < documents] for table in tables]
         assert rows[0] == rows[1]
         same = contents(tmp_path / "plain" / split) == contents(folder / split)
@@ -113,7 +111,7 @@ def test_other_documents_are_those_of_a_preparation_without(
 
 def test_they_lie_among_the_documents_of_all_chunks(folder: Path) -> None:
     documents = load_manifest(folder).documents_read
-    table = BlockStream(folder, "train", seed=0).document_table()["doc"].to_pylist()
+    table = DataFolder(folder).documents("train")["doc"].to_pylist()
     gaps = np.flatnonzero(np.array(table) >= documents)
     assert len(np.unique(np.searchsorted(np.flatnonzero(np.array(table) < documents), gaps))) == 5, "five chunks"
 

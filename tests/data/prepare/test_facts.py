@@ -11,7 +11,6 @@ from dualtok.config.data import DataConfig
 from dualtok.data.folder import DataFolder
 from dualtok.data.prepare.pipeline import prepare, summary
 from dualtok.data.sources.corpora import write_jsonl
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.stream.documents import document_pieces
 from dualtok.data.tokenizer import END_OF_TEXT, encode, load_tokenizer, save_tokenizer, train_tokenizer
 from dualtok.data.tokenizer_check import CHANGED, UNKNOWN, VANISHED, WHITE_SPACE, SpelledOut, lost
@@ -41,8 +40,7 @@ def ends_within(folder: Path) -> int:
     data = DataFolder(folder / "data")
     end, found = data.tokenizer.eos_token_id, 0
     for split, entry in data.manifest.splits.items():
-        stream = BlockStream(data.place, split, seed=0)
-        documents = document_pieces(stream, stream.document_table()["doc"].to_numpy(), max(1, entry.blocks))
+        documents = document_pieces(data.open(split), data.documents(split)["doc"].to_numpy(), max(1, entry.blocks))
         found += sum(end in [i for piece in pieces for i in piece][:-1] for pieces in documents.values())
     return found
 

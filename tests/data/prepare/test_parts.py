@@ -168,8 +168,8 @@ def test_what_only_the_end_needs_may_still_change_and_a_hopeless_end_keeps_the_p
     folder, source = Path(two_of_three.dir), Path(str(two_of_three.source))
     prepare_part(two_of_three, Part(2, 3), progress=False)
     before = contents(folder)
-    hopeless = settings_of(folder, source, shares={**SHARES, "probe": 1e-9})
-    with pytest.raises(DataError, match=r"data\.shares\.probe: .*split empty"):
+    hopeless = settings_of(folder, source, shares={**SHARES, "auxiliary": 1e-9})
+    with pytest.raises(DataError, match=r"data\.shares\.auxiliary: .*split empty"):
         finish(hopeless, progress=False)
     assert {name: digest for name, digest in contents(folder).items() if not name.endswith("lock")} == {
         name: digest for name, digest in before.items() if not name.endswith("lock")

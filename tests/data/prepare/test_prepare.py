@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dualtok.config.data import SPLITS
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import check_shard, load_manifest
 from dualtok.data.prepare import assemble, staged
 from dualtok.data.prepare.deduplicate import normalized
 from dualtok.data.prepare.pipeline import prepare, summary
 from dualtok.data.prepare.splits import assign_split, content_digest, uniform
 from dualtok.data.sources.corpora import write_jsonl
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import encode, fingerprint, load_tokenizer
 from dualtok.errors import ConfigError, DataError
 from tests.data.prepare.preparing import CHUNK, PASSAGES, child, contents, finish, finished, settings_of, sha256
@@ -31,14 +31,14 @@ def splits_of(folder: Path) -> dict[str, str]:
     return {
         digest: split
         for split in load_manifest(folder).splits
-        for digest in BlockStream(folder, split, seed=0).document_table()["sha256"].to_pylist()
+        for digest in DataFolder(folder).documents(split)["sha256"].to_pylist()
     }
 
 
 def test_all_six_splits_are_disjoint_and_hold_no_duplicate(prepared: Path, texts: list[str]) -> None:
     manifest = load_manifest(prepared)
     assert tuple(manifest.splits) == SPLITS
-    tables = {split: BlockStream(prepared, split, seed=0).document_table() for split in SPLITS}
+    tables = {split: DataFolder(prepared).documents(split) for split in SPLITS}
     digests = [digest for table in tables.values() for digest in table["sha256"].to_pylist()]
     docs = [doc for table in tables.values() for doc in table["doc"].to_pylist()]
     assert len(set(digests)) == len(digests) == sum(entry.documents for entry in manifest.splits.values())
@@ -67,9 +67,9 @@ def test_each_document_can_be_read_back_from_the_blocks(prepared: Path, texts: l
     tokenizer = load_tokenizer(prepared / "tokenizer")
     assert manifest.tokenizer_fingerprint == fingerprint(tokenizer)
     assert manifest.vocabulary == len(tokenizer) == 400
+    data = DataFolder(prepared)
     for split, entry in manifest.splits.items():
-        stream = BlockStream(prepared, split, seed=0)
-        table = stream.document_table().to_pylist()
+        stream, table = data.open(split), data.documents(split).to_pylist()
         found: dict[int, dict[int, list[int]]] = {}
         blocks = 0
         for batch, pieces in stream.sequential(8):
@@ -222,8 +222,8 @@ def test_the_corpus_is_cut_off_at_max_documents(prepared: Path, texts: list[str]
         tmp_path / "prepared", source, max_documents=150, tokenizer=str(prepared / "tokenizer"), vocab_size=None
     )
     assert prepare(config, progress=False).documents_read == 150
-    streams = [BlockStream(tmp_path / "prepared", split, seed=0) for split in SPLITS]
-    assert max(doc for stream in streams for doc in stream.document_table()["doc"].to_pylist()) < 150
+    data = DataFolder(tmp_path / "prepared")
+    assert max(doc for split in SPLITS for doc in data.documents(split)["doc"].to_pylist()) < 150
 
 
 def test_blocks_that_lost_tokens_are_noticed(

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
 from dualtok.config.data import DataConfig, MixConfig
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import Manifest, load_manifest
 from dualtok.data.remote.remote import RemoteFolder, place_of
 from dualtok.data.remote.storage import BadShardError
-from dualtok.data.stream.blocks import SKIPPED, Batch, BlockStream
+from dualtok.data.stream.blocks import SKIPPED, BlockStream
 from dualtok.data.stream.mixture import Mixture
 from dualtok.data.tokenizer import load_data_tokenizer
 from dualtok.errors import DataError
@@ -30,6 +31,9 @@ from dualtok.reference.fingerprint import Fingerprint
 from dualtok.reference.stored import StoredLosses, score_path, scores_folder, write_index, write_scores
 from tests.data.remote.servers import FaultServer, fault_server, stream_config, upload
 from tests.data.support import BLOCK_LENGTH, whole_documents, write_prepared
+
+if TYPE_CHECKING:
+    from dualtok.data.packing import Batch
 
 BLOCKS, LANES, GLOBAL = 90, 8, 8
 EXPECTED = Fingerprint("weights", "tokenizer", "blocks", "fp32")
@@ -79,9 +83,9 @@ def open_split(
     endpoint: str | None = None,
     **settings: object,
 ) -> BlockStream:
-    place = RemoteFolder(address, stream_config(hosts / cache, endpoint, **settings))
-    losses = StoredLosses(place, load_manifest(place), "train", EXPECTED, on_bad_shard=on_bad_shard)
-    return BlockStream(place, "train", seed=3, scores=losses, on_bad_shard=on_bad_shard)
+    data = DataFolder(RemoteFolder(address, stream_config(hosts / cache, endpoint, **settings)))
+    losses = StoredLosses(data, "train", EXPECTED, on_bad_shard=on_bad_shard)
+    return data.open("train", seed=3, losses=losses, on_bad_shard=on_bad_shard)
 
 
 @pytest.fixture
@@ -92,8 +96,8 @@ def at_s3(uploaded: str, s3: str, tmp_path: Path) -> Iterator[tuple[Opener, Faul
 
 
 def local(folder: Path, **changes: Any) -> BlockStream:
-    losses = StoredLosses(folder, load_manifest(folder), "train", EXPECTED, **changes)
-    return BlockStream(folder, "train", seed=3, scores=losses, **changes)
+    losses = StoredLosses(DataFolder(folder), "train", EXPECTED, **changes)
+    return DataFolder(folder).open("train", seed=3, losses=losses, **changes)
 
 
 def assert_same(batches: Iterator[Batch], expected: Iterator[Batch], count: int) -> None:
@@ -117,7 +121,8 @@ def test_batches_are_those_of_the_local_folder(
     assert_same(stream.batches(16, GLOBAL, 1, 2, workers), local(folder).batches(16, GLOBAL, 1, 2), 30)
     rows = [row for _, segments in stream.sequential(4) for row in segments]
     assert rows == [row for _, segments in local(folder).sequential(4) for row in segments]
-    assert stream.document_table().equals(local(folder).document_table())
+    address = DataFolder(stream._reader._place)
+    assert address.documents("train").equals(DataFolder(folder).documents("train"))
 
 
 def _first_batches(stream: BlockStream, results: multiprocessing.SimpleQueue[bytes]) -> None:
@@ -301,14 +306,13 @@ def test_bad_local_shards_are_skipped_by_whoever_reads_them(
     # Of two ranks one alone has hashed a shard at the start; both must come to the same batches.
     losses = {"on_bad_shard": "skip", "world_size": 2}
     streams = [
-        BlockStream(
-            copy,
+        DataFolder(copy).open(
             "train",
             seed=3,
             on_bad_shard="skip",
             verify_rank=rank,
             verify_world_size=2,
-            scores=StoredLosses(copy, load_manifest(copy), "train", EXPECTED, rank=rank, **losses),
+            losses=StoredLosses(DataFolder(copy), "train", EXPECTED, rank=rank, **losses),
         )
         for rank in (0, 1)
     ]
@@ -327,9 +331,7 @@ def test_bad_local_shards_are_skipped_by_whoever_reads_them(
 def test_a_web_server_will_do(folder: Path, tmp_path: Path, small_corpus: dict[str, Any]) -> None:
     with fault_server(folder) as server:
         place = RemoteFolder(server.url, stream_config(tmp_path / "cache"))
-        stream = BlockStream(
-            place, "train", seed=3, scores=StoredLosses(place, load_manifest(place), "train", EXPECTED)
-        )
+        stream = DataFolder(place).open("train", seed=3, losses=StoredLosses(DataFolder(place), "train", EXPECTED))
         assert_same(stream.batches(0, GLOBAL), local(folder).batches(0, GLOBAL), 12)
     with fault_server(Path(small_corpus["dir"])) as server:
         place = RemoteFolder(server.url, stream_config(tmp_path / "cache"))
@@ -371,12 +373,12 @@ def test_missing_scores_at_an_address_are_told_apart(uploaded: str, s3: str, tmp
     place = RemoteFolder(uploaded, stream_config(tmp_path, s3))
     manifest = load_manifest(place)
     with pytest.raises(DataError, match=r"those of models/reference differ in: weights\); run `dualtok score`"):
-        StoredLosses(place, manifest, "train", Fingerprint("other", "tokenizer", "blocks", "fp32"))
+        StoredLosses(DataFolder(place, manifest), "train", Fingerprint("other", "tokenizer", "blocks", "fp32"))
     unfinished = Fingerprint("unfinished", "tokenizer", "blocks", "fp32")
     (tmp_path / "x.arrow").write_bytes(b"x")
     place.storage.put(tmp_path / "x.arrow", f"scores/{unfinished.digest}/train/x.arrow")
     with pytest.raises(DataError, match="scoring did not finish"):
-        StoredLosses(place, manifest, "train", unfinished)
+        StoredLosses(DataFolder(place, manifest), "train", unfinished)
 
 
 def test_ranks_of_uneven_shards_read_equally_often(remote: Opener) -> None:
@@ -388,8 +390,8 @@ def test_ranks_of_uneven_shards_read_equally_often(remote: Opener) -> None:
 
 
 def test_a_mixture_takes_folders_and_addresses(remote: Opener, folder: Path, server: FaultServer) -> None:
-    plain = [BlockStream(folder, "train", seed=3), BlockStream(folder, "train", seed=4)]
-    at_address = BlockStream(remote(prefetch=2)._place, "train", seed=4)
+    plain = [DataFolder(folder).open("train", seed=3), DataFolder(folder).open("train", seed=4)]
+    at_address = DataFolder(remote(prefetch=2)._reader._place).open("train", seed=4)
     mixed, expected = (Mixture(pair, [0.6, 0.4], seed=1) for pair in ([plain[0], at_address], plain))
     assert_same(mixed.batches(0, GLOBAL), expected.batches(0, GLOBAL), 30)
     config = DataConfig(dir="local", mix=(MixConfig(dir="s3://bucket/x", weight=0.5),), stream=stream_config(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.packing import pack_documents
-from dualtok.data.stream.blocks import Batch, BlockStream
+from dualtok.data.packing import Batch, pack_documents
 from dualtok.errors import DataError
 from tests.data.support import BLOCK_LENGTH, whole_documents, write_prepared
+
+if TYPE_CHECKING:
+    from dualtok.data.stream.blocks import BlockStream
 
 BLOCKS, LANES, GLOBAL = 61, 8, 8
 
@@ -49,7 +53,7 @@ def order(stream: BlockStream, epoch: int) -> list[int]:
 
 
 def test_an_epoch_visits_each_block_once_and_differs_from_the_others(folder: Path) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     assert len(stream) == BLOCKS
     epochs = [order(stream, epoch) for epoch in range(4)]
     assert all(sorted(epoch) == list(range(BLOCKS)) for epoch in epochs)
@@ -59,8 +63,8 @@ def test_an_epoch_visits_each_block_once_and_differs_from_the_others(folder: Pat
 
 
 def test_rows_of_a_shard_come_in_another_order_each_epoch(tmp_path: Path) -> None:
-    stream = BlockStream(
-        write_prepared(tmp_path, whole_documents(40), lanes=2, rows_per_shard=20), "train", seed=3, verify=False
+    stream = DataFolder(write_prepared(tmp_path, whole_documents(40), lanes=2, rows_per_shard=20)).open(
+        "train", seed=3, verify=False
     )
     assert len({tuple(order(stream, epoch)) for epoch in range(5)}) == 5
     lanes = [order(stream, 0)[lane::2] for lane in (0, 1)]
@@ -74,7 +78,7 @@ def test_the_order_of_shards_and_that_of_rows_each_follow_the_seed_and_the_epoch
 
     def orders(seed: int, epoch: int) -> tuple[list[str], list[tuple[str, list[int]]]]:
         """Return the shards of lane 0 in their order, and by name with their rows in theirs."""
-        stream, rows = BlockStream(folder, "train", seed=seed), dict[str, list[int]]()
+        stream, rows = DataFolder(folder).open("train", seed=seed), dict[str, list[int]]()
         for sample in range(epoch * blocks, (epoch + 1) * blocks, lanes):
             _, file, row = stream.locate(sample)
             rows.setdefault(file, []).append(row)
@@ -88,12 +92,12 @@ def test_the_order_of_shards_and_that_of_rows_each_follow_the_seed_and_the_epoch
 
 
 def test_the_order_depends_on_the_seed_and_on_nothing_else(folder: Path) -> None:
-    first = BlockStream(folder, "train", seed=3)
-    second = BlockStream(folder, "train", seed=3, verify=False)
+    first = DataFolder(folder).open("train", seed=3)
+    second = DataFolder(folder).open("train", seed=3, verify=False)
     expected = order(first, 2)
     order(second, 7)  # what was read before leaves no trace
     assert order(second, 2) == expected
-    assert order(BlockStream(folder, "train", seed=4), 2) != expected
+    assert order(DataFolder(folder).open("train", seed=4), 2) != expected
     torch.manual_seed(0)
     np.random.seed(0)  # the global generators must not matter
     assert order(second, 2) == expected
@@ -102,9 +106,9 @@ def test_the_order_depends_on_the_seed_and_on_nothing_else(folder: Path) -> None
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_ranks_share_the_same_global_micro_batches(folder: Path, world_size: int) -> None:
     steps = 3 * BLOCKS // GLOBAL
-    whole = numbers(BlockStream(folder, "train", seed=3).read(range(steps * GLOBAL)))
+    whole = numbers(DataFolder(folder).open("train", seed=3).read(range(steps * GLOBAL)))
     ranks = [
-        list(islice(BlockStream(folder, "train", seed=3).batches(0, GLOBAL, rank, world_size), steps))
+        list(islice(DataFolder(folder).open("train", seed=3).batches(0, GLOBAL, rank, world_size), steps))
         for rank in range(world_size)
     ]
     for step in range(steps):
@@ -115,9 +119,9 @@ def test_ranks_share_the_same_global_micro_batches(folder: Path, world_size: int
 
 @pytest.mark.parametrize("start", [8, 56, 64, 8 * 1000])
 def test_a_resumed_stream_is_the_tail_of_the_whole(folder: Path, start: int) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     whole = islice(stream.batches(0, GLOBAL, 1, 2), start // GLOBAL, start // GLOBAL + 20)
-    resumed = islice(BlockStream(folder, "train", seed=3).batches(start, GLOBAL, 1, 2), 20)
+    resumed = islice(DataFolder(folder).open("train", seed=3).batches(start, GLOBAL, 1, 2), 20)
     assert [numbers(batch) for batch in resumed] == [numbers(batch) for batch in whole]
 
 
@@ -127,7 +131,7 @@ def test_sample_i_comes_from_lane_i_mod_l(
     tmp_path_factory: pytest.TempPathFactory, blocks: int, lanes: int, rows: int, seed: int
 ) -> None:
     folder = write_prepared(tmp_path_factory.mktemp("lanes"), whole_documents(blocks), lanes=lanes, rows_per_shard=rows)
-    stream = BlockStream(folder, "train", seed=seed)
+    stream = DataFolder(folder).open("train", seed=seed)
     lane_of = {shard.file: shard.lane for shard in load_manifest(folder).splits["train"].shards}
     seen = []
     for sample in range(2 * blocks):
@@ -141,7 +145,7 @@ def test_sample_i_comes_from_lane_i_mod_l(
 
 
 def test_a_lane_finishes_a_shard_before_it_opens_the_next(folder: Path) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     for lane in range(LANES):
         files = [stream.locate(sample)[1] for sample in range(lane, BLOCKS, LANES)]
         changes = sum(a != b for a, b in pairwise(files))
@@ -149,7 +153,7 @@ def test_a_lane_finishes_a_shard_before_it_opens_the_next(folder: Path) -> None:
 
 
 def test_seeking_costs_no_replay(folder: Path) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     for sample in (10**9, 10**15 + 7):  # a replay would take years
         epoch, file, row = stream.locate(sample)
         assert epoch == sample // BLOCKS
@@ -158,7 +162,7 @@ def test_seeking_costs_no_replay(folder: Path) -> None:
 
 
 def test_data_workers_change_neither_batches_nor_order(mixed_folder: Path) -> None:
-    stream = BlockStream(mixed_folder, "train", seed=3)
+    stream = DataFolder(mixed_folder).open("train", seed=3)
     stream.read([0])  # open maps stay behind when the stream goes to a worker
     plain = list(islice(stream.batches(8, 4, 1, 2), 40))
     for workers in (1, 2):
@@ -169,7 +173,7 @@ def test_data_workers_change_neither_batches_nor_order(mixed_folder: Path) -> No
 
 
 def test_a_stream_can_be_sent_to_another_process(folder: Path) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     order(stream, 0)
     sent = pickle.dumps(stream)
     assert len(sent) < 20_000  # no blocks, no maps
@@ -177,20 +181,20 @@ def test_a_stream_can_be_sent_to_another_process(folder: Path) -> None:
 
 
 def test_more_ranks_than_blocks_or_uneven_shares_are_refused(folder: Path) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     with pytest.raises(DataError, match=r"'train' has 61 blocks, fewer than the job's 64 ranks"):
         stream.batches(0, 64, 0, 64)
     with pytest.raises(DataError, match=r"8 blocks cannot be shared by 3 ranks"):
         stream.batches(0, 8, 0, 3)
     with pytest.raises(DataError, match=r"without split 'held_out'.*data.shares"):
-        BlockStream(folder, "held_out", seed=3)
+        DataFolder(folder).open("held_out", seed=3)
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 2), (7, 4), (16, 8), (61, 2), (100, 3)])
 def test_sequential_reads_each_block_once_and_all_ranks_make_equally_many_batches(
     folder: Path, batch_size: int, world_size: int
 ) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     ranks = [list(stream.sequential(batch_size, rank, world_size)) for rank in range(world_size)]
     assert {len(batches) for batches in ranks} == {stream.sequential_batches(batch_size, world_size)}
     read: list[int] = []
@@ -212,7 +216,7 @@ def test_sequential_reads_each_block_once_and_all_ranks_make_equally_many_batche
 
 
 def test_sequential_spreads_max_blocks_evenly(folder: Path) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     whole = [block for batch, _ in stream.sequential(1) for block in numbers(batch)]
     for limit in (1, 5, BLOCKS, 1000):
         ranks = [list(stream.sequential(2, rank, 2, max_blocks=limit)) for rank in (0, 1)]
@@ -229,7 +233,7 @@ def test_sequential_spreads_max_blocks_evenly(folder: Path) -> None:
 
 
 def test_sequential_reads_only_blocks_of_the_wanted_documents(mixed_folder: Path) -> None:
-    stream = BlockStream(mixed_folder, "train", seed=3)
+    stream = DataFolder(mixed_folder).open("train", seed=3)
     wanted = np.array([0, 9, 30, 3 * 79])
     rows = [row for _, pieces in stream.sequential(3, documents=wanted) for row in pieces if row]
     assert all({piece.doc for piece in row} & set(wanted.tolist()) for row in rows)
@@ -237,7 +241,9 @@ def test_sequential_reads_only_blocks_of_the_wanted_documents(mixed_folder: Path
     assert rows == [row for row in everything if {piece.doc for piece in row} & set(wanted.tolist())]
     assert len(rows) < len(everything)
     found = {piece for row in rows for piece in row if piece.doc in wanted}
-    lengths = dict(zip(*stream.document_table().select(["doc", "n_tokens"]).to_pydict().values(), strict=True))
+    lengths = dict(
+        zip(*DataFolder(mixed_folder).documents("train").select(["doc", "n_tokens"]).to_pydict().values(), strict=True)
+    )
     for doc in wanted.tolist():
         assert sum(piece.length for piece in found if piece.doc == doc) == lengths[doc]
     assert list(stream.sequential(3, documents=np.array([1]))) == []
@@ -245,7 +251,7 @@ def test_sequential_reads_only_blocks_of_the_wanted_documents(mixed_folder: Path
 
 
 def test_batches_hold_the_very_tokens_of_the_documents(mixed_folder: Path) -> None:
-    stream = BlockStream(mixed_folder, "train", seed=3)
+    stream = DataFolder(mixed_folder).open("train", seed=3)
     draw = np.random.default_rng(0)
     documents = [(3 * doc, draw.integers(1, 1000, draw.integers(1, 30), dtype=np.int32)) for doc in range(80)]
     blocks = {tuple(block.input_ids.tolist()) for block in pack_documents(documents, BLOCK_LENGTH)}
@@ -266,7 +272,7 @@ def test_reference_losses_come_with_their_tokens(folder: Path, by_column: bool) 
             columns = np.arange(BLOCK_LENGTH)  # beside the place they would be rounded away
             return (np.tile(columns, (len(rows), 1)) if by_column else place.repeat(BLOCK_LENGTH, 1)).astype(np.float16)
 
-    stream = BlockStream(folder, "train", seed=3, scores=Scores())
+    stream = DataFolder(folder).open("train", seed=3, losses=Scores())
     for sample in range(0, 2 * BLOCKS, 7):
         _, file, row = stream.locate(sample)
         lane, number = map(int, Path(file).stem.split("-")[1:])
@@ -280,7 +286,7 @@ def test_reference_losses_come_with_their_tokens(folder: Path, by_column: bool) 
 
 def test_the_document_table_lists_each_document_and_notices_a_change(tmp_path: Path) -> None:
     folder = write_prepared(tmp_path, whole_documents(5), lanes=2, rows_per_shard=2)
-    table = BlockStream(folder, "train", seed=0).document_table()
+    table = DataFolder(folder).documents("train")
     assert table["doc"].to_pylist() == list(range(5))
     assert table["n_tokens"].to_pylist() == [BLOCK_LENGTH] * 5
     path = folder / "train" / "documents.arrow"
@@ -288,10 +294,10 @@ def test_the_document_table_lists_each_document_and_notices_a_change(tmp_path: P
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"documents\.arrow: missing or altered"):
-        BlockStream(folder, "train", seed=0).document_table()
+        DataFolder(folder).documents("train")
     path.unlink()
     with pytest.raises(DataError, match=r"documents\.arrow: missing or altered"):
-        BlockStream(folder, "train", seed=0).document_table()
+        DataFolder(folder).documents("train")
 
 
 def test_readers_share_the_hashing_but_each_checks_every_size(tmp_path: Path) -> None:
@@ -300,11 +306,11 @@ def test_readers_share_the_hashing_but_each_checks_every_size(tmp_path: Path) ->
     content = bytearray(altered.read_bytes())
     content[len(content) // 2] ^= 1
     altered.write_bytes(content)
-    BlockStream(folder, "train", seed=0, verify_rank=0, verify_world_size=2)
+    DataFolder(folder).open("train", seed=0, verify_rank=0, verify_world_size=2)
     with pytest.raises(DataError, match=altered.name):
-        BlockStream(folder, "train", seed=0, verify_rank=1, verify_world_size=2)
+        DataFolder(folder).open("train", seed=0, verify_rank=1, verify_world_size=2)
     with pytest.raises(DataError, match=altered.name):
-        BlockStream(folder, "train", seed=0)
+        DataFolder(folder).open("train")
     altered.write_bytes(content[:-8])
     with pytest.raises(DataError, match=altered.name):
-        BlockStream(folder, "train", seed=0, verify=False)
+        DataFolder(folder).open("train", seed=0, verify=False)

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from dualtok.config.data import MIX_PERIOD, DataConfig, MixConfig
 from dualtok.config.load import parse_run
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import MANIFEST, load_manifest, save_manifest
-from dualtok.data.stream.blocks import BlockStream
-from dualtok.data.stream.mixture import Mixture, load_sources, quotas
+from dualtok.data.mixed import load_sources
+from dualtok.data.stream.mixture import Mixture, quotas
 from dualtok.errors import ConfigError, DataError
 from tests.data.support import BLOCK_LENGTH, whole_documents, write_prepared
 
@@ -47,7 +48,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def mixture(folders: list[Path], seed: int = 3) -> Mixture:
-    return Mixture([BlockStream(folder, "train", seed=seed, verify=False) for folder in folders], WEIGHTS, seed=seed)
+    return Mixture(
+        [DataFolder(folder).open("train", seed=seed, verify=False) for folder in folders], WEIGHTS, seed=seed
+    )
 
 
 def data_section(folders: list[Path]) -> DataConfig:
@@ -188,7 +191,7 @@ def test_reference_losses_come_from_their_own_source(folders: list[Path]) -> Non
             lane = int(shard_stem.split("-")[1])
             return np.full((len(rows), BLOCK_LENGTH), 100.0 * self.number + lane, np.float32)
 
-    streams = [BlockStream(folder, "train", seed=3, scores=Scores(i)) for i, folder in enumerate(folders)]
+    streams = [DataFolder(folder).open("train", seed=3, losses=Scores(i)) for i, folder in enumerate(folders)]
     stream = Mixture(streams, WEIGHTS, seed=3)
     batch = stream.read(range(64))
     for sample, row in enumerate(batch["reference_loss"]):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.remote.remote import RemoteFolder
-from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.stream.mixture import Mixture
 from dualtok.data.stream.rank_batches import Fetches
 from tests.data.remote.servers import fault_server, stream_config
@@ -36,7 +36,7 @@ def address(folder: Path) -> Iterator[str]:
 
 def epoch(address: str, cache: Path, workers: int = 0, pause: float = 0.0, **settings: object) -> Fetches:
     """Read one epoch and return what was found of its shards."""
-    stream = BlockStream(RemoteFolder(address, stream_config(cache, **settings)), "train", seed=3)
+    stream = DataFolder(RemoteFolder(address, stream_config(cache, **settings))).open("train", seed=3)
     batches = stream.batches(0, GLOBAL, workers=workers)
     for _ in islice(batches, BLOCKS // GLOBAL):
         time.sleep(pause)
@@ -62,8 +62,8 @@ def test_fetching_ahead_of_a_slow_reader_makes_shards_ready(address: str, tmp_pa
 
 
 def test_a_mixture_counts_all_its_sources(address: str, folder: Path, tmp_path: Path) -> None:
-    remote = BlockStream(RemoteFolder(address, stream_config(tmp_path / "cache", prefetch=0)), "train", seed=3)
-    batches = Mixture([BlockStream(folder, "train", seed=3), remote], [0.5, 0.5], seed=0).batches(0, GLOBAL)
+    remote = DataFolder(RemoteFolder(address, stream_config(tmp_path / "cache", prefetch=0))).open("train", seed=3)
+    batches = Mixture([DataFolder(folder).open("train", seed=3), remote], [0.5, 0.5], seed=0).batches(0, GLOBAL)
     for _ in islice(batches, 4 * BLOCKS // GLOBAL):
         pass
     found = batches.fetches()
@@ -72,7 +72,7 @@ def test_a_mixture_counts_all_its_sources(address: str, folder: Path, tmp_path: 
 
 
 def test_the_queue_is_full_for_a_slow_reader_and_empty_without_workers(folder: Path) -> None:
-    stream = BlockStream(folder, "train", seed=3)
+    stream = DataFolder(folder).open("train", seed=3)
     alone = stream.batches(0, GLOBAL)
     list(islice(alone, 5))
     assert (alone.reads_ahead, alone.waiting, alone.taken) == (False, 0, 5)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from tests.data.support import whole_documents, write_prepared
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
     )
     found = []
     for seed in SEEDS:
-        stream = BlockStream(folder, "train", seed=seed, verify=False)
+        stream = DataFolder(folder).open("train", seed=seed, verify=False)
         found.append(stream.read(range(BLOCKS))["input_ids"][:, 0].numpy() - 1)
     return found
 
@@ -76,7 +76,7 @@ def test_a_source_is_spread_over_the_batches(orders: list[np.ndarray]) -> None:
 def test_within_the_window_blocks_mix_as_by_a_permutation(tmp_path: Path) -> None:
     """The window is the lanes' current shards: here it is the whole split."""
     folder = write_prepared(tmp_path, whole_documents(BLOCKS), lanes=LANES, rows_per_shard=BLOCKS // LANES)
-    streams = [BlockStream(folder, "train", seed=seed, verify=False) for seed in SEEDS]
+    streams = [DataFolder(folder).open("train", seed=seed, verify=False) for seed in SEEDS]
     orders = [stream.read(range(BLOCKS))["input_ids"][:, 0].numpy() - 1 for stream in streams]
     assert 0.8 < spread(orders) < 1.25
     assert np.abs(correlations(orders)).max() < 0.06

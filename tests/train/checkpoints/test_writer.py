@@ -12,9 +12,10 @@ import torch
 from dualtok.distributed.layout import Layout, build_layout
 from dualtok.distributed.ranks import ALONE, Ranks
 from dualtok.errors import CheckpointError
-from dualtok.train.checkpoints.files import read_manifest, write_part
-from dualtok.train.checkpoints.writer import CheckpointWriter, find_checkpoint, load_checkpoint, point, prune, tag_of
-from dualtok.train.engines.states import KINDS, Piece
+from dualtok.train.checkpoints.files import write_part
+from dualtok.train.checkpoints.manifest import read_manifest, tag_of
+from dualtok.train.checkpoints.writer import CheckpointWriter, find_checkpoint, load_checkpoint, point, prune
+from dualtok.train.engines.states import KINDS, ParameterSlice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 VALUES = {kind: torch.arange(6.0) + 10 * number for number, kind in enumerate(KINDS)}
 
 
-def piece(start: int, stop: int, name: str = "w") -> Piece:
-    return Piece(name, (2, 3), start, {kind: values[start:stop].clone() for kind, values in VALUES.items()})
+def piece(start: int, stop: int, name: str = "w") -> ParameterSlice:
+    return ParameterSlice(name, (2, 3), start, {kind: values[start:stop].clone() for kind, values in VALUES.items()})
 
 
 class Vector:
@@ -38,7 +39,7 @@ class Vector:
     def optimizer_steps(self) -> int:
         return 4
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterSlice]:
         yield piece(0, 4)
         if self.fail:
             raise OSError(28, "No space left on device")

@@ -11,7 +11,7 @@ import torch
 from dualtok.config.model import ModelConfig
 from dualtok.config.privacy import PrivacyConfig
 from dualtok.config.train import TrainConfig
-from dualtok.data.stream.blocks import BlockStream
+from dualtok.data.folder import DataFolder
 from dualtok.data.stream.poisson import PoissonDocuments
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import ALONE
@@ -121,7 +121,9 @@ def test_a_step_follows_the_clipped_gradients_of_single_documents(tmp_path: Path
     assert len(seen) == len(expected)
     for found, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-    assert sum(outcome.counts.tokens for outcome in outcomes) == int((documents["labels"] != IGNORED_LABEL).sum())
+    assert sum(outcome.weights.counts.tokens for outcome in outcomes) == int(
+        (documents["labels"] != IGNORED_LABEL).sum()
+    )
 
 
 def test_an_empty_draw_is_a_step_of_noise_alone(tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_the_noise_reaches_the_target(tmp_path: Path) -> None:
 
 
 def test_documents_are_drawn_independently_whatever_the_ranks(small_corpus: dict[str, Any]) -> None:
-    stream = BlockStream(small_corpus["dir"], "train", seed=0)
+    stream = DataFolder(small_corpus["dir"]).open("train")
     documents = PoissonDocuments(stream, batch_size=16, parts=1, seed=3)
     n, steps = len(documents), 400
     for world in (1, 2):
@@ -231,9 +233,9 @@ def test_documents_are_drawn_independently_whatever_the_ranks(small_corpus: dict
 
 
 def test_a_sample_is_the_first_piece_of_one_document(small_corpus: dict[str, Any]) -> None:
-    stream = BlockStream(small_corpus["dir"], "train", seed=0)
+    data = DataFolder(small_corpus["dir"])
+    stream, table = data.open("train"), data.documents("train")
     documents = PoissonDocuments(stream, batch_size=16, parts=2, seed=3)
-    table = stream.document_table()
     lengths = dict(zip(table["doc"].to_pylist(), table["n_tokens"].to_pylist(), strict=True))
     assert len(documents) == len(lengths)
     assert documents.truncated == sum(length > stream.block_length for length in lengths.values())

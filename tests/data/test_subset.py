@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
-from dualtok.data.stream.blocks import BlockStream
-from dualtok.data.stream.subset import Subset, is_written, write_subset
+from dualtok.data.subset import Subset, is_written, write_subset
 from dualtok.data.tokenizer import fingerprint, load_data_tokenizer
 from dualtok.errors import DataError
 from dualtok.objective.head import IGNORED_LABEL
@@ -26,7 +26,7 @@ def even(documents: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 def learned(folder: str | Path, split: str) -> dict[int, dict[int, tuple[list[int], list[int]]]]:
     """Return document -> start of each piece -> its token ids and labels."""
-    stream = BlockStream(folder, split, seed=0)
+    stream = DataFolder(folder).open(split)
     found: dict[int, dict[int, tuple[list[int], list[int]]]] = defaultdict(dict)
     for batch, segments in stream.sequential(4):
         for row, pieces in enumerate(segments):
@@ -49,7 +49,7 @@ def test_a_subset_holds_its_documents_and_no_token_of_the_others(small_corpus: d
         "train": Subset(("train", "held_out"), even),
         "validation": Subset(("validation",), lambda ids: ids > -1),
     }
-    made = write_subset(source, target, subsets, rows_per_shard=20, note={"shadow": 3})
+    made = write_subset(DataFolder(source), target, subsets, rows_per_shard=20, note={"shadow": 3})
     assert learned(target, "train") == wanted
     assert learned(target, "validation") == learned(source, "validation")
 
@@ -64,11 +64,9 @@ def test_a_subset_holds_its_documents_and_no_token_of_the_others(small_corpus: d
     assert entry.documents == len(wanted)
     assert entry.tokens == sum(len(ids) for ids, _ in pieces)
     assert entry.predicted_tokens == sum(label != IGNORED_LABEL for _, labels in pieces for label in labels)
-    table = BlockStream(target, "train", seed=0).document_table()
+    table = DataFolder(target).documents("train")
     original = {
-        row["doc"]: row
-        for split in ("train", "held_out")
-        for row in BlockStream(source, split, seed=0).document_table().to_pylist()
+        row["doc"]: row for split in ("train", "held_out") for row in DataFolder(source).documents(split).to_pylist()
     }
     assert {row["doc"]: row for row in table.to_pylist()} == {document: original[document] for document in wanted}
 
@@ -76,5 +74,5 @@ def test_a_subset_holds_its_documents_and_no_token_of_the_others(small_corpus: d
 def test_an_empty_subset_is_refused_and_leaves_no_manifest(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     nothing = {"train": Subset(("train",), lambda ids: ids < 0)}
     with pytest.raises(DataError, match="too few documents in train"):
-        write_subset(Path(small_corpus["dir"]), tmp_path / "none", nothing, rows_per_shard=20, note={})
+        write_subset(DataFolder(small_corpus["dir"]), tmp_path / "none", nothing, rows_per_shard=20, note={})
     assert not is_written(tmp_path / "none")

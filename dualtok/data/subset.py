@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from dualtok.data.manifest import MANIFEST, Manifest, SplitEntry, load_manifest, save_manifest
+from dualtok.data.manifest import DOCUMENTS, MANIFEST, Manifest, SplitEntry, save_manifest
 from dualtok.data.packing import pack_documents
 from dualtok.data.shards import blocks_table, write_shard
-from dualtok.data.stream.blocks import DOCUMENTS, BlockStream
 from dualtok.data.stream.documents import document_pieces
-from dualtok.data.tokenizer import FOLDER, load_data_tokenizer, save_tokenizer
+from dualtok.data.tokenizer import FOLDER, save_tokenizer
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, file_sha256
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dualtok.data.remote.remote import Place
+    from dualtok.data.folder import DataFolder
 
 READ_AT_ONCE = 64
 """Blocks."""
@@ -42,7 +41,7 @@ class Subset:
 
 
 def write_subset(
-    source: Place, folder: Path, subsets: Mapping[str, Subset], *, rows_per_shard: int, note: Mapping[str, Any]
+    data: DataFolder, folder: Path, subsets: Mapping[str, Subset], *, rows_per_shard: int, note: Mapping[str, Any]
 ) -> Manifest:
     """Pack some of a prepared folder's documents anew, into a prepared folder of their own.
 
@@ -50,7 +49,7 @@ def write_subset(
     of the subset alone. The tokens of one split are in memory at a time. The manifest is written last.
 
     Args:
-        source: the prepared folder, or its address.
+        data: the prepared folder.
         folder: where to write; what an interrupted call left there is removed.
         subsets: name of a split to write -> its documents.
         rows_per_shard: most blocks per shard.
@@ -59,13 +58,10 @@ def write_subset(
     Raises:
         DataError: the source lacks a split, a shard is missing or altered, or a subset is empty.
     """
-    manifest = load_manifest(source)
+    manifest = data.manifest
     shutil.rmtree(folder, ignore_errors=True)
-    save_tokenizer(load_data_tokenizer(source, manifest), folder / FOLDER)
-    entries = {
-        split: _write_split(source, manifest, folder / split, subset, rows_per_shard)
-        for split, subset in subsets.items()
-    }
+    save_tokenizer(data.tokenizer, folder / FOLDER)
+    entries = {split: _write_split(data, folder / split, subset, rows_per_shard) for split, subset in subsets.items()}
     made = manifest.model_copy(
         update={
             "config": {**manifest.config, **note},
@@ -87,19 +83,19 @@ def is_written(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def _write_split(source: Place, manifest: Manifest, folder: Path, subset: Subset, rows_per_shard: int) -> SplitEntry:
+def _write_split(data: DataFolder, folder: Path, subset: Subset, rows_per_shard: int) -> SplitEntry:
+    manifest = data.manifest
     documents: list[tuple[int, NDArray[np.int32]]] = []
     tables = []
     for split in subset.splits:
-        stream = BlockStream(source, split, seed=0)
-        table = stream.document_table()
+        stream, table = data.open(split), data.documents(split)
         ids = table["doc"].to_numpy()
         wanted = subset.wants(ids)
         tables.append(table.filter(pa.array(wanted)))
         found = document_pieces(stream, ids[wanted], READ_AT_ONCE) if wanted.any() else {}
         documents += [(doc, np.concatenate(pieces).astype(np.int32)) for doc, pieces in found.items()]
     if not documents:
-        raise DataError(f"{source}: too few documents in {' and '.join(subset.splits)} to draw some of them")
+        raise DataError(f"{data}: too few documents in {' and '.join(subset.splits)} to draw some of them")
     blocks = pack_documents(documents, manifest.block_length)
     shards = []
     for lane in range(min(manifest.lanes, len(blocks))):
