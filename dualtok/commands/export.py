@@ -21,6 +21,8 @@ from dualtok.train.folder import ADAPTER_FOLDER, CHECKPOINTS, FACTS_FILE, RUN_FI
 if TYPE_CHECKING:
     from pathlib import Path
 
+# Imported where they are used, for what they take to load: peft (3 s).
+
 MODEL_FILES = ("config.json", "generation_config.json")
 """What an adapter's folder must not hold: transformers would take it for a whole model's."""
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from pydantic import ValidationError
 
 from dualtok.audit.report.data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
@@ -118,7 +119,5 @@ def _config(folder: Path) -> str:
 
 
 def _run_values(folder: Path) -> dict[str, Any]:
-    import yaml
-
     values = yaml.safe_load(_config(folder))
     return values if isinstance(values, dict) else {}

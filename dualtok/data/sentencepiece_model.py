@@ -11,6 +11,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
+
+# Imported where they are used, for what they take to load: transformers (1 to 4 s).
+# Imported where they are used, for they need not be installed or wanted: sentencepiece.
 
 END_OF_TEXT = "<|endoftext|>"
 MODEL_FILES = ("tokenizer.model", "spiece.model")
@@ -48,7 +53,6 @@ def load_sentencepiece(path: Path, settings: dict[str, Any] | None = None) -> Pr
         DataError: there is no such file, it is no such model, or its ids would not be those of ``sentencepiece``.
     """
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, decoders
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
@@ -180,8 +184,6 @@ def _set_steps(backend: Any, settings: Any, no_text: list[str], *, symbols: bool
         returns_as_feeds: whether a carriage return before a line feed counts as another one: some normalizers make a
             space of each, and tokenizers one of both.
     """
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
     steps: list[normalizers.Normalizer] = []
     if returns_as_feeds:
         steps.append(normalizers.Replace("\r\n", "\n\n"))

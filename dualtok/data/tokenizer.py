@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from dualtok.data.remote.remote import place_of
 from dualtok.data.sentencepiece_model import END_OF_TEXT, load_from_folder, load_sentencepiece, sentencepiece_in
 from dualtok.errors import DataError
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
     from dualtok.data.manifest import Manifest
     from dualtok.data.remote.remote import Place, RemoteFolder
+
+# Imported where they are used, for what they take to load: transformers (1 to 4 s).
 
 FOLDER = "tokenizer"
 FETCHING, STALE_SECONDS = ".fetching-", 86_400
@@ -129,7 +133,6 @@ def _fetched_tokenizer(place: RemoteFolder, its_fingerprint: str) -> Path:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE tokenizer of at most ``vocab_size`` ids on texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from dualtok.monitor.timing import PhaseTimer
 
+# Imported where they are used, for what they take to load: DeepSpeed (2 s).
+
 COLLECTIVES = (
     "all_gather",
     "all_gather_coalesced",

@@ -6,15 +6,16 @@ keeps DeepSpeed's default, and where no default would be understood it is refuse
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ValidationError
 
 from dualtok.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
-
-    from pydantic import BaseModel
 
     Json = dict[str, Any]
 
@@ -190,10 +191,6 @@ RUN_DECIDES = (
 
 def _section(value: Any, key: str, file: str | Path) -> Json:
     """Return a section that DeepSpeed describes by a pydantic model, after that model took it."""
-    from importlib import import_module
-
-    from pydantic import ValidationError
-
     module, name = SECTIONS[key]
     model = getattr(import_module(module), name)
     if not isinstance(value, dict):
@@ -225,10 +222,6 @@ def _known_fields(value: Json, model: type[BaseModel], path: str, file: str | Pa
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     """Return the pydantic model of a field that holds one, or None."""
-    from typing import get_args
-
-    from pydantic import BaseModel
-
     choices = [annotation, *get_args(annotation)]
     return next((one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)), None)
 

@@ -15,6 +15,8 @@ import psutil
 
 from dualtok.errors import DualtokError
 
+# Imported where they are used, for what they take to load: torch (1 s).
+
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "fuse", "9p", "wekafs")
 """Where the process that holds a lock may be on another host."""
 SETTLE_SECONDS = 0.5

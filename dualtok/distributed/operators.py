@@ -22,6 +22,8 @@ from dualtok.distributed.jit_locks import is_held, is_shared, operators_folder
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+# Imported where they are used, for what they take to load: DeepSpeed (2 s).
+
 POLL_SECONDS = 0.2
 TOLD_AFTER_SECONDS = 3.0
 """Shorter waits are not worth a line."""

@@ -20,6 +20,8 @@ from dualtok.errors import DualtokError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Imported where they are used, for what they take to load: DeepSpeed (2 s).
+
 Result = TypeVar("Result")
 SHARED_MEMORY = Path("/dev/shm")
 

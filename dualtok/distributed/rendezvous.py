@@ -16,6 +16,8 @@ from dualtok.errors import ConfigError, print_to_stderr
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+# Imported where they are used, for they need not be installed or wanted: mpi4py.
+
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 STORE_PORT = "dualtok/store-port"

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Imported where they are used, for what they take to load: torch (1 s).
+
 CONNECT_SECONDS = 5.0
 GREETING = b"dualtok doctor"
 

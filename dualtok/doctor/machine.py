@@ -14,6 +14,8 @@ import psutil
 from dualtok.distributed.ranks import SHARED_MEMORY
 from dualtok.doctor.result import CheckResult, Subject, judged
 
+# Imported where they are used, for what they take to load: DeepSpeed (2 s), torch (1 s).
+
 GIB = 2**30
 BUFFER_BYTES = 69 * 2**20
 """What DeepSpeed 0.19.8's all-reduce on CPUs takes of /dev/shm for each rank."""

@@ -7,6 +7,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -68,10 +72,6 @@ def as_json(results: Sequence[CheckResult]) -> str:
 
 def print_table(results: Sequence[CheckResult]) -> None:
     """Print one line per check, the remedy below what it is for, and the count of each status."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     colours: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red", "not-run": "dim"}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     several = any(result.host for result in results)

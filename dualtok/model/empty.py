@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Imported where they are used, for what they take to load: transformers (1 to 4 s).
+# Imported where they are used, for they need not be installed or wanted: accelerate.
+
 NO_MODEL = (
     ValueError,
     TypeError,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import nn
 
 from dualtok.errors import ConfigError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel
+
+# Imported where they are used, for what they take to load: transformers (1 to 4 s).
 
 SHARD_BYTES = 512 * 2**20
 """Largest file of weights (a single larger tensor gets its own); this much is held in memory while they are drawn."""
@@ -67,9 +71,6 @@ def write_fresh_weights(
         ConfigError: the configuration describes no model, e.g. one of width 0, or the architecture draws no value for
             one of its weights.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
     model = meta_model(config)
     saved = _saved_tensors(model, dtype)
     plan = split_torch_state_dict_into_shards(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.model.adapters import CONFIG_FILE
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from dualtok.config.model import ModelConfig
+
+# Imported where they are used, for what they take to load: transformers (1 to 4 s).
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,7 +41,6 @@ def read_model_config(
         ConfigError: there is no such folder or hub model, its config is not one that transformers knows, or it needs
             code that is not trusted.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     _require_no_adapter(Path(path))
@@ -82,7 +84,6 @@ def starting_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
     """
     if model.path is not None:
         return read_model_config(model.path, trust_remote_code=model.trust_remote_code)
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     settings: dict[str, Any] = {"vocab_size": vocabulary, **(model.config or {})}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from dualtok.objective.chunked_cross_entropy import LinearCrossEntropy, LogitScaling
 
+# Imported where they are used, for they need not be installed or wanted: cut_cross_entropy, liger_kernel.
+
 PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
 """Name of a backend -> the package to install."""
 MODULES = {"cut_cross_entropy": "cut_cross_entropy", "liger": "liger_kernel"}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+# Imported where they are used, for what they take to load: scipy (half a second).
+
 RESOLUTION = 0.005
 """How exactly w is found."""
 

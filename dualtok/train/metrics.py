@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +71,5 @@ def step_metrics(totals: dict[str, float], **measured: Any) -> StepMetrics:
 def peak_memory_gib(device: torch.device) -> float:
     """Return the peak memory of the accelerator, or the peak resident size of this process where there is none."""
     if device.type == "cpu":
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return torch.get_device_module(device).max_memory_allocated(device) / 2**30

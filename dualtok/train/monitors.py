@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from dualtok.config.monitor import MonitorConfig
 
+# Imported where they are used, for what they take to load: DeepSpeed (2 s).
+# Imported where they are used, for they need not be installed or wanted: wandb.
+
 WANDB_RUN = "wandb_run"
 """File of a run that holds its name at W&B, so that a restart goes on with it."""
 ANSWER_SECONDS = 10.0

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dualtok.model.losses import Batch
     from dualtok.monitor.timing import PhaseTimer
 
+# Imported where they are used, for what they take to load: transformers (1 to 4 s).
+
 LOG = logging.getLogger(__name__)
 
 

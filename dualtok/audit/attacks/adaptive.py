@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Offsets = NDArray[np.int64]
 
+# Imported where they are used, for what they take to load: scikit-learn (1 s).
+
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 BELOW = (0.0, -0.5, -1.0, -2.0)
 ABOVE = (0.0, 1.0)

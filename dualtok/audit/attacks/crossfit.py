@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+# Imported where they are used, for what they take to load: scikit-learn (1 s), scipy (half a second).
+
 FOLDS = 2
 FEWEST = 20
 """Members, and non-members, below which no classifier is trained: its figure would say nothing."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     TokenIds = NDArray[np.int64]
 
+# Imported where they are used, for what they take to load: scikit-learn (1 s).
+
 BLIND_CONFIDENCE = 0.99
 """Of the blind baseline's interval: one sound audit in 200 is called void."""
 MOST_DUPLICATES = 0.01

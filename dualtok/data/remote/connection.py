@@ -7,15 +7,18 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+import fsspec.asyn
+from fsspec.callbacks import Callback
+
 from dualtok.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
 
-    from fsspec.callbacks import Callback
-
     from dualtok.config.data import StreamConfig
+
+# Imported where they are used, for they need not be installed or wanted: aiohttp.
 
 EXTRAS = {
     "s3": "dualtok[s3]",
@@ -40,8 +43,6 @@ class Connection:
     """
 
     def __init__(self, address: str, settings: StreamConfig) -> None:
-        import fsspec.asyn
-
         protocol = address.partition("://")[0]
         if protocol not in fsspec.available_protocols():
             near = did_you_mean(protocol, fsspec.available_protocols())
@@ -106,8 +107,6 @@ class Connection:
 
     def _finish(self, operation: Callable[[Callback], Coroutine[Any, Any, Any]], patience: float) -> Any:
         """Return an operation's result, given up when its callback counts no byte for ``patience`` seconds."""
-        from fsspec.callbacks import Callback
-
         moved = Callback()
         future = asyncio.run_coroutine_threadsafe(operation(moved), self.fs.loop)
         seen, since = moved.value, time.monotonic()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from dualtok.config.data import DataConfig
 
+# Imported where they are used, for what they take to load: datasets (1 s).
+
 
 class Unit(NamedTuple):
     """A piece of the source that is read without what lies before it: a file, or a row group of a Parquet file."""

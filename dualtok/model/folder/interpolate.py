@@ -6,6 +6,9 @@ import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from dualtok.errors import ConfigError
 from dualtok.files import atomic_folder, grant_as_umask_does
 from dualtok.model.folder.weights import INDEX, SINGLE, weight_map
@@ -30,8 +33,6 @@ def write_interpolation(start: Path, end: Path, weight: float, target: Path) -> 
     Raises:
         ConfigError: a model has no safetensors, or they differ in names or shapes.
     """
-    from safetensors.torch import save_file
-
     files = [weight_map(folder) or _single(folder) for folder in (start, end)]
     missing = set(files[0]) ^ set(files[1])
     if missing:
@@ -50,8 +51,6 @@ def write_interpolation(start: Path, end: Path, weight: float, target: Path) -> 
 
 def _mix(start: Path, end: Path, files: list[dict[str, str]], file: str, weight: float) -> dict[str, torch.Tensor]:
     """Return the tensors of one of ``end``'s files, mixed with those of the same names in ``start``."""
-    from safetensors import safe_open
-
     mixed = {}
     with ExitStack() as stack:
         far = stack.enter_context(safe_open(end / file, framework="pt"))
@@ -66,8 +65,6 @@ def _mix(start: Path, end: Path, files: list[dict[str, str]], file: str, weight:
 
 def _single(folder: Path) -> dict[str, str]:
     """Return tensor name -> file of a model of one safetensors file."""
-    from safetensors import safe_open
-
     if not (folder / SINGLE).is_file():
         raise ConfigError(f"{folder}: no {SINGLE} or {INDEX}; save the model again with transformers' save_pretrained")
     with safe_open(folder / SINGLE, framework="pt") as content:

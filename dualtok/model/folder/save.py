@@ -11,6 +11,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 from dualtok.data.sentencepiece_model import MODEL_FILES
 from dualtok.data.tokenizer import KNOWN_FILES
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# Imported where they are used, for what they take to load: transformers (1 to 4 s).
 
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
 OLDER_CLASS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -54,9 +58,6 @@ def write_weights(
         dtype: of the tensors in the files.
         shard_size: largest file (a larger parameter has one to itself), and so the memory that is needed.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
     stored, source = _stored_as(
         config, {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     )

@@ -8,6 +8,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
 from dualtok.errors import ConfigError
 from dualtok.model.empty import tied_weights
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PreTrainedModel
+
+# Imported where they are used, for what they take to load: torch (1 s), transformers (1 to 4 s).
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,7 +53,6 @@ def model_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=[*SETTINGS_PATTERNS, *WEIGHT_PATTERNS]))
@@ -94,7 +98,6 @@ def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the names and shapes of the tensors in a file of weights."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise ConfigError(f"{file}: missing, though the model's index names it; get the model again")
@@ -132,8 +135,6 @@ def first_difference(one: Path, other: Path) -> str | None:
 
 
 def _first_row(file: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open
-
     if file.suffix != ".safetensors":
         raise ConfigError(f"{file}: pickled weights are not compared; save the model as safetensors")
     with safe_open(file, framework="pt") as content:
@@ -189,8 +190,6 @@ class WeightFiles:
         return [holder, *(other for other, its_holder in self._tied.items() if its_holder == holder)]
 
     def _tensor(self, stored: str) -> torch.Tensor:
-        from safetensors import safe_open
-
         file = self.folder / self._stored[stored][0]
         if file.suffix != ".safetensors":
             raise ConfigError(

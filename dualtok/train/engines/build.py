@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dualtok.objective.loss import Objective
     from dualtok.train.engines.protocol import TrainingEngine
 
+# Imported where they are used, for what they take to load: DeepSpeed (2 s).
+
 
 def build_engine(
     folder: Path | str,

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from dualtok.config.privacy import PrivacyConfig
 
+# Imported where they are used, for they need not be installed or wanted: opacus.
+
 FILE = "privacy.json"
 
 

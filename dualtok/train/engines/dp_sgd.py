@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from dualtok.train.engines.states import States
     from dualtok.train.guard import LossLimit
 
+# Imported where they are used, for they need not be installed or wanted: opacus.
+
 NOISE_SEED = 0x4E6F6973
 """Tells the noise's random numbers from those of the draws."""
 

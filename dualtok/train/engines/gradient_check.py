@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 if TYPE_CHECKING:
     from dualtok.distributed.ranks import Ranks
 
+# Imported where they are used, for what they take to load: DeepSpeed (2 s).
+
 ACCUMULATION, ROWS, TOKENS, VOCABULARY, WIDTH = 4, 2, 8, 32, 16
 TOLERANCE = 1e-3
 """Largest relative error, by norm, that is rounding in float32."""
