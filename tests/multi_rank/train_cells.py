@@ -42,9 +42,9 @@ class Recorder:
         for batch, outcome in zip(micro_batches, outcomes, strict=False):  # an inner stage has no outcome
             predicted = batch["labels"] != IGNORED_LABEL
             mine = [
-                outcome.hard.cpu()[predicted].tolist(),
-                outcome.memorized.cpu()[predicted].tolist(),
-                outcome.calibrated.cpu()[predicted].tolist(),
+                outcome.weights.hard.cpu()[predicted].tolist(),
+                outcome.weights.memorized.cpu()[predicted].tolist(),
+                outcome.weights.calibrated.cpu()[predicted].tolist(),
             ]
             parts = ranks.gather_objects(mine)
             hard, memorized, calibrated = ([value for part in parts for value in part[i]] for i in range(3))

@@ -325,7 +325,7 @@ def test_the_cosine_of_the_two_gradients_is_that_of_a_model_worked_out_by_hand(m
     inputs = [0.5, -1.0, 2.0, 0.3], [1.0, 0.2, -0.7, 1.5]
     hard, ids = torch.tensor([[True, True, False, False]]), torch.zeros(1, 4, dtype=torch.long)
     batch = {"input_ids": ids, "position_ids": ids, "labels": torch.tensor([[0, 1, 1, 0]])}
-    outcome = SimpleNamespace(hard=hard, memorized=~hard)
+    outcome = SimpleNamespace(weights=SimpleNamespace(hard=hard, memorized=~hard))
     judged = module("paper.dynamics").judge(TwoWeights(*inputs), lambda losses, batch: outcome, [batch])
 
     x, y, label = np.array(inputs[0]), np.array(inputs[1]), np.array([0, 1, 1, 0])
