@@ -38,7 +38,6 @@ from dualtok.data.mixed import load_sources
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks
-from dualtok.monitor.events import EventWriter
 from dualtok.objective.loss import build_objective
 from dualtok.reference.background import BackgroundReference, WorkerSettings
 from dualtok.train.engines.build import build_engine
@@ -134,7 +133,6 @@ def timed_turn(run: RunConfig, reference: BackgroundReference | None, spans: Spa
         layout=layout,
     )
     loop = TrainingLoop(run, engine, stream, validation, 10**6, reference=reference)
-    events = EventWriter(None)
     train_step = engine.train_step
 
     def timed(window: Sequence[Batch]) -> list[WeightedLoss]:
@@ -152,7 +150,7 @@ def timed_turn(run: RunConfig, reference: BackgroundReference | None, spans: Spa
         if reference is not None:
             batches = reference.scored(batches, loop.train.gradient_accumulation)
         for _ in range(steps):
-            loop.step(batches, events)
+            loop.step(batches)
         return (time.monotonic() - started) / steps
 
     return turn

@@ -28,7 +28,6 @@ from dualtok.distributed.collectives import timed_collectives
 from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks
-from dualtok.monitor.events import EventWriter
 from dualtok.monitor.timing import PhaseTimer
 from dualtok.objective.loss import build_objective
 from dualtok.train.engines.build import build_engine
@@ -57,12 +56,12 @@ def main() -> None:
         folder = Path(name)
         loop = build_loop(folder, options)
         timer, none = loop.engine.timer, NoTimer()
-        batches, events = loop.batches(), EventWriter(None)
+        batches = loop.batches()
 
         def seconds(which: PhaseTimer) -> float:
             loop.engine.timer = which  # type: ignore[misc]  # a field of this engine
             started = time.perf_counter()
-            loop.step(batches, events)
+            loop.step(batches)
             return time.perf_counter() - started
 
         with timed_collectives(timer):

@@ -35,7 +35,6 @@ from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import Ranks, join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
-from dualtok.monitor.events import EventWriter
 from dualtok.objective.loss import build_objective
 from dualtok.plan.memory import Job, estimate_memory
 from dualtok.plan.shape import read_shape
@@ -100,7 +99,7 @@ def main() -> None:
     batches = loop.batches()
     for step in range(options.steps):
         started = time.perf_counter()
-        outcome = loop.step(batches, EventWriter(None))
+        outcome = loop.step(batches)
         say(
             ranks,
             f"step {outcome.step}: loss {outcome.loss:.4f}, hard {outcome.hard_loss:.4f}, memorized "

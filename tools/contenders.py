@@ -22,7 +22,6 @@ from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks
 from dualtok.model.adapters import prepare_adapters
 from dualtok.model.load import read_model_config
-from dualtok.monitor.events import EventWriter
 from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import build_objective, dual_loss
 from dualtok.reference.live import AdapterReference, LiveReference
@@ -117,10 +116,9 @@ def training_loop(run: RunConfig) -> TrainingLoop:
 def training_step(loop: TrainingLoop) -> Step:
     """Return a function that runs the loop's own step."""
     batches: Iterator[Batch] = loop.batches()
-    events = EventWriter(None)
 
     def step() -> None:
-        loop.step(batches, events)
+        loop.step(batches)
 
     return step
 

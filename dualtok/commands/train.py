@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import yaml
-from torch import nn
 
 from dualtok.config.old_names import with_new_names
 from dualtok.data.mixed import load_sources
@@ -36,7 +35,6 @@ from dualtok.train.checkpoints.writer import find_checkpoint
 from dualtok.train.checks import changes, count_steps, require_reference
 from dualtok.train.engines.build import build_engine
 from dualtok.train.engines.dp_account import PrivacyAccount
-from dualtok.train.engines.dp_sgd import build_private_engine
 from dualtok.train.folder import CHECKPOINTS, RUN_FILE, START_FOLDER
 from dualtok.train.live_reference import build_reference, check_reference
 from dualtok.train.loop import LoopState, TrainingLoop
@@ -60,7 +58,6 @@ if TYPE_CHECKING:
     from dualtok.reference.fingerprint import Fingerprint
     from dualtok.reference.live import LiveReference
     from dualtok.train.checkpoints.writer import SavedCheckpoint
-    from dualtok.train.engines.protocol import TrainingEngine
 
 
 Resume = Literal["never", "always", "if_any"]
@@ -123,39 +120,22 @@ def _train(
     reference: LiveReference | None = None
     if run.reference is not None and reference_folder is not None:
         reference = build_reference(run.reference, reference_folder, layout)
-    account: PrivacyAccount | None = None
-    engine: TrainingEngine
-    if run.privacy is not None and isinstance(stream, PoissonDocuments):
-        account = PrivacyAccount.plan(
-            run.privacy, rate=stream.rate, steps=total_steps, documents=len(stream), truncated=stream.truncated
-        )
-        engine = build_private_engine(
-            folder,
-            model,
-            settings,
-            account=account,
-            total_steps=total_steps,
-            layout=layout,
-            seed=run.seed,
-            adapters=adapters,
-        )
-    else:
-        objective = build_objective(run.loss, run.selection, run.goldfish)
-        engine = build_engine(
-            folder,
-            model,
-            settings,
-            config=deepspeed_config,
-            objective=objective,
-            total_steps=total_steps,
-            layout=layout,
-            adapters=adapters,
-        )
+    account = _privacy_account(run, stream, total_steps)
+    engine = build_engine(
+        folder,
+        model,
+        settings,
+        config=deepspeed_config,
+        objective=build_objective(run.loss, run.selection, run.goldfish),
+        total_steps=total_steps,
+        layout=layout,
+        adapters=adapters,
+        account=account,
+        seed=run.seed,
+    )
     if run.reference is not None and run.reference.mode == "adapter":
-        module = engine.model
         assert adapters is not None
-        assert isinstance(module, nn.Module)
-        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
+        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.model))
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
     peak = efficiency(run, Path(run.output_dir) / START_FOLDER, data.manifest.block_length, ranks)
     loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog, peak)
@@ -170,6 +150,15 @@ def _train(
             account.write(Path(run.output_dir), loop.state.step)
         if reference is not None:
             reference.close()
+
+
+def _privacy_account(run: RunConfig, stream: TrainingStream, total_steps: int) -> PrivacyAccount | None:
+    """Return noise and clipping of DP-SGD, planned for the run's budget; None for other engines."""
+    if run.privacy is None or not isinstance(stream, PoissonDocuments):
+        return None
+    return PrivacyAccount.plan(
+        run.privacy, rate=stream.rate, steps=total_steps, documents=len(stream), truncated=stream.truncated
+    )
 
 
 def draw_documents(run: RunConfig, settings: TrainConfig, stream: TrainingStream, secret_seed: int) -> PoissonDocuments:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from dualtok.config.train import KERNEL_PRECISIONS
 from dualtok.distributed.deepspeed_config import WRONG_GRADIENTS
+from dualtok.distributed.forward_only import quiet_deepspeed
 from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.doctor.result import CheckResult, judged
 from dualtok.errors import ConfigError
@@ -28,7 +29,6 @@ from dualtok.model.load import DTYPES
 from dualtok.model.loss_backends import KERNELS, MODULES, PACKAGES, WAY_OUT, check_backend
 from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 from dualtok.train.engines.gradient_check import TOLERANCE, gradient_error
-from dualtok.train.engines.zero import quiet_deepspeed
 
 if TYPE_CHECKING:
     from dualtok.distributed.ranks import Ranks

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dualtok.data.packing import Segment
     from dualtok.data.stream.mixture import TrainingStream
     from dualtok.reference.live import LiveReference
-    from dualtok.train.engines.protocol import TrainingEngine
+    from dualtok.train.engines.base import TrainingEngine
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from dualtok.distributed.deepspeed_config import offload_json
+from dualtok.distributed.forward_only import build_forward_only
 from dualtok.model.check import check_model
 from dualtok.model.folder.weights import model_folder
 from dualtok.reference.background import BackgroundReference, WorkerSettings, share_cores
 from dualtok.reference.live import Share, WindowReference
-from dualtok.train.engines.zero import build_forward_only
 
 if TYPE_CHECKING:
     from pathlib import Path

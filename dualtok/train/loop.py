@@ -1,31 +1,24 @@
-"""The training loop: batches in; steps, evaluations, checkpoints and events out. The same for every engine."""
+"""The training loop: batches in; steps, evaluations and checkpoints out. The same for every engine."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dualtok.config.run import flat
 from dualtok.distributed.collectives import timed_collectives
 from dualtok.distributed.preemption import PreemptionNotice
 from dualtok.errors import CheckpointError, DualtokError, Preempted
-from dualtok.monitor.channel import Channel
-from dualtok.monitor.events import EventWriter, fixed_bins
-from dualtok.monitor.progress import RunProgress
 from dualtok.monitor.timing import DATA, REFERENCE
-from dualtok.objective.head import IGNORED_LABEL
 from dualtok.train.checkpoints.writer import CheckpointWriter, find_checkpoint, load_checkpoint
 from dualtok.train.evaluation import Evaluation, evaluate
 from dualtok.train.guard import Guard, LossLimit
-from dualtok.train.history import History, StepMetrics
 from dualtok.train.metrics import StepTotals, peak_memory_gib, step_metrics
-from dualtok.train.monitors import scalar_writers
+from dualtok.train.reporter import Reporter, open_reporter
 from dualtok.train.watch import RunWatch
 
 if TYPE_CHECKING:
@@ -39,7 +32,8 @@ if TYPE_CHECKING:
     from dualtok.monitor.ranks import Efficiency
     from dualtok.reference.live import LiveReference
     from dualtok.train.checkpoints.writer import SavedCheckpoint
-    from dualtok.train.engines.protocol import TrainingEngine
+    from dualtok.train.engines.base import TrainingEngine
+    from dualtok.train.history import StepMetrics
 
 
 CHECKPOINT_EVERY = 500
@@ -75,7 +69,7 @@ class TrainingLoop:
         state: where the run stands.
         reference: computes the reference losses while training, if they are not stored.
         watchdog: is told of progress.
-        efficiency: what the model FLOP utilization is reckoned with.
+        efficiency: FLOPs and peak used to compute the model FLOPs utilization (MFU).
     """
 
     run: RunConfig
@@ -107,6 +101,7 @@ class TrainingLoop:
         )
         self.notice = PreemptionNotice()
         self.watch = RunWatch(self.engine.timer, self.layout)
+        self.reporter = Reporter()
         self._asked_to_end = False
 
     def resume(self, saved: SavedCheckpoint) -> None:
@@ -117,14 +112,11 @@ class TrainingLoop:
                 f"{saved.folder}: trained on other blocks than {self.run.data.dir} (or a folder of data.mix) holds "
                 "now; restore them"
             )
-        self._restore_guard(state)
-        self.state = state
-
-    def _restore_guard(self, state: LoopState) -> None:
         before = self.guard.alpha_scale
         if state.guard:
             self.guard.restore(state.guard)
         self.engine.model.scale_alpha(self.guard.alpha_scale / before)
+        self.state = state
 
     def fit(self) -> LoopState:
         """Train until the last step.
@@ -133,113 +125,33 @@ class TrainingLoop:
             DualtokError: training diverged, and the guard does not go on.
             Preempted: the job was asked to end; a checkpoint of the last step is complete.
         """
-        with self.notice, timed_collectives(self.engine.timer):
+        self.reporter = open_reporter(
+            self.run,
+            folder=self.folder,
+            ranks=self.ranks,
+            watch=self.watch,
+            done=self.state.step,
+            total_steps=self.total_steps,
+            watchdog=self.watchdog,
+            efficiency=self.efficiency,
+        )
+        with self.notice, timed_collectives(self.engine.timer), self.reporter:
             self._fit()
+        self.writer.wait()
+        self.reporter.close()
         return self.state
 
     def _fit(self) -> None:
-        first = self.ranks.is_first
-        metrics = History(self.folder / "metrics.jsonl" if first else None, self.state.step)
-        evaluations = History(self.folder / "evaluations.jsonl" if first else None, self.state.step)
-        events, times = self._open_events(), self._open_times()
         batches = self.batches()
-        progress = RunProgress(
-            f"train {self.run.objective}",
-            self.total_steps,
-            active=first,
-            plain_every=self.run.monitor.log_every,
-            start=self.state.step,
-        )
-        with progress:
-            while self.state.step < self.total_steps:
-                self._beat(f"in step {self.state.step + 1}")
-                outcome = self.step(batches, events)
-                self._beat(f"after step {outcome.step}")
-                self.writer.check()
-                if outcome.left_out is not None and self._answer(outcome, progress) == "roll_back":
-                    progress.rewind(self.state.step)
-                    for history in (metrics, evaluations):
-                        history.forget_after(self.state.step)
-                    times.use(lambda ranks: ranks.forget_after(self.state.step))
-                    events.forget_after(self.state.step)
-                    continue
-                metrics.append(outcome)
-                progress.advance(1, f"loss {outcome.loss:.4f} {outcome.tokens_per_second:,.0f} tokens/s")
-                if self.state.step % self.run.monitor.log_every == 0 or self.state.step == self.total_steps:
-                    table, steps = self.watch.table()
-                    seen = {**step_scalars(outcome, self.run.objective), **table.scalars(self.efficiency)}
-                    events.scalars(seen, outcome.step)
-                    times.use(partial(History.append, entry=table.entry(outcome.step, steps)))
-                evaluation = self._evaluate_when_due()
-                if evaluation is not None:
-                    evaluations.append(evaluation)
-                    events.scalars(evaluation_scalars(evaluation), evaluation.step)
-                    events.flush()
-                    progress.note(_describe(evaluation))
-                self._save_when_due(evaluation)
-                if self._asked_to_end and self.state.step < self.total_steps:
-                    self.writer.wait()
-                    raise Preempted(
-                        f"asked to end after step {self.state.step} of {self.total_steps}; its checkpoint "
-                        f"is in {self.checkpoints}, resume with --resume"
-                    )
-        self.writer.wait()
-        events.close()
-
-    def _open_events(self) -> EventWriter:
-        """Return what writes this run's events on rank 0, and writes nothing elsewhere."""
-        if not self.ranks.is_first:
-            return EventWriter(None)
-        monitor, done = self.run.monitor, self.state.step
-        events = EventWriter(
-            self.folder / "events" if monitor.tensorboard else None,
-            done + 1,
-            scalar_writers(monitor, self.folder, done),
-        )
-        events.text("run", self.run.to_yaml(), done)
-        events.settings(compared_settings(self.run))
-        return events
-
-    def _open_times(self) -> Channel:
-        """Return what keeps the table of all ranks."""
-        file = self.folder / "ranks.jsonl" if self.ranks.is_first else None
-        return Channel("ranks.jsonl", lambda: History(file, self.state.step))
-
-    def _beat(self, doing: str) -> None:
-        """Report progress, if somebody watches."""
-        if self.watchdog is not None:
-            self.watchdog.beat(doing)
-
-    def _answer(self, outcome: StepMetrics, progress: RunProgress) -> GuardAction:
-        """Do what the guard says about a bad step.
-
-        Raises:
-            DualtokError: it says stop.
-        """
-        spike = outcome.left_out == "spike"
-        action = self.guard.bad(spike=spike)
-        seen = f"mean token loss {outcome.plain_loss:.4g}, gradient norm {outcome.gradient_norm:.4g}"
-        if action == "stop":
-            raise DualtokError(
-                f"step {outcome.step}: training diverged ({seen}); lower train.learning_rate or selection.alpha and "
-                f"resume from the last checkpoint in {self.checkpoints}, or see train.guard"
-            )
-        if action == "lower_alpha":
-            self.engine.model.scale_alpha(self.train.guard.alpha_factor)
-        if action == "roll_back":
-            self._roll_back()
-        progress.note(
-            f"step {outcome.step}: {seen}: {'a spike' if spike else 'not finite'}; {action.replace('_', ' ')}"
-        )
-        return action
-
-    def _roll_back(self) -> None:
-        """Go back to the last checkpoint, but not in the data: what was read since then is not read again."""
-        self.writer.wait()
-        seen = self.state.samples_seen
-        saved = find_checkpoint(self.checkpoints, ranks=self.ranks)
-        self.state = LoopState(**load_checkpoint(self.engine, saved))
-        self.state.samples_seen = seen
+        while self.state.step < self.total_steps:
+            metrics = self.step(batches)
+            self.writer.check()
+            if metrics.left_out is not None and self._handle_bad_step(metrics) == "roll_back":
+                continue
+            self.reporter.step(metrics)
+            evaluation = self._evaluate_when_due()
+            self._save_when_due(evaluation)
+            self._end_when_asked()
 
     def batches(self) -> Iterator[Batch]:
         """Return this replica's micro-batches from where the run stands, with their reference losses."""
@@ -260,48 +172,43 @@ class TrainingLoop:
         )
         return self.engine.timer.each(DATA, self.watch.follow(batches))
 
-    def step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
+    def step(self, batches: Iterator[Batch]) -> StepMetrics:
         """Run one optimizer step and measure it; ``left_out`` says whether it was a bad one, alike on every rank."""
+        self.reporter.doing(f"in step {self.state.step + 1}")
         with self.engine.timer.step():
-            return self._step(batches, events)
+            metrics = self._step(batches)
+        self.reporter.doing(f"after step {metrics.step}")
+        return metrics
 
-    def _step(self, batches: Iterator[Batch], events: EventWriter) -> StepMetrics:
+    def _step(self, batches: Iterator[Batch]) -> StepMetrics:
         started = time.perf_counter()
         step = self.state.step + 1
         self._seed_dropout(step)
-        learning_rate = self.engine.learning_rate()
-        totals = StepTotals(self.ranks.device)
-        histogram = self.run.monitor.histogram_every
+        learning_rate, skipped, limit = self.engine.learning_rate(), self.engine.skipped_steps(), self.guard.limit()
+
+        # The window: this replica's micro-batches of one optimizer step.
         window = [next(batches) for _ in range(self.train.gradient_accumulation)]
         self.watch.count(window)
+        totals = StepTotals(self.ranks.device)
         for batch in window:
             totals.take_skipped(batch)
-        skipped, limit = self.engine.skipped_steps(), self.guard.limit()
+
+        # Forward and backward of each micro-batch, and the optimizer.
         if self.engine.model.limit is not None:
             self.engine.model.limit.begin(limit, len(window))
         outcomes = self.engine.train_step(window)
+
+        # The figures of all ranks; every rank then knows the same and decides alike.
         for outcome in outcomes:
             totals.add(outcome)
         if self.notice.received:
             totals.ask_to_end()
         total = totals.reduce(self.ranks, losses=self.layout.data_parallel.world_size * len(window))
         self._asked_to_end = total["asked_to_end"] > 0
-        if histogram and step % histogram == 0 and "reference_loss" in window[0]:
-            bins = fixed_bins(torch.zeros(0))  # what a stage without a loss adds
-            for outcome, batch in zip(outcomes, window, strict=False):
-                bins += fixed_bins(outcome.weights.calibrated.cpu()[batch["labels"] != IGNORED_LABEL])
-            events.histogram("calibrated/s", self.ranks.sum(bins.to(self.ranks.device)).cpu().numpy(), step)
+        self.reporter.ran(step, window, outcomes)
         norm = self.engine.gradient_norm()
-        # A NaN token is left out of the selection, so the plain loss must be looked at too; and DeepSpeed leaves out a
-        # step with a gradient that is not finite without a word.
-        plain = total["plain_sum"] / max(1.0, total["plain_count"])
-        left_out = None
-        if plain > limit:
-            left_out = "spike"
-        elif self.engine.skipped_steps() > skipped or not math.isfinite(total["loss"] + plain + norm):
-            left_out = "nan"
-        elif total["plain_count"]:
-            self.guard.good(plain)
+        left_out = self._judge(total, norm, limit, deepspeed_skipped=self.engine.skipped_steps() > skipped)
+
         self.state.step = step
         self.state.samples_seen += self.train.batch_size
         seconds = time.perf_counter() - started
@@ -316,15 +223,62 @@ class TrainingLoop:
             peak_memory_gib=peak_memory_gib(self.ranks.device),
         )
 
+    def _judge(self, total: dict[str, float], norm: float, limit: float, *, deepspeed_skipped: bool) -> str | None:
+        """Return ``spike`` or ``nan`` if a step was a bad one, which changed nothing; tell the guard of a good one.
+
+        A NaN token is left out of the selection, so the plain loss must be looked at too; and DeepSpeed leaves out a
+        step with a gradient that is not finite without a word.
+        """
+        plain = total["plain_sum"] / max(1.0, total["plain_count"])
+        if plain > limit:
+            return "spike"
+        if deepspeed_skipped or not math.isfinite(total["loss"] + plain + norm):
+            return "nan"
+        if total["plain_count"]:
+            self.guard.good(plain)
+        return None
+
     def _seed_dropout(self, step: int) -> None:
         """Make random numbers a function of (seed, step, rank), so that a resumed run draws the same ones."""
         torch.manual_seed(((self.run.seed * 1_000_003 + step) * 65_537 + self.ranks.rank) % 2**63)
+
+    def _handle_bad_step(self, metrics: StepMetrics) -> GuardAction:
+        """Do what the guard says about a bad step.
+
+        Raises:
+            DualtokError: it says stop.
+        """
+        spike = metrics.left_out == "spike"
+        action = self.guard.bad(spike=spike)
+        seen = f"mean token loss {metrics.plain_loss:.4g}, gradient norm {metrics.gradient_norm:.4g}"
+        if action == "stop":
+            raise DualtokError(
+                f"step {metrics.step}: training diverged ({seen}); lower train.learning_rate or selection.alpha and "
+                f"resume from the last checkpoint in {self.checkpoints}, or see train.guard"
+            )
+        if action == "lower_alpha":
+            self.engine.model.scale_alpha(self.train.guard.alpha_factor)
+        if action == "roll_back":
+            self._roll_back()
+        self.reporter.note(
+            f"step {metrics.step}: {seen}: {'a spike' if spike else 'not finite'}; {action.replace('_', ' ')}"
+        )
+        return action
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, but not in the data: what was read since then is not read again."""
+        self.writer.wait()
+        seen = self.state.samples_seen
+        saved = find_checkpoint(self.checkpoints, ranks=self.ranks)
+        self.state = LoopState(**load_checkpoint(self.engine, saved))
+        self.state.samples_seen = seen
+        self.reporter.rewind(self.state.step)
 
     def _evaluate_when_due(self) -> Evaluation | None:
         every, step = self.train.evaluate_every, self.state.step
         if step != self.total_steps and not (every and step % every == 0):
             return None
-        self._beat(f"evaluating after step {step}")
+        self.reporter.doing(f"evaluating after step {step}")
         rows = max(1, self.train.batch_size // self.train.gradient_accumulation // self.layout.data_parallel.world_size)
         evaluation = evaluate(
             self.engine,
@@ -340,6 +294,7 @@ class TrainingLoop:
                 f"step {step}: the validation loss is {evaluation.validation_loss}, training diverged; lower "
                 f"train.learning_rate or selection.alpha and resume from the last checkpoint in {self.checkpoints}"
             )
+        self.reporter.evaluation(evaluation)
         return evaluation
 
     def _save_when_due(self, evaluation: Evaluation | None) -> None:
@@ -352,48 +307,19 @@ class TrainingLoop:
         due = step % every == 0 if every else evaluation is not None
         if not (due or improved or step == self.total_steps or self._asked_to_end):
             return
-        self._beat(f"writing the checkpoint of step {step}")
+        self.reporter.doing(f"writing the checkpoint of step {step}")
         self.state.guard = self.guard.state()
         self.writer.save(self.engine, step, asdict(self.state), best=improved)
 
+    def _end_when_asked(self) -> None:
+        """End early if any rank was asked to, with the checkpoint of this step complete.
 
-def step_scalars(metrics: StepMetrics, objective: str) -> dict[str, float | None]:
-    """Return a step's TensorBoard scalars under their names; ``loss/dual`` is the loss of the objective ``dual``."""
-    return {
-        f"loss/{objective}": metrics.loss,
-        "loss/hard": metrics.hard_loss,
-        "loss/memorized": metrics.memorized_loss,
-        "loss/plain": metrics.plain_loss,
-        **{f"share/{name}": share for name, share in metrics.shares.items()},
-        "data/skipped_blocks": metrics.skipped_blocks,
-        "optimizer/learning_rate": metrics.learning_rate,
-        "optimizer/gradient_norm": metrics.gradient_norm,
-        "throughput/tokens_per_second": metrics.tokens_per_second,
-        "memory/peak_gib": metrics.peak_memory_gib,
-    }
-
-
-def compared_settings(run: RunConfig) -> dict[str, Any]:
-    """Return the settings by which runs are compared, by dotted name; not where they read and write."""
-    tree = run.as_dict()
-    sections = ("seed", "objective", "model", "train", "selection", "goldfish", "privacy", "reference")
-    return flat({name: tree[name] for name in sections})
-
-
-def evaluation_scalars(evaluation: Evaluation) -> dict[str, float | None]:
-    """Return an evaluation's TensorBoard scalars under their names."""
-    return {
-        "evaluation/validation_loss": evaluation.validation_loss,
-        "evaluation/validation_perplexity": evaluation.perplexity,
-        "evaluation/member_loss": evaluation.member_loss,
-        "evaluation/member_gap": evaluation.gap,
-        "evaluation/ref_auc": evaluation.ref_auc,
-    }
-
-
-def _describe(evaluation: Evaluation) -> str:
-    auc = "" if evaluation.ref_auc is None else f", Ref AUC {evaluation.ref_auc:.3f}"
-    return (
-        f"step {evaluation.step}: validation perplexity {evaluation.perplexity:.2f}, "
-        f"member/validation gap {evaluation.gap:.3f} nats{auc}"
-    )
+        Raises:
+            Preempted: so it is.
+        """
+        if self._asked_to_end and self.state.step < self.total_steps:
+            self.writer.wait()
+            raise Preempted(
+                f"asked to end after step {self.state.step} of {self.total_steps}; its checkpoint "
+                f"is in {self.checkpoints}, resume with --resume"
+            )

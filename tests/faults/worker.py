@@ -119,8 +119,7 @@ class Injector:
                 self.strike()
             finalize(folder, **facts)
 
-        for name in ("build_engine", "build_private_engine"):
-            setattr(train_module, name, with_fault(getattr(train_module, name)))
+        train_module.build_engine = with_fault(train_module.build_engine)
         checkpoint_module.write_part = write_with_fault  # type: ignore[assignment]
         checkpoint_module.finalize = seal_with_fault  # type: ignore[assignment]
         # A file for every few pieces, so that a fault can strike between two of them.

@@ -122,7 +122,7 @@ def engine_of(
     }
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=RATE)
     engine = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config)[0]
-    return ZeroEngine(engine, wrapped, build_layout(ranks), None)
+    return ZeroEngine(engine, wrapped, build_layout(ranks))
 
 
 def relative_error(case: dict[str, Any], ranks: Ranks) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from dualtok.audit.signals.files import read_ragged
 from dualtok.audit.signals.from_logits import kl_from_reference
-from dualtok.train.engines.zero import build_forward_only
+from dualtok.distributed.forward_only import build_forward_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,9 +17,9 @@ from dualtok.audit.signals.signals import TOKEN_DTYPES, PlacedSegment, Signals, 
 from dualtok.audit.statistics.evaluate import choose_documents
 from dualtok.commands.audit.canaries import KIND, canary_pass
 from dualtok.commands.audit.joint import KL_DTYPES, joint_forward, read_divergences
+from dualtok.distributed.forward_only import build_forward_only
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import blocks_digest, weights_digest
-from dualtok.train.engines.zero import build_forward_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

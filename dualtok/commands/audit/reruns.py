@@ -19,10 +19,10 @@ from dualtok.audit.attacks.rerun import RERUNS, choose_prefix, join_prefix, pref
 from dualtok.audit.signals.reruns import Documents, RerunResult, Tools
 from dualtok.audit.statistics.evaluate import choose_documents
 from dualtok.data.tokenizer import encode
+from dualtok.distributed.forward_only import build_forward_only
 from dualtok.model.gradients import build_gradient_norm
 from dualtok.model.sequence_scorer import SequenceScorer, SequenceSignals
 from dualtok.monitor.progress import RunProgress
-from dualtok.train.engines.zero import build_forward_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -18,12 +18,12 @@ from dualtok.commands.score.files import ScoreFiles
 from dualtok.data.folds import fold_of
 from dualtok.data.mixed import load_sources
 from dualtok.data.packing import pad_rows
+from dualtok.distributed.forward_only import build_forward_only
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import blocks_digest, cross_fitted, fingerprint
 from dualtok.reference.stored import StoredLosses
-from dualtok.train.engines.zero import build_forward_only
 from dualtok.train.live_reference import check_reference
 
 if TYPE_CHECKING:

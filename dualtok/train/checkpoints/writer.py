@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dualtok.distributed.ranks import Ranks
-    from dualtok.train.engines.protocol import TrainingEngine
+    from dualtok.train.engines.base import TrainingEngine
 
 
 POLL_SECONDS = 0.1

@@ -10,7 +10,7 @@ Legend: n documents of a batch, t position, v vocabulary.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,24 +18,21 @@ from torch import nn
 
 from dualtok.errors import ConfigError
 from dualtok.model.load import load_causal_lm
-from dualtok.model.losses import check_batch, check_errors, require_faithful
+from dualtok.model.losses import check_errors
 from dualtok.model.norms import row_norms, total_norm
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PhaseTimer
 from dualtok.objective.head import IGNORED_LABEL
-from dualtok.objective.loss import CausalLM
+from dualtok.train.engines.base import TrainingEngine
 from dualtok.train.engines.states import ReplicatedStates
-from dualtok.train.optimizer import build_adamw, build_schedule
+from dualtok.train.optimizer import build_adamw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from dualtok.config.model import ModelConfig
-    from dualtok.config.train import TrainConfig
-    from dualtok.distributed.layout import Layout
-    from dualtok.model.adapters import Adapters
     from dualtok.model.losses import Batch
+    from dualtok.objective.loss import Objective
     from dualtok.objective.token_weights import WeightedLoss
+    from dualtok.train.engines.base import Blueprint
     from dualtok.train.engines.dp_account import PrivacyAccount
     from dualtok.train.engines.states import States
     from dualtok.train.guard import LossLimit
@@ -70,14 +67,30 @@ class PrivateModel(nn.Module):
 
 @dataclass
 class _Progress:
-    """What :class:`~dualtok.train.engines.states.States` asks of an engine."""
+    """Counts steps, and answers as DeepSpeed's engine does."""
 
     basic_optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     batch_size: int
+    gradient_norm: float = float("nan")
+    """Norm of the last step's gradient, clipped and with its noise."""
     global_steps: int = 0
     skipped_steps: int = 0
+    """No step is left out."""
     global_samples: int = 0
+
+    def get_global_grad_norm(self) -> float:
+        """Return the norm of the last step's gradient."""
+        return self.gradient_norm
+
+    def get_lr(self) -> list[float]:
+        """Return the learning rate of the next optimizer step."""
+        rates: list[float] = self.lr_scheduler.get_last_lr()
+        return rates
+
+    def zero_optimization_stage(self) -> int:
+        """Return 0: nothing is sharded."""
+        return 0
 
     def train_batch_size(self) -> int:
         """Return the documents expected per step."""
@@ -85,40 +98,30 @@ class _Progress:
 
 
 @dataclass
-class PrivateEngine:
+class PrivateEngine(TrainingEngine):
     """DP-SGD on all ranks: each learns the documents that it drew, rank 0 adds the noise."""
 
-    model: PrivateModel
-    layout: Layout
+    _: KW_ONLY
     account: PrivacyAccount
     hooks: Any
     """Opacus' ghost clipping."""
     optimizer: Any
     """Opacus' optimizer around AdamW."""
-    engine: _Progress
+    objective: Objective
     seed: int
-    objective: CausalLM = field(default_factory=CausalLM)
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
-    def __post_init__(self) -> None:
-        """No step has been taken."""
-        self._norm = float("nan")
-
-    def to_device(self, batch: Batch) -> Batch:
-        """Move a batch to this rank's device."""
-        return {name: tensor.to(self.layout.ranks.device) for name, tensor in batch.items()}
-
-    @torch.no_grad()
     def check(self, batch: Batch, precision: str) -> None:
         """Compare document boundaries with what they should be; blocks are packed in evaluations."""
+        if len(batch["input_ids"]):  # this rank may have drawn no document
+            super().check(batch, precision)
+
+    @torch.no_grad()
+    def compare(self, batch: Batch) -> torch.Tensor:
+        """Return the errors of head and document boundaries on this rank's documents."""
         self.model.eval()
-        probe = self.to_device(check_batch(batch)) if len(batch["input_ids"]) else None
-        if probe is not None:
-            logits = self.model.causal_lm(
-                input_ids=probe["input_ids"], position_ids=probe["position_ids"], use_cache=False
-            ).logits
-            errors = check_errors(self.model(probe), logits, probe["labels"])
-            require_faithful(errors, precision, type(self.model.causal_lm).__name__)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        logits = self.model.causal_lm(**inputs, use_cache=False).logits
+        return check_errors(self.model(batch), logits, batch["labels"])
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
         """Clip and add up the documents of all parts, add noise once, and step."""
@@ -135,7 +138,7 @@ class PrivateEngine:
                 self.optimizer.signal_skip_step(do_skip=number < last)
                 self.optimizer.step()
                 if number == last:
-                    self._norm = float(total_norm(p.grad for p in self.optimizer.params))
+                    self.engine.gradient_norm = float(total_norm(p.grad for p in self.optimizer.params))
                 self.optimizer.zero_grad()
         self.engine.lr_scheduler.step()
         self.engine.global_steps += 1
@@ -167,27 +170,9 @@ class PrivateEngine:
         losses: torch.Tensor = self.model(self.to_device(batch))
         return losses
 
-    def gradient_norm(self) -> float:
-        """Return the norm of the last step's gradient, clipped and with its noise."""
-        return self._norm
-
-    def skipped_steps(self) -> int:
-        """Return 0: no step is left out."""
-        return 0
-
-    def learning_rate(self) -> float:
-        """Return the learning rate of the next optimizer step."""
-        return float(self.engine.lr_scheduler.get_last_lr()[0])
-
-    def zero_stage(self) -> int:
-        """Return 0: nothing is sharded."""
-        return 0
-
     def states(self) -> States:
         """Return what was learned, as checkpoints hold it."""
-        return ReplicatedStates(
-            self.engine, dict(self.model.causal_lm.named_parameters()), self.layout.data_parallel, frozenset()
-        )
+        return ReplicatedStates(self.engine, self.parameters(), self.layout.data_parallel, self.copies())
 
 
 def untie(causal_lm: Any) -> None:
@@ -198,28 +183,8 @@ def untie(causal_lm: Any) -> None:
     causal_lm.config.tie_word_embeddings = False
 
 
-def build_private_engine(
-    folder: Path | str,
-    model: ModelConfig,
-    train: TrainConfig,
-    *,
-    account: PrivacyAccount,
-    total_steps: int,
-    layout: Layout,
-    seed: int,
-    adapters: Adapters | None = None,
-) -> PrivateEngine:
+def build(blueprint: Blueprint) -> PrivateEngine:
     """Load a model and put it under Opacus.
-
-    Args:
-        folder: Hugging Face folder or hub name of the starting weights.
-        model: attention; activation checkpointing is refused.
-        train: optimizer and schedule.
-        account: noise and clipping.
-        total_steps: optimizer steps at which the schedule ends.
-        layout: the job's ranks.
-        seed: of the noise, unless it is secret.
-        adapters: train these and freeze the rest; None trains all weights.
 
     Raises:
         ConfigError: Opacus is not installed.
@@ -232,11 +197,13 @@ def build_private_engine(
         raise ConfigError("train.engine: opacus is not installed; run `pip install 'dualtok[dp]'`") from None
 
     ghost.create_norm_sample = _create_norm_sample
-    ranks = layout.ranks
-    causal_lm = load_causal_lm(folder, attention=model.attention, trust_remote_code=model.trust_remote_code)
+    account, train, ranks = blueprint.account, blueprint.train, blueprint.layout.ranks
+    assert account is not None
+    model = blueprint.model
+    causal_lm = load_causal_lm(blueprint.folder, attention=model.attention, trust_remote_code=model.trust_remote_code)
     untie(causal_lm)
-    if adapters is not None:
-        adapters.put_into(causal_lm)
+    if blueprint.adapters is not None:
+        blueprint.adapters.put_into(causal_lm)
     # Embeddings take ids, which have no gradient; Opacus' hooks fire all the same.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     wrapped = PrivateModel(causal_lm).to(ranks.device)
@@ -256,8 +223,17 @@ def build_private_engine(
         loss_reduction="mean",
         generator=generator,
     )
-    progress = _Progress(adamw, build_schedule(train, total_steps)(adamw), train.batch_size)
-    return PrivateEngine(wrapped, layout, account, hooks, optimizer, progress, seed, timer=PhaseTimer(ranks.device))
+    return PrivateEngine(
+        _Progress(adamw, blueprint.schedule()(adamw), train.batch_size),
+        wrapped,
+        blueprint.layout,
+        PhaseTimer(ranks.device),
+        account=account,
+        hooks=hooks,
+        optimizer=optimizer,
+        objective=blueprint.objective,
+        seed=blueprint.seed,
+    )
 
 
 def _create_norm_sample(*, param: torch.Tensor, grad_sample: torch.Tensor, max_batch_len: int) -> None:

@@ -7,38 +7,41 @@ positions, labels and reference losses need not travel; only hidden states and t
 from __future__ import annotations
 
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
 
+from dualtok.distributed.forward_only import quiet_deepspeed
 from dualtok.model.empty import tied_weights
-from dualtok.model.losses import check_batch, require_faithful
+from dualtok.model.load import DTYPES, read_model_config
 from dualtok.model.norms import total_norm
+from dualtok.model.stages import build_stage, stage_names
 from dualtok.monitor.timing import BACKWARD, FORWARD, OPTIMIZER, PIPELINE, PhaseTimer
+from dualtok.train.engines.base import Blueprint, TrainingEngine
 from dualtok.train.engines.objective_model import ObjectiveModel
-from dualtok.train.engines.states import states_of
 from dualtok.train.optimizer import SkippingAdamW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from dualtok.distributed.layout import Layout
     from dualtok.model.losses import Batch
-    from dualtok.model.stages import StageBounds, StageNames
+    from dualtok.model.stage_bounds import StageBounds
+    from dualtok.model.stages import StageNames
     from dualtok.objective.loss import Objective
     from dualtok.objective.selection import Gather
     from dualtok.objective.token_weights import WeightedLoss
-    from dualtok.train.engines.states import States
 
 
 class StageModel(ObjectiveModel):
@@ -204,35 +207,22 @@ class StageEngine(PipelineEngine):
 
 
 @dataclass
-class PipelineTrainer:
+class PipelinedEngine(TrainingEngine):
     """The training loop's view of a pipeline."""
 
-    engine: StageEngine
-    layout: Layout
-    names: StageNames
+    names: StageNames = field(kw_only=True)
+    """Names of this stage's parameters, here and in the whole model."""
 
-    @property
-    def timer(self) -> PhaseTimer:
-        """Where this stage's time goes."""
-        return self.engine.timer
-
-    @property
-    def model(self) -> ObjectiveModel:
-        """This rank's stage."""
-        stage: StageModel = self.engine.module.stage
-        return stage
-
-    def check(self, batch: Batch, precision: str) -> None:
-        """Compare head and document boundaries with what they should be, once, before training."""
-        stage: StageModel = self.engine.module.stage
-        stage.checking = True
-        errors = self._evaluate(check_batch(batch), torch.Size([2]))
-        stage.checking = False
-        require_faithful(errors, precision, type(stage.causal_lm).__name__)
+    def compare(self, batch: Batch) -> torch.Tensor:
+        """Return the errors of head and document boundaries, on every stage."""
+        self.model.checking = True
+        errors = self._evaluate(batch, torch.Size([2]))
+        self.model.checking = False
+        return errors
 
     def train_step(self, micro_batches: Sequence[Batch]) -> list[WeightedLoss]:
         """Run one 1F1B schedule and the optimizer."""
-        self.engine.train_batch(self.engine.begin([self._to_device(batch) for batch in micro_batches]))
+        self.engine.train_batch(self.engine.begin([self.to_device(batch) for batch in micro_batches]))
         return self.engine.outcomes
 
     def token_losses(self, batch: Batch) -> torch.Tensor:
@@ -243,7 +233,7 @@ class PipelineTrainer:
     def _evaluate(self, batch: Batch, shape: torch.Size) -> torch.Tensor:
         """Run one micro-batch forward; return the last stage's result, of ``shape``, on every stage."""
         found = self.engine.eval_batch(
-            self.engine.begin([self._to_device(batch)]),
+            self.engine.begin([self.to_device(batch)]),
             compute_loss=False,
             reduce_output=None,
             bcast_loss=False,
@@ -253,33 +243,85 @@ class PipelineTrainer:
         dist.broadcast(result, group=self.layout.replica.group, group_src=self.layout.stages - 1)
         return result
 
-    def gradient_norm(self) -> float:
-        """Return the norm of the whole model's gradient, before clipping."""
-        return float(self.engine.get_global_grad_norm())
-
-    def skipped_steps(self) -> int:
-        """Return the optimizer steps that DeepSpeed left out because a gradient was not finite."""
-        return int(self.engine.skipped_steps)
-
-    def learning_rate(self) -> float:
-        """Return the learning rate of the next optimizer step."""
-        return float(self.engine.get_lr()[0])
-
-    def zero_stage(self) -> int:
-        """Return the ZeRO stage of each pipeline stage."""
-        return int(self.engine.zero_optimization_stage())
-
-    def states(self) -> States:
-        """Return what was learned, as checkpoints hold it: parameters under their names in the whole model."""
-        module = self.engine.module
-        causal_lm = module.stage.causal_lm
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return this stage's parameters by their names in the whole model."""
+        causal_lm = self.model.causal_lm
         tied = tied_weights(causal_lm)
         names = {self.names.whole(name, self.layout.stage): p for name, p in causal_lm.named_parameters()}
-        parameters = {tied.get(name, name): parameter for name, parameter in names.items()}
-        # The last stage's copy of the embeddings is the first stage's to write.
-        shared = {id(weight) for weight, _ in module.get_tied_weights_and_groups() if not self.layout.is_first_stage}
-        copies = frozenset(name for name, parameter in parameters.items() if id(parameter) in shared)
-        return states_of(self.engine, parameters, self.layout.data_parallel, copies)
+        return {tied.get(name, name): parameter for name, parameter in names.items()}
 
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.layout.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+    def copies(self) -> frozenset[str]:
+        """Return the shared embeddings on any stage but the first, which writes them."""
+        if self.layout.is_first_stage:
+            return frozenset()
+        shared = {id(weight) for weight, _ in self.engine.module.get_tied_weights_and_groups()}
+        return frozenset(name for name, parameter in self.parameters().items() if id(parameter) in shared)
+
+
+def build(blueprint: Blueprint) -> PipelinedEngine:
+    """Build this rank's stage of a model and wrap it, its AdamW and its schedule in a pipeline engine."""
+    return build_stages(blueprint, StageEngine)
+
+
+def build_stages(
+    blueprint: Blueprint, engine_class: type[StageEngine], settle: Callable[[list[nn.Parameter]], None] | None = None
+) -> PipelinedEngine:
+    """Build a pipeline of ``engine_class``; ``settle`` is called with parameters as soon as they are read.
+
+    The objective is called on the last stage with this replica's token losses.
+
+    Raises:
+        ConfigError: the model cannot be cut into these stages.
+    """
+    quiet_deepspeed()
+    layout, config, adapters = blueprint.layout, blueprint.config, blueprint.adapters
+    causal_lm, bounds = layout.ranks.together(lambda: _read_stage(blueprint, settle))
+    names = stage_names(causal_lm, bounds)
+    if adapters is not None:
+        adapters.put_into(causal_lm, lambda name: names.whole(name, layout.stage))
+        if settle is not None:
+            settle([parameter for parameter in causal_lm.parameters() if not hasattr(parameter, "ds_id")])
+    head = blueprint.head(causal_lm if layout.is_last_stage else None)
+    stage = StageModel(causal_lm, bounds[layout.stage], blueprint.objective, blueprint.gather, **head)
+    module = StagesModule(stage, layout)
+    if tied_weights(causal_lm) and adapters is None:  # frozen copies stay equal by themselves
+        module.tie(_shared_weight(causal_lm, layout), layout)
+    with redirect_stdout(StringIO()):  # it prints the sizes of the stages
+        engine = engine_class(
+            args=None,
+            model=module,
+            optimizer=blueprint.adamw(module),
+            lr_scheduler=blueprint.schedule(),
+            mpu=module.mpu(),
+            config=config,
+            config_class=DeepSpeedConfig(config, module.mpu()),
+        )
+    engine.timer = PhaseTimer(layout.ranks.device)
+    return PipelinedEngine(engine, stage, layout, engine.timer, names=names)
+
+
+def _read_stage(
+    blueprint: Blueprint, settle: Callable[[list[nn.Parameter]], None] | None
+) -> tuple[PreTrainedModel, list[StageBounds]]:
+    pipeline, layout = blueprint.train.pipeline, blueprint.layout
+    assert pipeline is not None
+    return build_stage(
+        blueprint.folder,
+        read_model_config(blueprint.folder),
+        blueprint.model,
+        pipeline.balance,
+        stage=layout.stage,
+        stages=layout.stages,
+        dtype=DTYPES[blueprint.train.precision],
+        device=layout.ranks.device,
+        settle=settle,
+    )
+
+
+def _shared_weight(causal_lm: PreTrainedModel, layout: Layout) -> nn.Parameter | None:
+    """Return this stage's copy of the weight that embeddings and head share; None on inner stages."""
+    if layout.is_first_stage or layout.is_last_stage:
+        holder: Any = causal_lm.get_input_embeddings() if layout.is_first_stage else causal_lm.get_output_embeddings()
+        weight: nn.Parameter = holder.weight
+        return weight
+    return None

@@ -29,13 +29,15 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import nn
 
-from dualtok.train.engines.pipeline import StageEngine, timed_instructions
+from dualtok.train.engines.pipeline import StageEngine, build_stages, timed_instructions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dualtok.distributed.deepspeed_config import Json
     from dualtok.distributed.layout import Layout
+    from dualtok.train.engines.base import Blueprint
+    from dualtok.train.engines.pipeline import PipelinedEngine
 
 
 KEPT = -1
@@ -139,7 +141,12 @@ class ShardedStageEngine(StageEngine, _BaseIsBuilt):
     }
 
 
-def partitioner(config: Json, layout: Layout) -> Callable[[list[nn.Parameter]], None]:
+def build(blueprint: Blueprint) -> PipelinedEngine:
+    """Build this rank's stage of a model, sharded over the stage's ranks while it is read."""
+    return build_stages(blueprint, ShardedStageEngine, _partitioner(blueprint.config, blueprint.layout))
+
+
+def _partitioner(config: Json, layout: Layout) -> Callable[[list[nn.Parameter]], None]:
     """Return a function that shards parameters over this stage's ranks, as soon as they are read."""
     own = {name: config[name] for name in ("zero_optimization", "bf16")} | {"train_micro_batch_size_per_gpu": 1}
     group = layout.data_parallel.group

@@ -18,9 +18,11 @@ from dualtok.distributed.ranks import ALONE
 from dualtok.errors import ConfigError
 from dualtok.model.norms import row_norms
 from dualtok.objective.head import IGNORED_LABEL
+from dualtok.objective.loss import CausalLM
 from dualtok.train.engines import dp_sgd as private
+from dualtok.train.engines.build import build_engine
 from dualtok.train.engines.dp_account import PrivacyAccount, stated
-from dualtok.train.engines.dp_sgd import PrivateEngine, build_private_engine
+from dualtok.train.engines.dp_sgd import PrivateEngine
 from tests.support import tiny_llama_config
 
 if TYPE_CHECKING:
@@ -66,15 +68,18 @@ def engine(folder: Path, kind: str, *, noise: float = 0.0, clip: float = 0.5, ba
         schedule="constant",
         weight_decay=0.0,
     )
-    return build_private_engine(
+    made = build_engine(
         saved(folder, kind),
         ModelConfig(path="x"),
         train,
-        account=account,
+        config={},
+        objective=CausalLM(),
         total_steps=10,
         layout=build_layout(ALONE),
-        seed=0,
+        account=account,
     )
+    assert isinstance(made, PrivateEngine)
+    return made
 
 
 def batch(n: int, seed: int = 0) -> Document:
