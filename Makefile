@@ -20,7 +20,7 @@ demo: $(RUNTIME)
 	$(BIN)/dualtok demo
 
 # The longest files begin first (tests/conftest.py). Twice as many processes as cores: many tests wait for a deadline or
-# for ranks that start (docs/log.md, "The tests").
+# for ranks that start (docs/results/tests.md).
 PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 # What has a target of its own.
 APART := --ignore tests/cluster --ignore tests/peers
@@ -56,6 +56,7 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --strict --quiet --site-dir site
 
 docs: $(DEV)

@@ -10,19 +10,19 @@ import os
 import shlex
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dualtok import __version__
+from dualtok.commands.quiet import quiet_libraries
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
 if TYPE_CHECKING:
     from dualtok.config.run import RunConfig
 
-# Imported where they are used, for what they take to load: transformers (1 to 4 s).
+# Imported where they are used, for what they take to load: dualtok's commands (torch 1 s, transformers 1 to 4 s).
 
 app = typer.Typer(
     help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
@@ -40,7 +40,7 @@ LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", h
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        _say(f"dualtok {__version__}")
+        _print(f"dualtok {__version__}")
         raise typer.Exit
 
 
@@ -87,11 +87,11 @@ def prepare(
 def score(run_file: RunFile, overrides: Overrides = None) -> None:
     """Compute the reference model's loss on every token, once; stored beside the shards."""
     run = _load(run_file, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from dualtok.commands.score.run import score as run_score
 
     summary = run_score(run)
-    _say(
+    _print(
         f"{summary.shards} shards scored ({summary.scored} now, {summary.tokens_per_second:,.0f} tokens/s) "
         f"in {summary.folder}"
     )
@@ -110,17 +110,17 @@ def train(
     if resume and auto_resume:
         raise ConfigError("--resume and --auto-resume: give one of them")
     run = _load(run_file, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from dualtok.commands.train import train as run_train
 
     state = run_train(run, resume="always" if resume else "if_any" if auto_resume else "never")
-    _say(
+    _print(
         f"{state.step} steps done; best validation loss {state.best_loss:.4f} at step {state.best_step}; "
         f"checkpoints in {Path(run.output_dir) / 'checkpoints'}"
     )
     if run.objective == "dual_plus":
         again = shlex.join(["dualtok", "interpolate", str(run_file), "TARGET", *(overrides or [])])
-        _say(f"the model shows its members until it is interpolated towards its reference: {again}")
+        _print(f"the model shows its members until it is interpolated towards its reference: {again}")
 
 
 @app.command()
@@ -135,10 +135,10 @@ def export(
     _refuse_launcher("export")
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision {precision!r}: must be fp32 or bf16")
-    _quiet_libraries()
+    quiet_libraries()
     from dualtok.commands.export import export as run_export
 
-    _say(f"wrote {run_export(run_dir, target, which=checkpoint, precision=precision, merge=merge)}")
+    _print(f"wrote {run_export(run_dir, target, which=checkpoint, precision=precision, merge=merge)}")
 
 
 @app.command()
@@ -149,13 +149,13 @@ def interpolate(
 ) -> None:
     """Write the model between a reference and the trained model at which an attacker hardly sees the members."""
     run = _load(run_file, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from dualtok.commands.interpolate import interpolate as run_interpolate
 
     kept = run_interpolate(run, target)
-    _say(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model")
+    _print(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model")
     if kept.w:
-        _say(
+        _print(
             f"keep the reference secret: who has it reaches an AUC of {kept.auc_with_reference:.3f} with the attack Ref"
         )
 
@@ -181,7 +181,7 @@ def audit(
     run = _load(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
     if processes > 1 and run.audit.shadows is None:
         raise ConfigError("--processes: has no effect without --shadows; to share the audit itself, use a launcher")
-    _quiet_libraries()
+    quiet_libraries()
     from dualtok.commands.audit.run import audit as run_audit
     from dualtok.commands.audit.run import print_figures
 
@@ -197,7 +197,7 @@ def report(run_file: RunFile, overrides: Overrides = None) -> None:
     run = _load(run_file, overrides)
     from dualtok.commands.report import write_run_report
 
-    _say(f"wrote {write_run_report(run)}")
+    _print(f"wrote {write_run_report(run)}")
 
 
 @app.command()
@@ -218,7 +218,6 @@ def plan(
     """Say whether a run fits on some machines, how long it takes, and which layout is fastest; reads no weights."""
     _refuse_launcher("plan")
     run = _load(run_file, overrides)
-    _quiet_libraries()
     from dualtok.commands.plan.run import make_cluster, show_plan
 
     cluster = make_cluster(
@@ -275,7 +274,7 @@ def doctor(
     _refuse_launcher("doctor")
     from dualtok.commands.doctor import run_doctor
 
-    _quiet_libraries()
+    quiet_libraries()
     if run_doctor(run_file, hosts, ssh=ssh, json=json, quick=quick):
         raise typer.Exit(1)
 
@@ -304,7 +303,7 @@ def _refuse_launcher(verb: str) -> None:
         raise ConfigError(f"`dualtok {verb}` is one process; start it without a launcher")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """Print a result on the first rank only."""
     if is_first_rank():
         print(text, flush=True)
@@ -315,26 +314,12 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _quiet_libraries() -> None:
-    """Keep other libraries' progress bars and notices out of the terminal."""
-    import logging
-
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    # DeepSpeed 0.19.8 calls collectives that torch 2.13 renamed, several times per step.
-    renamed = r".*`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
 def _leave_ranks(status: int = 0) -> None:
     """End a rank of a job together with the others, without the interpreter's own shutdown.
 
     A worker thread of gloo may still free a tensor, for which it takes the interpreter's lock; when the interpreter is
-    already shutting down that aborts the process (seen in about 1 of 20 starts, torch 2.13.0).
+    already shutting down that aborts the process (``terminate called without an active exception``; seen in 2 of 36
+    starts, torch 2.13.0).
     """
     if "torch.distributed" in sys.modules:
         from dualtok.distributed.ranks import leave_ranks
@@ -360,7 +345,7 @@ def main() -> None:
             _leave_ranks()
         raise
     except Preempted as end:
-        _say(f"dualtok: {end}")
+        _print(f"dualtok: {end}")
         _leave_ranks(PREEMPTED)
         sys.exit(PREEMPTED)
     except (DualtokError, OSError) as problem:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DualtokError(Exception):
-    """Base of every error that a user can mend. ``str(error)`` is one line naming the place and the next step."""
+    """Base of every error that a user can fix. ``str(error)`` is one line naming the place and the next step."""
 
 
 class ConfigError(DualtokError):

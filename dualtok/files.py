@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent: temporary name, fsync, rename."""
+"""Files and folders that are whole or absent (temporary name, fsync, rename); locks that end with their process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
+from filelock import FileLock, Timeout
 from pydantic import Field
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from collections.abc import Callable, Iterator
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A plain name in a manifest, so that none can point out of its folder."""
@@ -54,6 +54,42 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path, holder: str, when_taken: Callable[[str], None], patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file as long as the block lasts; what it holds is the name of the process that has it.
+
+    The system releases the lock with its process, however that ends. Where a file system has no locks, the block runs
+    without one: a lock by a file's presence would outlive a process that is killed.
+
+    Args:
+        path: the file, in a folder that exists; it stays.
+        holder: the name of this process.
+        when_taken: called with the holder's name if another process keeps the lock for longer than ``patience``. It
+            raises, or this process waits on.
+        patience: seconds.
+    """
+    lock = FileLock(path, poll_interval=0.2, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        when_taken(lock_holder(path))
+        lock.acquire()
+    except PermissionError:
+        raise
+    except OSError:
+        pass  # a file system without locks
+    try:
+        path.write_text(f"{holder}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def lock_holder(path: Path) -> str:
+    """Return what the holder of a lock file has written into it."""
+    return path.read_text(encoding="utf-8").strip() or "another process"
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a hub that cannot be reached is asked agai
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
-# The same examples in each run; a test that fails now and then tells nobody what to mend.
+# The same examples in each run; a test that fails now and then tells nobody what to fix.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 

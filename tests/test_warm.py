@@ -112,6 +112,22 @@ def test_the_server_ends_with_the_process_that_needed_it(tmp_path: Path) -> None
     assert not Path(address).exists()
 
 
+SERVES = """
+import subprocess
+from tests import warm
+warm.share({"DUALTOK_WORD": "of the server"})
+own = [*warm.launcher(), "-c", "import os, sys; print('torch' in sys.modules, os.getenv('DUALTOK_WORD'))"]
+done = subprocess.run(own, capture_output=True, text=True)
+print(warm.launcher(), done.returncode, done.stdout + done.stderr)
+"""
+
+
+def test_a_fork_may_have_a_server_of_its_own() -> None:
+    address, *rest = printed("-c", SERVES, DUALTOK_WORD="own")
+    assert warm.launcher()[0] not in address
+    assert rest == ["0", "True", "own"]
+
+
 def printed(*arguments: str, **variables: str) -> list[str]:
     done = subprocess.run(
         python(*arguments),

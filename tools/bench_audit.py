@@ -24,9 +24,9 @@ from dualtok.audit.signals.signals import SignalsBuilder
 from dualtok.commands.audit.model_signals import with_columns
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
+from dualtok.distributed.forward_only import build_forward_only
 from dualtok.distributed.ranks import join_ranks
 from dualtok.model.load import load_causal_lm
-from dualtok.train.engines.zero import build_forward_only
 
 if TYPE_CHECKING:
     from dualtok.data.packing import Segment

@@ -8,7 +8,6 @@ Four ranks (2 stages x 2) hold both engines and take turns; each figure is the s
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,18 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from bench_memory import BLOCK_LENGTH, RANKS, STAGES, batch
-from benchmark_support import llama_config, paired, print_ratio
-from transformers import AutoConfig
+from bench_memory import BLOCK_LENGTH, RANKS, STAGES
+from benchmark_support import paired, print_ratio, rank_variables, torchrun
+from rank_support import dual_engine, random_block, untied_llama
 
-from dualtok.config.model import ModelConfig
 from dualtok.config.train import PipelineConfig, TrainConfig
-from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
-from dualtok.objective.loss import build_objective
-from dualtok.train.engines.build import build_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,25 +45,11 @@ def main() -> None:
         measure(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "vocab_size": options.vocabulary,
-            **llama_config(options.hidden, options.layers, BLOCK_LENGTH),
-            "tie_word_embeddings": False,
-        }
-        write_fresh_weights(AutoConfig.for_model(settings.pop("model_type"), **settings), 0, Path(folder) / "model")
+        config = untied_llama(options.hidden, options.layers, options.vocabulary, BLOCK_LENGTH)
+        write_fresh_weights(config, 0, Path(folder) / "model")
         (Path(folder) / "ds.json").write_text(JSON)
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={RANKS}",
-            __file__,
-            *sys.argv[1:],
-            "--folder",
-            folder,
-        ]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(RANKS)}, check=True)
+        command = torchrun(RANKS, __file__, *sys.argv[1:], "--folder", folder)
+        subprocess.run(command, env=rank_variables(RANKS), check=True)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -93,19 +74,11 @@ def step(options: argparse.Namespace, layout: Layout, *, keep_gathered: bool) ->
         deepspeed=str(options.folder / "ds.json"),
         pipeline=PipelineConfig(stages=STAGES, keep_gathered=keep_gathered),
     )
-    engine = build_engine(
-        options.folder / "model",
-        ModelConfig(path=str(options.folder / "model")),
-        train,
-        config=training_config(train, layout.data_parallel.world_size),
-        objective=build_objective("dual"),
-        total_steps=10**6,
-        layout=layout,
-    )
+    engine = dual_engine(options.folder / "model", train, layout)
     generator = torch.Generator().manual_seed(layout.data_parallel.rank)
 
     def timed() -> float:
-        window = [batch(generator, engine) for _ in range(options.accumulation)]
+        window = [random_block(generator, options.vocabulary, BLOCK_LENGTH) for _ in range(options.accumulation)]
         layout.ranks.barrier()
         started = time.perf_counter()
         engine.train_step(window)

@@ -11,10 +11,8 @@ page cache.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 
 import psutil
 import yaml
-from benchmark_support import llama_config, prepared_corpus, save_llama
+from benchmark_support import llama_config, prepared_corpus, rank_variables, save_llama, torchrun
 
 BLOCK_LENGTH, PASSAGES = 64, 400
 SECONDS = 0.5
@@ -74,19 +72,8 @@ def write_run(folder: Path, steps: int) -> Path:
 
 def launcher(ranks: int, verb: str, run: Path) -> subprocess.Popen[bytes]:
     """Start a verb under torchrun."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "dualtok",
-        verb,
-        str(run),
-    ]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks)}
-    return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
+    command = torchrun(ranks, "-m", "dualtok", verb, str(run))
+    return subprocess.Popen(command, env=rank_variables(ranks), stdout=subprocess.DEVNULL)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:

@@ -12,26 +12,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmark_support import llama_config
-from transformers import AutoConfig
+from benchmark_support import rank_variables, torchrun
+from rank_support import dual_engine, random_block, resident, untied_llama
 
-from dualtok.config.model import ModelConfig
 from dualtok.config.train import PipelineConfig, TrainConfig
-from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
-from dualtok.objective.loss import build_objective
-from dualtok.train.engines.build import build_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,34 +45,18 @@ def main() -> None:
         measure_rank(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "vocab_size": options.vocabulary,
-            **llama_config(options.hidden, options.layers, BLOCK_LENGTH),
-            "tie_word_embeddings": False,
-        }
-        write_fresh_weights(AutoConfig.for_model(settings.pop("model_type"), **settings), 0, Path(folder) / "model")
+        config = untied_llama(options.hidden, options.layers, options.vocabulary, BLOCK_LENGTH)
+        write_fresh_weights(config, 0, Path(folder) / "model")
         found = {engine: launch(engine, folder, options) for engine in ENGINES}
     report(found)
 
 
 def launch(engine: str, folder: str, options: argparse.Namespace) -> list[dict[str, int]]:
     """Run all ranks of one engine and return what each measured."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={RANKS}",
-        __file__,
-        "--rank-of",
-        engine,
-        "--folder",
-        folder,
-        "--steps",
-        str(options.steps),
-    ]
+    sizes = [f"--vocabulary={options.vocabulary}", f"--steps={options.steps}"]
+    command = torchrun(RANKS, __file__, "--rank-of", engine, "--folder", folder, *sizes)
     # One allocation arena: freed memory then goes back, and resident memory is what is in use.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(RANKS), "MALLOC_ARENA_MAX": "1"}
+    environment = {**rank_variables(RANKS), "MALLOC_ARENA_MAX": "1"}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return [json.loads((Path(folder) / f"{engine}-{rank}.json").read_text()) for rank in range(RANKS)]
 
@@ -110,36 +87,18 @@ def measure_rank(options: argparse.Namespace) -> None:
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    engine = build_engine(
-        options.folder / "model",
-        ModelConfig(path=str(options.folder / "model")),
-        train,
-        config=training_config(train, layout.data_parallel.world_size),
-        objective=build_objective("dual"),
-        total_steps=10**6,
-        layout=layout,
-    )
+    engine = dual_engine(options.folder / "model", train, layout)
     peak = resident("VmHWM") - before
     counted = count_states(engine)
     generator = torch.Generator().manual_seed(layout.data_parallel.rank)
     for _ in range(options.steps):
-        engine.train_step([batch(generator, engine) for _ in range(train.gradient_accumulation)])
+        engine.train_step(
+            [random_block(generator, options.vocabulary, BLOCK_LENGTH) for _ in range(train.gradient_accumulation)]
+        )
     gc.collect()
     figures = {"stage": layout.stage, "peak_init": peak, "steady": resident("VmRSS") - before, **counted}
     (options.folder / f"{options.rank_of}-{ranks.rank}.json").write_text(json.dumps(figures))
     leave_ranks()
-
-
-def batch(generator: torch.Generator, engine: Any) -> dict[str, torch.Tensor]:
-    """Return one random block with random reference losses."""
-    vocabulary = engine.model.causal_lm.config.vocab_size
-    ids = torch.randint(0, vocabulary, (1, BLOCK_LENGTH + 1), generator=generator)
-    return {
-        "input_ids": ids[:, :-1],
-        "labels": ids[:, 1:],
-        "position_ids": torch.arange(BLOCK_LENGTH)[None],
-        "reference_loss": torch.rand(1, BLOCK_LENGTH, generator=generator) * 20,
-    }
 
 
 def count_states(trainer: Any) -> dict[str, int]:
@@ -171,13 +130,6 @@ def stored(tensors: Iterable[torch.Tensor | None]) -> int:
     """Return the bytes of the storages behind tensors, each counted once."""
     storages = [t.untyped_storage() for t in tensors if t is not None]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def resident(field: str) -> int:
-    """Return a field of this process' status in bytes: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def report(found: dict[str, list[dict[str, int]]]) -> None:

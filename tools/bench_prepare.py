@@ -177,7 +177,7 @@ def report(start: Measured, results: list[Measured]) -> str:
         lines += [
             f"log-log slope: processors {cpu_slope:.3f}, elapsed {wall_slope:.3f} (1.0 = linear)",
             f"1 TB at the last interval's {marginal:.3f} processor-seconds per MB: {days:.1f} processor-days, if disks "
-            "keep up and every stage stays linear; one process alone decides the fates, trains the tokenizer and "
+            "keep up and every stage stays linear; one process decides on each document, trains the tokenizer and "
             "checks the shards",
         ]
     return "\n".join(lines)

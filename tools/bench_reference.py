@@ -128,7 +128,7 @@ def timed_turn(run: RunConfig, reference: BackgroundReference | None, spans: Spa
         run.model,
         run.train,
         config=training_config(run.train, 1),
-        objective=build_objective(run.objective, run.selection, run.goldfish),
+        objective=build_objective(run.loss, run.selection, run.goldfish),
         total_steps=10**6,
         layout=layout,
     )

@@ -1,8 +1,10 @@
-"""What the benchmarks share: a prepared corpus, a model of a chosen size, paired timings and how they are printed."""
+"""What the benchmarks share: a prepared corpus, a model of a chosen size, ranks, paired timings and their printing."""
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +49,20 @@ def save_llama(folder: Path, vocabulary: int, seed: int, config: dict[str, Any])
     """Save a freshly drawn Llama and return its folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {"vocab_size": vocabulary, **config}
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).save_pretrained(
-        folder
-    )
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=vocabulary)).save_pretrained(folder)
     return folder
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    """Return the command that starts a script and its arguments, or ``-m`` and a module, on ranks of this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, *arguments]
+
+
+def rank_variables(ranks: int) -> dict[str, str]:
+    """Return the variables of what :func:`torchrun` starts: one thread per rank."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks)}
 
 
 def paired(first: Callable[[], float], second: Callable[[], float], repeats: int) -> tuple[list[float], list[float]]:

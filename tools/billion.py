@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from benchmark_support import prepared_corpus
+from rank_support import resident
 from transformers import AutoConfig, PretrainedConfig
 
 from dualtok.commands.train import open_streams
@@ -100,7 +101,7 @@ def main() -> None:
     for step in range(options.steps):
         started = time.perf_counter()
         outcome = loop.step(batches)
-        say(
+        log(
             ranks,
             f"step {outcome.step}: loss {outcome.loss:.4f}, hard {outcome.hard_loss:.4f}, memorized "
             f"{outcome.memorized_loss}, gradient norm {outcome.gradient_norm:.3f}, "
@@ -120,7 +121,7 @@ def build_loop(run: RunConfig, ranks: Ranks, peaks: dict[str, int]) -> TrainingL
     layout = build_layout(ranks)
     reference = build_reference(run.reference, Path(run.reference.origin), layout)
     peaks["reference"] = restart_peak()
-    say(ranks, f"reference built: {resident('VmRSS') / 2**30:.2f} GiB")
+    log(ranks, f"reference built: {resident('VmRSS') / 2**30:.2f} GiB")
     stream, validation = open_streams(run, load_sources(run.data, "train"), ("train", "validation"), ranks)
     total = run.train.steps or 0
     engine = build_engine(
@@ -133,7 +134,7 @@ def build_loop(run: RunConfig, ranks: Ranks, peaks: dict[str, int]) -> TrainingL
         layout=layout,
     )
     peaks["model"] = restart_peak()
-    say(ranks, f"model built: {resident('VmRSS') / 2**30:.2f} GiB")
+    log(ranks, f"model built: {resident('VmRSS') / 2**30:.2f} GiB")
     return TrainingLoop(run, engine, stream, validation, total, reference=reference)
 
 
@@ -190,17 +191,10 @@ def llama(size: str) -> PretrainedConfig:
     return config
 
 
-def say(ranks: Any, line: str) -> None:
+def log(ranks: Any, line: str) -> None:
     """Print a line on rank 0 at once."""
     if ranks.is_first:
         print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-
-
-def resident(field: str) -> int:
-    """Return bytes of this process from /proc/self/status: ``VmRSS`` now, ``VmHWM`` at most."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def proportional() -> int:

@@ -17,18 +17,16 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_support import llama_config
+from benchmark_support import rank_variables, torchrun
+from rank_support import dual_engine, random_block, resident, untied_llama
 from transformers import AutoConfig, PretrainedConfig
 
 from dualtok.commands.plan.inputs import Material, job_of
@@ -37,17 +35,14 @@ from dualtok.config.model import ModelConfig
 from dualtok.config.reference import ReferenceConfig
 from dualtok.config.run import RunConfig
 from dualtok.config.train import PipelineConfig, TrainConfig
-from dualtok.distributed.deepspeed_config import training_config
 from dualtok.distributed.layout import build_layout
 from dualtok.distributed.ranks import Ranks, join_ranks, leave_ranks
 from dualtok.model.fresh import write_fresh_weights
-from dualtok.objective.loss import build_objective
 from dualtok.plan.hardware import DEVICES, GIB, Cluster
 from dualtok.plan.memory import Job, estimate_memory
 from dualtok.plan.shape import read_shape
 from dualtok.plan.shapes import NAMED
 from dualtok.plan.speed import step_time, tokens_per_second
-from dualtok.train.engines.build import build_engine
 
 LENGTH = 64
 TOLERANCE = 0.2
@@ -130,20 +125,8 @@ def compare_memory(options: argparse.Namespace) -> None:
 def compare_layout(layout: str, size: str, folder: Path) -> dict[str, Any]:
     """Measure one layout; return bytes of each rank and means over them, planned / measured, and the worst rank."""
     run, ranks = run_of(layout, size, folder)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        __file__,
-        "rank",
-        layout,
-        size,
-        str(folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), **MALLOC}
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    command = torchrun(ranks, __file__, "rank", layout, size, str(folder))
+    subprocess.run(command, env={**rank_variables(ranks), **MALLOC}, check=True, stdout=subprocess.DEVNULL)
     found = [json.loads((folder / f"{layout}-{rank}.json").read_text()) for rank in range(ranks)]
     shape = read_shape(configuration(size))
     estimate = estimate_memory(shape, job_of(run, Material(shape, shape, LENGTH, None), ranks))
@@ -238,9 +221,7 @@ def published_job(row: dict[str, Any], mpt: dict[str, list[int]]) -> float:
 def configuration(size: str) -> PretrainedConfig:
     """Return the Llama of a size."""
     hidden, layers, vocabulary = SIZES[size]
-    settings = {"vocab_size": vocabulary, **llama_config(hidden, layers, LENGTH), "tie_word_embeddings": False}
-    config: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return config
+    return untied_llama(hidden, layers, vocabulary, LENGTH)
 
 
 def run_of(layout: str, size: str, folder: Path) -> tuple[RunConfig, int]:
@@ -290,45 +271,19 @@ def train_two_steps(layout: str, size: str, folder: Path, ranks: Ranks) -> dict[
     run, _ = run_of(layout, size, own)
     assert run.train is not None
     place = build_layout(ranks, run.train.stages)
-    engine: Any = build_engine(
-        folder / size,
-        ModelConfig(path=str(folder / size)),
-        run.train,
-        config=training_config(run.train, place.data_parallel.world_size),
-        objective=build_objective("dual"),
-        total_steps=10**6,
-        layout=place,
-    )
+    engine: Any = dual_engine(folder / size, run.train, place)
     start = resident("VmHWM") - before
     generator = torch.Generator().manual_seed(place.data_parallel.rank)
     vocabulary = SIZES[size][2]
     for _ in range(2):
         gc.collect()
         restart_peak()
-        engine.train_step([batch(generator, vocabulary) for _ in range(run.train.gradient_accumulation)])
+        engine.train_step([random_block(generator, vocabulary, LENGTH) for _ in range(run.train.gradient_accumulation)])
     peak = resident("VmHWM") - before
     gc.collect()
     steady = resident("VmRSS") - before
     engine.engine.destroy()
     return {"stage": place.stage, "start": start, "peak": peak, "steady": steady}
-
-
-def batch(generator: torch.Generator, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Return one random block with random reference losses."""
-    ids = torch.randint(0, vocabulary, (1, LENGTH + 1), generator=generator)
-    return {
-        "input_ids": ids[:, :-1],
-        "labels": ids[:, 1:],
-        "position_ids": torch.arange(LENGTH)[None],
-        "reference_loss": torch.rand(1, LENGTH, generator=generator) * 20,
-    }
-
-
-def resident(field: str) -> int:
-    """Return a field of this process' status in bytes: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def restart_peak() -> int:

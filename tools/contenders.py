@@ -100,7 +100,7 @@ def training_loop(run: RunConfig) -> TrainingLoop:
         run.model,
         run.train,
         config=training_config(run.train, layout.ranks.world_size),
-        objective=build_objective(run.objective, run.selection, run.goldfish),
+        objective=build_objective(run.loss, run.selection, run.goldfish),
         total_steps=10**6,
         layout=layout,
         adapters=adapters,

@@ -112,7 +112,7 @@ def measure(name: str, folder: Path, ways: list[str] | None) -> dict[str, Any]:
 
 
 def in_a_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return a measurement's figures, or the last line of what it died of under ``error``."""
+    """Return a measurement's figures, or its last error line under ``error``."""
     command = [sys.executable, str(Path(__file__)), "--folder", str(options.folder), "--measure", name]
     if options.ways is not None:
         command += ["--ways", *options.ways]

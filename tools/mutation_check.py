@@ -174,7 +174,7 @@ def mutated(text: str, fault: Fault) -> str:
 
 
 def judge(fault: Fault, copy: Path, root: Path, seconds: float) -> Result:
-    """Seed a fault in a copy, run its tests, and mend the file."""
+    """Seed a fault in a copy, run its tests, and fix the file."""
     started = time.monotonic()
 
     def result(outcome: Outcome, by: str) -> Result:

@@ -1,6 +1,6 @@
-"""The paper's tables, measured again: every method on the same data, attacked alike, beside the paper's own figures.
+"""The paper's tables, measured again: every method on the same data, under the same attacks, with the paper's figures.
 
-    python tools/reproduce_paper.py --scale smoke --folder runs/paper-smoke      # minutes: a test of the way itself
+    python tools/reproduce_paper.py --scale smoke --folder runs/paper-smoke      # minutes: a test of the tool
     python tools/reproduce_paper.py --scale cpu --folder runs/paper              # headline rows, 3 seeds x 2 corpora
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus frontier known  # dual_plus
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts further --cells sotu-0 wikipedia-0
@@ -8,11 +8,11 @@
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts dynamics backdoor auxiliary pretraining
     python tools/reproduce_paper.py --scale gpu --model pythia-1.4b --folder runs/pythia  # the paper's models and data
 
-A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with a run file of its
-own in the cell's folder, and is done once: started again, the tool goes on where it stopped. A part is run with all
-that it needs, and nothing else. The tables are written after each finished audit, to ``results.md`` and
+A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with its own run file in
+the cell's folder, and is done once: when started again, the tool continues where it stopped. A part is run with the
+steps that it needs, and nothing else. The tables are written after each finished audit, to ``results.md`` and
 ``results.json``. All parts but ``headline``, ``plus``, ``frontier``, ``known`` and ``further`` are for the first corpus
-and seed. What is in each part stands in ``tools/paper/parts.py``, how large in ``tools/paper/scales.py``.
+and seed. ``tools/paper/parts.py`` says what is in each part, ``tools/paper/scales.py`` how large it is.
 
 The scale ``gpu`` needs a data hub, a model hub and a GPU; it has not been run.
 """

@@ -38,7 +38,7 @@ class AuditConfig:
     """Split that no model has seen and no choice was made on."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the forward pass."""
+    """Precision of the forward pass that gives the signals."""
 
     deepspeed: str | None = None
     """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for models too large for one device. Without it each rank
@@ -57,16 +57,18 @@ class AuditConfig:
 
     shadows: Annotated[int, Field(ge=2)] | None = None
     """Shadow models for the attacks ``lira`` and ``lira_offline``, an even number: each is a training run like that of
-    the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of members and non-members."""
+    the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of members and non-members.
+    Unit: models."""
 
     shadow_checkpoint: Literal["best", "latest"] = "best"
     """Checkpoint of each shadow that is run: the one that was exported of the audited models."""
 
     collections: tuple[Annotated[int, Field(ge=2)], ...] = (10, 50, 500)
-    """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out."""
+    """Sizes of the collections that are tested as a whole; those that there are too few documents for are left out.
+    Unit: documents."""
 
     permutations: Annotated[int, Field(ge=99)] = 999
-    """Permutations of the membership labels behind the p-value of the strongest attack."""
+    """Permutations of the membership labels behind the p-value of the strongest attack. Unit: permutations."""
 
     null_model: str | None = None
     """Key of a model in ``models`` that has seen no member, e.g. ``base``: attacks must find nothing in it, or the
@@ -74,39 +76,41 @@ class AuditConfig:
 
     canary_candidates: Annotated[int, Field(ge=20)] = 100
     """Other secrets that each canary's own is ranked among, drawn at random where the space is larger; the models read
-    all of them."""
+    all of them. Unit: secrets."""
 
     canary_guesses: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.25, 0.5, 1.0)
     """Shares of the canaries whose coins are guessed for the lower bound on epsilon; the best bound is corrected for
-    their number, so that a single one, chosen in advance, is sharper."""
+    their number, so that a single one, chosen in advance, is sharper. Unit: share, 0 to 1."""
 
     canary_delta: Annotated[float, Field(ge=0, lt=1)] = 1e-5
-    """Delta of the bound that is stated beside that of delta = 0."""
+    """Delta of the bound that is stated beside that of delta = 0. Unit: probability."""
 
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples of the documents behind every interval. Below about 1000 the ends of a 95 % interval move
-    visibly with the seed."""
+    visibly with the seed. Unit: resamples."""
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Confidence of every interval."""
+    """Confidence of every interval. Unit: probability."""
 
     fpr_targets: list[Annotated[float, Field(gt=0, lt=1)]] = dataclasses.field(
         default_factory=lambda: [0.1, 0.01, 0.001]
     )
-    """False-positive rates at which the true-positive rate is given; a rate below one non-member is printed as n/a."""
+    """False-positive rates at which the true-positive rate is given; a rate below one non-member is printed as n/a.
+    Unit: rate, 0 to 1."""
 
     min_k_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of a document's least likely tokens that Min-K%, Min-K%++ and SURP look at; Shi et al. 2024 found 0.2
     best."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the bootstrap, of the choice of documents, and of prefixes and neighbors."""
+    """Seed of the bootstrap, of the choice of documents, and of prefixes and neighbors. Unit: none."""
 
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """Blocks per forward pass and rank."""
+    """Blocks per forward pass and rank. Unit: blocks."""
 
     max_documents: Annotated[int, Field(ge=2)] | None = None
-    """At most this many members and this many non-members, drawn at random with ``seed``; null takes all."""
+    """At most this many members and this many non-members, drawn at random with ``seed``; null takes all. Unit:
+    documents."""
 
     def __post_init__(self) -> None:
         """Refuse empty and repeated lists, and a class compared with itself."""

@@ -67,13 +67,13 @@ def run_demo(folder: Path, processes: int) -> Path:
     started = time.monotonic()
     runs = write_runs(folder)
     stages = len(STAGES) + 2
-    _say(1, stages, "prepare both corpora", started)
+    _print(1, stages, "prepare both corpora", started)
     for name in ("wikipedia", "sotu"):
         _prepare_corpus(folder, name, runs)
     for number, stage in enumerate(STAGES, start=2):
-        _say(number, stages, stage.title, started)
+        _print(number, stages, stage.title, started)
         _run_stage(folder, stage, processes)
-    _say(stages, stages, "write the report", started)
+    _print(stages, stages, "write the report", started)
     run = parse_run(yaml.safe_load((folder / "audit.yaml").read_text(encoding="utf-8")), source="audit.yaml")
     report = write_run_report(run)
     print_figures(read_figures(run))
@@ -122,5 +122,5 @@ def _run_stage(folder: Path, stage: Stage, processes: int) -> None:
     write_text(done, "")
 
 
-def _say(number: int, total: int, title: str, started: float) -> None:
+def _print(number: int, total: int, title: str, started: float) -> None:
     print(f"[{number}/{total}] {title} ({(time.monotonic() - started) / 60:.1f} min)", flush=True)

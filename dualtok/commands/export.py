@@ -71,6 +71,8 @@ def export(
             left_out = weights_file or file.name == FACTS_FILE or (adapter is not None and file.name in MODEL_FILES)
             if file.is_file() and not left_out:
                 shutil.copyfile(file, folder / file.name)
+        # Not through DeepSpeed's zero_to_fp32: what ZeRO-1 saves with bf16 weights and fp32 accumulation
+        # (BF16_Optimizer, 0.19.8) it calls "not a zero checkpoint".
         reader = saved.reader()
         if adapter is None:
             config = read_model_config(start, trust_remote_code=bool(run["model"].get("trust_remote_code")))

@@ -86,9 +86,8 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     def auc_at(w: float) -> float:
         folder = folders["model"]
         if w < 1:
-            folder = Path(
-                ranks.first_does(lambda: str(write_interpolation(folders["reference"], folders["model"], w, candidate)))
-            )
+            ranks.first_does(lambda: str(write_interpolation(folders["reference"], folders["model"], w, candidate)))
+            folder = candidate
         found = _losses(models, f"w = {w:.3f}", folder)
         seen = _judge(w, found, reference, surrogate, settings.confidence) if ranks.is_first else None
         trial: Trial = ranks.from_first(seen)
@@ -99,12 +98,8 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     # Brent's method ends within its resolution of the limit, on either side: take the largest weight that keeps to it.
     within = [trial for trial in trials if trial.auc <= settings.auc]
     kept = max(within, key=lambda trial: trial.w, default=Trial(0.0, 0.5, 0.5))
-    facts = {
-        "settings": dataclasses.asdict(settings),
-        **dataclasses.asdict(kept),
-        "root": w,
-        "trials": [dataclasses.asdict(trial) for trial in trials],
-    }
+    tried = [dataclasses.asdict(trial) for trial in trials]
+    facts = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(kept), "root": w, "trials": tried}
     ranks.first_does(lambda: _write(folders, kept.w, target, facts))
     for folder in (candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))

@@ -49,20 +49,21 @@ class CanaryConfig:
 
     count: Annotated[int, Field(ge=1)]
     """Canaries, included and kept out together. A lower bound on epsilon grows with them; each included one is trained
-    on."""
+    on. Unit: canaries."""
 
     kind: Literal["digits", "words"] = "digits"
     """What a secret is made of: digits, or words of the ICAO spelling alphabet (alfa to zulu)."""
 
     length: Annotated[int, Field(ge=1)] = 9
-    """Digits or words of a secret, drawn independently and uniformly; Carlini et al. 2019 took nine digits."""
+    """Digits or words of a secret, drawn independently and uniformly; Carlini et al. 2019 took nine digits. Unit:
+    digits or words."""
 
     prefix: str = "The access code of {name} is"
     """What comes before the secret. ``{name}`` is a made-up word of each canary's own; without it all have the same
     prefix, and at most one secret can be extracted."""
 
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """Seed of texts and coins. Whoever knows it and these settings knows which canaries were included."""
+    """Seed of texts and coins. Anyone who has it and these settings knows which canaries were included. Unit: none."""
 
     @property
     def space(self) -> int:

@@ -59,10 +59,11 @@ class StreamConfig:
     """Most GiB that the cache keeps; what was used longest ago goes first."""
 
     prefetch: Annotated[int, Field(ge=0)] = 32
-    """Shards that each reader (a rank, or each of its data workers) fetches in the background before it needs them."""
+    """Shards that each reader (a rank, or each of its data workers) fetches in the background before it needs them.
+    Unit: shards."""
 
     attempts: Count = 8
-    """Most attempts to read one object."""
+    """Most attempts to read one object. Unit: attempts."""
 
     retry_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0
     """No further attempt starts later than so many seconds after the first. The pauses between attempts grow twofold,
@@ -129,7 +130,7 @@ class MixConfig:
     """The folder; of the same tokenizer, ``block_length`` and ``lanes``."""
 
     weight: Annotated[float, Field(ge=1 / MIX_PERIOD, lt=1)]
-    """Its share of the samples, whatever its size."""
+    """Its share of the samples, whatever its size. Unit: share, 0 to 1."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -157,32 +158,33 @@ class DataConfig:
     """Split of a ``datasets`` dataset to stream."""
 
     min_characters: Annotated[int, Field(ge=0)] = 0
-    """Shorter documents are left out."""
+    """Shorter documents are left out. Unit: characters."""
 
     max_documents: Count | None = None
-    """Read at most so many documents of the source."""
+    """Read at most so many documents of the source. Unit: documents."""
 
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = dataclasses.field(default_factory=default_shares)
     """Share of the documents in each split; together at most 1, the rest is left out. A document's split depends on its
-    own text and ``seed`` alone."""
+    own text and ``seed`` alone. Unit: share, 0 to 1."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the split."""
+    """Seed of the split: with the document's own text it decides which split a document is in. Unit: none."""
 
     near_duplicate_threshold: Annotated[float, Field(gt=0, lt=1)] | None = 0.8
-    """Documents whose sets of n-grams have at least this (estimated) Jaccard similarity count as one; null keeps
-    them."""
+    """Documents whose sets of n-grams have at least this (estimated) Jaccard similarity count as one; null keeps them.
+    Unit: similarity, 0 to 1."""
 
     shingle_words: Count = 5
     """Words per n-gram. A document mostly in scripts that put no spaces between words (Chinese, Japanese, Thai, Khmer,
-    ...) has n-grams of characters instead, twice as many; ``prepare`` says how many documents do."""
+    ...) has n-grams of characters instead, twice as many; ``prepare`` says how many documents do. Unit: words."""
 
     special_tokens_in_text: Literal["text", "encode"] = "text"
     """What a document's text becomes where it spells out a special token, e.g. ``<|endoftext|>``: pieces like any other
     text, or (``encode``) the special token itself, for texts that were written with them."""
 
     permutations: Annotated[int, Field(ge=16)] = 128
-    """Hash functions of a MinHash signature."""
+    """Hash functions of a MinHash signature: more estimate the similarity of near duplicates more exactly, and take
+    longer. Default: datasketch's own. Unit: hash functions."""
 
     canaries: CanaryConfig | None = None
     """Made-up documents for the audit, added to ``train`` at random; none by default."""
@@ -192,24 +194,26 @@ class DataConfig:
     is trained on the split ``reference``, so that it has seen no private document."""
 
     vocab_size: Annotated[int, Field(ge=260)] | None = None
-    """Ids of the tokenizer that is trained: 4096 unless given; an error together with ``tokenizer``."""
+    """Ids of the tokenizer that is trained: 4096 unless given; an error together with ``tokenizer``. Unit: token
+    ids."""
 
     block_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens per block."""
+    """Tokens per block, a model's longest input in training. A longer document lies in several blocks, several short
+    ones share one. Unit: tokens."""
 
     lanes: Count = 64
     """Lanes L of each split: sample i comes from lane i mod L, and each shard belongs to one lane. A global micro-batch
-    that divides L lets every lane be read by one rank."""
+    that divides L lets every lane be read by one rank. Unit: lanes."""
 
     rows_per_shard: Count = 1024
-    """Most blocks per shard."""
+    """Most blocks per shard, the unit that is checked and fetched. Unit: blocks."""
 
     mix: tuple[MixConfig, ...] = ()
     """Further prepared folders whose split ``train.split`` is mixed into training; ``dir`` gets the share that they
     leave. Evaluations and the audit concern ``dir`` alone."""
 
     processes: Count = 1
-    """Processes that hash, tokenize and pack. The result does not depend on it."""
+    """Processes that hash, tokenize and pack. The result does not depend on it. Unit: processes."""
 
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """What training does about a shard (or its reference losses) that is missing or altered: stop with an error that

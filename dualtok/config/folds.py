@@ -13,10 +13,10 @@ class LeaveOut:
     """One of several folds, whose documents are not learned."""
 
     fold: Annotated[int, Field(ge=0)]
-    """The fold to leave out, counted from 0."""
+    """The fold to leave out, counted from 0. Unit: none."""
 
     folds: Annotated[int, Field(ge=2)]
-    """Folds in all."""
+    """Folds in all. Unit: folds."""
 
     def __post_init__(self) -> None:
         """Refuse a fold that is not there."""

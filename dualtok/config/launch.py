@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-Seconds = Annotated[int, Field(ge=0)]
 Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]
 """A name or path that stands in a script or a directive as it is."""
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -100,17 +99,18 @@ class LaunchConfig:
     hosts, otherwise the first host."""
 
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
-    """Port of the rendezvous on that host. Slurm's jobs take one that follows from their number, MPI's a free one."""
+    """Port of the rendezvous on that host. Slurm's jobs take one that follows from their number, MPI's a free one.
+    Unit: none."""
 
     min_nodes: Annotated[int, Field(ge=1)] | None = None
     """Train on with so few hosts when others are lost; without it the job waits for all. For the backends ``torchrun``
-    and, over pdsh or ssh, ``deepspeed``, and for a ``PyTorchJob``."""
+    and, over pdsh or ssh, ``deepspeed``, and for a ``PyTorchJob``. Unit: hosts."""
 
     cache_dir: Word | None = None
     """Folder on each host's own disk for compiled operators, kernels and downloads; without it below ``$TMPDIR``."""
 
     restarts: Annotated[int, Field(ge=0)] = 3
-    """How often a failed job goes on from its last checkpoint by itself."""
+    """How often a failed job goes on from its last checkpoint by itself. Unit: restarts."""
 
     stop_seconds: Annotated[int, Field(ge=1)] = 300
     """How long ranks may take for their last step and checkpoint when the job is asked to end; as long before Slurm's

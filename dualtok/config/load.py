@@ -69,7 +69,11 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
 
 
 def parse_run(tree: dict[str, Any], source: str = "run") -> RunConfig:
-    """Validate a run given as nested dictionaries; ``source`` names it in errors."""
+    """Validate a run given as nested dictionaries; ``source`` names it in errors.
+
+    Raises:
+        ConfigError: a setting is unknown, of the wrong type or out of range, or there under two names.
+    """
     tree, notes = with_new_names(tree)
     for note in notes:
         print_to_stderr(f"dualtok: {source}: {note}")

@@ -13,13 +13,13 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021): W x + alpha / rank * B A x with W frozen; only A and B are trained."""
 
     rank: Annotated[int, Field(ge=1)] = 16
-    """Rows of A and columns of B."""
+    """Rows of A and columns of B; the trained parameters grow with it. Unit: none."""
 
     alpha: Annotated[int, Field(ge=1)] = 32
-    """Scale of the adapter's output; alpha / rank multiplies it."""
+    """Scale of the adapter's output; alpha / rank multiplies it. Unit: none."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout of the adapter's input while training."""
+    """Dropout of the adapter's input while training. Unit: probability."""
 
     targets: tuple[str, ...] | None = None
     """Names of the linear layers that get an adapter, e.g. ``[q_proj, v_proj]``; without it every linear layer of the
@@ -42,7 +42,8 @@ class ModelConfig:
     ``train.engine: zero``. Read the code first."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation; each of them stops at the document boundaries of packed blocks."""
+    """Attention implementation; each of them stops at the document boundaries of packed blocks. The names are those of
+    transformers; ``flash_attention_2`` needs its package and a GPU."""
 
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them: less memory, about a third more

@@ -57,7 +57,8 @@ class MonitorConfig:
     """Send the same scalars to Comet; ``{}`` takes the defaults."""
 
     log_every: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps between two sets of events and, when the output is not a terminal, between two plain lines."""
+    """Optimizer steps between two sets of events and, when the output is not a terminal, between two plain lines. Unit:
+    optimizer steps."""
 
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """TFLOP/s that one rank's device reaches at best, for ``throughput/mfu``; None knows NVIDIA's A100, H100 and H200
@@ -73,4 +74,4 @@ class MonitorConfig:
     this off; on one host nothing is watched."""
 
     histogram_every: Annotated[int, Field(ge=0)] = 100
-    """Optimizer steps between two histograms of s(t); 0 writes none."""
+    """Optimizer steps between two histograms of s(t); 0 writes none. Unit: optimizer steps."""

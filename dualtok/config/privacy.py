@@ -13,16 +13,17 @@ class PrivacyConfig:
     """How private a run with ``train.engine: opacus`` is to be; the unit is the document."""
 
     epsilon: Annotated[float, Field(gt=0)] | None = None
-    """Target epsilon of the whole run; the noise that it takes is computed. Give this or ``noise_multiplier``."""
+    """Target epsilon of the whole run; the noise that it takes is computed. Give this or ``noise_multiplier``. Unit:
+    none."""
 
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Probability with which the guarantee may fail; well below one over the number of documents."""
+    """Probability with which the guarantee may fail; well below one over the number of documents. Unit: probability."""
 
     noise_multiplier: Annotated[float, Field(ge=0)] | None = None
-    """Standard deviation of the noise over ``max_gradient_norm``."""
+    """Standard deviation of the noise over ``max_gradient_norm``. Unit: none."""
 
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Norm that each document's gradient is clipped to."""
+    """Norm that each document's gradient is clipped to. Unit: none."""
 
     accountant: Literal["prv", "rdp"] = "prv"
     """Opacus' accountant: ``prv`` (tight) or ``rdp``."""

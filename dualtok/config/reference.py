@@ -52,7 +52,7 @@ class ReferenceConfig:
     float16 has a spacing of .004 at a loss of 4-8, so that borderline tokens would change sides."""
 
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """Blocks per forward pass and rank; in mode ``adapter`` it is the training's."""
+    """Blocks per forward pass and rank; in mode ``adapter`` it is the training's. Unit: blocks."""
 
     deepspeed: str | None = None
     """DeepSpeed JSON file of a ZeRO-3 forward-only engine, for a reference too large for one device. Modes ``stored``
@@ -61,14 +61,15 @@ class ReferenceConfig:
 
     prefetch: Annotated[int, Field(ge=1)] = 2
     """Only ``cpu``: micro-batches that are scored ahead while the model trains on an earlier one. More even out the
-    time of steps, each costs the memory of one micro-batch on the host."""
+    time of steps, each costs the memory of one micro-batch on the host. Unit: micro-batches."""
 
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Only ``cpu``: threads of each rank's worker; without it as many as its cores, or 1 where none are listed."""
+    """Only ``cpu``: threads of each rank's worker; without it as many as its cores, or 1 where none are listed. Unit:
+    threads."""
 
     cores: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Only ``cpu``: host cores that the workers of one host are pinned to, shared evenly by the ranks of that host.
-    Choose cores that the training processes do not use."""
+    Choose cores that the training processes do not use. Unit: none."""
 
     adapter: str | None = None
     """Only ``adapter``: folder of a LoRA adapter of the same base, e.g. one that ``dualtok export`` wrote, that makes
@@ -125,11 +126,11 @@ class InterpolateConfig:
     """Folder or hub name of the trained model. None: what this run itself has trained, its latest checkpoint."""
 
     auc: Annotated[float, Field(gt=0.5, lt=1)] = 0.53
-    """Largest AUC that the Ref attack with the surrogate reference is expected to reach."""
+    """Largest AUC that the Ref attack with the surrogate reference is expected to reach. Unit: none."""
 
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """How sure that is to hold for other documents of the same kind: few non-members keep the model nearer to the
-    reference."""
+    reference. Unit: probability."""
 
     members: SplitName = "train"
     """Split that the model was trained on."""

@@ -39,7 +39,7 @@ class RunConfig:
     """Folder of this run: checkpoints, events, metrics, audit and report."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the initial weights, of the order of blocks and of dropout."""
+    """Seed of the initial weights, of the order of blocks and of dropout. Unit: none."""
 
     objective: ObjectiveName | Literal["dual_plus"] = "dual"
     """``dual`` (DuoLearn), ``dual_plus`` (the same against a cross-fitted reference, and interpolated towards it by

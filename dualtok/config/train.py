@@ -24,11 +24,12 @@ class PipelineConfig:
     """How a model is cut into pipeline stages."""
 
     stages: Count
-    """Pipeline stages; they must divide the ranks, and there cannot be more of them than decoder layers."""
+    """Pipeline stages; they must divide the ranks, and there cannot be more of them than decoder layers. Unit:
+    stages."""
 
     balance: Literal["cost", "layers"] | tuple[Count, ...] = "cost"
     """How decoder layers are dealt to stages: by counted cost, embeddings and head included (``cost``), as equally as
-    possible (``layers``), or as listed, e.g. ``[6, 6, 6, 4]``."""
+    possible (``layers``), or as listed, e.g. ``[6, 6, 6, 4]``. Unit: decoder layers."""
 
     keep_gathered: bool = False
     """Only ``sharded_pipeline``: keep a stage's parameters gathered from one optimizer step to the next, instead of
@@ -67,17 +68,18 @@ class GuardConfig:
     """For a spike; only with ``spike_factor``."""
 
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """A step is a spike when its mean token loss is above this many times the median of the last good steps; without
-    it none is looked for."""
+    """A step is a spike when its mean token loss is above this many times the median of the last good steps; without it
+    none is looked for. Unit: none."""
 
     window: Count = 32
-    """Good steps that the median is taken of; no step is a spike before there are so many."""
+    """Good steps that the median is taken of; no step is a spike before there are so many. Unit: optimizer steps."""
 
     alpha_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """What ``lower_alpha`` multiplies alpha by, each time."""
+    """What ``lower_alpha`` multiplies alpha by, each time. Unit: none."""
 
     patience: Count = 3
-    """Bad steps in a row, or roll-backs in all, after which the run ends whatever is configured."""
+    """Bad steps in a row, or roll-backs in all, after which the run ends whatever is configured. Unit: steps or
+    roll-backs."""
 
     def __post_init__(self) -> None:
         """Refuse settings without effect."""
@@ -92,27 +94,29 @@ class TrainConfig:
     """Optimisation, batch, precision, evaluation and checkpoints. All sizes are global: none depends on the ranks."""
 
     learning_rate: Positive
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW. Unit: none."""
 
     batch_size: Count
-    """Blocks per optimizer step over all ranks and accumulation steps."""
+    """Blocks per optimizer step over all ranks and accumulation steps. Unit: blocks."""
 
     steps: Count | None = None
-    """Optimizer steps; give either this or ``epochs``."""
+    """Optimizer steps; give either this or ``epochs``. Unit: optimizer steps."""
 
     epochs: Positive | None = None
-    """Passes over the split; give either this or ``steps``."""
+    """Passes over the split; give either this or ``steps``. Unit: passes."""
 
     split: SplitName = "train"
     """Split to learn: ``reference`` and ``attack_reference`` for the models of those names."""
 
     leave_out: LeaveOut | None = None
     """Fold of documents that are not learned, for a reference model that is to judge them without having seen them
-    (``reference.folds``), e.g. ``{fold: 0, folds: 2}``."""
+    (``reference.folds``), e.g. ``{fold: 0, folds: 2}``. Without effect, and refused, with ``engine: opacus``, as are
+    ``deepspeed``, ``data_workers``, ``loss_backend``, ``loss_memory_mib``, ``gradient_clipping`` and
+    ``guard.spike_factor``."""
 
     gradient_accumulation: Count = 1
-    """Micro-batches per optimizer step. ``selection.scope`` says whether tokens are ranked per micro-batch or per
-    step."""
+    """Micro-batches per optimizer step. ``selection.scope`` says whether tokens are ranked per micro-batch or per step.
+    Unit: micro-batches."""
 
     engine: Literal["zero", "pipeline", "sharded_pipeline", "opacus"] = "zero"
     """How the model is spread over ranks: data-parallel with ZeRO 0-3 (``zero``), in pipeline stages with ZeRO 0-1
@@ -130,22 +134,24 @@ class TrainConfig:
     """Precision of weights and activations. Under bf16 master weights and accumulated gradients stay in fp32."""
 
     gradient_clipping: NotNegative = 1.0
-    """Largest norm of the global gradient; 0 turns clipping off."""
+    """Largest norm of the global gradient; 0 turns clipping off. Default: GPT-3 (Brown et al. 2020). Unit: none."""
 
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Decay of the learning rate after the warm-up, to 0 at the last step."""
+    """Course of the learning rate after the warm-up: it stays (``constant``), or falls to 0 at the last step."""
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up. Unit: optimizer steps."""
 
     weight_decay: NotNegative = 0.1
-    """Decoupled weight decay of the matrices; biases and norms have none."""
+    """Decoupled weight decay of the matrices; biases and norms have none. Default: GPT-3 (Brown et al. 2020). Unit:
+    none."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's coefficients of the running means of the gradient and of its square."""
+    """AdamW's coefficients of the running means of the gradient and of its square. Default: GPT-3 (Brown et al. 2020).
+    Unit: none."""
 
     epsilon: Positive = 1e-8
-    """AdamW's term in the denominator."""
+    """Added to the denominator of AdamW's update, against division by 0. Default: torch's own. Unit: none."""
 
     loss_backend: Literal["torch", "cut_cross_entropy", "liger"] = "torch"
     """What computes the token losses from the last hidden states. ``torch`` runs everywhere and its backward pass
@@ -157,20 +163,20 @@ class TrainConfig:
     those of other selected tokens are computed again. Without it 256 on a CPU and 1024 on an accelerator."""
 
     data_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes per rank that read blocks ahead; 0 reads in the training process."""
+    """Processes per rank that read blocks ahead; 0 reads in the training process. Unit: processes."""
 
     evaluate_every: Count | None = None
-    """Optimizer steps between evaluations on ``validation``; without it only at the end."""
+    """Optimizer steps between evaluations on ``validation``; without it only at the end. Unit: optimizer steps."""
 
     evaluation_blocks: Count = 256
-    """Most blocks of ``validation``, and of the training split, that an evaluation reads."""
+    """Most blocks of ``validation``, and of the training split, that an evaluation reads. Unit: blocks."""
 
     checkpoint_every: Count | None = None
     """Optimizer steps between checkpoints; without it one per evaluation, or every 500 steps if there is none on the
-    way."""
+    way. Unit: optimizer steps."""
 
     checkpoint_keep: Count = 1
-    """How many of the last checkpoints stay on disk; the best one always does."""
+    """How many of the last checkpoints stay on disk; the best one always does. Unit: checkpoints."""
 
     checkpoint_in_background: bool = False
     """Write checkpoints while training goes on; costs each rank the host memory of a copy of its states (12 bytes per

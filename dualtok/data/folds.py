@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dualtok.data.hashing import split_mix
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -19,7 +21,7 @@ def fold_of(documents: ArrayLike, folds: int) -> NDArray[np.int64]:
 
     Ids are mixed, so that folds do not follow an order of the source.
     """
-    return (_mixed(np.asarray(documents).astype(np.uint64)) % np.uint64(folds)).astype(np.int64)
+    return (split_mix(np.asarray(documents).astype(np.uint64)) % np.uint64(folds)).astype(np.int64)
 
 
 def in_shadow(documents: ArrayLike, shadow: int, seed: int) -> NDArray[np.bool_]:
@@ -35,15 +37,6 @@ def in_shadow(documents: ArrayLike, shadow: int, seed: int) -> NDArray[np.bool_]
         seed: of the draws.
     """
     pair, second = divmod(shadow, 2)
-    key = _mixed(_mixed(np.array([seed], np.uint64)) ^ np.uint64(pair))
-    ids = _mixed(np.asarray(documents).astype(np.uint64))
-    return (_mixed(ids ^ key) >> np.uint64(63)) == np.uint64(second)
-
-
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return SplitMix64 of each number (Steele et al. 2014): all bits depend on all of its bits."""
-    with np.errstate(over="ignore"):
-        mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    key = split_mix(split_mix(np.array([seed], np.uint64)) ^ np.uint64(pair))
+    ids = split_mix(np.asarray(documents).astype(np.uint64))
+    return (split_mix(ids ^ key) >> np.uint64(63)) == np.uint64(second)

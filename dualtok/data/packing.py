@@ -66,13 +66,13 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         place = bisect_left(open_bins, (lengths[item], -1))
         if place == len(open_bins):
             bins.append([item])
-            room, which = capacity - lengths[item], len(bins) - 1
+            free, which = capacity - lengths[item], len(bins) - 1
         else:
-            room, which = open_bins.pop(place)
+            free, which = open_bins.pop(place)
             bins[which].append(item)
-            room -= lengths[item]
-        if room:
-            entry = (room, which)
+            free -= lengths[item]
+        if free:
+            entry = (free, which)
             open_bins.insert(bisect_left(open_bins, entry), entry)
     return bins
 

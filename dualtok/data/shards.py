@@ -1,6 +1,6 @@
 """Shards: Arrow IPC files of blocks, memory-mapped, so that any row is read without its neighbors.
 
-Chosen over Parquet by measurement (``tools/bench_shards.py``, figures in ``docs/log.md``).
+Chosen over Parquet by measurement (``tools/bench_shards.py``, figures in ``docs/results/data.md``).
 """
 
 from __future__ import annotations

@@ -71,10 +71,10 @@ def refuse_wrong_gradients(installed: str) -> None:
     Raises:
         ConfigError: names the version and what to install.
     """
-    first, mended = map(Version, WRONG_GRADIENTS)
-    if first <= Version(installed) < mended:
+    first, fixed = map(Version, WRONG_GRADIENTS)
+    if first <= Version(installed) < fixed:
         raise ConfigError(
-            f"deepspeed {installed} is installed; from {first} to before {mended} it divides gradients once too often "
+            f"deepspeed {installed} is installed; from {first} to before {fixed} it divides gradients once too often "
             "under gradient accumulation; install deepspeed>=0.19.8,<0.20"
         )
 
@@ -121,6 +121,8 @@ def training_config(train: TrainConfig, world_size: int) -> Json:
     """
     refuse_wrong_gradients(version("deepspeed"))
     half = train.precision == "bf16"
+    # DeepSpeed 0.19.8 refuses stage 0 with bf16 weights and fp32 accumulation: "unsupported mix of model_dtype and
+    # grad_accum_dtype". Hence stage 1 without a JSON, and an error below that names the setting.
     merged: Json = {"zero_optimization": {"stage": 1 if half else 0}}
     if train.deepspeed is not None:
         merged = read_deepspeed_json(train.deepspeed)

@@ -130,6 +130,33 @@ SECTIONS = {
     "comms_logger": ("deepspeed.comm.config", "CommsLoggerConfig"),
 }
 """Sections that DeepSpeed describes itself."""
+SIZE, SIZE_OR_0, STAGE, DEVICE = "at least 1", "at least 0", "0 to 3", "none, cpu or nvme"
+OFFLOAD = {"device": DEVICE, "nvme_path": TEXT, "buffer_count": SIZE_OR_0, "pin_memory": FLAG}
+SWITCH = {"enabled": FLAG}
+ORDINARY: dict[str, dict[str, Any]] = {
+    "zero_optimization": {
+        "stage": STAGE,
+        "contiguous_gradients": FLAG,
+        "reduce_scatter": FLAG,
+        "allgather_partitions": FLAG,
+        "overlap_comm": FLAG,
+        "round_robin_gradients": FLAG,
+        "reduce_bucket_size": SIZE,
+        "allgather_bucket_size": SIZE_OR_0,
+        "sub_group_size": SIZE_OR_0,
+        "stage3_prefetch_bucket_size": SIZE_OR_0,
+        "stage3_param_persistence_threshold": SIZE_OR_0,
+        "stage3_max_live_parameters": SIZE_OR_0,
+        "stage3_max_reuse_distance": SIZE_OR_0,
+        "stage3_gather_16bit_weights_on_model_save": FLAG,
+        "offload_param": {**OFFLOAD, "buffer_size": SIZE_OR_0, "max_in_cpu": SIZE_OR_0},
+        "offload_optimizer": {**OFFLOAD, "pipeline_read": FLAG, "pipeline_write": FLAG, "fast_init": FLAG},
+    },
+    "bf16": SWITCH,
+    "bfloat16": SWITCH,
+    "fp16": SWITCH,
+}
+"""What is in most of these sections, and surely right: DeepSpeed, which takes 2 s to import, is not asked about it."""
 
 
 def checked(config: Json, file: str | Path) -> Json:
@@ -191,6 +218,8 @@ RUN_DECIDES = (
 
 def _section(value: Any, key: str, file: str | Path) -> Json:
     """Return a section that DeepSpeed describes by a pydantic model, after that model took it."""
+    if isinstance(value, dict) and _is_ordinary(value, ORDINARY.get(key, {})):
+        return value
     module, name = SECTIONS[key]
     model = getattr(import_module(module), name)
     if not isinstance(value, dict):
@@ -205,6 +234,20 @@ def _section(value: Any, key: str, file: str | Path) -> Json:
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"{file}: {key}: {' '.join(str(error).split())[:200]}") from None
     return given
+
+
+def _is_ordinary(value: Any, kind: Any) -> bool:
+    """Return whether a value is one that DeepSpeed takes, as far as :data:`ORDINARY` tells; never for "auto"."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(name in kind and _is_ordinary(value[name], kind[name]) for name in value)
+    if kind == DEVICE:
+        return value in ("none", "cpu", "nvme")
+    if kind == STAGE:
+        return type(value) is int and 0 <= value <= 3
+    if kind in (SIZE, SIZE_OR_0):
+        whole = type(value) in (int, float) and 0 <= value < 2**53 and value == int(value)  # 5e8 is a float in JSON
+        return whole and (kind == SIZE_OR_0 or value > 0)
+    return type(value) in TYPES[kind] and value != AUTO
 
 
 def _known_fields(value: Json, model: type[BaseModel], path: str, file: str | Path) -> Json:

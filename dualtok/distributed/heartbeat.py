@@ -42,7 +42,7 @@ RECENT = 12
 """Beats of which the longest round trip is shown."""
 CONNECT_SECONDS = 30.0
 STATUS_FILE = "hosts.json"
-LOST, LEFT = "lost", "left"
+LOST, LEFT_JOB = "lost", "left"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -74,7 +74,7 @@ class Silence:
         self._longest, self._looked = 2 * pause, time.monotonic()
         self._value: object = None
 
-    def look(self, value: object) -> float:
+    def update(self, value: object) -> float:
         """Take note of the value, and return the seconds since it last changed."""
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, self._longest), now
@@ -164,7 +164,7 @@ class Heartbeat:
                 store = store or self._connect(self._pause)
                 started = time.monotonic()
                 if self._speaks:
-                    store.set(_key(self._own), LEFT if over else f"{self._heard} {max(round_trips):.6f}")
+                    store.set(_key(self._own), LEFT_JOB if over else f"{self._heard} {max(round_trips):.6f}")
                 verdict = store.get(LOST).decode()
                 round_trips.append(time.monotonic() - started)
                 self._heard += 1
@@ -180,12 +180,12 @@ class Heartbeat:
         pause = self._pause / 2
         silence = Silence(pause)
         while not self._over.wait(pause):
-            if silence.look(self._heard) > self._seconds:
+            if silence.update(self._heard) > self._seconds:
                 first, own = self._hosts[0], self._hosts[self._own]
                 self._end(
                     f"host {first}, which the others meet at, has not been heard from for {silence.seconds:.0f} s: it "
                     f"is down, or this host, {own}, is cut off. The ranks of this host end here; if {first.name} is "
-                    f"alive, it says how the others go on. When the network is mended: {self._resume}"
+                    f"alive, it says how the others go on. When the network is fixed: {self._resume}"
                 )
 
     def _judge(self) -> None:
@@ -198,8 +198,8 @@ class Heartbeat:
         while not self._over.wait(self._pause):
             values = [value.decode() for value in store.multi_get([_key(place) for place in others])]
             for place, value in zip(others, values, strict=True):
-                silences[place].look(value)
-                if value == LEFT:
+                silences[place].update(value)
+                if value == LEFT_JOB:
                     silences[place].seconds = 0.0
             lost = {place: silence.seconds for place, silence in silences.items() if silence.seconds > self._seconds}
             if lost:

@@ -1,7 +1,8 @@
 """Locks of DeepSpeed's compiled operators that nobody holds any more.
 
-torch compiles an extension under a lock file, and every later process waits for it to go. A compiler that was killed
-leaves the file behind, and every job on the host then hangs without a word.
+torch 2.13.0 compiles and loads an extension under a file ``lock`` in ``TORCH_EXTENSIONS_DIR``, and every later process
+waits for it to go. A process that was killed meanwhile leaves the file behind, and every job on the host then hangs
+without a word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who works on a run, and how each rank ended: so that a run's folder alone says whether it lives and of what it died.
+"""Who works on a run, and how each rank ended: a run's folder alone tells whether it is alive and why it ended.
 
 <output_dir>/job/started.json      written by rank 0 when the job has passed its checks
 <output_dir>/job/rank-00003.json   written by rank 3 when it ends by itself; one that is killed writes nothing

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
+def free_port() -> int:
+    """Return a port that nobody on this host uses now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def address_of(interface: str) -> str:
     """Return the IPv4 address of one of this host's interfaces.
 

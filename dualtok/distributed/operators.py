@@ -7,7 +7,6 @@ with the process that holds it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from dualtok.distributed.jit_locks import is_held, is_shared, operators_folder
+from dualtok.files import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Imported where they are used, for what they take to load: DeepSpeed (2 s).
 
 POLL_SECONDS = 0.2
-TOLD_AFTER_SECONDS = 3.0
+NOTICE_AFTER_SECONDS = 3.0
 """Shorter waits are not worth a line."""
 
 
@@ -49,7 +49,7 @@ def _in_turn(jit_load: Callable[..., Any]) -> Callable[..., Any]:
         folder, name = operators_folder(), str(builder.name)
         with _turn(folder, name):
             _wait_for_others(folder, name)
-            with _told(f"DeepSpeed compiles its operator {name} for this host, once; it takes a minute or more"):
+            with _notice(f"DeepSpeed compiles its operator {name} for this host, once; it takes a minute or more"):
                 return jit_load(builder, *arguments, **settings)
 
     return load
@@ -59,29 +59,13 @@ def _in_turn(jit_load: Callable[..., Any]) -> Callable[..., Any]:
 def _turn(folder: Path, name: str) -> Iterator[None]:
     """Wait until no other process of this host builds an operator, and keep others from it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".{name}.turn"
-    with path.open("a+b") as stream:
-        began, said = time.monotonic(), False
-        while not _locked(stream.fileno()):
-            if not said and time.monotonic() - began > TOLD_AFTER_SECONDS:
-                holder = path.read_text(encoding="utf-8").strip() or "another process"
-                _say(f"waiting for {holder} to compile DeepSpeed's operator {name} in {folder}")
-                said = True
-            time.sleep(POLL_SECONDS)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()}".encode())
-        stream.flush()
+
+    def notify(holder: str) -> None:
+        _print(f"waiting for {holder} to compile DeepSpeed's operator {name} in {folder}")
+
+    # On a file system without locks, torch's own lock file is all there is.
+    with locked(folder / f".{name}.turn", f"process {os.getpid()}", notify, NOTICE_AFTER_SECONDS):
         yield
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: torch's own lock file is all there is
-        return True
-    return True
 
 
 def _wait_for_others(folder: Path, name: str) -> None:
@@ -93,19 +77,19 @@ def _wait_for_others(folder: Path, name: str) -> None:
                 time.sleep(POLL_SECONDS)  # its holder closes it a moment before it removes it
                 if lock.exists() and not is_held(lock):
                     lock.unlink(missing_ok=True)
-                    _say(f"removed {lock}, which a compilation that was killed had left")
+                    _print(f"removed {lock}, which a compilation that was killed had left")
                     break
-            if not said and time.monotonic() - began > TOLD_AFTER_SECONDS:
+            if not said and time.monotonic() - began > NOTICE_AFTER_SECONDS:
                 other = "another host" if is_shared(lock) else "another process"
-                _say(f"waiting for {other} to compile DeepSpeed's operator {name} ({lock})")
+                _print(f"waiting for {other} to compile DeepSpeed's operator {name} ({lock})")
                 said = True
             time.sleep(POLL_SECONDS)
 
 
 @contextmanager
-def _told(line: str) -> Iterator[None]:
+def _notice(line: str) -> Iterator[None]:
     """Say a line if what follows takes longer than a moment."""
-    timer = Timer(TOLD_AFTER_SECONDS, _say, [line])
+    timer = Timer(NOTICE_AFTER_SECONDS, _print, [line])
     timer.daemon = True
     timer.start()
     try:
@@ -114,7 +98,7 @@ def _told(line: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError, ValueError):  # a terminal that has gone must not stop the run
             print(f"dualtok: {line}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dualtok.distributed.network import own_address
+from dualtok.distributed.network import free_port, own_address
 from dualtok.errors import ConfigError, print_to_stderr
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def ask_mpi(environment: Mapping[str, str]) -> dict[str, str]:
         raise ConfigError(f"MPI started this rank, but mpi4py cannot be used ({error}); pip install mpi4py") from None
     world = MPI.COMM_WORLD
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
-    place = (environment.get("MASTER_ADDR") or own_address(environment), environment.get("MASTER_PORT") or _free_port())
+    place = (
+        environment.get("MASTER_ADDR") or own_address(environment),
+        environment.get("MASTER_PORT") or str(free_port()),
+    )
     address, port = world.bcast(place)
     answers = {
         "RANK": str(world.rank),
@@ -84,13 +87,7 @@ def ask_mpi(environment: Mapping[str, str]) -> dict[str, str]:
     return answers
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
-
-
-def meet(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+def join_rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
     """Wait until all ranks of the job are there, and say which are not while it takes long.
 
     Under torchrun, rank 0 holds a new store at each start, and leaves its port in the agent's. torch 2.13 would take

@@ -16,10 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualtok.distributed.network import free_port
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Imported where they are used, for what they take to load: torch (1 s).
+# Imported where they are used, for what they take to load: torch (1 s), and parts of dualtok that need it. The clock
+# must be answered at once.
 
 CONNECT_SECONDS = 5.0
 GREETING = b"dualtok doctor"
@@ -88,14 +91,7 @@ def connect(host: str, port: int) -> str | None:
     return None if received == GREETING else "something else answers there"
 
 
-def free_port() -> int:
-    """Return a port that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def look(file: str) -> str | None:
+def read_file(file: str) -> str | None:
     """Return a file's text; None if this host does not see it."""
     try:
         return Path(file).read_text(encoding="utf-8")
@@ -103,7 +99,7 @@ def look(file: str) -> str | None:
         return None
 
 
-def leave(file: str, text: str) -> str | None:
+def write_file(file: str, text: str) -> str | None:
     """Write a file; returns why it cannot be."""
     try:
         Path(file).write_text(text, encoding="utf-8")
@@ -121,7 +117,7 @@ def ranks(job: dict[str, Any]) -> dict[str, Any]:
 
 REQUESTS: dict[str, Callable[..., Any]] = {
     call.__name__: call
-    for call in (read_clock, read_versions, examine_machine, listen, connect, free_port, look, leave, ranks)
+    for call in (read_clock, read_versions, examine_machine, listen, connect, free_port, read_file, write_file, ranks)
 }
 
 

@@ -95,9 +95,9 @@ def check_shared_folder(sessions: Sequence[Session], folder: Path) -> list[Check
                 host = session.host.name
                 asked, answered = own / f"from-here-{ours}", own / f"from-there-{theirs}"
                 asked.write_text(ours)
-                if session.ask("look", file=str(asked)) != ours:
+                if session.ask("read_file", file=str(asked)) != ours:
                     problem = f"{host} does not see what this host writes to {folder}"
-                elif (error := session.ask("leave", file=str(answered), text=theirs)) is not None:
+                elif (error := session.ask("write_file", file=str(answered), text=theirs)) is not None:
                     problem = f"{host} cannot write to {folder}: {error}"
                 elif not answered.is_file() or answered.read_text() != theirs:
                     problem = f"this host does not see what {host} writes to {folder}"
@@ -107,7 +107,7 @@ def check_shared_folder(sessions: Sequence[Session], folder: Path) -> list[Check
                 results.append(CheckResult(name, "fail", problem, remedy, host))
     except OSError as error:
         return [
-            CheckResult(name, "fail", f"{folder}: {error.strerror}", "mend the folder, or choose another output_dir")
+            CheckResult(name, "fail", f"{folder}: {error.strerror}", "fix the folder, or choose another output_dir")
         ]
     return results
 

@@ -128,7 +128,7 @@ def check_operators(names: list[str], *, quick: bool = False, locks: CheckResult
         name,
         problem,
         f"{', '.join(names)}: loaded after {time.perf_counter() - started:.0f} s",
-        f"mend the compiler (see above), then `{build}`",
+        f"fix the compiler (see above), then `{build}`",
     )
 
 

@@ -132,7 +132,7 @@ class Session:
         except queue.Empty:
             raise UnreachableError(f"{self.host.name}: no answer after {seconds:.0f} s") from None
         if not line:
-            raise UnreachableError(f"{self.host.name}: {self._last_words()}")
+            raise UnreachableError(f"{self.host.name}: {self._last_error_line()}")
         found = json.loads(line)
         if "error" in found:
             raise UnreachableError(f"{self.host.name}: {found['error']}")
@@ -145,7 +145,7 @@ class Session:
                 self._answers.put(line)
         self._answers.put(b"")
 
-    def _last_words(self) -> str:
+    def _last_error_line(self) -> str:
         self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()

@@ -26,7 +26,7 @@ from dualtok.distributed.ranks import join_ranks, leave_ranks
 from dualtok.doctor.result import CheckResult, judged
 from dualtok.errors import ConfigError
 from dualtok.model.load import DTYPES
-from dualtok.model.loss_backends import KERNELS, MODULES, PACKAGES, WAY_OUT, check_backend
+from dualtok.model.loss_backends import FALLBACK, KERNELS, MODULES, PACKAGES, check_backend
 from dualtok.objective.chunked_cross_entropy import linear_cross_entropy
 from dualtok.train.engines.gradient_check import TOLERANCE, gradient_error
 
@@ -109,8 +109,8 @@ def check_gradients(ranks: Ranks) -> CheckResult:
     found = ", ".join(f"ZeRO-{stage} {error:.1e}" for stage, error in errors.items())
     found = f"relative error under accumulation on {ranks.world_size} ranks: {found}"
     wrong = [f"{found} (allowed {TOLERANCE})"] if any(not error <= TOLERANCE for error in errors.values()) else []
-    first, mended = WRONG_GRADIENTS
-    return judged(name, wrong, found, f"install deepspeed==0.19.8; {first} to before {mended} scale wrongly")
+    first, fixed = WRONG_GRADIENTS
+    return judged(name, wrong, found, f"install deepspeed==0.19.8; {first} to before {fixed} scale wrongly")
 
 
 def check_loss_kernels(ranks: Ranks, kernels: dict[str, LinearCrossEntropy] | None = None) -> CheckResult:
@@ -139,7 +139,7 @@ def check_loss_kernels(ranks: Ranks, kernels: dict[str, LinearCrossEntropy] | No
                 problems.append(f"rank {ranks.rank}, {precision}: {error}")
     everywhere = [problem for part in ranks.gather_objects(problems) for problem in part]
     if everywhere:
-        return CheckResult(name, "fail", "; ".join(everywhere), f"{WAY_OUT}, or install another version of the kernel")
+        return CheckResult(name, "fail", "; ".join(everywhere), f"{FALLBACK}, or install another version of the kernel")
     return CheckResult(
         name, "ok", "; ".join([f"losses and weighted gradients are right: {', '.join(kernels)}", *remarks])
     )
@@ -147,18 +147,18 @@ def check_loss_kernels(ranks: Ranks, kernels: dict[str, LinearCrossEntropy] | No
 
 def main() -> int:
     """Join the ranks and make the checks; rank 0 prints the results."""
-    _say(int(os.environ.get("RANK", "0")), DOING + "joining the ranks")
+    _print(int(os.environ.get("RANK", "0")), DOING + "joining the ranks")
     ranks = join_ranks(timeout_minutes=TIMEOUT_MINUTES)
     quiet_deepspeed()
     for name, check in zip(NAMES, (check_collectives, check_gradients, check_loss_kernels), strict=True):
-        _say(ranks.rank, DOING + name)
+        _print(ranks.rank, DOING + name)
         result = check(ranks)
-        _say(ranks.rank, LINE + json.dumps(asdict(result)))
+        _print(ranks.rank, LINE + json.dumps(asdict(result)))
     leave_ranks()
     return 0
 
 
-def _say(rank: int, line: str) -> None:
+def _print(rank: int, line: str) -> None:
     if rank == 0:
         print(line, flush=True)
 

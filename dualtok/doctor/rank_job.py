@@ -47,7 +47,7 @@ class Ended:
     """Exit status; None if the deadline came first."""
     output: str
 
-    def last_words(self) -> str:
+    def last_error_line(self) -> str:
         """Return the line that says most about a failure."""
         lines = [line.strip() for line in self.output.splitlines() if line.strip()]
         for begins in ("dualtok: error:", "[rank"):
@@ -125,8 +125,8 @@ def results_of(jobs: Sequence[Ended]) -> list[CheckResult]:
             ),
         )
     else:
-        words = (failed or jobs[0]).last_words()
-        reason, remedy = f"the ranks ended while {doing}: {words}", "mend what the message names, and the checks above"
+        words = (failed or jobs[0]).last_error_line()
+        reason, remedy = f"the ranks ended while {doing}: {words}", "fix what the message names, and the checks above"
     first, *others = missing
     return [
         *found.values(),

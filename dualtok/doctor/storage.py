@@ -48,7 +48,7 @@ def check_disk(folder: Path, *, quick: bool = False) -> CheckResult:
             free = shutil.disk_usage(own).free
             write, read = _speeds(own / "speed", size)
     except OSError as error:
-        remedy = "free space (old checkpoints, caches), mend the folder, or choose another output_dir"
+        remedy = "free space (old checkpoints, caches), fix the folder, or choose another output_dir"
         return CheckResult(name, "fail", f"{folder}: {size // MIB} MiB cannot be written: {error.strerror}", remedy)
     found = f"{folder}: {free / GIB:.0f} GiB free, writes {write / MIB:,.0f} MiB/s, reads {read / MIB:,.0f} MiB/s"
     if free < FREE_BYTES:

@@ -61,7 +61,7 @@ def check_training(
     try:
         file, tiny = _write_run(folder, run, ranks)
     except DualtokError as error:
-        return CheckResult(NAME, "fail", str(error), "mend what the message names")
+        return CheckResult(NAME, "fail", str(error), "fix what the message names")
     ended = start(["train", str(file)])
     words = f"{STEPS} steps of a tiny model with objective {tiny['objective']} on {ranks} ranks, {_layout(run)}"
     found, remedy = _outcome(ended, Path(tiny["output_dir"]))
@@ -74,11 +74,11 @@ def _outcome(ended: Sequence[Ended], output: Path) -> tuple[str, str]:
     """Return what came out and, if it is not what it should be, the remedy."""
     failed = next((host for host in ended if host.status), None)
     if failed is not None:
-        return failed.last_words(), "mend what the message names; `dualtok train` with this run would end alike"
+        return failed.last_error_line(), "fix what the message names; `dualtok train` with this run would end alike"
     late = next((host for host in ended if host.status is None), None)
     if late is not None:
         return (
-            f"no end before the deadline; last line: {late.last_words()}",
+            f"no end before the deadline; last line: {late.last_error_line()}",
             "the ranks wait for each other: see the checks above, and the interfaces",
         )
     losses = [row["loss"] for row in read_history(output / "metrics.jsonl")]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dualtok.config.run import RunConfig
 
-# Imported where they are used, for what they take to load: torch (1 s).
+# Imported where they are used, for what they take to load: torch (1 s), and parts of dualtok that need it.
 
 BACKENDS: dict[str, Callable[[Job], Start]] = {
     "deepspeed": deepspeed,

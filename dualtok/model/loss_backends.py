@@ -3,8 +3,8 @@
 Some released kernels apply one factor to all tokens where each token has its own, and the dual loss would then learn
 what it should unlearn. :func:`check_backend` finds that out on a small problem when the run starts. The adapters below
 follow the packages' sources (cut-cross-entropy 25.1.1, liger-kernel 0.8.5). Both have passed the check on a GPU
-in bf16 (docs/log.md), Liger's also in fp32, and in Triton's interpreter on a CPU, without a soft cap; the other's do
-not run there.
+in bf16 (docs/results/gpu.md), Liger's also in fp32, and in Triton's interpreter on a CPU, without a soft cap; the
+other's do not run there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
 MODULES = {"cut_cross_entropy": "cut_cross_entropy", "liger": "liger_kernel"}
 """Name of a backend -> the module that must be there."""
 
-WAY_OUT = "use loss_backend: torch"
+FALLBACK = "use loss_backend: torch"
 CHECK_TOKENS, CHECK_HIDDEN, CHECK_VOCABULARY = 96, 64, 512
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 """Largest relative error, by norm, that is rounding: kernels multiply float32 with 10-bit mantissas (TF32)."""
@@ -58,7 +58,7 @@ def load_backend(
         )
     if find_spec(MODULES[name]) is None:
         raise ConfigError(
-            f"train.loss_backend: {name} is not installed; run `pip install {PACKAGES[name]}`, or {WAY_OUT}"
+            f"train.loss_backend: {name} is not installed; run `pip install {PACKAGES[name]}`, or {FALLBACK}"
         )
     kernel = KERNELS[name]
     check_backend(
@@ -115,14 +115,14 @@ def check_backend(
         found = run(kernel, device, dtype)
     except Exception as error:  # whatever a third party's kernel raises, the user needs the way out
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"train.loss_backend: {name} failed its check ({reason}); {WAY_OUT}") from error
+        raise ConfigError(f"train.loss_backend: {name} failed its check ({reason}); {FALLBACK}") from error
     for what, ours in expected.items():
         theirs = found[what]
         size = float((theirs - ours).norm() / ours.norm()) if theirs.shape == ours.shape else float("inf")
         if not size <= TOLERANCES[dtype]:
             raise ConfigError(
                 f"train.loss_backend: {name} errs in the {what} when tokens have different weights (relative error "
-                f"{size:.2g}, allowed {TOLERANCES[dtype]}); {WAY_OUT}"
+                f"{size:.2g}, allowed {TOLERANCES[dtype]}); {FALLBACK}"
             )
 
 

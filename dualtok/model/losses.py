@@ -65,6 +65,7 @@ class TokenLossModel(nn.Module):
         inputs = self.base_inputs(batch)
         if self._one_row:
             inputs = {name: tensor.flatten(0, 1)[None] for name, tensor in inputs.items()}
+        # With a cache transformers ignores the starts in position_ids: attention crosses documents without a sign.
         output = self.causal_lm.base_model(**inputs, use_cache=False)
         return output.last_hidden_state.view(*batch["position_ids"].shape, -1)
 

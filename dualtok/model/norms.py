@@ -41,6 +41,6 @@ def _square(tensor: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
     square = torch.zeros((), dtype=torch.float64)
     for chunk in tensor.detach().flatten().split(CHUNK):
-        wide = chunk.double()
-        square += torch.dot(wide, wide)
+        double = chunk.double()
+        square += torch.dot(double, double)
     return square

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
+from dualtok.objective.settings import ACCELERATOR_LOSS_MEMORY_MIB, LOSS_MEMORY_MIB
+
 IGNORED_LABEL = -100
-LOSS_MEMORY_MIB, ACCELERATOR_LOSS_MEMORY_MIB = 256, 1024
-"""Memory for logits unless a setting says otherwise, on a CPU and on an accelerator, which small chunks keep waiting:
-on an H200 a vocabulary of 256,000 took 235 ms with 256 MiB and 126 ms with 1 GiB."""
 
 WORKING_SHARE = 4
 """One part in so many of the memory budget holds the chunk at work, the others the logits that are kept."""
@@ -120,7 +119,13 @@ def default_memory_mib(device: torch.device) -> int:
 
 
 def chunk_rows(memory_mib: float, vocabulary: int, itemsize: int) -> int:
-    """Return how many tokens' logits are at work at once under a budget; at least 1."""
+    """Return how many tokens' logits are at work at once under a budget; at least 1.
+
+    Args:
+        memory_mib: the budget in MiB.
+        vocabulary: logits of one token.
+        itemsize: bytes of a logit.
+    """
     return max(1, int(memory_mib * 2**20 / WORKING_SHARE / (vocabulary * itemsize)))
 
 
@@ -148,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_kept = min(r, (WORKING_SHARE - 1) * size) if how.keep else 0
         kept_kv = hidden_nd.new_empty(n_kept, vocabulary)
         work_cv = hidden_nd.new_empty(min(size, r - n_kept), vocabulary)
-        log_sum_r, target_r = (torch.empty(r, dtype=_wide(hidden_nd), device=hidden_nd.device) for _ in range(2))
+        log_sum_r, target_r = (torch.empty(r, dtype=_sum_dtype(hidden_nd), device=hidden_nd.device) for _ in range(2))
         for here in _cut(0, n_kept, size) + _cut(n_kept, r, size):
             logits_cv = kept_kv[here] if here.stop <= n_kept else work_cv[: here.stop - here.start]
             _logits(hidden_rd[here], weight_vd, bias_v, how.scaling, out=logits_cv)
@@ -198,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if into_weight is not None:
                 into_weight.add_product(slopes_cv.t(), hidden_cd)
             if into_bias is not None:
-                into_bias.add(slopes_cv.sum(0, dtype=_wide(slopes_cv)))
+                into_bias.add(slopes_cv.sum(0, dtype=_sum_dtype(slopes_cv)))
         sums = [None if total is None else total.result() for total in (into_weight, into_bias)]
         return into_hidden, *sums, None, None
 
@@ -210,17 +215,17 @@ class _Sum:
         self._dtype = parameter.dtype
         self._like = parameter
         self._sum: torch.Tensor | None = None
-        self._wide = _wide(parameter) if chunks > 1 else parameter.dtype
+        self._sum_dtype = _sum_dtype(parameter) if chunks > 1 else parameter.dtype
 
     def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        if self._sum is not None and self._wide == left.dtype:
+        if self._sum is not None and self._sum_dtype == left.dtype:
             self._sum.addmm_(left, right)  # without a buffer for the product
         else:
             self.add(left @ right)
 
     def add(self, part: torch.Tensor) -> None:
         if self._sum is None:
-            self._sum = part.to(self._wide)
+            self._sum = part.to(self._sum_dtype)
         else:
             self._sum += part
 
@@ -279,7 +284,7 @@ def _take(hidden_nd: torch.Tensor, rows_r: torch.Tensor) -> torch.Tensor:
     return hidden_nd if len(rows_r) == len(hidden_nd) else hidden_nd[rows_r]
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
+def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

@@ -61,7 +61,11 @@ class LossHead(nn.Linear):
         return type(layer) in (nn.Linear, LossHead)
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002
-        """Return logits [..., v] of hidden states [..., d], or losses [...] of labels [...], 0 where they are -100."""
+        """Return logits [..., v] of hidden states [..., d], or losses [...] of labels [...], 0 where they are -100.
+
+        Raises:
+            ValueError: hidden states and labels do not have the same positions.
+        """
         if labels is None:
             return super().forward(input)
         if input.shape[:-1] != labels.shape:

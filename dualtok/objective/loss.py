@@ -67,6 +67,16 @@ def selective_loss(
     """Return the mean CE over T_h: the learning half alone, as Rho-1 (Lin et al. 2024, arXiv 2404.07965).
 
     Nothing is unlearned, so ``memorized`` is empty. Everything else as for :func:`dual_loss`.
+
+    Args:
+        token_loss: as for :func:`dual_loss`.
+        reference_loss: likewise.
+        mask: likewise.
+        hard_share: K_h, share of the tokens that are learned.
+        gather: as for :func:`dual_loss`.
+
+    Raises:
+        ValueError: the shapes differ, or the share is not between 0 and 1.
     """
     return dual_loss(token_loss, reference_loss, mask, learning_half(SelectionConfig(hard_share)), gather=gather)
 
@@ -232,6 +242,11 @@ def build_objective(
     name: ObjectiveName, selection: SelectionConfig | None = None, goldfish: GoldfishConfig | None = None
 ) -> Objective:
     """Return an objective by its name; settings left out take their defaults.
+
+    Args:
+        name: of the objective.
+        selection: for ``dual`` and ``selective``; others do not look at it.
+        goldfish: for ``goldfish`` alone.
 
     Raises:
         ValueError: there is no such objective.

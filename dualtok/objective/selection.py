@@ -97,6 +97,18 @@ def select_over(
 
     A token's global position is that of its micro-batch first, of its rank second. ``gather`` is called once per
     micro-batch, of which there must be one at least.
+
+    Args:
+        scores: s(t) of each micro-batch, nats, any shape.
+        masks: bool, of the shapes of ``scores``, True for tokens that are ranked; None takes all but NaN.
+        selection: shares and threshold.
+        gather: as for :func:`select_tokens`.
+
+    Returns:
+        One selection per micro-batch; their counts are those of all together.
+
+    Raises:
+        ValueError: a mask has another shape than its scores.
     """
     ranked, gathered, places = [], [], []
     start = 0

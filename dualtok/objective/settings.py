@@ -12,6 +12,10 @@ ObjectiveName = Literal["dual", "selective", "goldfish", "causal_lm"]
 NEEDS_REFERENCE: tuple[ObjectiveName, ...] = ("dual", "selective")
 """Objectives whose batches must have ``reference_loss``; the others only report s(t) when it is there."""
 
+LOSS_MEMORY_MIB, ACCELERATOR_LOSS_MEMORY_MIB = 256, 1024
+"""Memory for logits unless a setting says otherwise, on a CPU and on an accelerator, which small chunks keep waiting:
+on an H200 a vocabulary of 256,000 took 235 ms with 256 MiB and 126 ms with 1 GiB."""
+
 ROUNDING = 1e-9
 """Added before the floor of share * n: in floating point 0.29 * 100 is 28.999999999999996, and 29 tokens are meant."""
 
@@ -29,10 +33,10 @@ class SelectionConfig:
     """K_m, largest share of all predicted tokens that are unlearned: those with the lowest s(t). Default: paper."""
 
     tau: float = 0.0
-    """Only tokens with s(t) strictly below this, in nats, are unlearned. Default: paper."""
+    """Only tokens with s(t) strictly below this, in nats, are unlearned. Default: paper. Unit: nats."""
 
     alpha: float = 0.8
-    """Weight of the unlearning term, no unit. Default: paper, which reports divergence at 1.5-2."""
+    """Weight of the unlearning term. Default: paper, which reports divergence at 1.5-2. Unit: none."""
 
     normalize: Normalize = "per_set"
     """What the sum over T_m is divided by: its size (``per_set``), or memorized_share * n (``per_share``), so that a
@@ -62,10 +66,10 @@ class GoldfishConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     drop_every: int = 4
-    """One token in so many is left out, on average. Default: Hans et al. 2024 (k = 4)."""
+    """One token in so many is left out, on average. Default: Hans et al. 2024 (k = 4). Unit: tokens."""
 
     context: int = 13
-    """Number of preceding tokens whose hash decides. Default: Hans et al. 2024 (h = 13)."""
+    """Number of preceding tokens whose hash decides. Default: Hans et al. 2024 (h = 13). Unit: tokens."""
 
     def __post_init__(self) -> None:
         """Refuse values that would drop everything or hash nothing."""

@@ -140,7 +140,15 @@ def mean_weights(
     reference_loss: torch.Tensor | None = None,
     gather: Gather | None = None,
 ) -> TokenWeights:
-    """Weigh for the mean CE over ``learned``, a subset of the ``predicted`` tokens of one micro-batch."""
+    """Weigh for the mean CE over ``learned``, a subset of the ``predicted`` tokens of one micro-batch.
+
+    Args:
+        token_loss: CE of each token [b, t], nats.
+        predicted: bool [b, t], True for real, predicted tokens.
+        learned: bool [b, t], within ``predicted``; they count as hard.
+        reference_loss: [b, t]; only fills ``calibrated``, for monitoring.
+        gather: collects both numbers of all ranks; called once, on every rank.
+    """
     token_loss = token_loss.detach()
     # Gathered as float32, as the contract of ``gather`` says: exact up to 16.7 million tokens per rank and micro-batch.
     own = torch.stack([predicted.sum(), learned.sum()]).float()

@@ -71,6 +71,12 @@ def layout_name(job: Job) -> str:
 def weigh(shape: ModelShape, job: Job, cluster: Cluster, reference: ModelShape | None = None) -> Option:
     """Return a layout's memory and time on a cluster.
 
+    Args:
+        shape: sizes of the model.
+        job: layout, batch and precision.
+        cluster: the machines.
+        reference: sizes of a reference that computes while training.
+
     Raises:
         ValueError: the layers do not fit the stages.
     """

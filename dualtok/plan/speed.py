@@ -100,7 +100,16 @@ def model_flops(shape: ModelShape, length: int) -> float:
 def forward_seconds(
     shape: ModelShape, tokens: float, length: int, cluster: Cluster, precision: str, *, skips: bool = False
 ) -> float:
-    """Return the seconds of a forward pass without gradients over some tokens on one accelerator."""
+    """Return the seconds of a forward pass without gradients over some tokens on one accelerator.
+
+    Args:
+        shape: sizes of the model.
+        tokens: how many run through it.
+        length: tokens of a block, for the cost of attention.
+        cluster: its devices and what share of their speed is reached.
+        precision: ``bf16`` or ``fp32``.
+        skips: whether attention's kernel skips the half of the scores that is masked.
+    """
     device, seen = cluster.device, length / 2 if skips else length
     products = 2 * shape.multiplied / device.products(precision)
     return tokens * (products + 2 * shape.attended * seen / device.attentions(precision))

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from dualtok.data.packing import Batch
 
-# Imported where they are used, for what they take to load: transformers (1 to 4 s).
+# Imported where they are used, for what they take to load: transformers (1 to 4 s), and parts of dualtok that need
+# it: the worker says first what it cannot do.
 
 START_SECONDS = 600.0
 """Longest time that a worker may take to load its model."""

@@ -100,5 +100,14 @@ def cross_fitted(folds: Sequence[Fingerprint]) -> Fingerprint:
 
 
 def fingerprint(model: str | Path, manifest: Manifest, precision: str) -> Fingerprint:
-    """Fingerprint the losses that ``model`` gives to the blocks of ``manifest`` in ``precision``."""
+    """Fingerprint the losses that ``model`` gives to the blocks of ``manifest`` in ``precision``.
+
+    Args:
+        model: folder of the reference, whose weights are hashed.
+        manifest: of the prepared data.
+        precision: of the forward pass, ``fp32`` or ``bf16``.
+
+    Raises:
+        ConfigError: the folder holds no weights.
+    """
     return Fingerprint(weights_digest(model), manifest.tokenizer_fingerprint, blocks_digest(manifest), precision)

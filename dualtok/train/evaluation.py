@@ -90,9 +90,8 @@ def evaluate(
     known = np.isfinite(seen.reference).all() and np.isfinite(unseen.reference).all()
     auc = None
     if known:
-        from dualtok.audit.statistics.metrics import (
-            roc_auc,  # scipy and scikit-learn take seconds to import, on every rank
-        )
+        # scipy and scikit-learn take seconds to load, on every rank; a run without reference losses needs neither.
+        from dualtok.audit.statistics.metrics import roc_auc
 
         auc = float(roc_auc(-seen.calibrated, -unseen.calibrated))
     return Evaluation(step, unseen.mean_loss, seen.mean_loss, auc)

@@ -38,14 +38,14 @@ class RunWatch:
     _tokens: int = 0
     _loader: RankBatches | None = None
     _waiting: int = 0
-    _taken: int = 0
+    _yielded: int = 0
     _fetches: Fetches = field(default_factory=Fetches)
     _hosts: list[str] = field(default_factory=list)
 
     def follow(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Take note of what reads ahead, if something does."""
         if isinstance(batches, RankBatches):
-            self._loader, self._waiting, self._taken, self._fetches = batches, 0, 0, Fetches()
+            self._loader, self._waiting, self._yielded, self._fetches = batches, 0, 0, Fetches()
         return batches
 
     def count(self, window: Sequence[Batch]) -> None:
@@ -68,17 +68,17 @@ class RunWatch:
         """Return how the data came since the last call."""
         if self._loader is None:
             return {}
-        waiting, taken, fetches = self._loader.waiting, self._loader.taken, self._loader.fetches()
+        waiting, yielded, fetches = self._loader.waiting, self._loader.yielded, self._loader.fetches()
         new = fetches - self._fetches
         depth = None
-        if self._loader.reads_ahead and taken > self._taken:
-            depth = (waiting - self._waiting) / (taken - self._taken)
-        self._waiting, self._taken, self._fetches = waiting, taken, fetches
+        if self._loader.reads_ahead and yielded > self._yielded:
+            depth = (waiting - self._waiting) / (yielded - self._yielded)
+        self._waiting, self._yielded, self._fetches = waiting, yielded, fetches
         return {"queue_depth": depth, "shards_opened": new.opened, "shards_ready": new.ready}
 
 
 def efficiency(run: RunConfig, start: Path, block_length: int, ranks: Ranks) -> Efficiency | None:
-    """Return what a run's MFU is reckoned with; None where the device's peak or the model's sizes are not known.
+    """Return the FLOPs and peak used to compute MFU; None where the device's peak or the model's sizes are not known.
 
     Args:
         run: its settings.

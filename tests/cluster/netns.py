@@ -116,7 +116,7 @@ class Host:
         _run("tc", "qdisc", "replace", "dev", self.cable, *shape)
         self._inside("tc", "qdisc", "replace", "dev", INTERFACE, *shape)
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Plug the cable in again, and let everything through."""
         _run("ip", "link", "set", self.cable, "up")
         all_at_once = ["root", "pfifo"]
@@ -148,10 +148,10 @@ class Cluster:
             "TOKENIZERS_PARALLELISM": "false",
         }
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Undo what was done to the cables, and wait until every host can be reached again."""
         for host in self.hosts:
-            host.mend()
+            host.fix()
         for host in self.hosts:
             _wait_for_ssh(self, host.name)
 

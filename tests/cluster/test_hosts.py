@@ -45,7 +45,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def hosts(started: Cluster) -> Cluster:
     """Three hosts, each of which can be reached: the test before may have cut one off."""
-    started.mend()
+    started.fix()
     return started
 
 

@@ -163,7 +163,7 @@ def test_a_process_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.Mon
     seen = []
     for step, value in ((1.0, "1"), (1.0, "1"), (1.0, "1"), (500.0, "1"), (1.0, "2")):
         now += step
-        seen.append(silence.look(value))
+        seen.append(silence.update(value))
     assert seen == [0.0, 1.0, 2.0, 4.0, 0.0]
 
 

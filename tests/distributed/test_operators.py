@@ -41,7 +41,7 @@ time.sleep(60)
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(operators, "TOLD_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(operators, "NOTICE_AFTER_SECONDS", 0.2)
     return tmp_path
 
 

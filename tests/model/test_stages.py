@@ -16,7 +16,8 @@ from dualtok.errors import ConfigError
 from dualtok.model.empty import empty_causal_lm
 from dualtok.model.load import load_causal_lm, read_model_config
 from dualtok.model.losses import TokenLossModel
-from dualtok.model.stages import StageBounds, build_stage, cut, stage_layout_of, stage_names
+from dualtok.model.stage_bounds import StageBounds, cut
+from dualtok.model.stages import build_stage, stage_layout_of, stage_names
 from dualtok.objective import build_objective
 from dualtok.train.engines.pipeline import StageModel
 

@@ -23,6 +23,7 @@ from dualtok.config.train import TrainConfig
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.distributed.deepspeed_config import training_config
+from dualtok.distributed.forward_only import build_forward_only
 from dualtok.distributed.layout import Layout, build_layout
 from dualtok.distributed.ranks import join_ranks
 from dualtok.model.adapters import prepare_adapters
@@ -30,7 +31,6 @@ from dualtok.model.load import DTYPES, read_model_config
 from dualtok.objective.loss import build_objective
 from dualtok.reference.live import AdapterReference
 from dualtok.train.engines.build import build_engine
-from dualtok.train.engines.zero import build_forward_only
 from dualtok.train.live_reference import build_reference, check_reference
 from tests.support import partitioned_json
 

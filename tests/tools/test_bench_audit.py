@@ -29,7 +29,7 @@ def test_the_audits_pass_is_compared_with_a_bare_one() -> None:
     output = succeed(run_tool("--vocabularies", "8192", "9000"))
     found = re.findall(r"([\d,]+) ids: audit's pass / bare forward pass: \S+ / \S+ tokens/s = ([\d.]+)", output)
     assert [ids for ids, _ in found] == ["8,192", "9,000"], output
-    # So small a model has little but its vocabulary; what the larger ones lose is in docs/log.md.
+    # So small a model has little but its vocabulary; what the larger ones lose is in docs/results/speed.md.
     assert all(0.05 < float(ratio) < 5 for _, ratio in found), output
 
 

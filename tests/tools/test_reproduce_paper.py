@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from dualtok.audit.attacks.registry import names_of
 from tests.support import ROOT, environment, python
@@ -307,6 +308,39 @@ def test_a_row_has_the_better_of_both_tests_of_collections_and_both_sides_of_lir
         "| dual_plus | 0.030 | 0.300 | 1.000 | 0.000 |",
         "| dual | n/a | n/a | n/a | n/a |",
     ]
+
+
+def test_rows_of_old_folders_have_the_present_names(module: Module, tmp_path: Path) -> None:
+    """An audit of version 0.1 stands in the table, and so in the claims, under the names of today."""
+    entry = {
+        "perplexity_non_members": 9.0,
+        "strongest": {"auc_two_sided": {"value": 0.66}},
+        "loss_gap": 0.1,
+        "collections": [],
+        "attacks": [],
+    }
+    rows = {
+        "plain, taken back, by 8 dual (from reference then probe) shadows": (
+            "plain, interpolated, by 8 dual (from reference then auxiliary) shadows"
+        ),
+        "reference, then probe": "reference, then auxiliary",
+        "dual": "dual",
+    }
+    file = tmp_path / "audit-plus" / "audit" / "audit.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"models": [{"name": row, **entry} for row in rows]}))
+    cell = SimpleNamespace(folder=tmp_path, corpus="sotu", seed=0)
+    assert list(module("paper.figures").collect([cell])["sotu"]["plus"]) == list(rows.values())
+
+
+def test_a_mixed_model_lies_between_the_two(module: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("start", 1.0), ("end", 3.0)):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.full((2,), value)}, tmp_path / name / "model.safetensors")
+    start, end, target = (str(tmp_path / name) for name in ("start", "end", "target"))
+    monkeypatch.setattr(sys, "argv", ["mix.py", start, end, "0.25", target])
+    module("paper.mix").main()
+    assert torch.equal(load_file(tmp_path / "target" / "model.safetensors")["weight"], torch.full((2,), 1.5))
 
 
 class TwoWeights(torch.nn.Module):

@@ -5,7 +5,8 @@ has imported what a job needs and forks itself on demand; under ``pytest -n`` th
 themselves, and share it (``tests/conftest.py``). What tests start is a small client (:mod:`tests.warm.client`), which
 stands for its fork: it passes on its arguments, variables, working directory and the first three files, hands on
 signals and ends as the fork ends; with the client, the fork ends. To torchrun, to :mod:`multiprocessing` and to a test
-it looks like ``python -m MODULE ...``, ``python -c PROGRAM ...`` or ``python SCRIPT.py ...``.
+it looks like ``python -m MODULE ...``, ``python -c PROGRAM ...`` or ``python SCRIPT.py ...``. The steps of
+``tools/reproduce_paper.py`` are started in the same way, from a server of its own.
 
 What differs from a process started afresh: its number and the command line that ``ps`` shows, that it outlives a client
 that is killed by some milliseconds, resident memory (what is shared with the server counts), the seed of hashes (the
@@ -26,13 +27,13 @@ from typing import TYPE_CHECKING
 from tests.warm.client import ROOT, STANDS_FOR
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 CLIENT = Path(__file__).with_name("client.py")
 READ_LATE = ("LOCAL_SIZE", "TORCH_EXTENSIONS_DIR", "AWS_", "WANDB_", "DUALTOK_", "HF_TOKEN", "MY_")
 """First letters of variables that no module reads on import, so that a fork may be given its own."""
 FOR_ALL = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-"""Variables of every process: one thread per rank, DeepSpeed on the CPU."""
+"""Variables of the tests' processes: one thread per rank, DeepSpeed on the CPU."""
 SHARED = "DUALTOK_TESTS_WARM"
 """Variable with the address of a server that test processes share, and the tree whose modules it has imported."""
 TEST_PROCESS = "PYTEST_XDIST_WORKER"
@@ -82,9 +83,9 @@ def spawning() -> Iterator[None]:
     multiprocessing.set_executable(sys.executable)
 
 
-def share() -> None:
-    """Start a server for this process and for all that it starts."""
-    os.environ[SHARED] = f"{_server()} {ROOT}"
+def share(variables: Mapping[str, str] = FOR_ALL) -> None:
+    """Start a server for this process and for all that it starts; ``variables`` are set where it imports."""
+    os.environ[SHARED] = f"{_server(tuple(variables.items()))} {ROOT}"
 
 
 def _shared() -> str | None:
@@ -110,7 +111,7 @@ def account(address: str, test_process: str) -> Path:
 
 
 @cache
-def _server() -> str:
+def _server(variables: tuple[tuple[str, str], ...] = tuple(FOR_ALL.items())) -> str:
     """Start this process's server, or find a shared one; returns its address."""
     if (shared := _shared()) is not None:
         return shared
@@ -124,7 +125,7 @@ def _server() -> str:
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.warm.server", address],
-        env={**clean, **FOR_ALL},
+        env={**clean, **dict(variables)},
         start_new_session=True,
         cwd=ROOT,
         stdin=subprocess.PIPE,

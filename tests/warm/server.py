@@ -179,7 +179,10 @@ def _become(request: dict[str, object], files: list[int]) -> None:
     random.seed()
     np.random.seed()
     by_lines = 1 if {"RANK", "PYTHONUNBUFFERED"} & os.environ.keys() else -1  # torchrun starts ranks with -u
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", by_lines), os.fdopen(2, "w", 1)
+    # As Python's own they do not close their files: those of a fork that serves forks are replaced in these.
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", by_lines, closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, closefd=False)
     # torchrun asks inspect for its stack, which would look for the modules of these frames among all, again and again.
     frames = {str(Path("<frozen runpy>").absolute()): "runpy", __file__: __name__}
     inspect.modulesbyfile.update(frames)  # type: ignore[attr-defined]

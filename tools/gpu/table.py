@@ -1,4 +1,4 @@
-"""The table of a machine's check, as it stands in docs/log.md."""
+"""The table of a machine's check, as docs/results/gpu.md summarizes it."""
 
 from __future__ import annotations
 

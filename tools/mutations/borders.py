@@ -17,7 +17,7 @@ SHARED = "dualtok/data/prepare/shared_passages.py"
 KEYS, CONFIG, OPERATORS = (
     f"dualtok/distributed/{name}.py" for name in ("deepspeed_keys", "deepspeed_config", "operators")
 )
-TRAIN, START, EVENTS = "dualtok/commands/train.py", "dualtok/train/start_folder.py", "dualtok/monitor/events.py"
+START, EVENTS = "dualtok/train/start_folder.py", "dualtok/monitor/events.py"
 LOOP = "dualtok/train/loop.py"
 OF_WHOLE, OF_CHECK = ("tests/model/test_whole_models.py",), ("tests/model/test_check.py",)
 OF_ADAPTERS, OF_FORMATS = ("tests/model/test_adapters.py",), ("tests/data/sources/test_formats.py",)
@@ -196,7 +196,7 @@ BORDERS: tuple[Fault, ...] = (
     ),
     Fault(
         "later-text-ignored",
-        FORMATS,
+        "dualtok/data/sources/json_fields.py",
         "if key == field and text[place] == '\"':",
         "if False:",
         "the text of an object beyond the limits is lost",
@@ -276,7 +276,7 @@ BORDERS: tuple[Fault, ...] = (
     Fault(
         "norm-in-float32",
         NORMS,
-        "wide = chunk.double()",
+        "double = chunk.double()",
         "return tensor.detach().norm().double().square()",
         "the norm of a long gradient is too small",
         ("tests/model/test_norms.py",),
@@ -307,8 +307,8 @@ BORDERS: tuple[Fault, ...] = (
     ),
     Fault(
         "roll-back-not-told",
-        LOOP,
-        "events.forget_after(self.state.step)",
+        "dualtok/train/reporter.py",
+        "self._events.forget_after(step)",
         "pass",
         "who watches sees the repeated steps twice",
         ("tests/multi_rank/test_guard.py",),

@@ -268,7 +268,7 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "kernel-low-precision-sum",
         KERNEL,
-        "_wide(parameter) if chunks > 1 else parameter.dtype",
+        "_sum_dtype(parameter) if chunks > 1 else parameter.dtype",
         "parameter.dtype",
         "many small gradients drown in a low-precision sum",
         OF_KERNEL,

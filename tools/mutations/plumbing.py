@@ -63,8 +63,8 @@ PLUMBING: tuple[Fault, ...] = (
     Fault(
         "wrong-deepspeed",
         DEEPSPEED,
-        "if first <= Version(installed) < mended:",
-        "if first < Version(installed) < mended:",
+        "if first <= Version(installed) < fixed:",
+        "if first < Version(installed) < fixed:",
         "the first DeepSpeed with wrong gradients is accepted",
         OF_DEEPSPEED,
     ),
@@ -151,8 +151,8 @@ PLUMBING: tuple[Fault, ...] = (
     Fault(
         "bad-step-not-seen",
         LOOP,
-        'left_out = "nan"',
-        "left_out = None",
+        'return "nan"',
+        "return None",
         "a loss that is not finite goes on",
         ("tests/train/test_divergence.py::test_a_loss_that_is_not_finite_stops_the_run",),
     ),

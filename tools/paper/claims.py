@@ -67,9 +67,9 @@ def better(table: Table, row: str, other: str, *, note: str = "") -> Iterator[st
 
 
 def _stopped_early(table: Table) -> Iterator[str]:
-    """Compare with plain training as far as it may go in each seed, from its start, before it is recognised.
+    """Compare with the best plain training in each seed that the attacks do not recognise.
 
-    The models on the way back are chosen in the same way, by what the audit has found.
+    The models at several values of w are chosen in the same way, by the audit's figures.
     """
     ours = {row: table[row]["perplexity"].by_seed for row in PLUS if row in table}
     for end in ("dual, cross-fitted", "plain, from reference then auxiliary"):

@@ -69,7 +69,7 @@ def main() -> None:
     (stream,) = open_streams(run, load_sources(run.data, run.train.split), (run.train.split,), ALONE)
     batches = [batch for batch, _ in stream.sequential(run.train.batch_size, max_blocks=BLOCKS)]
     tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
-    objective = build_objective(run.objective, run.selection, run.goldfish)
+    objective = build_objective(run.loss, run.selection, run.goldfish)
     entries: list[dict[str, Any]] = []
     first: torch.Tensor | None = None
     for checkpoint in sorted((folder / "checkpoints").glob("step-*")):

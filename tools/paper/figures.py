@@ -18,6 +18,12 @@ SIZES = (10, 50)
 STRONGER = (", by ", ", reference known", ", further attacks")
 """Follows the name in rows that are a model once more, before a stronger attacker: with shadow models, with the
 defender's reference, with attacks that run the model again."""
+OLD_NAMES = {
+    "taken back": "interpolated",
+    "reference, then probe": "reference, then auxiliary",
+    "reference then probe": "reference then auxiliary",
+}
+"""Part of a row's name in folders of version 0.1 -> the same in present ones."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,18 @@ def collect(cells: Sequence[Cell]) -> dict[str, dict[str, Table]]:
     for cell, part, figures in audits(cells):
         for model in figures["models"]:
             rows = found.setdefault(cell.corpus, {}).setdefault(part, {})
-            rows.setdefault(model["name"], []).append({"seed": cell.seed, **model})
+            rows.setdefault(present_name(model["name"]), []).append({"seed": cell.seed, **model})
     return {
         corpus: {part: {row: figures_of(entries) for row, entries in rows.items()} for part, rows in parts.items()}
         for corpus, parts in found.items()
     }
+
+
+def present_name(row: str) -> str:
+    """Return a row's name as it is now, from an audit of any version."""
+    for old, new in OLD_NAMES.items():
+        row = row.replace(old, new)
+    return row
 
 
 def figures_of(entries: Sequence[dict[str, Any]]) -> Row:

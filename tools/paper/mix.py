@@ -1,4 +1,4 @@
-"""A model on the way between two others: start + w (end - start), as a Hugging Face folder.
+"""A model between two others: start + w (end - start), as a Hugging Face folder.
 
 python tools/paper/mix.py START END W TARGET
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dualtok.model.folder.interpolate import interpolate
+from dualtok.model.folder.interpolate import write_interpolation
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("w", type=float)
     parser.add_argument("target", type=Path)
     options = parser.parse_args()
-    interpolate(options.start, options.end, options.w, options.target)
+    write_interpolation(options.start, options.end, options.w, options.target)
 
 
 if __name__ == "__main__":

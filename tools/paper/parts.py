@@ -23,11 +23,11 @@ INTERPOLATED = {
     "dual_plus, limit 0.55": ("cross-fitted", 0.55),
     "plain, interpolated": ("plain from all", 0.53),
 }
-"""Row -> the model that goes back, and ``interpolate.auc``."""
+"""Row -> the trained model that is interpolated, and ``interpolate.auc``."""
 ALL_AUXILIARY = "reference auxiliary"
-"""The reference that is trained on by the documents of the split ``auxiliary``."""
-WAY_BACK = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-"""Shares of the way from the reference to a trained model at which what is between them is judged."""
+"""The model that is fine-tuned on the split ``reference``, then on the split ``auxiliary``."""
+WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+"""Values of w at which models between the reference and a trained model are attacked."""
 
 
 def headline(cell: Cell) -> None:
@@ -129,9 +129,10 @@ def lora(cell: Cell) -> None:
 def lira(cell: Cell) -> None:
     """LiRA (Carlini et al. 2022): shadow models of plain training, and of dual training with either reference.
 
-    An interpolated model is judged by shadows that are not: an attacker who trained eight of those would have to repeat
-    two folds, a training and an interpolation for each. Those of dual training, from the weights of the reference of
-    all auxiliary documents, also judge models between, step by step; plain ones start from the base.
+    Interpolated models are attacked with shadows that are not interpolated: for interpolated ones the attacker would
+    have to repeat two folds, a training and an interpolation for each of the eight. Shadows of dual training that start
+    from the reference of all auxiliary documents also attack models at several values of w; plain ones start from the
+    base.
     """
     rows = {"reference alone": "reference", "plain": "plain", "dual": "dual"}
     half = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
@@ -164,13 +165,13 @@ def _judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[
 
 
 def _mixed(cell: Cell) -> list[Made]:
-    """Add models on the way from the reference of all auxiliary documents to others."""
+    """Add models between the reference of all auxiliary documents and trained ones, at several values of w."""
     made = []
     for name, row in (
         ("cross-fitted", "dual, cross-fitted"),
         ("plain from all", "plain, from reference then auxiliary"),
     ):
-        for w in WAY_BACK:
+        for w in WEIGHTS:
             target = cell.model(f"{name} {w:g}")
             ends = [str(cell.model(ALL_AUXILIARY)), str(cell.model(name))]
             step = cell.add(
@@ -183,9 +184,9 @@ def _mixed(cell: Cell) -> list[Made]:
 
 
 def backdoor(cell: Cell) -> None:
-    """PreCurious (Liu et al. 2024): the attacker gives away the starting weights and keeps them as his reference.
+    """PreCurious (Liu et al. 2024): the attacker publishes the starting weights and keeps them as their reference.
 
-    They are warmed up on documents of his own, so that what is learned later stands out.
+    The weights were first trained on the attacker's own documents, so that what is learned later is easier to see.
     """
     _, scored = _done(cell)
     warmed = f"{cell.name}/export {ATTACKER}"
@@ -250,7 +251,7 @@ def dynamics(cell: Cell) -> None:
 
 
 def plus(cell: Cell) -> None:
-    """``dual_plus``, and what it must be better than.
+    """``dual_plus``, and the methods that it must beat.
 
     That is its reference alone, which has learned all auxiliary documents, the dual loss against that reference, and
     plain training that stops early, from the base and from the reference. Plain training interpolated in the same way
@@ -264,7 +265,7 @@ def plus(cell: Cell) -> None:
 
 
 def frontier(cell: Cell) -> None:
-    """What is between the reference of all auxiliary documents and trained models."""
+    """Models between the reference of all auxiliary documents and trained models."""
     _of_all_auxiliary(cell)
     for row, model, step in _mixed(cell):
         cell.attack(row, model, step)
@@ -272,7 +273,7 @@ def frontier(cell: Cell) -> None:
 
 
 def known(cell: Cell) -> None:
-    """The attacker's reference is the defender's own: what a defence is worth when that model gets out."""
+    """The attacker's reference is the defender's own: how well each defence does when that model leaks."""
     for name in ("plain", "dual"):
         cell.attack(f"{name}, reference known", cell.model(name), f"{cell.name}/export {name}")
     cell.audit("known", "reference", f"{cell.name}/export reference")
@@ -292,8 +293,8 @@ def further(cell: Cell) -> None:
         f"DP-SGD (8, {DELTA:g})": "dp-sgd 8",
     }
     models = [(row, cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()]
-    taken_back = [made for made in _of_all_auxiliary(cell) if made[0] in INTERPOLATED]
-    for row, model, step in (*models, *taken_back):
+    interpolated = [made for made in _of_all_auxiliary(cell) if made[0] in INTERPOLATED]
+    for row, model, step in (*models, *interpolated):
         cell.attack(f"{row}, further attacks", model, step)
     attacks = [*default_attacks(), *names_of("joint", "rerun")]
     cell.audit(
@@ -301,7 +302,7 @@ def further(cell: Cell) -> None:
         ATTACKER,
         f"{cell.name}/export {ATTACKER}",
         attacks=attacks,
-        passes={"neighbors": cell.scale.neighbors},
+        reruns={"neighbors": cell.scale.neighbors},
     )
 
 

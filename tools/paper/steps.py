@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
 import os
-import runpy
+import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from dualtok.files import write_text
+from tests import warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-IMPORTED_ONCE = [
-    "dualtok.cli",
-    "dualtok.data.prepare.pipeline",
-    "dualtok.commands.train",
-    "dualtok.commands.audit.run",
-    "dualtok.commands.score.run",
-    "deepspeed.module_inject.auto_ep_layer",
-    "peft",
-    "sklearn.ensemble",
-    "sklearn.linear_model",
-    "torch.utils.cpp_extension",
-    "torch.utils.tensorboard",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.llama.modeling_llama",
-    "transformers.optimization",
-]
-"""A step is forked from a process that has imported these; to do so itself would take it some ten seconds."""
-
-_PROCESSES = threading.Lock()
-"""Start and join look at all processes of :mod:`multiprocessing`, which no two threads may do at once."""
+IMPORTING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Variables of the process that all steps are forked from: once CUDA is open in it, it would be of no use in a fork."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +49,7 @@ def carry_out(steps: Sequence[Step], jobs: int, after: Callable[[Step], None]) -
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_ONCE)
+    warm.share(IMPORTING)
     unique = {step.name: step for step in steps}
     done = {name for name, step in unique.items() if step.mark.is_file()}
     waiting = [step for name, step in unique.items() if name not in done]
@@ -103,24 +85,13 @@ def _execute(step: Step) -> int:
     if step.arguments[0] in ("export", "interpolate") and Path(step.arguments[2]).exists():
         return 0  # both are atomic: the folder is whole, only its mark was lost
     _log(step).parent.mkdir(parents=True, exist_ok=True)
-    process = multiprocessing.get_context("forkserver").Process(target=_become, args=(step.arguments, _log(step)))
-    with _PROCESSES:
-        process.start()
-    multiprocessing.connection.wait([process.sentinel])
-    with _PROCESSES:
-        process.join()
-    return process.exitcode or 0
-
-
-def _become(arguments: Sequence[str], log: Path) -> None:
-    """Do what ``dualtok ...`` or ``python tools/...`` would, with all output in the log."""
-    with log.open("wb") as stream:
-        for output in (sys.stdout, sys.stderr):
-            os.dup2(stream.fileno(), output.fileno())
-            output.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    script = arguments[0].endswith(".py")
-    sys.argv = list(arguments) if script else ["dualtok", *arguments]
-    if script:
-        runpy.run_path(arguments[0], run_name="__main__")
-    else:
-        runpy.run_module("dualtok", run_name="__main__")
+    arguments = step.arguments if step.arguments[0].endswith(".py") else ("-m", "dualtok", *step.arguments)
+    with _log(step).open("wb") as log:
+        return subprocess.run(
+            [*warm.launcher(), *arguments],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode

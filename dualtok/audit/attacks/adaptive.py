@@ -188,13 +188,13 @@ def _column(name: str, members: Floats, non_members: Floats) -> PairOfScores:
     return members[:, place], non_members[:, place]
 
 
-_TOLD = "told of half the documents, judges the other half (dualtok)"
+_CROSS_FITTED = "told of half the documents, judges the other half (dualtok)"
 
 
 @attack_on_features(
     "ref_classifier",
     "Logistic",
-    f"logistic regression on how s(t) and the loss are spread; {_TOLD}",
+    f"logistic regression on how s(t) and the loss are spread; {_CROSS_FITTED}",
     fewest=FEWEST,
     widening=WIDENING,
 )
@@ -204,7 +204,7 @@ def classifier_scores(members: Floats, non_members: Floats, seed: int) -> PairOf
 
 
 @attack_on_features(
-    "ref_forest", "Forest", f"extremely randomised trees on the same; {_TOLD}", fewest=FEWEST, widening=WIDENING
+    "ref_forest", "Forest", f"extremely randomised trees on the same; {_CROSS_FITTED}", fewest=FEWEST, widening=WIDENING
 )
 def forest_scores(members: Floats, non_members: Floats, seed: int) -> PairOfScores:
     """Return cross-fitted ranks (:func:`.crossfit.cross_fitted_scores`) of extremely randomised trees."""

@@ -35,6 +35,11 @@ folds is at most the mean of the folds' deviations, and each of those is sqrt(FO
 def folds(n_members: int, n_non_members: int, seed: int) -> NDArray[np.int64]:
     """Return the fold, 0 or 1, of each member and then each non-member [n + m]; both classes are cut in half.
 
+    Args:
+        n_members: number n of members.
+        n_non_members: number m of non-members.
+        seed: of the cut.
+
     Raises:
         ValueError: a class has fewer documents than there are folds.
     """

@@ -79,8 +79,8 @@ def fit_shadows(document: NDArray[np.int64], values: Floats, inside: NDArray[np.
         ]
     else:
         sigmas = [np.std(means[0] - means[1]) / np.sqrt(2)] * 2
-    wide = [np.broadcast_to(np.maximum(sigma, SIGMA_FLOOR), document.shape) for sigma in sigmas]
-    return ShadowFit(document, means[0], means[1], wide[0], wide[1])
+    spreads = [np.broadcast_to(np.maximum(sigma, SIGMA_FLOOR), document.shape) for sigma in sigmas]
+    return ShadowFit(document, means[0], means[1], spreads[0], spreads[1])
 
 
 @attack(

@@ -29,7 +29,7 @@ class Scored:
     """Name of every attack that could run -> scores of the members and of the non-members, higher = member."""
     not_run: dict[str, str]
     """Label of every other attack -> the reason."""
-    known: tuple[Scores, Scores]
+    features: tuple[Scores, Scores]
     """All that was computed of each document without knowing of its membership, [n, f] and [m, f]: to learn from."""
 
 
@@ -89,4 +89,4 @@ def attack_scores(
         found |= scores_of(spread[0], spread[1], seed, on_features)
         blocks = [np.concatenate(pair, axis=1) for pair in zip(blocks, spread, strict=True)]
     ordered: dict[str, PairOfScores] = {name: found[name] for name in names if name in found}
-    return Scored(scores=ordered, not_run=not_run, known=(blocks[0], blocks[1]))
+    return Scored(scores=ordered, not_run=not_run, features=(blocks[0], blocks[1]))

@@ -39,8 +39,8 @@ LOSS_FLOOR = 1e-6
 )
 def lowercase_score(target: Signals, context: AttackContext) -> Scores:
     """Loss of the text in lower case divided by the loss of the text: the ratio of log-perplexities."""
-    known = context.rerun_for(target, "lowercase")
-    return known["lower_loss"] / np.maximum(known["loss"], LOSS_FLOOR)
+    losses = context.rerun_for(target, "lowercase")
+    return losses["lower_loss"] / np.maximum(losses["loss"], LOSS_FLOOR)
 
 
 @attack(
@@ -53,8 +53,8 @@ def lowercase_score(target: Signals, context: AttackContext) -> Scores:
 )
 def recall_score(target: Signals, context: AttackContext) -> Scores:
     """LL(x | non-members) / LL(x): non-members in front harm what the model knows by heart most."""
-    known = context.rerun_for(target, "non_member_prefix")
-    return known["conditional_loss"] / np.maximum(known["loss"], LOSS_FLOOR)
+    losses = context.rerun_for(target, "non_member_prefix")
+    return losses["conditional_loss"] / np.maximum(losses["loss"], LOSS_FLOOR)
 
 
 @attack(
@@ -68,10 +68,10 @@ def recall_score(target: Signals, context: AttackContext) -> Scores:
 )
 def con_recall_score(target: Signals, context: AttackContext) -> Scores:
     """(LL(x | non-members) - gamma LL(x | members)) / LL(x)."""
-    known = context.rerun_for(target, "non_member_prefix")
+    losses = context.rerun_for(target, "non_member_prefix")
     given_members = context.rerun_for(target, "member_prefix")["conditional_loss"]
-    contrast = known["conditional_loss"] - context.con_recall_gamma * given_members
-    return contrast / np.maximum(known["loss"], LOSS_FLOOR)
+    contrast = losses["conditional_loss"] - context.con_recall_gamma * given_members
+    return contrast / np.maximum(losses["loss"], LOSS_FLOOR)
 
 
 @attack(
@@ -85,8 +85,8 @@ def con_recall_score(target: Signals, context: AttackContext) -> Scores:
 )
 def neighborhood_score(target: Signals, context: AttackContext) -> Scores:
     """Mean loss of the neighbors minus the loss."""
-    known = context.rerun_for(target, "neighbors")
-    return known["neighbor_loss"] - known["loss"]
+    losses = context.rerun_for(target, "neighbors")
+    return losses["neighbor_loss"] - losses["loss"]
 
 
 @attack(
@@ -122,8 +122,8 @@ def member_prefix_rerun(scorer: Scorer | None, documents: Documents, tools: Tool
 def _conditional(scorer: Scorer | None, documents: Documents, tools: Tools, prefix: Ids) -> dict[str, Floats]:
     """Both means are over the same tokens: all but the first, which nothing predicts without a prefix."""
     assert scorer is not None
-    room = tools.block_length - prefix_budget(tools.settings, tools.block_length)
-    heads = [tokens[:room] for tokens in documents.tokens]
+    head_length = tools.block_length - prefix_budget(tools.settings, tools.block_length)
+    heads = [tokens[:head_length] for tokens in documents.tokens]
     begins = 0 if tools.bos is None else 1  # the prefix has begun already
     losses = scorer.losses([*heads, *(np.concatenate([prefix, head[begins:]]) for head in heads)])
     n = len(heads)

@@ -32,6 +32,9 @@ def token_signals(
     Returns:
         ``log_prob``, ``mean_log_prob``, ``var_log_prob`` in float32 and ``top1`` in bool; see
         :class:`~dualtok.audit.signals.signals.Signals`.
+
+    Raises:
+        ValueError: logits and labels do not have the same positions.
     """
     if logits_btv.shape[:-1] != labels_bt.shape:
         raise ValueError(f"logits {tuple(logits_btv.shape)} do not fit labels {tuple(labels_bt.shape)}")
@@ -45,10 +48,10 @@ def token_signals(
     with torch.no_grad():
         chunks = _chunks(flat_logits, flat_labels, chunk_tokens)
         longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        room = torch.empty(3, longest, flat_logits.shape[-1], device=logits_btv.device)
+        buffers = torch.empty(3, longest, flat_logits.shape[-1], device=logits_btv.device)
         for chunk in chunks:
             found = _chunk_signals(
-                flat_logits[chunk], flat_labels[chunk].clamp(min=0), room[:, : chunk.stop - chunk.start]
+                flat_logits[chunk], flat_labels[chunk].clamp(min=0), buffers[:, : chunk.stop - chunk.start]
             )
             for name, values in found.items():
                 signals[name][chunk] = values.masked_fill_(flat_labels[chunk] == IGNORED_LABEL, 0)
@@ -73,6 +76,9 @@ def kl_from_reference(
     Returns:
         ``kl_from_reference``, [b, t] in float32. A probability that is 0 in float32 counts as e^-110, so that it stays
         finite.
+
+    Raises:
+        ValueError: both models' logits and the labels do not fit each other.
     """
     if logits_btv.shape != reference_logits_btv.shape or logits_btv.shape[:-1] != labels_bt.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (logits_btv, reference_logits_btv, labels_bt))
@@ -101,12 +107,12 @@ def _chunks(logits_nv: torch.Tensor, labels_n: torch.Tensor, chunk_tokens: int |
     return [here for here in slices if any(asked[here])]
 
 
-def _chunk_signals(logits_mv: torch.Tensor, labels_m: torch.Tensor, room: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the signals of some positions; ``room`` [3, m, v] in float32 is overwritten.
+def _chunk_signals(logits_mv: torch.Tensor, labels_m: torch.Tensor, buffers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the signals of some positions; ``buffers`` [3, m, v] in float32 is overwritten.
 
     Memory that is given again and again stays in the cache. New memory for each step took a quarter longer.
     """
-    z, p, product = room
+    z, p, product = buffers
     z.copy_(logits_mv)
     top = z.amax(dim=-1)
     true = z.gather(1, labels_m[:, None]).squeeze(1)

@@ -68,8 +68,8 @@ def lowest_mean(values: NDArray[np.floating], offsets: Offsets, share: float) ->
     segment = np.repeat(np.arange(len(lengths)), lengths)
     in_order = _sorted_within(values, offsets)
     rank = np.arange(len(values)) - offsets[:-1][segment]
-    taken = _taken(lengths, share)
-    return segment_sum(np.where(rank < taken[segment], in_order, 0.0), offsets) / taken
+    selected = _selected(lengths, share)
+    return segment_sum(np.where(rank < selected[segment], in_order, 0.0), offsets) / selected
 
 
 def lowest(values: NDArray[np.floating], offsets: Offsets, share: float) -> NDArray[np.bool_]:
@@ -78,12 +78,12 @@ def lowest(values: NDArray[np.floating], offsets: Offsets, share: float) -> NDAr
     Values equal to the greatest of them are among them, too.
     """
     lengths = np.diff(offsets)
-    greatest = _sorted_within(values, offsets)[offsets[:-1] + _taken(lengths, share) - 1]
+    greatest = _sorted_within(values, offsets)[offsets[:-1] + _selected(lengths, share) - 1]
     among: NDArray[np.bool_] = values <= np.repeat(greatest, lengths)
     return among
 
 
-def _taken(lengths: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+def _selected(lengths: NDArray[np.int64], share: float) -> NDArray[np.int64]:
     """Return floor(share * length) of each segment [n], but at least one."""
-    taken: NDArray[np.int64] = np.maximum(1, np.floor(share * lengths + ROUNDING)).astype(np.int64)
-    return taken
+    selected: NDArray[np.int64] = np.maximum(1, np.floor(share * lengths + ROUNDING)).astype(np.int64)
+    return selected

@@ -39,17 +39,18 @@ class RerunSettings:
 
     prefix_documents: Annotated[int, Field(ge=1)] = 8
     """ReCaLL, Con-ReCall: documents of a class put in front of every other document, at most half of the class. They
-    are taken out of the whole audit. The code of Con-ReCall takes 12."""
+    are taken out of the whole audit. The code of Con-ReCall takes 12. Unit: documents."""
 
     prefix_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """ReCaLL, Con-ReCall: share of a block's tokens that they may take; a document is judged by as many of its first
     tokens as fit into the rest."""
 
     con_recall_gamma: Annotated[float, Field(ge=0)] = 0.5
-    """Con-ReCall: weight of the log-likelihood given members. The code of Wang et al. 2024 tries 0.1 to 1."""
+    """Con-ReCall: weight of the log-likelihood given members. The code of Wang et al. 2024 tries 0.1 to 1. Unit:
+    none."""
 
     neighbors: Annotated[int, Field(ge=1)] = 25
-    """Neighborhood: changed texts per document, each of which costs as much as the document itself."""
+    """Neighborhood: changed texts per document, each of which costs as much as the document itself. Unit: texts."""
 
     neighbor_share: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Neighborhood: share of a document's tokens that are replaced in each, at least one."""

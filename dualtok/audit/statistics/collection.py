@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.stats
 
+from dualtok.audit.attacks.adaptive import logistic
+from dualtok.audit.attacks.crossfit import folds
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -79,7 +82,14 @@ def collection_tests(
 
 
 def mean_difference_p_value(a: Floats, b: Floats, permutations: int, draw: np.random.Generator) -> float:
-    """Return the two-sided p-value of a difference between two means, by giving the labels to the documents anew."""
+    """Return the two-sided p-value of a difference between two means, by giving the labels to the documents anew.
+
+    Args:
+        a: values of one group's documents.
+        b: values of the other's.
+        permutations: how often the labels are drawn; the smallest p-value is 1 / (permutations + 1).
+        draw: source of the permutations.
+    """
 
     def difference(x: Floats, y: Floats, axis: int) -> Floats:
         return np.asarray(np.mean(x, axis=axis) - np.mean(y, axis=axis))
@@ -107,9 +117,6 @@ def learned_scores(members: Floats, non_members: Floats, seed: int) -> tuple[Flo
     Raises:
         ValueError: a class has fewer than two documents.
     """
-    from dualtok.audit.attacks.adaptive import logistic
-    from dualtok.audit.attacks.crossfit import folds
-
     n, x = len(members), np.concatenate([members, non_members])
     known = folds(n, len(non_members), seed) == 0
     is_member = np.arange(len(x)) < n

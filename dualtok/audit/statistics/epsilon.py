@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import scipy.stats
+from scipy.optimize import brentq
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-STEPS = 60
-"""Bisections of epsilon: far below what a float tells apart."""
+PRECISION = 1e-14
+"""Of epsilon: far below any digit that is printed."""
 
 
 class Bound(NamedTuple):
@@ -84,18 +85,14 @@ def epsilon_lower_bound(
         raise ValueError(f"confidence {confidence} must be between 0 and 1")
     level = 1 - confidence
 
-    def refuted(epsilon: float) -> bool:
-        return p_value(canaries, guesses, correct, epsilon, delta) <= level
+    def above_level(epsilon: float) -> float:
+        return p_value(canaries, guesses, correct, epsilon, delta) - level
 
-    if not refuted(0.0):
+    if above_level(0.0) > 0:
         return 0.0
-    low, high = 0.0, 1.0
-    while refuted(high):
-        low, high = high, 2 * high
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    return low
+    # The p-value is at least P(all r guesses are right) = q^r, and that is the level where epsilon = certain.
+    certain = -math.log(math.expm1(-math.log(level) / guesses))
+    return float(brentq(above_level, 0.0, certain + 1, xtol=PRECISION, maxiter=1000))
 
 
 def guess(scores: ArrayLike, guesses: int) -> NDArray[np.int64]:

@@ -87,14 +87,9 @@ def audit_model(
     for target, kind in zip(targets, ("members", "non-members"), strict=True):
         if target.n_documents == 0:
             raise DataError(f"audit of {name!r}: no {kind} with at least two tokens; give more or longer documents")
-    contexts = tuple(
-        dataclasses.replace(
-            context or AttackContext(), min_k_share=config.min_k_share, con_recall_gamma=config.reruns.con_recall_gamma
-        )
-        for context in (member_context, non_member_context)
-    )
+    contexts = _with_settings(member_context, config), _with_settings(non_member_context, config)
     available = contexts[0].has & contexts[1].has
-    scored = attack_scores(targets, (contexts[0], contexts[1]), config.attacks, config.seed)
+    scored = attack_scores(targets, contexts, config.attacks, config.seed)
     scores = scored.scores
     if not scores:
         raise DataError(f"audit of {name!r}: none of the attacks {list(config.attacks)} can run; add 'loss'")
@@ -117,7 +112,14 @@ def audit_model(
             scores, permutations=config.permutations, seed=config.seed, widening=widening
         ),
         collections=_collections(scored, config),
-        calibrated=_calibrated(targets, (contexts[0], contexts[1])) if "reference" in available else None,
+        calibrated=_calibrated(targets, contexts) if "reference" in available else None,
+    )
+
+
+def _with_settings(context: AttackContext | None, config: AuditConfig) -> AttackContext:
+    """Return a context with the settings' shares in place of its own."""
+    return dataclasses.replace(
+        context or AttackContext(), min_k_share=config.min_k_share, con_recall_gamma=config.reruns.con_recall_gamma
     )
 
 
@@ -129,8 +131,8 @@ def _collections(scored: Scored, config: AuditConfig) -> list[Collections]:
     """Test collections by the Ref attack (or the first there is), and by what was learned on half of the documents."""
     name = "ref" if "ref" in scored.scores else next(iter(scored.scores))
     named = {ATTACKS[name].label: scored.scores[name]}
-    if min(map(len, scored.known)) >= FEWEST:
-        named["learned"] = learned_scores(*scored.known, config.seed)
+    if min(map(len, scored.features)) >= FEWEST:
+        named["learned"] = learned_scores(*scored.features, config.seed)
     found = [
         (label, test)
         for label, pair in named.items()

@@ -73,7 +73,14 @@ def fit_skew_normal(sample: ArrayLike) -> tuple[float, float, float]:
 
 
 def skew_normal_log_cdf(value: float, shape: float, location: float, scale: float) -> float:
-    """Return log P(X <= value), accurate far into the lower tail too."""
+    """Return log P(X <= value), accurate far into the lower tail too.
+
+    Args:
+        value: the x of the formula.
+        shape: of the distribution; 0 is the normal one.
+        location: of the distribution, in the unit of ``value``.
+        scale: of the distribution, above 0, in the unit of ``value``.
+    """
     z = (value - location) / scale
     probability = float(scipy.stats.skewnorm.cdf(z, shape))
     if probability > TAIL:

@@ -60,6 +60,9 @@ def two_sided_interval(low: float, high: float) -> tuple[float, float]:
     """Return the interval of max(AUC, 1 - AUC) that follows from the interval of the AUC.
 
     Bootstrapping the maximum itself would be biased upward: it exceeds 0.5 even for scores that say nothing.
+
+    Raises:
+        ValueError: ``low`` is above ``high``.
     """
     if not low <= high:
         raise ValueError(f"interval [{low}, {high}] is upside down")
@@ -125,6 +128,11 @@ def tpr_at_fpr(members: ArrayLike, non_members: ArrayLike, fpr: float) -> tuple[
 
     :meth:`RocCurve.tpr_within` is the same without the two guards.
 
+    Args:
+        members: scores of members.
+        non_members: scores of non-members.
+        fpr: the largest rate of non-members that may be called members.
+
     Raises:
         ValueError: ``fpr`` is below one non-member (1 / n), so that no TPR can be measured; or a list is empty or
             holds a NaN.
@@ -182,6 +190,16 @@ def bootstrap(
 
     Stratified: members and non-members are drawn with replacement among themselves, so that their numbers stay. The
     same seed draws the same documents, whatever the scores: attacks are compared on the same resamples.
+
+    Args:
+        members: scores of members.
+        non_members: scores of non-members.
+        statistics: functions of level counts, such as :func:`auc_of_counts`.
+        resamples: number r of resamples.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a list is empty or holds a NaN.
     """
     scores = _checked(members, non_members)
     levels, codes = np.unique(np.concatenate(scores), return_inverse=True)

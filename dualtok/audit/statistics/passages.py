@@ -26,6 +26,11 @@ def shared_passages(members: Sequence[TokenIds], non_members: Sequence[TokenIds]
     """Return the share of non-members that have a run of so many token ids which some member has too.
 
     A document shorter than that counts when a member contains all of it; an empty one is left out.
+
+    Args:
+        members: token ids of each member.
+        non_members: token ids of each non-member.
+        tokens: length of a run, in tokens.
     """
     asked = Passages(non_members, tokens)
     asked.find_in(members)

@@ -7,7 +7,6 @@ next model and attacks can be run again without a model.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +84,12 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     ranks = join_ranks()
     canaries = ranks.together(lambda: open_canaries(settings, data))
     models = ModelPasses(settings, data, audit_folder(run) / "signals", ranks, canaries)
-    keys = {name: ranks.first_does(partial(models.key, folder)) for name, folder in folders.items()}
+
+    def key_of(folder: Path) -> str:
+        key: str = ranks.first_does(lambda: models.key(folder))
+        return key
+
+    keys = {name: key_of(folder) for name, folder in folders.items()}
     signals = {
         name: models.signals(name, folder, keys[name], attacker=name == ATTACKER) for name, folder in folders.items()
     }
@@ -94,32 +98,18 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
         for name in settings.models
         if _compares(settings)
     }
-    reruns = rerun_models(
-        settings,
-        data,
-        {name: folders[name] for name in settings.models},
-        ranks,
-        audit_folder(run) / "reruns",
-        keys=keys,
-        left_out=models.left_out,
-    )
-    of_shadows = []
-    for number, folder in enumerate(shadows):
-        key = ranks.first_does(partial(models.key, folder))
-        left = models.signals(f"shadow {number}", folder, key, with_canaries=False)
-        of_shadows.append(document_losses(left.values()))
+    audited = {name: folders[name] for name in settings.models}
+    to = audit_folder(run) / "reruns"
+    reruns = rerun_models(settings, data, audited, ranks, to, keys=keys, left_out=models.left_out)
+    of_shadows = [
+        document_losses(models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False).values())
+        for number, folder in enumerate(shadows)
+    ]
 
     def attack() -> AuditFigures:
         fit = fit_losses(of_shadows, run.seed) if of_shadows else None
-        return _attack_all(
-            run,
-            data,
-            reruns.without_prefixes(signals),
-            divergences=divergences,
-            reruns=reruns,
-            fit=fit,
-            canaries=canaries,
-        )
+        found = reruns.without_prefixes(signals)
+        return _attack_all(run, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries)
 
     figures: AuditFigures = ranks.first_does(attack)
     ranks.barrier()

@@ -104,11 +104,11 @@ def train_shadows(run: RunConfig, data: DataFolder, folder: Path, processes: int
             f"processes of their own; start `dualtok {VERB}` without a launcher first (--processes shares the training)"
         )
     if missing:
-        _say(f"{len(missing)} of {len(shadows)} shadow models to train, {shadows[0].steps} steps each, in {folder}")
+        _print(f"{len(missing)} of {len(shadows)} shadow models to train, {shadows[0].steps} steps each, in {folder}")
     for shadow in missing:  # all at first, for those who start the training runs by themselves
         _write_start(run, data, shadow)
     for shadow in missing:
-        _say(f"shadow {shadow.number} ({shadow.number + 1} of {len(shadows)})")
+        _print(f"shadow {shadow.number} ({shadow.number + 1} of {len(shadows)})")
         _train(shadow, processes)
         export(shadow.folder, shadow.model(settings.shadow_checkpoint), which=settings.shadow_checkpoint)
     return [shadow.model(settings.shadow_checkpoint) for shadow in shadows]
@@ -243,5 +243,5 @@ def _train(shadow: Shadow, processes: int) -> None:
     launch(["train", str(shadow.run_file), "--auto-resume"], processes, logs / "train.log")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"dualtok: shadows: {text}", flush=True)

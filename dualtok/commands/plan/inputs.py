@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dualtok.commands.plan.shapes import reference_shape, shapes_of
 from dualtok.config.data import is_address
 from dualtok.data.manifest import MANIFEST, load_manifest, split_entry
 from dualtok.data.remote.remote import place_of
 from dualtok.distributed.deepspeed_config import training_config, zero_stage
-from dualtok.errors import ConfigError, did_you_mean
-from dualtok.model.load import starting_config
-from dualtok.model.stages import cut
-from dualtok.objective.chunked_cross_entropy import ACCELERATOR_LOSS_MEMORY_MIB
+from dualtok.errors import ConfigError
+from dualtok.model.stage_bounds import cut
+from dualtok.objective.settings import ACCELERATOR_LOSS_MEMORY_MIB
 from dualtok.plan.memory import Job
-from dualtok.plan.shape import ModelShape, read_shape
-from dualtok.plan.shapes import NAMED, named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from transformers import PretrainedConfig
 
     from dualtok.config.model import ModelConfig
     from dualtok.config.run import RunConfig
     from dualtok.config.train import TrainConfig
     from dualtok.data.manifest import Manifest
     from dualtok.distributed.deepspeed_config import Json
-
-# Imported where they are used, for what they take to load: transformers (1 to 4 s).
+    from dualtok.plan.shape import ModelShape
 
 NEW_TOKENIZER = 4096
 """Ids of a tokenizer that ``dualtok prepare`` will train, unless ``data.vocab_size`` says otherwise."""
@@ -80,56 +75,10 @@ def material_of(run: RunConfig, tokens: int | None = None) -> Material:
     blocks = None if tokens is None else max(1, tokens // length)
     if manifest is not None:
         blocks = split_entry(manifest, train.split, run.data.dir).blocks
-    config = planned_config(model, vocabulary)
-    shape = shape_of(config, model)
+    shapes = shapes_of(model, vocabulary)
     other = None if run.reference is None or run.reference.mode == "adapter" else run.reference.models[0]
-    reference = read_shape(config) if model.lora is not None else shape
-    if other is not None and (named(other) is not None or (Path(other) / "config.json").is_file()):
-        reference = read_shape(_config_at(other))
-    return Material(shape, reference, length, blocks)
-
-
-def planned_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:
-    """Return a model's configuration: of its folder, of the table of known names, or of the hub.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if model.path is None or (Path(model.path) / "config.json").is_file():
-        return starting_config(model, vocabulary)
-    if named(model.path) is not None:
-        return _config_at(model.path)
-    try:
-        return starting_config(model, vocabulary)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}{did_you_mean(model.path, NAMED)}; to plan, a folder with nothing but its config.json is enough"
-        ) from None
-
-
-def _config_at(path: str) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    settings = named(path)
-    if settings is None or (Path(path) / "config.json").is_file():
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
-        return config
-    named_config: PretrainedConfig = AutoConfig.for_model(**settings)
-    return named_config
-
-
-def shape_of(config: PretrainedConfig, model: ModelConfig) -> ModelShape:
-    """Return a model's shape with the adapters that the run trains.
-
-    Raises:
-        ConfigError: ``model.lora.targets`` names an unknown layer.
-    """
-    if model.lora is None:
-        return read_shape(config)
-    from dualtok.model.adapters import lora_settings
-
-    targets: Any = lora_settings(model.lora, config).target_modules
-    return read_shape(config, rank=model.lora.rank, targets=tuple(targets))
+    reference = (None if other is None else reference_shape(other)) or shapes.plain
+    return Material(shapes.trained, reference, length, blocks)
 
 
 def job_of(run: RunConfig, material: Material, ranks: int) -> Job:

@@ -177,6 +177,7 @@ def show_plan(run: RunConfig, cluster: Cluster, tokens: int | None, write: Path 
     Raises:
         ConfigError: as :func:`plan`; or there is nothing to write, since no layout fits.
     """
+    # Here, so that a caller of plan() alone does without rich (.1 s) and what writes YAML.
     from dualtok.commands.plan.tables import print_plan
     from dualtok.commands.plan.write import write_layout
 

@@ -142,8 +142,8 @@ def write_splits(
 
 
 def _documents(staged: Staged, chunk: Chunk, split: str) -> NDArray[np.int64]:
-    fates = np.load(decisions_path(staged.at.folder, chunk))
-    return chunk.first + np.flatnonzero(fates == SPLITS.index(split))
+    decisions = np.load(decisions_path(staged.at.folder, chunk))
+    return chunk.first + np.flatnonzero(decisions == SPLITS.index(split))
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,6 @@
 """Canaries: made-up documents, each put into the split ``train`` or kept out by the toss of a fair coin of its own.
 
-Whoever trains on the folder then has members and non-members whose membership is random and known, which is what a
+A run on the folder then has members and non-members whose membership is random and known, which is what a
 lower bound on epsilon needs (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846), and secrets out of a space that is
 known, which is what exposure needs (Carlini et al. 2019, arXiv 1802.08232).
 
@@ -122,17 +122,17 @@ def candidates(canary: Canary, config: CanaryConfig, count: int) -> list[str]:
     return found
 
 
-def deal(canaries: list[Canary], config: CanaryConfig, chunks: list[Chunk]) -> dict[int, list[Canary]]:
+def assign_to_chunks(canaries: list[Canary], config: CanaryConfig, chunks: list[Chunk]) -> dict[int, list[Canary]]:
     """Return the included canaries by the number of the chunk whose documents they are packed with, drawn at random in
     proportion to the chunks' documents."""
     ends = np.array([chunk.end for chunk in chunks])
-    dealt: dict[int, list[Canary]] = {}
+    canaries_of_chunk: dict[int, list[Canary]] = {}
     for canary in canaries:
         if canary.included:
             place = _number(config, "place", canary.id) % int(ends[-1])
             chunk = chunks[int(np.searchsorted(ends, place, side="right"))]
-            dealt.setdefault(chunk.number, []).append(canary)
-    return dealt
+            canaries_of_chunk.setdefault(chunk.number, []).append(canary)
+    return canaries_of_chunk
 
 
 def check_canaries(

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dualtok.monitor.progress import RunProgress
 
 LENGTHS_AT_ONCE = 1 << 12
-FATES = (*SPLITS, "unused", "too_short", "exact", "near")
-UNUSED, TOO_SHORT, EXACT, NEAR = range(len(SPLITS), len(FATES))
+DECISIONS = (*SPLITS, "unused", "too_short", "exact", "near")
+UNUSED, TOO_SHORT, EXACT, NEAR = range(len(SPLITS), len(DECISIONS))
 
 
 class UnusableCorpusError(DataError):
@@ -38,16 +38,16 @@ class Decisions:
     """What happened to all documents."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(FATES), dtype=np.int64))
-    """Documents of each fate."""
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(DECISIONS), dtype=np.int64))
+    """Documents by decision."""
     reference_characters: int = 0
     """Length of the split ``reference``, on which a tokenizer is trained."""
     compared_by_characters: int = 0
     """Documents whose n-grams are of characters."""
 
-    def count(self, fate: str) -> int:
-        """Return how many documents met this fate."""
-        return int(self.counts[FATES.index(fate)])
+    def count(self, decision: str) -> int:
+        """Return how many documents were decided so."""
+        return int(self.counts[DECISIONS.index(decision)])
 
     @property
     def read(self) -> int:
@@ -75,31 +75,31 @@ class Decisions:
 
 
 def decisions_path(folder: Path, chunk: Chunk) -> Path:
-    """Return the file of a chunk's fates, uint8 indices of :data:`FATES`."""
-    return folder / f"fates-{chunk.number:06d}.npy"
+    """Return the file of a chunk's decisions, uint8 indices of :data:`DECISIONS`."""
+    return folder / f"decisions-{chunk.number:06d}.npy"
 
 
 def decide(config: DataConfig, staged: Staged, groups: Groups, progress: RunProgress) -> Decisions:
     """Decide chunk after chunk, keeping what an interrupted start had decided."""
     folder = staged.at.folder
-    judge = _Judge(config, staged)
+    decider = _Decider(config, staged)
     result = Decisions()
     for chunk in _cut(staged):
         members = groups.of(chunk.first, chunk.end)
         path = decisions_path(folder, chunk)
         if path.is_file():
-            fates = np.load(path)
+            decisions = np.load(path)
             for doc, memberships in members.items():
-                judge.remember(doc, memberships, kept=fates[doc - chunk.first] <= UNUSED)
+                decider.remember(doc, memberships, kept=decisions[doc - chunk.first] <= UNUSED)
         else:
-            fates = judge.fates(chunk, members)
+            decisions = decider.decisions(chunk, members)
             with atomic_file(path) as stream:
-                np.save(stream, fates)
+                np.save(stream, decisions)
         result.chunks.append(chunk)
-        result.counts += np.bincount(fates, minlength=len(FATES))
+        result.counts += np.bincount(decisions, minlength=len(DECISIONS))
         of_characters = staged.take(np.arange(chunk.first, chunk.end), ["of_characters"])["of_characters"]
         result.compared_by_characters += int(of_characters.to_numpy().sum())
-        reference = np.flatnonzero(fates == SPLITS.index("reference"))
+        reference = np.flatnonzero(decisions == SPLITS.index("reference"))
         if len(reference):
             lengths = staged.take(chunk.first + reference, ["n_characters"])["n_characters"].to_numpy()
             result.reference_characters += int(lengths.sum())
@@ -122,7 +122,7 @@ def _cut(staged: Staged) -> Iterator[Chunk]:
         first, number = end, number + 1
 
 
-class _Judge:
+class _Decider:
     """Decides documents in order, and remembers the kept ones of each group that is still open."""
 
     def __init__(self, config: DataConfig, staged: Staged) -> None:
@@ -137,26 +137,26 @@ class _Judge:
             elif kept:
                 self._open.setdefault(key, []).append(doc)
 
-    def fates(self, chunk: Chunk, members: dict[int, list[Membership]]) -> NDArray[np.uint8]:
-        """Return the fates of a chunk's documents."""
+    def decisions(self, chunk: Chunk, members: dict[int, list[Membership]]) -> NDArray[np.uint8]:
+        """Return the decisions about a chunk's documents."""
         config = self._config
         table = self._staged.take(np.arange(chunk.first, chunk.end), ["sha256", "n_characters", "blank"])
         short = is_short(table, config)
         sketches = _Sketches(self._staged, config, self._needed(members))
-        fates = np.empty(chunk.end - chunk.first, dtype=np.uint8)
+        decisions = np.empty(chunk.end - chunk.first, dtype=np.uint8)
         for place, digest in enumerate(table["sha256"].to_pylist()):
             doc = chunk.first + place
             memberships = members.get(doc, [])
             candidates = {other for key, _ in memberships for other in self._open.get(key, ())}
             if short[place]:
-                fates[place] = TOO_SHORT
+                decisions[place] = TOO_SHORT
             elif (duplicate := sketches.duplicate(doc, sorted(candidates))) is not None:
-                fates[place] = duplicate
+                decisions[place] = duplicate
             else:
                 split = assign_split(digest, config.shares, config.seed)
-                fates[place] = UNUSED if split is None else FATES.index(split)
-            self.remember(doc, memberships, kept=fates[place] <= UNUSED)
-        return fates
+                decisions[place] = UNUSED if split is None else DECISIONS.index(split)
+            self.remember(doc, memberships, kept=decisions[place] <= UNUSED)
+        return decisions
 
     def _needed(self, members: dict[int, list[Membership]]) -> list[int]:
         """Return the documents that may be compared in a chunk: its own in groups, and those kept before."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from datasketch import MinHashLSH
 
+from dualtok.data.hashing import scrambled
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -149,7 +151,7 @@ def keys(exact: NDArray[np.uint8], signatures: NDArray[np.uint32] | None, config
     bands, rows = _bands(config)
     values = signatures[:, : bands * rows].reshape(-1, bands, rows).astype(np.uint64)
     weights = _constants(bands * rows).multiply.reshape(bands, rows)
-    return np.concatenate([whole, _mixed((values * weights).sum(axis=2, dtype=np.uint64))], axis=1)
+    return np.concatenate([whole, scrambled((values * weights).sum(axis=2, dtype=np.uint64))], axis=1)
 
 
 @lru_cache(maxsize=4)
@@ -216,7 +218,7 @@ def _substring_hashes(
     powers, inverses = _powers(max(1 << 16, 1 << len(letters).bit_length()))
     running = np.zeros(len(letters) + 1, dtype=np.uint64)
     np.cumsum(_constants(1).byte[letters] * powers[: len(letters)], out=running[1:])
-    return _mixed((running[ends] - running[starts]) * inverses[starts])
+    return scrambled((running[ends] - running[starts]) * inverses[starts])
 
 
 @lru_cache(maxsize=2)
@@ -230,10 +232,3 @@ def _powers(length: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         return np.cumprod(factors, dtype=np.uint64)
 
     return powers_of(base), powers_of(pow(base, -1, 2**64))
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble numbers one to one, so that each bit depends on all (the end of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -3,7 +3,6 @@ it leaves in its own folder below the staging folder."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,9 +12,11 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from dualtok.data.sources.documents import Document, read_some, read_unit, source_files, units
 from dualtok.errors import ConfigError, DataError
-from dualtok.files import write_text
+from dualtok.files import lock_holder, locked, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +97,7 @@ class PartReader:
     def listing(self) -> str:
         """Return a digest of the source's file names and how they are divided: the same for all parts.
 
-        Not of the contents: a line may be mended after an error, and what was read is compared by its own digest.
+        Not of the contents: a line may be fixed after an error, and what was read is compared by its own digest.
         """
         names = [str(path) for path in source_files(self._config) or []]
         return hashlib.sha256(json.dumps([names, self.unit_count]).encode()).hexdigest()
@@ -133,7 +134,7 @@ def begin_part(config: DataConfig, part: Part, staging: Path, settings: dict[str
             note = require_same_part(other, settings, staging)
             if note["listing"] != listing:
                 raise DataError(
-                    f"{config.source}: part {part} sees other files than part {other} did at its start; mend the "
+                    f"{config.source}: part {part} sees other files than part {other} did at its start; fix the "
                     f"source, or remove {staging} and begin again"
                 )
     write_text(folder / BEGUN, json.dumps({"settings": reading_settings(settings), "listing": listing}, indent=1))
@@ -195,39 +196,29 @@ def check_parts(staging: Path, settings: dict[str, Any]) -> int:
 def _state(folder: Path) -> str:
     if not folder.is_dir():
         return "is missing"
-    with (folder / LOCK).open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return f"is still running ({_holder(folder / LOCK)})"
-        except OSError:  # a file system without locks
-            return "is not complete"
-    return "was interrupted"
-
-
-def _holder(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() or "another process"
+    path = folder / LOCK
+    try:
+        with FileLock(path, blocking=False, fallback_to_soft=False):
+            return "was interrupted"
+    except Timeout:
+        return f"is still running ({lock_holder(path)})"
+    except OSError:  # a file system without locks
+        return "is not complete"
 
 
 @contextmanager
 def claimed(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes from the same work, on any host that shares the folder and its locks, until this one ends.
 
-    A lock, not a note: the system lets go of it when the process is killed.
+    On a file system without locks it goes on unguarded, as results are whole files either way.
 
     Raises:
         DataError: another process has it.
     """
+
+    def refuse(holder: str) -> None:
+        raise DataError(f"{folder}: {what} is still running ({holder}); wait for it or stop it") from None
+
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    with path.open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: {what} is still running ({_holder(path)}); wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks: go on unguarded, as results are whole files either way
-        stream.truncate(0)
-        stream.write(f"{socket.gethostname()}, process {os.getpid()}\n".encode())
-        stream.flush()
+    with locked(folder / LOCK, f"{socket.gethostname()}, process {os.getpid()}", refuse):
         yield

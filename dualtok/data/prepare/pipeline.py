@@ -2,7 +2,7 @@
 
 Stages, each of which continues where an interruption left it: the documents are read, hashed and staged
 (:mod:`.ingest`), by this process or by several parts; those with a common key are found (:mod:`.groups`) and each
-document's fate decided (:mod:`.decide`); the tokenizer; one packed file per chunk of documents, and the shards
+document decided on (:mod:`.decide`); the tokenizer; one packed file per chunk of documents, and the shards
 (:mod:`.assemble`). A finished file is never written again. Memory holds one chunk of documents per process, whatever
 the size of the corpus. The manifest is written last.
 """
@@ -21,7 +21,7 @@ from dualtok.config.data import SPLITS, DataConfig, is_address
 from dualtok.config.old_names import with_new_names
 from dualtok.data.manifest import MANIFEST, Facts, Manifest, load_manifest, save_manifest
 from dualtok.data.prepare.assemble import DOCUMENT, TokenizerAt, pack_chunks, spelled_out, split_texts, write_splits
-from dualtok.data.prepare.canaries import Canary, check_canaries, deal, draw_canaries, write_canaries
+from dualtok.data.prepare.canaries import Canary, assign_to_chunks, check_canaries, draw_canaries, write_canaries
 from dualtok.data.prepare.decide import Decisions, UnusableCorpusError, decide
 from dualtok.data.prepare.groups import find_groups, steps
 from dualtok.data.prepare.ingest import stage_part, staged_files
@@ -112,7 +112,7 @@ def prepare_part(config: DataConfig, part: Part, *, progress: bool = True) -> No
         if not was_there and not staged_files(mine):
             _remove_part(mine)
         raise
-    _say(f"part {part} is complete in {mine}; when all are, run `dualtok prepare --finish`", active=progress)
+    _print(f"part {part} is complete in {mine}; when all are, run `dualtok prepare --finish`", active=progress)
 
 
 def finish(config: DataConfig, *, progress: bool = True) -> Manifest:
@@ -163,9 +163,9 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     decisions.check(config)
     tokenizer = _keep_tokenizer(folder / "tokenizer", lambda: _trained_tokenizer(config, staged, decisions))
     place = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
-    canaries, dealt = _canaries(config, staged, decisions, tokenizer)
+    canaries, canaries_of_chunk = _canaries(config, staged, decisions, tokenizer)
     with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
-        pack_chunks(config, staged, decisions.chunks, place, workers, canaries=dealt, progress=bar)
+        pack_chunks(config, staged, decisions.chunks, place, workers, canaries=canaries_of_chunk, progress=bar)
     splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
     texts = sample(split_texts(staged, decisions.chunks, "train"))
     unread = left_out(config)
@@ -196,7 +196,7 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     _sweep(folder)  # a worker of a killed start may have outlived it for a moment
     save_manifest(manifest, folder)
     shutil.rmtree(staging)
-    _say(summary(manifest, unread), active=progress)
+    _print(summary(manifest, unread), active=progress)
     return manifest
 
 
@@ -208,7 +208,7 @@ def _canaries(
         return [], {}
     canaries = draw_canaries(config.canaries, first_document=decisions.read)
     check_canaries(canaries, config.canaries, staged, tokenizer, config.block_length)
-    return canaries, deal(canaries, config.canaries, decisions.chunks)
+    return canaries, assign_to_chunks(canaries, config.canaries, decisions.chunks)
 
 
 def _prepared(folder: Path, settings: dict[str, Any], *, progress: bool, sweep: bool = True) -> Manifest | None:
@@ -226,7 +226,7 @@ def _prepared(folder: Path, settings: dict[str, Any], *, progress: bool, sweep: 
     manifest = load_manifest(folder)
     if sweep:
         shutil.rmtree(folder / STAGING, ignore_errors=True)  # left if an earlier run was killed in its last moment
-    _say(f"{folder}: already prepared", active=progress)
+    _print(f"{folder}: already prepared", active=progress)
     return manifest
 
 
@@ -340,6 +340,6 @@ def _keep_tokenizer(folder: Path, make: Callable[[], PreTrainedTokenizerBase]) -
     return load_tokenizer(folder)
 
 
-def _say(text: str, *, active: bool) -> None:
+def _print(text: str, *, active: bool) -> None:
     if active:
         print(text, flush=True)

@@ -39,14 +39,14 @@ def summary(manifest: Manifest, unread: Sequence[str] = ()) -> str:
         entry = manifest.canaries
         lines.append(f"  canaries: {entry.included:,} of {entry.count:,} are in train, as {CANARIES} tells")
     if manifest.facts is not None:
-        lines += _told(manifest, manifest.facts)
+        lines += _fact_lines(manifest, manifest.facts)
     lines += [f"    {line}" for line in unread[:MOST_NAMED]]
     if len(unread) > MOST_NAMED:
         lines.append(f"    and {len(unread) - MOST_NAMED:,} more")
     return "\n".join(lines)
 
 
-def _told(manifest: Manifest, facts: Facts) -> Iterator[str]:
+def _fact_lines(manifest: Manifest, facts: Facts) -> Iterator[str]:
     """Yield what the reader of a summary should know of the texts."""
     if facts.compared_by_characters:
         yield (

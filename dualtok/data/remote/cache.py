@@ -2,7 +2,8 @@
 
 A file's name is its SHA-256, so that it is never out of date, whoever put it there. Its place is taken by a rename, so
 that it is whole or absent; until then it is a ``.part`` file, which its writer holds locked. Locks are the kernel's
-(``flock``) and die with their process: nothing that a killed job leaves behind is ever waited for or believed.
+(``flock``) and die with their process: nothing that a killed job leaves behind is ever waited for or believed. They are
+on the data files themselves, shared by readers, and stay through the rename; filelock locks files of its own.
 
 A reader locks a file only while it opens it. Afterwards it may be removed: a memory map keeps the content.
 """

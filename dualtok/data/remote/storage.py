@@ -163,7 +163,7 @@ class Storage:
         settings = self._settings
         hopeless: tuple[type[Exception], ...] = (DataError, ConfigError, *final)
 
-        def say(state: RetryCallState) -> None:
+        def report_retry(state: RetryCallState) -> None:
             assert state.outcome is not None
             LOG.warning(
                 "dualtok: %s/%s: attempt %d of %d failed: %s; again in %.1f s",
@@ -179,7 +179,7 @@ class Storage:
             stop=stop_after_attempt(settings.attempts) | stop_before_delay(settings.retry_seconds),
             wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
             retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, hopeless)),
-            before_sleep=say,
+            before_sleep=report_retry,
             reraise=True,
         )
         started = time.monotonic()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dualtok.data.sources.json_fields import after_value, after_white, only_field
 from dualtok.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,9 +46,6 @@ HEAD_BYTES = 1 << 16
 """What is looked at to learn how a file's lines end."""
 MARK = "\ufeff".encode()
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
-WHITE = re.compile(r"[ \t\r\n]*")
-NEXT_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-PLAIN_VALUE = re.compile(r"[^\s,\]}]+")
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 """What the libraries raise on a compressed file that is cut off or is none."""
 
@@ -183,66 +181,10 @@ def _json_document(text: str, field: str, origin: str) -> Document:
     except json.JSONDecodeError as error:
         raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError):  # a number or a nesting beyond Python's limits, in whatever field
-        row = _only_field(text, field, origin)
+        row = only_field(text, field, origin)
     if not isinstance(row, dict):
         raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
     return Document(text_of(row, field, origin), origin)
-
-
-def _only_field(text: str, field: str, origin: str) -> dict[str, object]:
-    """Return an object's fields by name, those that are not the text's passed over unread."""
-    found: dict[str, object] = {}
-    place = _after_white(text, 0)
-    if text[place : place + 1] != "{":
-        raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
-    decoder = json.JSONDecoder()
-    place = _after_white(text, place + 1)
-    while text[place : place + 1] != "}":
-        try:
-            key, place = decoder.raw_decode(text, place)
-            place = _after_white(text, place)
-            if not isinstance(key, str) or text[place : place + 1] != ":":
-                raise ValueError("no name and value")
-            place = _after_white(text, place + 1)
-            if key == field and text[place] == '"':
-                found[key], place = decoder.raw_decode(text, place)
-            else:
-                found[key], place = _Unread(), _after_value(text, place)
-            place = _after_white(text, place)
-            if text[place] == ",":
-                place = _after_white(text, place + 1)
-            elif text[place] != "}":
-                raise ValueError("no comma")
-        except (ValueError, IndexError):
-            raise DataError(f"{origin}: not valid JSON at column {place + 1}") from None
-    if _after_white(text, place + 1) != len(text):
-        raise DataError(f"{origin}: not valid JSON: more follows at column {place + 2}")
-    return found
-
-
-class _Unread:
-    """A value that was passed over."""
-
-
-def _after_white(text: str, place: int) -> int:
-    match = WHITE.match(text, place)
-    assert match is not None
-    return match.end()
-
-
-def _after_value(text: str, place: int) -> int:
-    """Return the place after a value, however deep or long."""
-    if text[place] not in "[{":
-        match = NEXT_BRACKET.match(text, place) or PLAIN_VALUE.match(text, place)
-        if match is None:
-            raise ValueError("no value")
-        return match.end()
-    depth = 0
-    for match in NEXT_BRACKET.finditer(text, place):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.end()
-    raise ValueError("no end")
 
 
 def _read_json(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
@@ -254,15 +196,15 @@ def _read_json(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Docum
         yield from _read_jsonl(path, config, wanted)
         return
     text = _decode(head + rest, str(path))
-    decoder, place, number = json.JSONDecoder(), _after_white(text, 1), 0
+    decoder, place, number = json.JSONDecoder(), after_white(text, 1), 0
     while text[place : place + 1] != "]":
         origin = f"{path}: item {number}"
         try:
-            end = _after_value(text, place)
+            end = after_value(text, place)
             item = text[place:end]
-            place = _after_white(text, end)
+            place = after_white(text, end)
             if text[place] == ",":
-                place = _after_white(text, place + 1)
+                place = after_white(text, place + 1)
             elif text[place] != "]":
                 raise ValueError("no comma")
         except (ValueError, IndexError):
@@ -385,7 +327,7 @@ def _require_text(value: object, field: str, origin: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON's escapes can spell half a character, which no file could hold
         place = f"character {error.start}"
-        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {place}; mend the text") from None
+        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {place}; fix the text") from None
     return value
 
 

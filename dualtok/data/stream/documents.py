@@ -17,7 +17,13 @@ def document_pieces(
 ) -> dict[int, list[NDArray[np.int64]]]:
     """Return the token ids of some documents of a split, in the order asked, each cut as it lies in its blocks.
 
-    ``batch_size`` blocks are read at once.
+    Args:
+        stream: the split.
+        documents: ids of documents [n].
+        batch_size: blocks that are read at once.
+
+    Returns:
+        Document id -> its pieces, each the int64 ids of one.
     """
     found: dict[int, dict[int, NDArray[np.int64]]] = {int(document): {} for document in documents}
     for batch, segments in stream.sequential(batch_size, documents=documents):

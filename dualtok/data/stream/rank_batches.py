@@ -71,7 +71,11 @@ def rank_batches(
     stream: Reader, start_sample: int, global_micro_batch: int, *, rank: int, world_size: int, workers: int
 ) -> RankBatches:
     """Yield one rank's share of each global micro-batch, without end; see
-    :meth:`~dualtok.data.stream.blocks.BlockStream.batches`."""
+    :meth:`~dualtok.data.stream.blocks.BlockStream.batches`.
+
+    Raises:
+        DataError: the ranks do not divide the micro-batch.
+    """
     if global_micro_batch % world_size:
         raise DataError(f"a micro-batch of {global_micro_batch} blocks cannot be shared by {world_size} ranks")
     share = global_micro_batch // world_size
@@ -102,7 +106,7 @@ class RankBatches(Iterator[Batch]):
 
     def __init__(self, batches: Iterator[Batch], counts: torch.Tensor, *, reads_ahead: bool) -> None:
         self._batches, self._counts, self.reads_ahead = batches, counts, reads_ahead
-        self._taken = 0
+        self._yielded = 0
         self.waiting = 0
         """Micro-batches that lay read, summed over all times that one was asked for."""
 
@@ -110,18 +114,18 @@ class RankBatches(Iterator[Batch]):
         """Return the next micro-batch, when it has been read."""
         self.waiting += self.depth
         batch = next(self._batches)
-        self._taken += 1
+        self._yielded += 1
         return batch
 
     @property
     def depth(self) -> int:
         """Micro-batches that lie read now."""
-        return max(0, int(self._counts[:, 0].sum()) - self._taken)
+        return max(0, int(self._counts[:, 0].sum()) - self._yielded)
 
     @property
-    def taken(self) -> int:
+    def yielded(self) -> int:
         """Times that a micro-batch was asked for and came."""
-        return self._taken
+        return self._yielded
 
     def fetches(self) -> Fetches:
         """Return what this rank's readers, in their processes, have found of shards at an address so far."""

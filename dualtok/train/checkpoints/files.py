@@ -66,7 +66,7 @@ def write_part(folder: Path, rank: int, pieces: Iterable[ParameterSlice]) -> Non
     except OSError as error:
         raise CheckpointError(
             f"{folder}: rank {rank} cannot write its part of the checkpoint: {error.strerror or error}; free space or "
-            "mend the folder, then resume from the last complete checkpoint"
+            "fix the folder, then resume from the last complete checkpoint"
         ) from None
 
 

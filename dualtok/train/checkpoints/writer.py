@@ -185,7 +185,7 @@ def _clear(folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot be made: {error.strerror or error}; mend the folder or change output_dir, then resume"
+            f"{folder}: cannot be made: {error.strerror or error}; fix the folder or change output_dir, then resume"
         ) from None
 
 

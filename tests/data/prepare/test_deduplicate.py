@@ -16,7 +16,7 @@ import pytest
 from dualtok.config.data import DataConfig
 from dualtok.data.prepare import deduplicate, groups
 from dualtok.data.prepare import staged as staged_module
-from dualtok.data.prepare.decide import FATES, decide, decisions_path
+from dualtok.data.prepare.decide import DECISIONS, decide, decisions_path
 from dualtok.data.prepare.deduplicate import key_count, keys, normalized, sketch
 from dualtok.data.prepare.groups import find_groups
 from dualtok.data.prepare.ingest import stage_part
@@ -46,9 +46,9 @@ def verdicts(texts: list[str], **changes: Any) -> list[str | None]:
             stage_part(settings, PartReader(settings, ALONE), ALONE.folder(folder), workers, progress=bar)
             staged = Staged(folder, ALONE.of)
             chunks = decide(settings, staged, find_groups(settings, staged, workers, bar), bar).chunks
-        fates = [FATES[fate] for chunk in chunks for fate in np.load(decisions_path(folder, chunk))]
-    assert set(fates) <= {"train", "exact", "near"}
-    return [None if fate == "train" else fate for fate in fates]
+        decisions = [DECISIONS[decision] for chunk in chunks for decision in np.load(decisions_path(folder, chunk))]
+    assert set(decisions) <= {"train", "exact", "near"}
+    return [None if decision == "train" else decision for decision in decisions]
 
 
 def random_words(draw: random.Random, count: int) -> list[str]:

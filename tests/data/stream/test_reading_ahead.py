@@ -75,7 +75,7 @@ def test_the_queue_is_full_for_a_slow_reader_and_empty_without_workers(folder: P
     stream = DataFolder(folder).open("train", seed=3)
     alone = stream.batches(0, GLOBAL)
     list(islice(alone, 5))
-    assert (alone.reads_ahead, alone.waiting, alone.taken) == (False, 0, 5)
+    assert (alone.reads_ahead, alone.waiting, alone.yielded) == (False, 0, 5)
     ahead = stream.batches(0, GLOBAL, workers=1)
     next(ahead)
     deadline = time.monotonic() + 30
