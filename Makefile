@@ -9,6 +9,8 @@ DEV := $(VENV)/.dev-installed
 # DeepSpeed compiles small operators on first use; a stable folder keeps them from one run to the next.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+# Material for MkDocs prints a notice about its future at every build.
+export NO_MKDOCS_2_WARNING := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install demo test test-fast test-parity test-cluster test-peers soak check docs system-packages cluster-packages clean

@@ -1,3 +1,3 @@
 """dualtok: train language models on private text, and measure what they give away about it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -44,7 +44,7 @@ def dual_loss(
         reference_loss: CE(theta_ref; t), nats, same shape.
         mask: bool, same shape, True for real, predicted tokens; None takes all.
         selection: shares, threshold and weight; its ``scope`` is the caller's affair, who passes a ``gather`` or none.
-        gather: collects the scores of all ranks. The sets and their sizes are then those of the whole batch, and the
+        gather: collects s(t) of all ranks. The sets and their sizes are then those of the whole batch, and the
             loss is multiplied by the number of ranks, so that the mean over ranks that data-parallel engines take of
             losses and gradients is exact, however unevenly the tokens are spread. It is called once on every rank, and
             once more if it does not know its ``world_size`` (:class:`~dualtok.objective.selection.RankGather` does).

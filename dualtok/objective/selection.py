@@ -42,7 +42,7 @@ class RankGather:
 
 
 class Selection(NamedTuple):
-    """The two disjoint sets, as masks of this rank's scores, and their global sizes."""
+    """The two disjoint sets, as masks of this rank's tokens, and their global sizes."""
 
     hard: torch.Tensor
     memorized: torch.Tensor
@@ -50,18 +50,18 @@ class Selection(NamedTuple):
 
 
 def select_tokens(
-    scores: torch.Tensor,
+    calibrated: torch.Tensor,
     mask: torch.Tensor | None = None,
     selection: SelectionConfig = SelectionConfig(),  # noqa: B008 - it is frozen
     *,
     gather: Gather | None = None,
 ) -> Selection:
-    """Choose T_h, the highest scores, and T_m, the lowest scores below ``tau`` (DuoLearn, arXiv 2502.19726).
+    """Choose T_h, the tokens of highest s(t), and T_m, those of lowest s(t) below ``tau`` (DuoLearn, arXiv 2502.19726).
 
     * |T_h| = floor(hard_share * n), at least 1 when n and ``hard_share`` are positive.
-    * |T_m| <= floor(memorized_share * n); only scores strictly below ``tau``. A share of 0 is an empty set.
+    * |T_m| <= floor(memorized_share * n); only tokens with s(t) strictly below ``tau``. A share of 0 is an empty set.
     * The sets never overlap: T_m is drawn from what T_h leaves (a lone token is learned, not unlearned).
-    * Equal scores are taken in the order of their global position, the lower one first, in both sets.
+    * Equal values are taken in the order of their global position, the lower one first, in both sets.
     * Infinities rank as what they are. A NaN cannot be ranked: it is left out as if it were masked, so it is neither
       learned nor unlearned nor counted in n. Where the reference is broken a token must not be trained on without its
       defence.
@@ -70,24 +70,24 @@ def select_tokens(
     for the size of T_m.
 
     Args:
-        scores: s(t), any shape, any float dtype; ranked in float32.
+        calibrated: s(t), any shape, any float dtype; ranked in float32.
         mask: bool, same shape, True for real, predicted tokens; None takes all. What stands in masked positions is
             ignored.
         selection: its ``hard_share``, ``memorized_share`` and ``tau`` count here.
-        gather: collects the scores of all ranks; None ranks these alone. Every rank must call this function equally
+        gather: collects s(t) of all ranks; None ranks these tokens alone. Every rank must call this function equally
             often.
 
     Returns:
-        Bool masks of the shape of ``scores``, and the global counts.
+        Bool masks of the shape of ``calibrated``, and the global counts.
 
     Raises:
         ValueError: the shapes differ.
     """
-    return select_over([scores], [mask], selection, gather=gather)[0]
+    return select_over([calibrated], [mask], selection, gather=gather)[0]
 
 
 def select_over(
-    scores: Sequence[torch.Tensor],
+    calibrated: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor | None],
     selection: SelectionConfig,
     *,
@@ -99,8 +99,8 @@ def select_over(
     micro-batch, of which there must be one at least.
 
     Args:
-        scores: s(t) of each micro-batch, nats, any shape.
-        masks: bool, of the shapes of ``scores``, True for tokens that are ranked; None takes all but NaN.
+        calibrated: s(t) of each micro-batch, nats, any shape.
+        masks: bool, of the shapes of ``calibrated``, True for tokens that are ranked; None takes all but NaN.
         selection: shares and threshold.
         gather: as for :func:`select_tokens`.
 
@@ -108,11 +108,11 @@ def select_over(
         One selection per micro-batch; their counts are those of all together.
 
     Raises:
-        ValueError: a mask has another shape than its scores.
+        ValueError: a mask has another shape than its ``calibrated``.
     """
     ranked, gathered, places = [], [], []
     start = 0
-    for part, mask in zip(scores, masks, strict=True):
+    for part, mask in zip(calibrated, masks, strict=True):
         values = part.detach().float()
         valid = full_mask(part, mask) & ~values.isnan()
         own_m = values[valid]
@@ -132,23 +132,23 @@ def select_over(
     ]
 
 
-def _rank(scores_n: torch.Tensor, selection: SelectionConfig) -> Selection:
-    """Return T_h and T_m among scores in the order of their global positions."""
-    n = len(scores_n)
+def _rank(calibrated_n: torch.Tensor, selection: SelectionConfig) -> Selection:
+    """Return T_h and T_m of values s(t) in the order of their global positions."""
+    n = len(calibrated_n)
     n_hard = set_size(selection.hard_share, n)
     if n and selection.hard_share > 0:
         n_hard = max(n_hard, 1)
     n_memorized = min(set_size(selection.memorized_share, n), n - n_hard)
 
-    order = torch.sort(scores_n, descending=True, stable=True).indices
+    order = torch.sort(calibrated_n, descending=True, stable=True).indices
     # Back in the order of positions, so that the second stable sort, too, takes the lower one of two equals.
     rest = torch.sort(order[n_hard:]).values
-    lowest = rest[torch.sort(scores_n[rest], stable=True).indices[:n_memorized]]
+    lowest = rest[torch.sort(calibrated_n[rest], stable=True).indices[:n_memorized]]
 
-    hard_n = torch.zeros(n, dtype=torch.bool, device=scores_n.device)
+    hard_n = torch.zeros(n, dtype=torch.bool, device=calibrated_n.device)
     hard_n[order[:n_hard]] = True
     memorized_n = torch.zeros_like(hard_n)
-    memorized_n[lowest] = scores_n[lowest] < selection.tau
+    memorized_n[lowest] = calibrated_n[lowest] < selection.tau
     return Selection(hard_n, memorized_n, SelectionCounts(n, n_hard, int(memorized_n.sum())))
 
 

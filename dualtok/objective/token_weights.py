@@ -106,13 +106,13 @@ def dual_weights(
     """
     token_losses = [losses.detach() for losses in token_losses]
     full = [full_mask(losses, mask) for losses, mask in zip(token_losses, masks, strict=True)]
-    scores = [
+    calibrated = [
         torch.where(mask, calibrated_loss(losses, reference), 0.0)
         for losses, reference, mask in zip(token_losses, reference_losses, full, strict=True)
     ]
-    chosen = select_over(scores, full, selection, gather=gather)
+    chosen = select_over(calibrated, full, selection, gather=gather)
     counts = chosen[0].counts
-    means = len(chosen) * world_size_of(gather, scores[0].device)
+    means = len(chosen) * world_size_of(gather, calibrated[0].device)
     # An empty T_m weighs nothing under either: one over a tiny share would be infinite, and times 0 not a number.
     per_share = selection.normalize == "per_share" and counts.memorized > 0
     learned = _one_over(counts.hard)
@@ -129,7 +129,7 @@ def dual_weights(
             counts=counts,
             totals=_totals(losses, hard, memorized, mask),
         )
-        for losses, s, mask, (hard, memorized, _) in zip(token_losses, scores, full, chosen, strict=True)
+        for losses, s, mask, (hard, memorized, _) in zip(token_losses, calibrated, full, chosen, strict=True)
     ]
 
 

@@ -6,14 +6,16 @@ import ast
 import configparser
 import re
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import pytest
 import yaml
 
 from dualtok.cli import app
 from tests.support import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))

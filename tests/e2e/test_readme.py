@@ -1,4 +1,4 @@
-"""The README's quickstart is run as it stands, by a new user with a folder and a corpus."""
+"""The quickstart is run as it stands, by a new user with a folder and a corpus; and what the README says holds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from tests import warm
 from tests.support import ROOT, environment
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, QUICKSTART, DEVELOPMENT = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.md", "docs/development.md")
+)
 
 
 @pytest.mark.slow
 def test_the_quickstart_works_as_it_is_written(tmp_path: Path) -> None:
     write_jsonl(islice(sotu_passages(), 250), tmp_path / "corpus.jsonl")
-    for content, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", README, re.DOTALL):
+    for content, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", QUICKSTART, re.DOTALL):
         (tmp_path / name).write_text(content)
-    (script,) = re.findall(r"<!-- quickstart -->\n```bash\n(.*?)```", README, re.DOTALL)
+    (script,) = re.findall(r"<!-- quickstart -->\n```bash\n(.*?)```", QUICKSTART, re.DOTALL)
     variables = environment(LOCAL_SIZE="2", PATH=f"{warm.programs()}:{os.environ['PATH']}")
     done = subprocess.run(
         ["bash", "-euxc", script], cwd=tmp_path, env=variables, text=True, capture_output=True, timeout=800, check=False
@@ -58,7 +60,11 @@ def test_every_command_of_the_command_line_is_in_the_readme() -> None:
         assert f"`dualtok {command.callback.__name__}" in README
 
 
-def test_every_make_target_that_the_readme_names_exists() -> None:
+def test_every_make_target_that_the_docs_name_exists() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for name in re.findall(r"`make ([a-z-]+)`", README):
+    for name in re.findall(r"`make ([a-z-]+)`", README + DEVELOPMENT):
         assert name in targets
+
+
+def test_the_readme_can_be_read_in_one_sitting() -> None:
+    assert len(README.splitlines()) <= 130

@@ -39,16 +39,16 @@ def picked(mask: torch.Tensor) -> list[int]:
 
 
 def test_the_highest_are_learned_and_the_lowest_unlearned() -> None:
-    scores = torch.tensor([0.5, -2.0, 3.0, 1.0, -1.0, 2.0, -3.0, 0.0, 0.25, 4.0])
-    chosen = select_tokens(scores)
+    calibrated = torch.tensor([0.5, -2.0, 3.0, 1.0, -1.0, 2.0, -3.0, 0.0, 0.25, 4.0])
+    chosen = select_tokens(calibrated)
     assert picked(chosen.hard) == [0, 2, 3, 5, 8, 9]
     assert picked(chosen.memorized) == [1, 6]
     assert chosen.counts == (10, 6, 2)
 
 
 def test_the_batch_is_ranked_as_a_whole_not_row_by_row() -> None:
-    scores = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]])
-    chosen = select_tokens(scores, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
+    calibrated = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]])
+    chosen = select_tokens(calibrated, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
     assert chosen.hard.tolist() == [[True] * 3, [False] * 3]
     assert chosen.memorized.tolist() == [[False] * 3, [True] * 3]
 
@@ -80,11 +80,11 @@ def test_a_share_of_zero_is_an_empty_set() -> None:
 
 
 def test_a_score_at_tau_is_not_unlearned() -> None:
-    scores = torch.tensor([-0.5, 0.0, 0.0, -0.25])
-    chosen = select_tokens(scores, selection=SelectionConfig(hard_share=0.0, memorized_share=1.0, tau=0.0))
+    calibrated = torch.tensor([-0.5, 0.0, 0.0, -0.25])
+    chosen = select_tokens(calibrated, selection=SelectionConfig(hard_share=0.0, memorized_share=1.0, tau=0.0))
     assert picked(chosen.memorized) == [0, 3]
     assert picked(
-        select_tokens(scores, selection=SelectionConfig(hard_share=0.0, memorized_share=1.0, tau=-0.25)).memorized
+        select_tokens(calibrated, selection=SelectionConfig(hard_share=0.0, memorized_share=1.0, tau=-0.25)).memorized
     ) == [0]
 
 
@@ -107,25 +107,25 @@ def test_the_guaranteed_hard_token_makes_room_in_a_memorized_share_of_all() -> N
 
 
 def test_masked_positions_are_not_ranked_whatever_stands_there() -> None:
-    scores = torch.tensor([NAN, 1.0, INF, -1.0, -INF, 2.0])
+    calibrated = torch.tensor([NAN, 1.0, INF, -1.0, -INF, 2.0])
     mask = torch.tensor([False, True, False, True, False, True])
-    chosen = select_tokens(scores, mask, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
+    chosen = select_tokens(calibrated, mask, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
     assert picked(chosen.hard) == [5]
     assert picked(chosen.memorized) == [3]
     assert chosen.counts == (3, 1, 1)
 
 
 def test_a_nan_is_neither_learned_nor_unlearned_nor_counted() -> None:
-    scores = torch.tensor([NAN, -1.0, NAN, 3.0, NAN])
-    chosen = select_tokens(scores, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
+    calibrated = torch.tensor([NAN, -1.0, NAN, 3.0, NAN])
+    chosen = select_tokens(calibrated, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
     assert picked(chosen.hard) == [3]
     assert picked(chosen.memorized) == [1]
     assert chosen.counts == (2, 1, 1)
 
 
 def test_infinities_rank_at_the_ends() -> None:
-    scores = torch.tensor([0.5, -INF, INF, -0.5, INF, -INF])
-    chosen = select_tokens(scores, selection=SelectionConfig(hard_share=0.5, memorized_share=1 / 3))
+    calibrated = torch.tensor([0.5, -INF, INF, -0.5, INF, -INF])
+    chosen = select_tokens(calibrated, selection=SelectionConfig(hard_share=0.5, memorized_share=1 / 3))
     assert picked(chosen.hard) == [0, 2, 4]
     assert picked(chosen.memorized) == [1, 5]
 
@@ -140,31 +140,36 @@ def test_no_tokens_give_empty_sets() -> None:
 
 def test_a_scalar_and_a_non_contiguous_view_keep_their_shape() -> None:
     assert select_tokens(torch.tensor(1.0)).hard.item() is True
-    scores = torch.tensor([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0]]).T
-    chosen = select_tokens(scores, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
+    calibrated = torch.tensor([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0]]).T
+    chosen = select_tokens(calibrated, selection=SelectionConfig(hard_share=0.5, memorized_share=0.5))
     assert chosen.hard.tolist() == [[True] * 3, [False] * 3]
     assert chosen.memorized.tolist() == [[False] * 3, [True] * 3]
 
 
 def test_the_ranking_is_in_float32_for_low_precision_scores() -> None:
-    scores = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.bfloat16, requires_grad=True)
-    chosen = select_tokens(scores, selection=SelectionConfig(hard_share=0.5, memorized_share=0.25))
+    calibrated = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.bfloat16, requires_grad=True)
+    chosen = select_tokens(calibrated, selection=SelectionConfig(hard_share=0.5, memorized_share=0.25))
     assert picked(chosen.hard) == [0, 2]
     assert picked(chosen.memorized) == [3]
 
 
 @FAST
 @given(score_arrays(), share_pairs(), st.sampled_from([-1.0, 0.0, 0.25, 2.0]), st.integers(0, 2**16))
-def test_it_agrees_with_the_oracle(scores: Any, shares: tuple[float, float], tau: float, seed: int) -> None:
-    mask = random_mask(seed, scores.shape)
+def test_it_agrees_with_the_oracle(calibrated: Any, shares: tuple[float, float], tau: float, seed: int) -> None:
+    mask = random_mask(seed, calibrated.shape)
     hard_share, memorized_share = shares
     chosen = select_tokens(
-        torch.from_numpy(scores),
+        torch.from_numpy(calibrated),
         mask,
         selection=SelectionConfig(hard_share=hard_share, memorized_share=memorized_share, tau=tau),
     )
     expected = expected_dual(
-        scores, np.zeros_like(scores), mask.numpy(), hard_share=hard_share, memorized_share=memorized_share, tau=tau
+        calibrated,
+        np.zeros_like(calibrated),
+        mask.numpy(),
+        hard_share=hard_share,
+        memorized_share=memorized_share,
+        tau=tau,
     )
     np.testing.assert_array_equal(chosen.hard.numpy(), expected.hard)
     np.testing.assert_array_equal(chosen.memorized.numpy(), expected.memorized)
@@ -173,10 +178,10 @@ def test_it_agrees_with_the_oracle(scores: Any, shares: tuple[float, float], tau
 
 @FAST
 @given(score_arrays(), share_pairs(), st.integers(-8, 8), st.integers(0, 2**16))
-def test_the_sets_keep_their_promises(scores: Any, shares: tuple[float, float], tau: int, seed: int) -> None:
-    mask = random_mask(seed, scores.shape)
+def test_the_sets_keep_their_promises(calibrated: Any, shares: tuple[float, float], tau: int, seed: int) -> None:
+    mask = random_mask(seed, calibrated.shape)
     hard_share, memorized_share = shares
-    values = torch.from_numpy(scores)
+    values = torch.from_numpy(calibrated)
     hard, memorized, counts = select_tokens(
         values, mask, selection=SelectionConfig(hard_share=hard_share, memorized_share=memorized_share, tau=tau / 4)
     )
@@ -195,8 +200,10 @@ def test_the_sets_keep_their_promises(scores: Any, shares: tuple[float, float], 
 
 @FAST
 @given(score_arrays(ties=False), share_pairs(), st.integers(0, 2**16))
-def test_without_ties_the_order_of_tokens_does_not_matter(scores: Any, shares: tuple[float, float], seed: int) -> None:
-    values = torch.from_numpy(scores).flatten()
+def test_without_ties_the_order_of_tokens_does_not_matter(
+    calibrated: Any, shares: tuple[float, float], seed: int
+) -> None:
+    values = torch.from_numpy(calibrated).flatten()
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
     straight = select_tokens(values, selection=SelectionConfig(hard_share=shares[0], memorized_share=shares[1]))
     shuffled = select_tokens(values[order], selection=SelectionConfig(hard_share=shares[0], memorized_share=shares[1]))
@@ -206,8 +213,10 @@ def test_without_ties_the_order_of_tokens_does_not_matter(scores: Any, shares: t
 
 @FAST
 @given(score_arrays(), share_pairs(), st.integers(-40, 40))
-def test_shifting_scores_and_tau_together_changes_nothing(scores: Any, shares: tuple[float, float], by: int) -> None:
-    values = torch.from_numpy(scores)
+def test_shifting_scores_and_tau_together_changes_nothing(
+    calibrated: Any, shares: tuple[float, float], by: int
+) -> None:
+    values = torch.from_numpy(calibrated)
     here = select_tokens(values, selection=SelectionConfig(hard_share=shares[0], memorized_share=shares[1], tau=0.0))
     there = select_tokens(
         values + by / 4, selection=SelectionConfig(hard_share=shares[0], memorized_share=shares[1], tau=by / 4)
@@ -220,14 +229,14 @@ def test_shifting_scores_and_tau_together_changes_nothing(scores: Any, shares: t
 @given(st.lists(st.lists(st.integers(-6, 6), max_size=7), min_size=1, max_size=5), share_pairs(), st.integers(0, 2**16))
 def test_ranks_select_what_one_process_would(parts: list[list[int]], shares: tuple[float, float], seed: int) -> None:
     """Ranks hold different numbers of tokens, some none, with ties across their borders."""
-    scores = [torch.tensor(part, dtype=torch.float32) / 4 for part in parts]
-    masks = [random_mask(seed + rank, part.shape) for rank, part in enumerate(scores)]
+    calibrated = [torch.tensor(part, dtype=torch.float32) / 4 for part in parts]
+    masks = [random_mask(seed + rank, part.shape) for rank, part in enumerate(calibrated)]
     options = {"hard_share": shares[0], "memorized_share": shares[1]}
-    whole = select_tokens(torch.cat(scores), torch.cat(masks), selection=SelectionConfig(**options))
+    whole = select_tokens(torch.cat(calibrated), torch.cat(masks), selection=SelectionConfig(**options))
     split = on_ranks(
         len(parts),
         lambda rank, gather: select_tokens(
-            scores[rank], masks[rank], selection=SelectionConfig(**options), gather=gather
+            calibrated[rank], masks[rank], selection=SelectionConfig(**options), gather=gather
         ),
     )
     torch.testing.assert_close(torch.cat([part.hard for part in split]), whole.hard)
