@@ -120,7 +120,7 @@ def train(
     )
     if run.objective == "dual_plus":
         again = shlex.join(["dualtok", "interpolate", str(run_file), "TARGET", *(overrides or [])])
-        _print(f"the model shows its members until it is interpolated towards its reference: {again}")
+        _print(f"interpolate the model before you release it, its members can be told until then: {again}")
 
 
 @app.command()
@@ -147,7 +147,7 @@ def interpolate(
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
     overrides: Overrides = None,
 ) -> None:
-    """Write the model between a reference and the trained model at which an attacker hardly sees the members."""
+    """Interpolate a trained model towards its reference, until the Ref attack's expected AUC is interpolate.auc."""
     run = _load(run_file, overrides)
     quiet_libraries()
     from dualtok.commands.interpolate import interpolate as run_interpolate
@@ -156,7 +156,8 @@ def interpolate(
     _print(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model")
     if kept.w:
         _print(
-            f"keep the reference secret: who has it reaches an AUC of {kept.auc_with_reference:.3f} with the attack Ref"
+            "keep the reference secret: an attacker who has it reaches an AUC of "
+            f"{kept.auc_with_reference:.3f} with the attack Ref"
         )
 
 

@@ -270,10 +270,10 @@ def train_two_steps(layout: str, size: str, folder: Path, ranks: Ranks) -> dict[
     own.mkdir(exist_ok=True)
     run, _ = run_of(layout, size, own)
     assert run.train is not None
-    place = build_layout(ranks, run.train.stages)
-    engine: Any = dual_engine(folder / size, run.train, place)
+    layout = build_layout(ranks, run.train.stages)
+    engine: Any = dual_engine(folder / size, run.train, layout)
     start = resident("VmHWM") - before
-    generator = torch.Generator().manual_seed(place.data_parallel.rank)
+    generator = torch.Generator().manual_seed(layout.data_parallel.rank)
     vocabulary = SIZES[size][2]
     for _ in range(2):
         gc.collect()
@@ -283,7 +283,7 @@ def train_two_steps(layout: str, size: str, folder: Path, ranks: Ranks) -> dict[
     gc.collect()
     steady = resident("VmRSS") - before
     engine.engine.destroy()
-    return {"stage": place.stage, "start": start, "peak": peak, "steady": steady}
+    return {"stage": layout.stage, "start": start, "peak": peak, "steady": steady}
 
 
 def restart_peak() -> int:

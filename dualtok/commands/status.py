@@ -72,16 +72,16 @@ class RunStatus:
     """Stacks that the watchdog wrote in the last job."""
 
 
-def read_status(place: Path) -> RunStatus:
+def read_status(path: Path) -> RunStatus:
     """Return how a run stands.
 
     Args:
-        place: a run's ``output_dir``, or its YAML file.
+        path: a run's ``output_dir``, or its YAML file.
 
     Raises:
-        ConfigError: there is no run at ``place``.
+        ConfigError: there is no run at ``path``.
     """
-    folder = Path(load_run(place).output_dir) if place.is_file() else place
+    folder = Path(load_run(path).output_dir) if path.is_file() else path
     started = read_started(folder)
     metrics = read_history(folder / "metrics.jsonl")
     if started is None and not (folder / RUN_FILE).is_file() and not metrics:
@@ -235,9 +235,9 @@ def _next_command(folder: Path, state: State, started: Started | None, *, has_ch
     return f"{start} train {folder / RUN_FILE}{resume}{note}"
 
 
-def print_status(place: Path, *, json: bool) -> None:
+def print_status(path: Path, *, json: bool) -> None:
     """Print how a run stands, as text or as JSON."""
-    status = read_status(place)
+    status = read_status(path)
     print(json_module.dumps(asdict(status), indent=1) if json else describe(status))
 
 

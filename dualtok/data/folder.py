@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from dualtok.data.manifest import DOCUMENTS, load_manifest, split_entry
-from dualtok.data.remote.remote import RemoteFile, RemoteFolder, place_of
+from dualtok.data.remote.remote import RemoteFile, RemoteFolder, location_of
 from dualtok.data.stream.blocks import BlockStream
 from dualtok.data.tokenizer import load_data_tokenizer, vocabulary_size
 from dualtok.errors import DataError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dualtok.config.data import DataConfig
     from dualtok.data.manifest import Manifest, SplitEntry
     from dualtok.data.packing import Segment
-    from dualtok.data.remote.remote import Place
+    from dualtok.data.remote.remote import Location
 
 READ_AT_ONCE = 256
 
@@ -42,16 +42,16 @@ class DataFolder:
     """Prepared data, local or at an address; its parts are read when they are asked for, once.
 
     Args:
-        place: the prepared folder, or its address.
+        location: the prepared folder, or its address.
         manifest: its manifest, where it has been read already.
 
     Raises:
         DataError: the folder is not prepared.
     """
 
-    def __init__(self, place: str | Place, manifest: Manifest | None = None) -> None:
-        self.place = place_of(place)
-        self.manifest = load_manifest(self.place) if manifest is None else manifest
+    def __init__(self, location: str | Location, manifest: Manifest | None = None) -> None:
+        self.location = location_of(location)
+        self.manifest = load_manifest(self.location) if manifest is None else manifest
         self._tables: dict[str, pa.Table] = {}
 
     @classmethod
@@ -61,16 +61,16 @@ class DataFolder:
         Raises:
             DataError: the folder is not prepared.
         """
-        return cls(place_of(data.dir, data.stream))
+        return cls(location_of(data.dir, data.stream))
 
     def __str__(self) -> str:
         """Return the folder or its address."""
-        return str(self.place)
+        return str(self.location)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that made the blocks."""
-        return load_data_tokenizer(self.place, self.manifest)
+        return load_data_tokenizer(self.location, self.manifest)
 
     @property
     def encodes_special_tokens(self) -> bool:
@@ -83,7 +83,7 @@ class DataFolder:
         Raises:
             DataError: the data was prepared without it.
         """
-        return split_entry(self.manifest, split, self.place)
+        return split_entry(self.manifest, split, self.location)
 
     def open(self, split: str, *, seed: int = 0, **options: Any) -> BlockStream:
         """Return the blocks of a split.
@@ -96,7 +96,7 @@ class DataFolder:
         Raises:
             DataError: the split does not exist, or a shard is missing, truncated or altered.
         """
-        return BlockStream(self.place, self.manifest, split, seed=seed, **options)
+        return BlockStream(self.location, self.manifest, split, seed=seed, **options)
 
     def documents(self, split: str) -> pa.Table:
         """Return one row per document of a split: doc, sha256 (of its text), n_tokens, n_characters, zlib_bytes.
@@ -141,9 +141,9 @@ class DataFolder:
 
     def _read_documents(self, split: str, sha256: str) -> pa.Table:
         name = f"{self.manifest.folder_of(split)}/{DOCUMENTS}"
-        if isinstance(self.place, RemoteFolder):
-            return self.place.open(RemoteFile(name, sha256), _read_table)
-        path = self.place / name
+        if isinstance(self.location, RemoteFolder):
+            return self.location.open(RemoteFile(name, sha256), _read_table)
+        path = self.location / name
         if not path.is_file() or file_sha256(path) != sha256:
             raise DataError(f"{path}: missing or altered; remove the folder and run `dualtok prepare` again")
         return _read_table(path)

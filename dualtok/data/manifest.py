@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dualtok.data.remote.remote import Place, RemoteFolder, place_of
+from dualtok.data.remote.remote import Location, RemoteFolder, location_of
 from dualtok.data.remote.storage import BadShardError
 from dualtok.errors import DataError
 from dualtok.files import FileName, file_sha256, write_text
@@ -118,7 +118,7 @@ class Manifest(_Entry):
         return self.splits[split].folder or split
 
 
-def load_manifest(data_dir: str | Place) -> Manifest:
+def load_manifest(data_dir: str | Location) -> Manifest:
     """Read a prepared folder's manifest.
 
     Raises:
@@ -126,13 +126,13 @@ def load_manifest(data_dir: str | Place) -> Manifest:
             cannot be read.
         ConfigError: no address can be read that way.
     """
-    place = place_of(data_dir)
-    path = f"{place}/{MANIFEST}"
+    location = location_of(data_dir)
+    path = f"{location}/{MANIFEST}"
     try:
-        if isinstance(place, RemoteFolder):
-            content = place.storage.read(MANIFEST, patient=False)
+        if isinstance(location, RemoteFolder):
+            content = location.storage.read(MANIFEST, patient=False)
         else:
-            content = (place / MANIFEST).read_bytes()
+            content = (location / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: missing, so this data is not (completely) prepared; run `dualtok prepare`") from None
     try:
@@ -165,7 +165,7 @@ def save_manifest(manifest: Manifest, data_dir: str | Path) -> None:
     write_text(Path(data_dir) / MANIFEST, manifest.model_dump_json(indent=1))
 
 
-def split_entry(manifest: Manifest, split: str, data_dir: str | Place) -> SplitEntry:
+def split_entry(manifest: Manifest, split: str, data_dir: str | Location) -> SplitEntry:
     """Return a split's entry.
 
     Raises:

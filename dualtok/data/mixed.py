@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dualtok.data.folder import DataFolder
-from dualtok.data.remote.remote import place_of
+from dualtok.data.remote.remote import location_of
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_sources(data: DataConfig, split: str) -> list[Source]:
     """
 
     def load(folder: str, weight: float) -> Source:
-        return Source(folder, DataFolder(place_of(folder, data.stream)), weight)
+        return Source(folder, DataFolder(location_of(folder, data.stream)), weight)
 
     main = load(data.dir, 1.0 - sum(other.weight for other in data.mix))
     sources = [main, *(load(other.dir, other.weight) for other in data.mix)]

@@ -63,12 +63,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     bins: list[list[int]] = []
     open_bins: list[tuple[int, int]] = []  # (room left, bin), ascending: the first that fits is the best fit
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(open_bins, (lengths[item], -1))
-        if place == len(open_bins):
+        position = bisect_left(open_bins, (lengths[item], -1))
+        if position == len(open_bins):
             bins.append([item])
             free, which = capacity - lengths[item], len(bins) - 1
         else:
-            free, which = open_bins.pop(place)
+            free, which = open_bins.pop(position)
             bins[which].append(item)
             free -= lengths[item]
         if free:

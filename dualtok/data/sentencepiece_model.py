@@ -211,5 +211,5 @@ def _cut_of(piece: str) -> str:
     are often unknown and then one."""
     if re.fullmatch(f"<{BYTE_PIECE}", piece):
         return f"(?<=<)(?={BYTE_PIECE})"
-    place = next((place for place in range(1, len(piece)) if piece[place].isalnum()), 1)
-    return f"(?<={re.escape(piece[:place])})(?={re.escape(piece[place:])})"
+    position = next((position for position in range(1, len(piece)) if piece[position].isalnum()), 1)
+    return f"(?<={re.escape(piece[:position])})(?={re.escape(piece[position:])})"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dualtok.data.remote.remote import place_of
+from dualtok.data.remote.remote import location_of
 from dualtok.data.sentencepiece_model import END_OF_TEXT, load_from_folder, load_sentencepiece, sentencepiece_in
 from dualtok.errors import DataError
 from dualtok.files import atomic_folder
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dualtok.data.manifest import Manifest
-    from dualtok.data.remote.remote import Place, RemoteFolder
+    from dualtok.data.remote.remote import Location, RemoteFolder
 
 # Imported where they are used, for what they take to load: transformers (1 to 4 s).
 
@@ -91,28 +91,28 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
-def load_data_tokenizer(data_dir: str | Place, manifest: Manifest) -> PreTrainedTokenizerBase:
+def load_data_tokenizer(data_dir: str | Location, manifest: Manifest) -> PreTrainedTokenizerBase:
     """Load the tokenizer that data was prepared with; from an address by way of the host's cache.
 
     Raises:
         DataError: it cannot be read, or is not the manifest's.
     """
-    place = place_of(data_dir)
-    if isinstance(place, Path):
-        return load_tokenizer(place / FOLDER)
-    tokenizer = load_tokenizer(_fetched_tokenizer(place, manifest.tokenizer_fingerprint))
+    location = location_of(data_dir)
+    if isinstance(location, Path):
+        return load_tokenizer(location / FOLDER)
+    tokenizer = load_tokenizer(_fetched_tokenizer(location, manifest.tokenizer_fingerprint))
     if fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
-        raise DataError(f"{place}/{FOLDER}: not the tokenizer that the manifest names; upload the folder again")
+        raise DataError(f"{location}/{FOLDER}: not the tokenizer that the manifest names; upload the folder again")
     return tokenizer
 
 
-def _fetched_tokenizer(place: RemoteFolder, its_fingerprint: str) -> Path:
+def _fetched_tokenizer(location: RemoteFolder, its_fingerprint: str) -> Path:
     """Return a local copy of an address's tokenizer; whole or absent, whoever fetches it at the same time."""
-    key = hashlib.sha256(f"{place}\n{its_fingerprint}".encode()).hexdigest()
-    folder = place.cache_root / "tokenizers" / key
+    key = hashlib.sha256(f"{location}\n{its_fingerprint}".encode()).hexdigest()
+    folder = location.cache_root / "tokenizers" / key
     if folder.is_dir():
         return folder
-    storage = place.storage
+    storage = location.storage
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{FETCHING}*"):  # by a process that was killed
         with suppress(FileNotFoundError):
@@ -125,7 +125,7 @@ def _fetched_tokenizer(place: RemoteFolder, its_fingerprint: str) -> Path:
             with suppress(FileNotFoundError):
                 (copy / name).write_bytes(storage.read(f"{FOLDER}/{name}", patient=not storage.is_web_server))
         if not any(copy.iterdir()):
-            raise DataError(f"{place}/{FOLDER}: no tokenizer there; upload the whole prepared folder")
+            raise DataError(f"{location}/{FOLDER}: no tokenizer there; upload the whole prepared folder")
         with suppress(OSError):  # another process was there first
             copy.rename(folder)
     return folder

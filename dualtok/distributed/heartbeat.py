@@ -110,7 +110,7 @@ class Heartbeat:
         on_lost: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._hosts, self._address, self._seconds = list(hosts), address, seconds
-        self._own = next(place for place, host in enumerate(hosts) if rank in host.ranks)
+        self._own = next(index for index, host in enumerate(hosts) if rank in host.ranks)
         self._speaks = rank == hosts[self._own].ranks[0]
         self._server, self._status, self._resume, self._on_lost = store, status, resume, on_lost
         self._pause = min(LONGEST_PAUSE, seconds / BEATS)
@@ -171,8 +171,8 @@ class Heartbeat:
             except (OSError, RuntimeError):  # the connection broke; if that is all, the next one works
                 store, verdict = None, ""
             if verdict and not over:
-                lost = {int(place): silence for place, silence in json.loads(verdict).items()}
-                self._end(*(self._describe(place, silence, lost) for place, silence in lost.items()))
+                lost = {int(index): silence for index, silence in json.loads(verdict).items()}
+                self._end(*(self._describe(index, silence, lost) for index, silence in lost.items()))
             self._over.wait(0 if over else self._pause)
 
     def _watch(self) -> None:
@@ -193,27 +193,27 @@ class Heartbeat:
         store = self._server
         assert store is not None
         others = range(1, len(self._hosts))
-        silences = {place: Silence(self._pause) for place in others}
+        silences = {index: Silence(self._pause) for index in others}
         warned: set[int] = set()
         while not self._over.wait(self._pause):
-            values = [value.decode() for value in store.multi_get([_key(place) for place in others])]
-            for place, value in zip(others, values, strict=True):
-                silences[place].update(value)
+            values = [value.decode() for value in store.multi_get([_key(index) for index in others])]
+            for index, value in zip(others, values, strict=True):
+                silences[index].update(value)
                 if value == LEFT_JOB:
-                    silences[place].seconds = 0.0
-            lost = {place: silence.seconds for place, silence in silences.items() if silence.seconds > self._seconds}
+                    silences[index].seconds = 0.0
+            lost = {index: silence.seconds for index, silence in silences.items() if silence.seconds > self._seconds}
             if lost:
                 store.set(LOST, json.dumps(lost))
-                messages = [self._describe(place, silence, lost) for place, silence in lost.items()]
+                messages = [self._describe(index, silence, lost) for index, silence in lost.items()]
                 for message in messages:
                     print_to_stderr(f"dualtok: error: {message}")
                 self._on_lost("; ".join(messages))
                 time.sleep(2 * self._pause)  # the other ranks must read it before the store goes
                 os._exit(LOST_HOST)
-            late = {place for place, silence in silences.items() if silence.seconds > self._seconds / 2}
-            for place in sorted(late - warned):
+            late = {index for index, silence in silences.items() if silence.seconds > self._seconds / 2}
+            for index in sorted(late - warned):
                 print_to_stderr(
-                    f"dualtok: host {self._hosts[place]} was last heard from {silences[place].seconds:.0f} s ago; at "
+                    f"dualtok: host {self._hosts[index]} was last heard from {silences[index].seconds:.0f} s ago; at "
                     f"{self._seconds:.0f} s it counts as lost"
                 )
             warned = late
@@ -231,8 +231,8 @@ class Heartbeat:
                 "round_trip_seconds": 0.0,
             }
         ]
-        for (place, silence), value in zip(silences.items(), values, strict=True):
-            host, numbers = self._hosts[place], value.split()
+        for (index, silence), value in zip(silences.items(), values, strict=True):
+            host, numbers = self._hosts[index], value.split()
             rows.append(
                 {
                     "host": host.name,
@@ -244,10 +244,10 @@ class Heartbeat:
         with suppress(OSError):  # a full disk is told of by what needs the disk
             write_text(self._status, json.dumps({"time": time.time(), "hosts": rows}, indent=1) + "\n")
 
-    def _describe(self, place: int, silence: float, lost: Collection[int]) -> str:
+    def _describe(self, index: int, silence: float, lost: Collection[int]) -> str:
         remaining = ", ".join(host.name for other, host in enumerate(self._hosts) if other not in lost)
         return (
-            f"host {self._hosts[place]} has not been heard from for {silence:.0f} s: it is down, cut off, or its ranks "
+            f"host {self._hosts[index]} has not been heard from for {silence:.0f} s: it is down, cut off, or its ranks "
             "have ended (see its own log). The job ends. To go on from the last checkpoint without it, start the "
             f"launcher on the remaining hosts, {remaining}: {self._resume} (`dualtok launch` does so by "
             "itself with launch.min_nodes, torchrun with --nnodes MIN:MAX, --max-restarts and --auto-resume)"
@@ -324,5 +324,5 @@ def _this_host() -> tuple[str, str]:
     return os.uname().nodename, BOOT_ID.read_text() if BOOT_ID.is_file() else ""
 
 
-def _key(place: int) -> str:
-    return f"host/{place}"
+def _key(index: int) -> str:
+    return f"host/{index}"

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dualtok.distributed.jit_locks import remove_dead_locks
 from dualtok.distributed.network import check_interfaces
-from dualtok.distributed.operators import watch_operators
+from dualtok.distributed.operators import remove_dead_locks, watch_operators
 from dualtok.distributed.rendezvous import complete_environment, join_rendezvous
 from dualtok.errors import DualtokError
 

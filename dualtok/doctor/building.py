@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from dualtok.distributed.deepspeed_config import offloads_optimizer, read_deepspeed_json
-from dualtok.distributed.jit_locks import is_shared, operators_folder, stale_locks
+from dualtok.distributed.operators import is_shared, operators_folder, stale_locks
 from dualtok.doctor.result import CheckResult, Subject, judged
 from dualtok.errors import ConfigError
 

@@ -109,14 +109,14 @@ def check_same_tokenizer(folder: Path, data: DataFolder, *, origin: str) -> None
     for text in SAMPLE:
         ours, own = (_cut(tokenizer, text) for tokenizer in (data.tokenizer, theirs))
         if ours != own:
-            place = next(i for i in range(len(ours) + 1) if ours[: i + 1] != own[: i + 1])
+            position = next(i for i in range(len(ours) + 1) if ours[: i + 1] != own[: i + 1])
             there, here = (
-                tokenizer.convert_ids_to_tokens(ids[place : place + 3])
+                tokenizer.convert_ids_to_tokens(ids[position : position + 3])
                 for tokenizer, ids in ((theirs, own), (data.tokenizer, ours))
             )
             raise ConfigError(
                 f"{origin}: its tokenizer cuts text otherwise than the blocks': {text!r} goes on with {there} there "
-                f"and with {here} in the blocks after {place} tokens; {advice}"
+                f"and with {here} in the blocks after {position} tokens; {advice}"
             )
 
 

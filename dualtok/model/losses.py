@@ -142,8 +142,8 @@ def check_batch(batch: Batch) -> Batch:
     length = ids.shape[1]
     half = length // 2
     ids[1, :half] = ids[1, :half].flip(0) // 2  # another first document, of ids that the model knows
-    places = torch.arange(length, device=ids.device)
-    positions = torch.where(places < half, places, places - half).repeat(2, 1)
+    positions = torch.arange(length, device=ids.device)
+    positions = torch.where(positions < half, positions, positions - half).repeat(2, 1)
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:, :-1] = ids[:, 1:]
     labels[:, half - 1] = IGNORED_LABEL

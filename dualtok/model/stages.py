@@ -60,8 +60,8 @@ def stage_layout_of(config: PretrainedConfig) -> StageLayout:
             f"train.engine: transformers has no pipeline plan for {text.model_type!r}, so that it cannot be cut into "
             "stages; use train.engine=zero"
         )
-    place = names.index("layers")
-    return StageLayout(tuple(names[:place]), "layers", tuple(names[place + 1 :]))
+    position = names.index("layers")
+    return StageLayout(tuple(names[:position]), "layers", tuple(names[position + 1 :]))
 
 
 def layer_costs(model: PreTrainedModel, plan: StageLayout) -> tuple[list[int], int]:
@@ -121,8 +121,8 @@ class StageNames:
         prefix = f"{self.layers}."
         if not name.startswith(prefix):
             return name
-        place, _, rest = name.removeprefix(prefix).partition(".")
-        return f"{prefix}{int(place) + self.first_layers[stage]}.{rest}"
+        position, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(position) + self.first_layers[stage]}.{rest}"
 
 
 def stage_names(model: PreTrainedModel, bounds: Sequence[StageBounds]) -> StageNames:

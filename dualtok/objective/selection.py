@@ -110,7 +110,7 @@ def select_over(
     Raises:
         ValueError: a mask has another shape than its ``calibrated``.
     """
-    ranked, gathered, places = [], [], []
+    ranked, gathered, positions = [], [], []
     start = 0
     for part, mask in zip(calibrated, masks, strict=True):
         values = part.detach().float()
@@ -119,7 +119,7 @@ def select_over(
         everyone, offset = (own_m, 0) if gather is None else gather(own_m)
         ranked.append(valid)
         gathered.append(everyone)
-        places.append(slice(start + offset, start + offset + len(own_m)))
+        positions.append(slice(start + offset, start + offset + len(own_m)))
         start += len(everyone)
     hard_n, memorized_n, counts = _rank(torch.cat(gathered), selection)
     return [
@@ -128,7 +128,7 @@ def select_over(
             torch.zeros_like(valid).masked_scatter(valid, memorized_n[here]),
             counts,
         )
-        for valid, here in zip(ranked, places, strict=True)
+        for valid, here in zip(ranked, positions, strict=True)
     ]
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dualtok.plan.hardware import RUNTIME, USABLE
-from dualtok.plan.memory import deal, estimate_memory
+from dualtok.plan.memory import estimate_memory, split_evenly
 from dualtok.plan.speed import step_time, tokens_per_second
 
 if TYPE_CHECKING:
     from dualtok.plan.hardware import Cluster
-    from dualtok.plan.memory import Job, MemoryEstimate, Place
+    from dualtok.plan.memory import Job, MemoryEstimate, OffloadDevice
     from dualtok.plan.shape import ModelShape
     from dualtok.plan.speed import StepTime
 
-Deal = Callable[[int], tuple[int, ...]]
+SplitLayers = Callable[[int], tuple[int, ...]]
 """Number of stages -> decoder layers of each."""
 MOST_MICRO_BATCHES = 256
 """More micro-batches per step are not tried, except the run's own."""
@@ -87,7 +87,11 @@ def weigh(shape: ModelShape, job: Job, cluster: Cluster, reference: ModelShape |
 
 
 def rank_layouts(
-    shape: ModelShape, job: Job, cluster: Cluster, reference: ModelShape | None = None, deal_layers: Deal | None = None
+    shape: ModelShape,
+    job: Job,
+    cluster: Cluster,
+    reference: ModelShape | None = None,
+    divide: SplitLayers | None = None,
 ) -> list[Option]:
     """Return all layouts of a job, those that fit first, the fastest of them before others.
 
@@ -99,13 +103,13 @@ def rank_layouts(
         job: the run's own layout, whose batch and settings are kept.
         cluster: the machines; all of their accelerators are used.
         reference: shape of the reference model.
-        deal_layers: how layers are dealt to stages; None deals equally.
+        divide: how layers are dealt to stages; None deals equally.
     """
-    dealt = deal_layers or (lambda stages: deal(len(shape.layers), stages))
+    layers_of_stages = divide or (lambda stages: split_evenly(len(shape.layers), stages))
     blocks = job.replicas * job.rows * job.micro_batches
     options = [
         weigh(shape, candidate, cluster, reference)
-        for spread in _spreads(job, len(shape.layers), cluster, dealt)
+        for spread in _spreads(job, len(shape.layers), cluster, layers_of_stages)
         for candidate in _batched(spread, blocks, job.micro_batches)
     ]
     return sorted(options, key=lambda option: (not option.fits, _order(option, job.micro_batches)))
@@ -124,7 +128,7 @@ def _order(option: Option, own: int) -> tuple[float, ...]:
     return (float(time), *map(float, simple), float(job.micro_batches))
 
 
-def _spreads(job: Job, layers: int, cluster: Cluster, dealt: Deal) -> Iterator[Job]:
+def _spreads(job: Job, layers: int, cluster: Cluster, layers_of_stages: SplitLayers) -> Iterator[Job]:
     """Yield the layouts of the ranks, each with the batch still to be set."""
     plain = replace(
         job,
@@ -141,15 +145,15 @@ def _spreads(job: Job, layers: int, cluster: Cluster, dealt: Deal) -> Iterator[J
     for stage in range(lowest, 3 if job.quantized else 4):
         yield replace(plain, zero_stage=stage)
     if not job.quantized:
-        places: tuple[tuple[Place, Place], ...] = (("cpu", "none"), ("cpu", "cpu"), ("nvme", "cpu"))
-        for optimizer, parameters in places:
+        positions: tuple[tuple[OffloadDevice, OffloadDevice], ...] = (("cpu", "none"), ("cpu", "cpu"), ("nvme", "cpu"))
+        for optimizer, parameters in positions:
             yield replace(plain, offload_optimizer=optimizer, offload_parameters=parameters)
     if job.scores_step:
         return
     for stages in range(2, layers + 1):
         if cluster.ranks % stages:
             continue
-        cut = replace(plain, engine="pipeline", stages=stages, layers_per_stage=dealt(stages), zero_stage=1)
+        cut = replace(plain, engine="pipeline", stages=stages, layers_per_stage=layers_of_stages(stages), zero_stage=1)
         yield cut
         if not job.quantized:
             sharded = replace(cut, engine="sharded_pipeline", zero_stage=3)
@@ -169,5 +173,5 @@ def _batched(job: Job, blocks: int, own: int) -> Iterator[Job]:
             yield replace(job, rows=rows // micro_batches, micro_batches=micro_batches, activation_checkpointing=again)
 
 
-def _where(place: Place) -> str:
-    return "host" if place == "cpu" else "files"
+def _where(device: OffloadDevice) -> str:
+    return "host" if device == "cpu" else "files"

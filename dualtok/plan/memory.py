@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dualtok.plan.shape import ModelShape
 
 Engine = Literal["zero", "pipeline", "sharded_pipeline"]
-Place = Literal["none", "cpu", "nvme"]
+OffloadDevice = Literal["none", "cpu", "nvme"]
 Reference = Literal["none", "stored", "offload", "cpu", "resident", "adapter"]
 Precision = Literal["fp32", "bf16"]
 
@@ -90,9 +90,9 @@ class Job:
     """As ``model.activation_checkpointing``."""
     loss_memory_mib: int = 256
     """As ``train.loss_memory_mib``."""
-    offload_parameters: Place = "none"
+    offload_parameters: OffloadDevice = "none"
     """DeepSpeed's ``offload_param.device``; only at stage 3."""
-    offload_optimizer: Place = "none"
+    offload_optimizer: OffloadDevice = "none"
     """DeepSpeed's ``offload_optimizer.device``; only at stage 3."""
     reference: Reference = "stored"
     """As ``reference.mode``; ``none`` for an objective without a reference."""
@@ -234,7 +234,7 @@ def estimate_memory(shape: ModelShape, job: Job, reference: ModelShape | None = 
     Raises:
         ValueError: the layers do not fit the stages.
     """
-    layers = job.layers_per_stage or deal(len(shape.layers), job.stages)
+    layers = job.layers_per_stage or split_evenly(len(shape.layers), job.stages)
     if len(layers) != job.stages or sum(layers) != len(shape.layers):
         raise ValueError(f"layers_per_stage: {layers} are not {len(shape.layers)} layers in {job.stages} stages")
     stages = []
@@ -258,7 +258,7 @@ def estimate_memory(shape: ModelShape, job: Job, reference: ModelShape | None = 
     return MemoryEstimate(tuple(stages), job.replicas)
 
 
-def deal(layers: int, stages: int) -> tuple[int, ...]:
+def split_evenly(layers: int, stages: int) -> tuple[int, ...]:
     """Return the layers of each stage, as equal as possible, the first stages taking what is left."""
     return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
 
@@ -368,6 +368,6 @@ def _buffers(held: tuple[int, ...], job: Job, adapters: tuple[int, ...] = ()) ->
     return fixed + Bytes(host=SWAP_BUFFERS * STATE * sub_group if job.offload_optimizer == "nvme" else 0)
 
 
-def _at(place: Place, size: int) -> Bytes:
+def _at(device: OffloadDevice, size: int) -> Bytes:
     """Return bytes at the place to which they are offloaded."""
-    return {"none": Bytes(size), "cpu": Bytes(host=size), "nvme": Bytes(disk=size)}[place]
+    return {"none": Bytes(size), "cpu": Bytes(host=size), "nvme": Bytes(disk=size)}[device]

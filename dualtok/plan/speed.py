@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from dualtok.plan import hardware
-from dualtok.plan.memory import MIB, activation_bytes, deal
+from dualtok.plan.memory import MIB, activation_bytes, split_evenly
 from dualtok.plan.traffic import step_traffic
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def step_time(shape: ModelShape, job: Job, cluster: Cluster, reference: ModelSha
         cluster: the machines.
         reference: shape of the reference model; None takes the model's own.
     """
-    layers = job.layers_per_stage or deal(len(shape.layers), job.stages)
+    layers = job.layers_per_stage or split_evenly(len(shape.layers), job.stages)
     times = [_micro_batch(shape, job, cluster, layers, stage) for stage in range(job.stages)]
     compute, sent = max(times, key=sum)
     passes = job.micro_batches

@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dualtok.plan.memory import deal
+from dualtok.plan.memory import split_evenly
 
 if TYPE_CHECKING:
     from dualtok.plan.memory import Job
@@ -57,7 +57,7 @@ def step_traffic(shape: ModelShape, job: Job, stage: int = 0) -> Traffic:
         job: layout and batch.
         stage: pipeline stage.
     """
-    layers = job.layers_per_stage or deal(len(shape.layers), job.stages)
+    layers = job.layers_per_stage or split_evenly(len(shape.layers), job.stages)
     elements, w, replicas, times = sum(shape.stage(layers, stage)), job.weight_bytes, job.replicas, job.micro_batches
     ring = (replicas - 1) / replicas
     if job.zero_stage == 3:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from dualtok.data.remote.remote import Place, RemoteFile, RemoteFolder
+from dualtok.data.remote.remote import Location, RemoteFile, RemoteFolder
 from dualtok.data.remote.storage import BadShardError
 from dualtok.data.shards import only_chunk
 from dualtok.errors import DataError
@@ -148,10 +148,10 @@ class StoredLosses:
         world_size: int = 1,
         on_bad_shard: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self._place, manifest = folder.place, folder.manifest
+        self._location, manifest = folder.location, folder.manifest
         split_folder = manifest.folder_of(split)
         name = f"{SCORES}/{expected.digest}"
-        index = _index_of(self._place, name, split_folder, expected)
+        index = _index_of(self._location, name, split_folder, expected)
         self._skips = on_bad_shard == "skip"
         self._shards = {shard.stem: shard for shard in manifest.splits[split].shards}
         checksums = index["files"]
@@ -184,15 +184,15 @@ class StoredLosses:
 
     def prefetch(self, shard_stem: str) -> None:
         """Fetch a shard's losses in the background, if they lie at an address."""
-        if isinstance(self._place, RemoteFolder) and self._files[shard_stem].sha256:
-            self._place.prefetch(self._files[shard_stem])
+        if isinstance(self._location, RemoteFolder) and self._files[shard_stem].sha256:
+            self._location.prefetch(self._files[shard_stem])
 
     def _check(self, stem: str, *, hashed: bool) -> None:
         """Check a file as far as that costs no transfer."""
         file, shard = self._files[stem], self._shards[stem]
-        path = f"{self._place}/{file.name}"
+        path = f"{self._location}/{file.name}"
         again = "run `dualtok score` again"
-        is_local = isinstance(self._place, Path)
+        is_local = isinstance(self._location, Path)
         if not file.sha256 or (is_local and not Path(path).is_file()):
             raise BadShardError(f"{path}: no reference losses for shard {shard.file}; {again}")
         if is_local and hashed and file_sha256(path) != file.sha256:
@@ -208,17 +208,17 @@ class StoredLosses:
 
     def _map(self, stem: str) -> np.ndarray:
         file = self._files[stem]
-        if isinstance(self._place, Path):
+        if isinstance(self._location, Path):
             if self._skips:
                 self._check(stem, hashed=True)
-            return _read_losses(self._place / file.name)
+            return _read_losses(self._location / file.name)
         self._check(stem, hashed=True)
-        return self._place.open(file, lambda path: self._arrived(stem, path))
+        return self._location.open(file, lambda path: self._arrived(stem, path))
 
     def _arrived(self, stem: str, path: Path) -> np.ndarray:
         if not is_scored(path, self._shards[stem]):
             raise BadShardError(
-                f"{self._place}/{self._files[stem].name}: these scores were made from another version of shard "
+                f"{self._location}/{self._files[stem].name}: these scores were made from another version of shard "
                 f"{self._shards[stem].file}; run `dualtok score` again"
             )
         return _read_losses(path)
@@ -235,48 +235,47 @@ def _read_losses(path: Path) -> np.ndarray:
     return flat.reshape(len(column), -1)
 
 
-def _index_of(place: Place, name: str, split: str, expected: Fingerprint) -> dict[str, Any]:
+def _index_of(location: Location, name: str, split: str, expected: Fingerprint) -> dict[str, Any]:
     """Return the index of the expected scores.
 
     Raises:
         DataError: there are no such scores, or not all of them.
     """
-    if isinstance(place, Path):
-        if not (place / name).is_dir():
-            raise DataError(_no_such_scores(place, split, expected))
-        return read_index(place / name)
+    if isinstance(location, Path):
+        if not (location / name).is_dir():
+            raise DataError(_no_such_scores(location, split, expected))
+        return read_index(location / name)
     try:
-        return parse_index(place.storage.read(f"{name}/{INDEX}", patient=False), f"{place}/{name}/{INDEX}")
+        return parse_index(location.storage.read(f"{name}/{INDEX}", patient=False), f"{location}/{name}/{INDEX}")
     except FileNotFoundError:
-        if not place.storage.is_web_server and place.storage.names(name):
-            raise DataError(_unfinished(f"{place}/{name}/{INDEX}")) from None
-        raise DataError(_no_such_scores(place, split, expected)) from None
+        if not location.storage.is_web_server and location.storage.names(name):
+            raise DataError(_unfinished(f"{location}/{name}/{INDEX}")) from None
+        raise DataError(_no_such_scores(location, split, expected)) from None
 
 
-def _other_indices(place: Place) -> list[dict[str, Any]]:
+def _other_indices(location: Location) -> list[dict[str, Any]]:
     """Return the indices of all finished scores, as far as their names can be had."""
-    storage = place.storage if isinstance(place, RemoteFolder) else None
+    storage = location.storage if isinstance(location, RemoteFolder) else None
     if storage is None:
-        names = sorted(folder.name for folder in (Path(str(place)) / SCORES).glob("*/"))
+        names = sorted(folder.name for folder in (Path(str(location)) / SCORES).glob("*/"))
     else:
         names = [] if storage.is_web_server else storage.names(SCORES)
     found: list[dict[str, Any]] = []
     for name in (f"{SCORES}/{name}/{INDEX}" for name in names):
         try:
-            content = Path(f"{place}/{name}").read_bytes() if storage is None else storage.read(name, patient=False)
+            content = Path(f"{location}/{name}").read_bytes() if storage is None else storage.read(name, patient=False)
             found.append(parse_index(content, name))
         except (DataError, OSError):
             continue
     return found
 
 
-def _no_such_scores(place: Place, split: str, expected: Fingerprint) -> str:
+def _no_such_scores(location: Location, split: str, expected: Fingerprint) -> str:
     """Say that scores are missing, and if there are others, in what they differ."""
     found = []
-    for index in _other_indices(place):
+    for index in _other_indices(location):
         parts = ", ".join(Fingerprint(**index["fingerprint"]).differences(expected))
         found.append(f"those of {index['model']} differ in: {parts}")
     others = f" ({'; '.join(found)})" if found else ""
-    return (
-        f"{place}: no reference losses of this run's reference model for split {split!r}{others}; run `dualtok score`"
-    )
+    wanted = f"no reference losses of this run's reference model for split {split!r}"
+    return f"{location}: {wanted}{others}; run `dualtok score`"

@@ -23,7 +23,7 @@ late = float(sys.argv[4]) if rank == 0 and sys.argv[4:] else 0.0
 time.sleep(late)
 rendezvous.NOTICE_SECONDS = 1.0
 try:
-    store = rendezvous.meet(rank, world_size, timedelta(seconds=seconds))
+    store = rendezvous.join_rendezvous(rank, world_size, timedelta(seconds=seconds))
 except ConfigError as error:
     sys.exit(str(error))
 store.set(f"own/{rank}", "x")
@@ -140,7 +140,7 @@ import os, time
 from datetime import timedelta
 from dualtok.distributed import rendezvous
 os.environ.update(rendezvous.complete_environment({}))
-store = rendezvous.meet(0, 1, timedelta(seconds=30))
+store = rendezvous.join_rendezvous(0, 1, timedelta(seconds=30))
 print(os.environ["MASTER_PORT"] == str(store.port) != "0", flush=True)
 time.sleep(1)
 """

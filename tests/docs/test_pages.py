@@ -6,7 +6,7 @@ import ast
 import configparser
 import re
 from functools import cache
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml

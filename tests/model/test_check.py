@@ -91,7 +91,7 @@ def test_a_tokenizer_trained_on_other_texts_is_refused(data: DataFolder, tmp_pat
 
 
 def test_tokens_that_no_block_holds_may_be_more_on_either_side(data: DataFolder, tmp_path: Path) -> None:
-    own = load_tokenizer(Path(str(data.place)) / "tokenizer")
+    own = load_tokenizer(Path(str(data.location)) / "tokenizer")
     own.add_tokens([f"<reserved_{number}>" for number in range(25)])
     save_tokenizer(own, tmp_path / "larger")
     check_same_tokenizer(tmp_path / "larger", data, origin="x")

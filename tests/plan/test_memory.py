@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dualtok.plan.memory import MIB, Bytes, activation_bytes, deal, estimate_memory, model_states
+from dualtok.plan.memory import MIB, Bytes, activation_bytes, estimate_memory, model_states, split_evenly
 from dualtok.plan.shape import ModelShape, read_shape
 from tests.plan.support import CASES, LLAMA, SHAPE, job, job_of
 
@@ -63,7 +63,7 @@ def test_what_stays_gathered() -> None:
 
 
 def test_stages_hold_their_layers_and_both_ends_a_tied_weight() -> None:
-    assert deal(5, 2) == (3, 2)
+    assert split_evenly(5, 2) == (3, 2)
     pipeline = job(ranks=4, stages=2, engine="pipeline", zero_stage=1)
     first, last = estimate_memory(SHAPE, pipeline).stages
     assert first.parameters == Bytes(2 * (1000 + 300))

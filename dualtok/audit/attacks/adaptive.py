@@ -156,8 +156,8 @@ def distance_scores(members: Floats, non_members: Floats, seed: int) -> PairOfSc
         non_members: features [m, f].
         seed: of the halves.
     """
-    place, n = FEATURES.index("mean"), len(members)
-    mean, fold = np.concatenate([members[:, place], non_members[:, place]]), folds(n, len(non_members), seed)
+    position, n = FEATURES.index("mean"), len(members)
+    mean, fold = np.concatenate([members[:, position], non_members[:, position]]), folds(n, len(non_members), seed)
     centre = np.array([np.median(mean[n:][fold[n:] != number]) for number in range(FOLDS)])
     distance = np.abs(mean - centre[fold])
     return distance[:n], distance[n:]
@@ -184,8 +184,8 @@ def above_tail_scores(members: Floats, non_members: Floats, seed: int) -> PairOf
 
 
 def _column(name: str, members: Floats, non_members: Floats) -> PairOfScores:
-    place = FEATURES.index(name)
-    return members[:, place], non_members[:, place]
+    position = FEATURES.index(name)
+    return members[:, position], non_members[:, position]
 
 
 _CROSS_FITTED = "told of half the documents, judges the other half (dualtok)"

@@ -45,8 +45,8 @@ class ShadowFit:
             DataError: the shadows were not run over one of them.
         """
         order = np.argsort(self.document)
-        place = np.minimum(np.searchsorted(self.document, documents, sorter=order), len(order) - 1)
-        rows = order[place]
+        position = np.minimum(np.searchsorted(self.document, documents, sorter=order), len(order) - 1)
+        rows = order[position]
         missing = self.document[rows] != documents
         if missing.any():
             raise DataError(f"audit: the shadow models were not run over document {documents[missing][0]}")

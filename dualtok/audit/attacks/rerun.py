@@ -150,14 +150,14 @@ def _neighbors(
     tokens: Ids, other: NDArray[np.generic], weight: NDArray[np.generic], tools: Tools, draw: np.random.Generator
 ) -> list[Ids]:
     """Return copies of a document in which some tokens, never the first or the end token, are others."""
-    places = 1 + np.flatnonzero(tokens[1:] != tools.eos)
-    replaced = min(len(places), max(1, round(tools.settings.neighbor_share * len(places))))
+    positions = 1 + np.flatnonzero(tokens[1:] != tools.eos)
+    replaced = min(len(positions), max(1, round(tools.settings.neighbor_share * len(positions))))
     copies = []
     for _ in range(tools.settings.neighbors):
         copy = tokens.copy()
-        for place in draw.choice(places, replaced, replace=False) if replaced else ():
-            chances = weight[place - 1].astype(np.float64)
-            copy[place] = draw.choice(other[place - 1], p=chances / chances.sum())
+        for position in draw.choice(positions, replaced, replace=False) if replaced else ():
+            chances = weight[position - 1].astype(np.float64)
+            copy[position] = draw.choice(other[position - 1], p=chances / chances.sum())
         copies.append(copy)
     return copies
 

@@ -62,9 +62,9 @@ def dc_pdd_score(target: Signals, context: AttackContext) -> Floats:
     """
     ids, frequencies = context.tokens_for(target)
     document = np.repeat(np.arange(target.n_documents), target.lengths)
-    _, places = np.unique(document * len(frequencies) + ids, return_index=True)
+    _, positions = np.unique(document * len(frequencies) + ids, return_index=True)
     first = np.zeros(target.n_tokens, dtype=bool)
-    first[places] = True
+    first[positions] = True
     entropy = np.exp(target.log_prob.astype(np.float64)) * -np.log(frequencies[ids])
     kept = np.where(first, np.minimum(entropy, HIGHEST), 0.0)
     return segment_sum(kept, target.offsets) / segment_sum(first, target.offsets)

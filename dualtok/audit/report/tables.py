@@ -25,7 +25,7 @@ KNOWING = names_of("knows_defence", "shadows")
 def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
     """Return name -> label of every attack that any of the rows ran, in the order of the registry."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
-    order = {name: place for place, name in enumerate(ATTACKS)}
+    order = {name: position for position, name in enumerate(ATTACKS)}
     return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
 
 

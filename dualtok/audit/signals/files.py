@@ -107,11 +107,11 @@ def _ragged(path: str | Path, table: pa.Table, dtypes: Dtypes) -> Ragged:
     table = table.combine_chunks()
     lengths = table["document"].to_numpy() * 0
     values: dict[str, NDArray[np.generic]] = {}
-    for place, (name, dtype) in enumerate(dtypes.items()):
+    for position, (name, dtype) in enumerate(dtypes.items()):
         lists = table[name].combine_chunks()
         flat = lists.flatten()
         own = lists.value_lengths().to_numpy(zero_copy_only=False)
-        if lists.null_count or flat.null_count or (place and not np.array_equal(own, lengths)):
+        if lists.null_count or flat.null_count or (position and not np.array_equal(own, lengths)):
             raise DataError(f"{path}: {name} has gaps, or other lengths than the columns before it; {AGAIN}")
         lengths = own.astype(np.int64)
         values[name] = flat.to_numpy(zero_copy_only=False).astype(dtype)

@@ -42,11 +42,11 @@ def segment_quantiles(values: NDArray[np.floating], offsets: Offsets, shares: Se
     """
     in_order = _sorted_within(values, offsets)
     lengths, first = np.diff(offsets)[:, None], offsets[:-1][:, None]
-    place = np.asarray(shares)[None, :] * (lengths - 1)
-    below = np.floor(place).astype(np.int64)
+    position = np.asarray(shares)[None, :] * (lengths - 1)
+    below = np.floor(position).astype(np.int64)
     above = np.minimum(below + 1, lengths - 1)
     low, high = in_order[first + below], in_order[first + above]
-    quantiles: Floats = low + (high - low) * (place - below)
+    quantiles: Floats = low + (high - low) * (position - below)
     return quantiles
 
 

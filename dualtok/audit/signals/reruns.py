@@ -94,11 +94,11 @@ class RerunResult:
         Raises:
             DataError: a document is missing.
         """
-        place = np.minimum(np.searchsorted(self.document, documents), max(0, len(self.document) - 1))
-        missing = documents[self.document[place] != documents] if len(self.document) else documents
+        position = np.minimum(np.searchsorted(self.document, documents), max(0, len(self.document) - 1))
+        missing = documents[self.document[position] != documents] if len(self.document) else documents
         if len(missing):
             raise DataError(f"reruns: {len(missing)} documents are missing (e.g. document {missing[0]})")
-        return {name: column[place] for name, column in self.values.items()}
+        return {name: column[position] for name, column in self.values.items()}
 
     def save(self, path: str | Path) -> None:
         """Write one .npz file that is either whole or absent."""

@@ -122,16 +122,16 @@ class Signals:
         if np.array_equal(wanted, self.document):
             return self
         by_id = np.argsort(self.document)
-        place = np.searchsorted(self.document, wanted, sorter=by_id)
+        position = np.searchsorted(self.document, wanted, sorter=by_id)
         found = np.zeros(len(wanted), dtype=bool)
-        inside = place < self.n_documents
-        found[inside] = self.document[by_id[place[inside]]] == wanted[inside]
+        inside = position < self.n_documents
+        found[inside] = self.document[by_id[position[inside]]] == wanted[inside]
         if not found.all():
             raise DataError(
                 f"signals: {np.count_nonzero(~found)} documents are missing (e.g. document {wanted[~found][0]}); "
                 "both models must be run over the same documents"
             )
-        return self.take(by_id[place])
+        return self.take(by_id[position])
 
     def take(self, positions: NDArray[np.int64]) -> Signals:
         """Return the documents at the given positions (not ids)."""

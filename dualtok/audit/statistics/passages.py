@@ -63,8 +63,8 @@ class Passages:
         others = _Runs(documents)
         for length, (hashes, document) in self._asked.items():
             known = np.unique(others.of(length)[0])
-            places = np.searchsorted(hashes, known)
-            known = known[(places < len(hashes)) & (hashes[np.minimum(places, len(hashes) - 1)] == known)]
+            positions = np.searchsorted(hashes, known)
+            known = known[(positions < len(hashes)) & (hashes[np.minimum(positions, len(hashes) - 1)] == known)]
             self.found[document[np.isin(hashes, known)]] = True
 
     @property

@@ -67,7 +67,7 @@ class CanarySource:
         secrets = []
         for ids, prefix in zip(self.encoded, prefixes, strict=True):
             # A tokenizer may join the prefix's end with the secret's beginning: such a token is one of the secret.
-            same = next(place for place, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b)
+            same = next(index for index, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b)
             secrets.append((max(1, same), len(ids) - 1))
         return CanaryTexts(
             included=np.array([canary.included for canary in self.canaries]),
@@ -79,7 +79,7 @@ class CanarySource:
     def documents_to_read(self, *, attacker: bool) -> dict[int, list[int]]:
         """Return number -> token ids of each text that a model reads, numbered as in :class:`CanaryTexts`."""
         step = self.count(attacker=False) + 1
-        own = {place * step: ids for place, ids in enumerate(self.encoded)}
+        own = {index * step: ids for index, ids in enumerate(self.encoded)}
         if attacker:
             return own
         others = [
@@ -99,7 +99,7 @@ def open_canaries(audit: AuditConfig, data: DataFolder) -> CanarySource | None:
     """
     if data.manifest.canaries is None:
         return None
-    return CanarySource(load_canaries(data.place, data.manifest), canary_config(data.manifest), audit, data)
+    return CanarySource(load_canaries(data.location, data.manifest), canary_config(data.manifest), audit, data)
 
 
 def canary_pass(

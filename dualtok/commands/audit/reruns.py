@@ -107,11 +107,11 @@ def rerun_models(
             for each in possible
             for split in work.lengths
         }
-        absent = ranks.from_first([place for place, file in files.items() if not file.is_file()])
+        absent = ranks.from_first([position for position, file in files.items() if not file.is_file()])
         for gradients in (False, True):
-            due = [place for place in absent if RERUNS[place[0]].gradients == gradients]
+            due = [position for position in absent if RERUNS[position[0]].gradients == gradients]
             if due:
-                work.run(model, folder, {place: files[place] for place in due}, gradients=gradients)
+                work.run(model, folder, {position: files[position] for position in due}, gradients=gradients)
         if ranks.is_first:
             for (each_name, split), file in files.items():
                 results.setdefault((model, split), {})[each_name] = RerunResult.load(file)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dualtok.commands.plan.shapes import reference_shape, shapes_of
 from dualtok.config.data import is_address
 from dualtok.data.manifest import MANIFEST, load_manifest, split_entry
-from dualtok.data.remote.remote import place_of
+from dualtok.data.remote.remote import location_of
 from dualtok.distributed.deepspeed_config import training_config, zero_stage
 from dualtok.errors import ConfigError
 from dualtok.model.stage_bounds import cut
@@ -110,7 +110,7 @@ def make_job(run: RunConfig, material: Material, ranks: int, config: Json) -> Jo
     zero = config["zero_optimization"]
     sizes = {field: int(zero[key]) for field, key in SETTINGS.items() if isinstance(zero.get(key), int | float)}
     reference, pipeline = run.reference, train.pipeline
-    dealt = None if pipeline is None else layers_per_stage(material.shape, pipeline.stages, pipeline.balance)
+    layers_of_stages = None if pipeline is None else layers_per_stage(material.shape, pipeline.stages, pipeline.balance)
     try:
         return Job(
             ranks=ranks,
@@ -120,7 +120,7 @@ def make_job(run: RunConfig, material: Material, ranks: int, config: Json) -> Jo
             zero_stage=zero_stage(config),
             precision=train.precision,
             stages=train.stages,
-            layers_per_stage=dealt,
+            layers_per_stage=layers_of_stages,
             micro_batches=train.gradient_accumulation,
             keep_gathered=pipeline is not None and pipeline.keep_gathered,
             activation_checkpointing=model.activation_checkpointing,
@@ -163,4 +163,4 @@ def _manifest(run: RunConfig, tokens: int | None) -> Manifest | None:
     """Return the manifest of prepared data; None where a local folder is not prepared, or an address not to be read."""
     if tokens is not None if is_address(run.data.dir) else not (Path(run.data.dir) / MANIFEST).is_file():
         return None
-    return load_manifest(place_of(run.data.dir, run.data.stream))
+    return load_manifest(location_of(run.data.dir, run.data.stream))

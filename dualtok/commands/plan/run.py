@@ -56,11 +56,11 @@ def plan(run: RunConfig, cluster: Cluster, tokens: int | None = None) -> Plan:
     except ConfigError as error:
         refused, start = str(error), fallback_job(run, material, cluster)
 
-    def deal(stages: int) -> tuple[int, ...]:
+    def split_evenly(stages: int) -> tuple[int, ...]:
         balance = "cost" if train.pipeline is None or train.pipeline.stages != stages else train.pipeline.balance
         return layers_per_stage(material.shape, stages, balance)
 
-    options = rank_layouts(material.shape, start, cluster, material.reference, deal)
+    options = rank_layouts(material.shape, start, cluster, material.reference, split_evenly)
     if own is None and not options:
         raise ConfigError(refused)
     fitting = own if own is not None and (own.fits or not options) else options[0]

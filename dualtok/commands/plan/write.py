@@ -33,8 +33,8 @@ def write_layout(run: RunConfig, option: Option, folder: Path) -> tuple[Path, Pa
     another number of micro-batches, or states in files, the YAML says at its top what follows from it.
     """
     json_file, run_file = folder / JSON_FILE, folder / RUN_FILE
-    place = nvme_path(run)
-    write_text(json_file, json.dumps(deepspeed_json(option.job, place), indent=2) + "\n")
+    nvme = nvme_path(run)
+    write_text(json_file, json.dumps(deepspeed_json(option.job, nvme), indent=2) + "\n")
     planned = with_layout(run, option.job, json_file)
     assert run.train is not None
     before, now = run.train.gradient_accumulation, option.job.micro_batches
@@ -47,7 +47,7 @@ def write_layout(run: RunConfig, option: Option, folder: Path) -> tuple[Path, Pa
     if "nvme" in (option.job.offload_optimizer, option.job.offload_parameters):
         note += (
             f"# States are kept in files: nvme_path in {json_file}\n"
-            f"# must be a folder on a local disk of every host (it is {place} now), and libaio-dev be installed.\n"
+            f"# must be a folder on a local disk of every host (it is {nvme} now), and libaio-dev be installed.\n"
             "# Such a run cannot be resumed as it is: optimizer states on NVMe are not filled from a checkpoint; for\n"
             "# that, set offload_optimizer.device to cpu.\n"
         )
@@ -99,10 +99,10 @@ def deepspeed_json(job: Job, nvme_path: str = NVME_PATH) -> Json:
         zero[SETTINGS[field]] = getattr(job, field)
     if job.overlap is not None:
         zero["overlap_comm"] = job.overlap
-    for section, place in (("offload_param", job.offload_parameters), ("offload_optimizer", job.offload_optimizer)):
-        if place != "none":
-            zero[section] = {"device": place, "pin_memory": True}
-            if place == "nvme":
+    for section, device in (("offload_param", job.offload_parameters), ("offload_optimizer", job.offload_optimizer)):
+        if device != "none":
+            zero[section] = {"device": device, "pin_memory": True}
+            if device == "nvme":
                 zero[section]["nvme_path"] = nvme_path
     return {"zero_optimization": zero}
 

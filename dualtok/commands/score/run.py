@@ -172,7 +172,7 @@ def _cross_fit(task: _Task, folds: list[Fingerprint]) -> str:
 
 
 def _score_files(source: Source, expected: Fingerprint) -> ScoreFiles:
-    return ScoreFiles(source.folder.place, replace(expected, blocks=blocks_digest(source.manifest)))
+    return ScoreFiles(source.folder.location, replace(expected, blocks=blocks_digest(source.manifest)))
 
 
 def _checksums(tasks: list[_Task], ranks: Ranks) -> dict[int, str]:

@@ -103,7 +103,7 @@ def pack_chunks(
     """Tokenise and pack the chunks that are not packed yet, each with the canaries of its number."""
     work = partial(
         _pack_chunk,
-        place=staged.at,
+        at=staged.at,
         tokenizer_at=tokenizer,
         block_length=config.block_length,
         special=config.special_tokens_in_text == "encode",
@@ -147,21 +147,19 @@ def _documents(staged: Staged, chunk: Chunk, split: str) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer_of_process(place: TokenizerAt) -> tuple[PreTrainedTokenizerBase, SpelledOut]:
+def _tokenizer_of_process(at: TokenizerAt) -> tuple[PreTrainedTokenizerBase, SpelledOut]:
     """Return the tokenizer, loaded once per process: each load keeps some megabytes of memory for good."""
-    tokenizer = load_tokenizer(place.folder)
+    tokenizer = load_tokenizer(at.folder)
     return tokenizer, SpelledOut(tokenizer)
 
 
-def _pack_chunk(
-    task: _PackTask, *, place: StagedAt, tokenizer_at: TokenizerAt, block_length: int, special: bool
-) -> None:
+def _pack_chunk(task: _PackTask, *, at: StagedAt, tokenizer_at: TokenizerAt, block_length: int, special: bool) -> None:
     """Tokenise and pack one chunk, split by split; runs in a worker process."""
     chunk = task.chunk
-    done = _done_path(place.folder, chunk)
+    done = _done_path(at.folder, chunk)
     if done.is_file():
         return
-    staged, (tokenizer, spelled) = staged_at(place), _tokenizer_of_process(tokenizer_at)
+    staged, (tokenizer, spelled) = staged_at(at), _tokenizer_of_process(tokenizer_at)
     with_special = 0
     for split in SPLITS:
         table = _split_of(staged, chunk, split)
@@ -183,8 +181,8 @@ def _pack_chunk(
             ],
             schema=DOCUMENT,
         )
-        _write_table(_packed_path(place.folder, chunk, split, "blocks"), blocks_table(blocks, block_length))
-        _write_table(_packed_path(place.folder, chunk, split, "table"), documents)
+        _write_table(_packed_path(at.folder, chunk, split, "blocks"), blocks_table(blocks, block_length))
+        _write_table(_packed_path(at.folder, chunk, split, "table"), documents)
     write_text(done, str(with_special))
 
 
@@ -210,12 +208,12 @@ def _as_documents(canaries: list[Canary]) -> pa.Table:
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[NDArray[np.int32]]:
     ids: list[NDArray[np.int32]] = []
     first = characters = 0
-    for place, text in enumerate(texts):
+    for position, text in enumerate(texts):
         characters += len(text)
-        if characters >= ENCODED_AT_ONCE or place == len(texts) - 1:
-            some = encode(tokenizer, texts[first : place + 1], special=special)
+        if characters >= ENCODED_AT_ONCE or position == len(texts) - 1:
+            some = encode(tokenizer, texts[first : position + 1], special=special)
             ids += [np.array(row, dtype=np.int32) for row in some]
-            first, characters = place + 1, 0
+            first, characters = position + 1, 0
     return ids
 
 

@@ -21,7 +21,7 @@ from dualtok.data.manifest import CanariesEntry
 from dualtok.data.prepare.decide import UnusableCorpusError
 from dualtok.data.prepare.deduplicate import EXACT_BYTES, exact_digest
 from dualtok.data.prepare.staged import Chunk, Staged, fixed_width
-from dualtok.data.remote.remote import Place, RemoteFile, RemoteFolder, place_of
+from dualtok.data.remote.remote import Location, RemoteFile, RemoteFolder, location_of
 from dualtok.data.tokenizer import encode
 from dualtok.errors import DataError
 from dualtok.files import file_sha256, write_text
@@ -96,8 +96,8 @@ def secret_of(index: int, config: CanaryConfig) -> str:
     symbols = SYMBOLS[config.kind]
     drawn = []
     for _ in range(config.length):
-        index, place = divmod(index, len(symbols))
-        drawn.append(symbols[place])
+        index, position = divmod(index, len(symbols))
+        drawn.append(symbols[position])
     return " ".join(reversed(drawn))
 
 
@@ -129,8 +129,8 @@ def assign_to_chunks(canaries: list[Canary], config: CanaryConfig, chunks: list[
     canaries_of_chunk: dict[int, list[Canary]] = {}
     for canary in canaries:
         if canary.included:
-            place = _number(config, "place", canary.id) % int(ends[-1])
-            chunk = chunks[int(np.searchsorted(ends, place, side="right"))]
+            position = _number(config, "place", canary.id) % int(ends[-1])
+            chunk = chunks[int(np.searchsorted(ends, position, side="right"))]
             canaries_of_chunk.setdefault(chunk.number, []).append(canary)
     return canaries_of_chunk
 
@@ -175,18 +175,18 @@ def write_canaries(canaries: list[Canary], folder: Path) -> CanariesEntry:
     )
 
 
-def load_canaries(data_dir: str | Place, manifest: Manifest) -> list[Canary]:
+def load_canaries(data_dir: str | Location, manifest: Manifest) -> list[Canary]:
     """Return the canaries of a prepared folder, by number; none if it was prepared without.
 
     Raises:
         DataError: the file is missing or altered.
     """
-    entry, place = manifest.canaries, place_of(data_dir)
+    entry, location = manifest.canaries, location_of(data_dir)
     if entry is None:
         return []
-    if isinstance(place, RemoteFolder):
-        return place.open(RemoteFile(entry.file, entry.sha256), _read)
-    path = place / entry.file
+    if isinstance(location, RemoteFolder):
+        return location.open(RemoteFile(entry.file, entry.sha256), _read)
+    path = location / entry.file
     if not path.is_file() or file_sha256(path) != entry.sha256:
         raise DataError(f"{path}: missing or altered; restore it, or remove the folder and run `dualtok prepare` again")
     return _read(path)
@@ -222,8 +222,8 @@ def _name(index: int) -> str:
     """Return a word that no language has, of four syllables out of 85: 52 million."""
     parts = []
     for _ in range(NAME_SYLLABLES):
-        index, place = divmod(index, len(SYLLABLES))
-        parts.append(SYLLABLES[place])
+        index, position = divmod(index, len(SYLLABLES))
+        parts.append(SYLLABLES[position])
     return "".join(parts).capitalize()
 
 

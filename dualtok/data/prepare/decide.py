@@ -144,18 +144,18 @@ class _Decider:
         short = is_short(table, config)
         sketches = _Sketches(self._staged, config, self._needed(members))
         decisions = np.empty(chunk.end - chunk.first, dtype=np.uint8)
-        for place, digest in enumerate(table["sha256"].to_pylist()):
-            doc = chunk.first + place
+        for position, digest in enumerate(table["sha256"].to_pylist()):
+            doc = chunk.first + position
             memberships = members.get(doc, [])
             candidates = {other for key, _ in memberships for other in self._open.get(key, ())}
-            if short[place]:
-                decisions[place] = TOO_SHORT
+            if short[position]:
+                decisions[position] = TOO_SHORT
             elif (duplicate := sketches.duplicate(doc, sorted(candidates))) is not None:
-                decisions[place] = duplicate
+                decisions[position] = duplicate
             else:
                 split = assign_split(digest, config.shares, config.seed)
-                decisions[place] = UNUSED if split is None else DECISIONS.index(split)
-            self.remember(doc, memberships, kept=decisions[place] <= UNUSED)
+                decisions[position] = UNUSED if split is None else DECISIONS.index(split)
+            self.remember(doc, memberships, kept=decisions[position] <= UNUSED)
         return decisions
 
     def _needed(self, members: dict[int, list[Membership]]) -> list[int]:
@@ -169,7 +169,7 @@ class _Sketches:
 
     def __init__(self, staged: Staged, config: DataConfig, docs: list[int]) -> None:
         self._threshold = config.near_duplicate_threshold
-        self._place = {doc: place for place, doc in enumerate(docs)}
+        self._position = {doc: position for position, doc in enumerate(docs)}
         if not docs:
             return
         columns = ["exact"] if self._threshold is None else ["exact", "signature"]
@@ -181,7 +181,7 @@ class _Sketches:
         """Return whether a document is an exact or a near duplicate of one of the candidates."""
         if not candidates:
             return None
-        own, others = self._place[doc], [self._place[other] for other in candidates]
+        own, others = self._position[doc], [self._position[other] for other in candidates]
         if (self._exact[others] == self._exact[own]).all(axis=1).any():
             return EXACT
         if self._signatures is None or self._threshold is None:

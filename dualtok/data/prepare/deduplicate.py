@@ -105,9 +105,9 @@ def is_without_spaces(letters: NDArray[np.uint8]) -> bool:
     starts, _ = _characters(letters)
     lead = letters[starts].astype(np.int64)
     three, four = starts[lead >> 4 == 0xE], starts[lead >> 3 == 0x1E]
-    tail = [letters[three + place].astype(np.int64) & 0x3F for place in (1, 2)]
+    tail = [letters[three + position].astype(np.int64) & 0x3F for position in (1, 2)]
     codes = [((letters[three].astype(np.int64) & 0xF) << 12) | (tail[0] << 6) | tail[1]]
-    tail = [letters[four + place].astype(np.int64) & 0x3F for place in (1, 2, 3)]
+    tail = [letters[four + position].astype(np.int64) & 0x3F for position in (1, 2, 3)]
     codes.append(((letters[four].astype(np.int64) & 0x7) << 18) | (tail[0] << 12) | (tail[1] << 6) | tail[2])
     every = np.concatenate(codes)
     edges = np.array(WITHOUT_SPACES).ravel() + np.tile([0, 1], len(WITHOUT_SPACES))

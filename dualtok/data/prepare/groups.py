@@ -68,7 +68,7 @@ def find_groups(config: DataConfig, staged: Staged, workers: Workers, progress: 
         return Groups([])
     runs = _runs(staged.at.folder, staged.documents)
     ranges = _ranges(staged.at.folder, staged.documents * key_count(config))
-    for _ in workers.map(partial(_write_run, place=staged.at, config=config), runs):
+    for _ in workers.map(partial(_write_run, at=staged.at, config=config), runs):
         progress.advance(1)
     for _ in workers.map(partial(_write_groups, runs=[run.path for run in runs]), ranges):
         progress.advance(1)
@@ -122,11 +122,11 @@ def _ranges(folder: Path, records: int) -> list[_Range]:
     return [_Range(folder / f"groups-{number:06d}.npy", ends[number], ends[number + 1] - 1) for number in range(count)]
 
 
-def _write_run(run: _Run, *, place: StagedAt, config: DataConfig) -> None:
+def _write_run(run: _Run, *, at: StagedAt, config: DataConfig) -> None:
     """Write the sorted (key, document) of a run of documents; runs in a worker process."""
     if run.path.is_file():
         return
-    staged = staged_at(place)
+    staged = staged_at(at)
     parts = [
         _records(staged, low, min(low + DOCUMENTS_AT_ONCE, run.end), config)
         for low in range(run.first, run.end, DOCUMENTS_AT_ONCE)

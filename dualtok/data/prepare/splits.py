@@ -28,9 +28,9 @@ def uniform(seed: int, digest: bytes) -> float:
 
 def assign_split(digest: bytes, shares: Mapping[str, float], seed: int) -> str | None:
     """Return a document's split, or None for the part of the corpus that no share covers."""
-    place, end = uniform(seed, digest), 0.0
+    position, end = uniform(seed, digest), 0.0
     for name in SPLITS:
         end += shares.get(name, 0.0)
-        if place < end and name in shares:
+        if position < end and name in shares:
             return name
     return None

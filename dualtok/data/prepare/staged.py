@@ -126,9 +126,9 @@ class Staged:
 
 
 @lru_cache(maxsize=1)
-def staged_at(place: StagedAt) -> Staged:
+def staged_at(at: StagedAt) -> Staged:
     """Return staged documents in a worker process, which keeps the last ones it was asked for."""
-    return Staged(place.folder, place.of)
+    return Staged(at.folder, at.of)
 
 
 def fixed_width(table: pa.Table, column: str, dtype: type[Number]) -> NDArray[Number]:

@@ -144,11 +144,11 @@ class _Fetchers:
                 future.set_result(None)
 
 
-Place = Path | RemoteFolder
+Location = Path | RemoteFolder
 """Where prepared data lies."""
 
 
-def place_of(folder: str | Place, settings: StreamConfig | None = None) -> Place:
+def location_of(folder: str | Location, settings: StreamConfig | None = None) -> Location:
     """Return the local path, or the folder at an address, that a setting names.
 
     Args:

@@ -196,19 +196,19 @@ def _read_json(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Docum
         yield from _read_jsonl(path, config, wanted)
         return
     text = _decode(head + rest, str(path))
-    decoder, place, number = json.JSONDecoder(), after_white(text, 1), 0
-    while text[place : place + 1] != "]":
+    decoder, position, number = json.JSONDecoder(), after_white(text, 1), 0
+    while text[position : position + 1] != "]":
         origin = f"{path}: item {number}"
         try:
-            end = after_value(text, place)
-            item = text[place:end]
-            place = after_white(text, end)
-            if text[place] == ",":
-                place = after_white(text, place + 1)
-            elif text[place] != "]":
+            end = after_value(text, position)
+            item = text[position:end]
+            position = after_white(text, end)
+            if text[position] == ",":
+                position = after_white(text, position + 1)
+            elif text[position] != "]":
                 raise ValueError("no comma")
         except (ValueError, IndexError):
-            raise DataError(f"{origin}: not valid JSON at character {place}") from None
+            raise DataError(f"{origin}: not valid JSON at character {position}") from None
         if not wanted(number):
             yield None
         elif item.startswith('"'):
@@ -274,10 +274,10 @@ def read_parquet(
         groups = None if row_group is None else [row_group]
         for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=groups, columns=[config.field]):
             column = batch.column(0)
-            for place in range(len(column)):
+            for position in range(len(column)):
                 origin = f"{path}: row {first + row}"
                 yield (
-                    Document(_require_text(column[place].as_py(), config.field, origin), origin)
+                    Document(_require_text(column[position].as_py(), config.field, origin), origin)
                     if wanted(row)
                     else None
                 )
@@ -326,8 +326,8 @@ def _require_text(value: object, field: str, origin: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON's escapes can spell half a character, which no file could hold
-        place = f"character {error.start}"
-        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {place}; fix the text") from None
+        position = f"character {error.start}"
+        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {position}; fix the text") from None
     return value
 
 

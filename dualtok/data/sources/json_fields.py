@@ -26,31 +26,31 @@ def only_field(text: str, field: str, origin: str) -> dict[str, object]:
         DataError: it is no JSON object.
     """
     found: dict[str, object] = {}
-    place = after_white(text, 0)
-    if text[place : place + 1] != "{":
+    position = after_white(text, 0)
+    if text[position : position + 1] != "{":
         raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
     decoder = json.JSONDecoder()
-    place = after_white(text, place + 1)
-    while text[place : place + 1] != "}":
+    position = after_white(text, position + 1)
+    while text[position : position + 1] != "}":
         try:
-            key, place = decoder.raw_decode(text, place)
-            place = after_white(text, place)
-            if not isinstance(key, str) or text[place : place + 1] != ":":
+            key, position = decoder.raw_decode(text, position)
+            position = after_white(text, position)
+            if not isinstance(key, str) or text[position : position + 1] != ":":
                 raise ValueError("no name and value")
-            place = after_white(text, place + 1)
-            if key == field and text[place] == '"':
-                found[key], place = decoder.raw_decode(text, place)
+            position = after_white(text, position + 1)
+            if key == field and text[position] == '"':
+                found[key], position = decoder.raw_decode(text, position)
             else:
-                found[key], place = _Unread(), after_value(text, place)
-            place = after_white(text, place)
-            if text[place] == ",":
-                place = after_white(text, place + 1)
-            elif text[place] != "}":
+                found[key], position = _Unread(), after_value(text, position)
+            position = after_white(text, position)
+            if text[position] == ",":
+                position = after_white(text, position + 1)
+            elif text[position] != "}":
                 raise ValueError("no comma")
         except (ValueError, IndexError):
-            raise DataError(f"{origin}: not valid JSON at column {place + 1}") from None
-    if after_white(text, place + 1) != len(text):
-        raise DataError(f"{origin}: not valid JSON: more follows at column {place + 2}")
+            raise DataError(f"{origin}: not valid JSON at column {position + 1}") from None
+    if after_white(text, position + 1) != len(text):
+        raise DataError(f"{origin}: not valid JSON: more follows at column {position + 2}")
     return found
 
 
@@ -58,26 +58,26 @@ class _Unread:
     """A value that was passed over."""
 
 
-def after_white(text: str, place: int) -> int:
-    """Return the place of the first character from ``place`` on that is no white space."""
-    match = WHITE.match(text, place)
+def after_white(text: str, position: int) -> int:
+    """Return the place of the first character from ``position`` on that is no white space."""
+    match = WHITE.match(text, position)
     assert match is not None
     return match.end()
 
 
-def after_value(text: str, place: int) -> int:
-    """Return the place after the value at ``place``, however deep or long.
+def after_value(text: str, position: int) -> int:
+    """Return the place after the value at ``position``, however deep or long.
 
     Raises:
         ValueError: there is no value, or it has no end.
     """
-    if text[place] not in "[{":
-        match = NEXT_BRACKET.match(text, place) or PLAIN_VALUE.match(text, place)
+    if text[position] not in "[{":
+        match = NEXT_BRACKET.match(text, position) or PLAIN_VALUE.match(text, position)
         if match is None:
             raise ValueError("no value")
         return match.end()
     depth = 0
-    for match in NEXT_BRACKET.finditer(text, place):
+    for match in NEXT_BRACKET.finditer(text, position):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return match.end()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dualtok.config.folds import LeaveOut
-    from dualtok.data.remote.remote import Place
+    from dualtok.data.remote.remote import Location
     from dualtok.data.stream.shard_reader import Losses
 
 SKIPPED = "skipped"
@@ -41,7 +41,7 @@ class BlockStream:
     """Blocks of one split of a prepared folder; :meth:`.folder.DataFolder.open` makes one.
 
     Args:
-        place: the prepared folder, or its address.
+        location: the prepared folder, or its address.
         manifest: its manifest.
         split: one of its splits.
         seed: seed of the order.
@@ -59,7 +59,7 @@ class BlockStream:
 
     def __init__(
         self,
-        place: Place,
+        location: Location,
         manifest: Manifest,
         split: str,
         *,
@@ -71,13 +71,13 @@ class BlockStream:
         on_bad_shard: Literal["stop", "skip"] = "stop",
         leave_out: LeaveOut | None = None,
     ) -> None:
-        entry = split_entry(manifest, split, place)
+        entry = split_entry(manifest, split, location)
         self.split, self.seed = split, seed
         self.block_length, self.lanes = manifest.block_length, manifest.lanes
         self._losses, self._leave_out = losses, leave_out
         self._order = BlockOrder(entry.shards, manifest.lanes, seed=seed)
         self._reader = ShardReader(
-            place,
+            location,
             manifest.folder_of(split),
             entry.shards,
             lanes=manifest.lanes,
@@ -176,11 +176,11 @@ class BlockStream:
                 the longest documents.
             documents: read only blocks that hold one of these documents; others in the same block come along.
         """
-        places = self._places(max_blocks, documents)
-        for call in range(self._calls(len(places), batch_size, world_size)):
+        positions = self._positions(max_blocks, documents)
+        for call in range(self._calls(len(positions), batch_size, world_size)):
             first = (call * world_size + rank) * batch_size
-            mine = places[first : first + batch_size]
-            batch, _ = self._read_places(mine or places[:1])
+            mine = positions[first : first + batch_size]
+            batch, _ = self._read_places(mine or positions[:1])
             segments = [
                 [] if self._reader.is_bad(file) else self._reader.shard(file).segments(row) for file, row in mine
             ]
@@ -192,13 +192,13 @@ class BlockStream:
         self, batch_size: int, world_size: int = 1, *, documents: NDArray[np.int64] | None = None
     ) -> int:
         """Return how many batches :meth:`sequential` yields on each rank."""
-        return self._calls(len(self._places(None, documents)), batch_size, world_size)
+        return self._calls(len(self._positions(None, documents)), batch_size, world_size)
 
     @staticmethod
     def _calls(blocks: int, batch_size: int, world_size: int) -> int:
         return -(-blocks // (batch_size * world_size))
 
-    def _places(self, max_blocks: int | None, documents: NDArray[np.int64] | None) -> list[tuple[str, int]]:
+    def _positions(self, max_blocks: int | None, documents: NDArray[np.int64] | None) -> list[tuple[str, int]]:
         if documents is not None:
             return [
                 (file, row)
@@ -213,23 +213,23 @@ class BlockStream:
         rows = blocks - np.concatenate([[0], ends])[shards]
         return [(files[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
-    def _read_places(self, places: Sequence[tuple[str, int]]) -> tuple[Batch, list[bool]]:
+    def _read_places(self, positions: Sequence[tuple[str, int]]) -> tuple[Batch, list[bool]]:
         """Return the batch, and whether each row had to be left empty."""
-        shards = {file: self._reader.readable(file) for file in dict.fromkeys(file for file, _ in places)}
-        ids = np.full((len(places), self.block_length), PADDING_ID, dtype=np.int32)
-        lengths: list[NDArray[np.int32]] = [np.array([self.block_length], dtype=np.int32)] * len(places)
+        shards = {file: self._reader.readable(file) for file in dict.fromkeys(file for file, _ in positions)}
+        ids = np.full((len(positions), self.block_length), PADDING_ID, dtype=np.int32)
+        lengths: list[NDArray[np.int32]] = [np.array([self.block_length], dtype=np.int32)] * len(positions)
         losses = np.zeros(ids.shape, dtype=np.float32)
-        for number, (file, row) in enumerate(places):
+        for number, (file, row) in enumerate(positions):
             shard = shards[file]
             if shard is not None:
                 ids[number], lengths[number] = shard.input_ids[row], shard.lengths(row)
                 if self._losses is not None:
                     losses[number] = self._losses.read(Path(file).stem, np.array([row]))[0]
         batch = model_inputs(ids, lengths)
-        skipped = [shards[file] is None for file, _ in places]
+        skipped = [shards[file] is None for file, _ in positions]
         batch["labels"][torch.tensor(skipped)] = IGNORED_LABEL
         if self._leave_out is not None:
-            pieces = [[] if (shard := shards[file]) is None else shard.segments(row) for file, row in places]
+            pieces = [[] if (shard := shards[file]) is None else shard.segments(row) for file, row in positions]
             self._ignore_fold(batch["labels"], pieces, self._leave_out)
         if self._losses is not None:
             batch["reference_loss"] = torch.where(batch["labels"] == IGNORED_LABEL, 0.0, torch.from_numpy(losses))

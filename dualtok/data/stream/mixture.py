@@ -88,30 +88,30 @@ class Mixture:
     def locate(self, sample: int) -> tuple[int, int]:
         """Return (source, its own sample) of a sample, both counted from 0."""
         rounds, lane = divmod(sample, self.lanes)
-        period, place = divmod(rounds, MIX_PERIOD)
+        period, position = divmod(rounds, MIX_PERIOD)
         pattern = _pattern(self.seed, self.quotas, lane, period)
-        source = int(pattern.source[place])
+        source = int(pattern.source[position])
         blocks = len(self.streams[source])
-        position = period * self.quotas[source] + int(pattern.earlier[place])
+        position = period * self.quotas[source] + int(pattern.earlier[position])
         epoch, here = divmod(position, len(range(lane, blocks, self.lanes)))
         return source, epoch * blocks + here * self.lanes + lane
 
     def read(self, samples: Sequence[int]) -> Batch:
         """Return the batch of some samples, in their order."""
-        places = [self.locate(sample) for sample in samples]
+        positions = [self.locate(sample) for sample in samples]
         batch: Batch = {}
         for source, stream in enumerate(self.streams):
-            rows = [row for row, (which, _) in enumerate(places) if which == source]
-            part = stream.read([places[row][1] for row in rows]) if rows else {}
+            rows = [row for row, (which, _) in enumerate(positions) if which == source]
+            part = stream.read([positions[row][1] for row in rows]) if rows else {}
             for name, tensor in part.items():
-                batch.setdefault(name, tensor.new_empty((len(places), *tensor.shape[1:])))[rows] = tensor
+                batch.setdefault(name, tensor.new_empty((len(positions), *tensor.shape[1:])))[rows] = tensor
         return batch
 
     def prefetch(self, samples: Sequence[int]) -> bool:
         """Begin to fetch what samples need that are read soon; see :meth:`BlockStream.prefetch`."""
-        places = [self.locate(sample) for sample in samples]
+        positions = [self.locate(sample) for sample in samples]
         more = [
-            stream.prefetch([sample for which, sample in places if which == source])
+            stream.prefetch([sample for which, sample in positions if which == source])
             for source, stream in enumerate(self.streams)
             if stream.is_remote
         ]

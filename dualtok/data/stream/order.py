@@ -51,8 +51,8 @@ class BlockOrder:
 
     def locate(self, sample: int) -> Position:
         """Return where a sample is read; samples are counted from 0 over all epochs."""
-        epoch, file, place = self._shard_of(sample)
-        return Position(epoch, file, int(self._row_order(epoch, file)[place]))
+        epoch, file, position = self._shard_of(sample)
+        return Position(epoch, file, int(self._row_order(epoch, file)[position]))
 
     def file_of(self, sample: int) -> str:
         """Return the shard of a sample; draws no order of rows."""

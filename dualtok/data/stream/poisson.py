@@ -28,7 +28,7 @@ DRAW_SEED = 0x506F6973
 """Tells these random numbers from those of streams and noise."""
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """Where a document's first piece lies."""
 
     file: str
@@ -55,16 +55,16 @@ class PoissonDocuments:
     def __init__(self, stream: BlockStream, *, batch_size: int, parts: int, seed: int) -> None:
         self._stream, self._batch_size, self._parts, self._seed = stream, batch_size, parts, seed
         self.split, self.block_length = stream.split, stream.block_length
-        self._places = [place for _, place in sorted(_first_pieces(stream).items())]
-        if len(self._places) < batch_size:
+        self._positions = [position for _, position in sorted(_first_pieces(stream).items())]
+        if len(self._positions) < batch_size:
             raise DataError(
-                f"split {self.split!r} has {len(self._places)} documents, fewer than train.batch_size={batch_size}; "
+                f"split {self.split!r} has {len(self._positions)} documents, fewer than train.batch_size={batch_size}; "
                 "DP-SGD draws documents, not blocks: use a smaller batch"
             )
 
     def __len__(self) -> int:
         """Return the number of documents."""
-        return len(self._places)
+        return len(self._positions)
 
     @property
     def rate(self) -> float:
@@ -74,7 +74,7 @@ class PoissonDocuments:
     @property
     def truncated(self) -> int:
         """Documents of which only the first ``block_length`` tokens are ever learned."""
-        return sum(place.cut for place in self._places)
+        return sum(position.cut for position in self._positions)
 
     def drawn(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
         """Return which documents this rank learns in a step, counted from 0: every ``world_size``-th of those drawn."""
@@ -104,10 +104,10 @@ class PoissonDocuments:
         ids = np.full((len(documents), self.block_length), PADDING_ID, dtype=np.int32)
         lengths = []
         for row, document in enumerate(documents):
-            place = self._places[document]
-            block = self._stream.read_rows(place.file, np.array([place.row]))["input_ids"][0].numpy()
-            ids[row, : place.length] = block[place.column : place.column + place.length]
-            lengths.append(np.array([place.length], dtype=np.int32))
+            position = self._positions[document]
+            block = self._stream.read_rows(position.file, np.array([position.row]))["input_ids"][0].numpy()
+            ids[row, : position.length] = block[position.column : position.column + position.length]
+            lengths.append(np.array([position.length], dtype=np.int32))
         return model_inputs(ids, lengths)
 
     def sequential(
@@ -123,16 +123,16 @@ class PoissonDocuments:
         return self._stream.sequential(batch_size, rank, world_size, max_blocks=max_blocks, documents=documents)
 
 
-def _first_pieces(stream: BlockStream) -> dict[int, _Place]:
-    places: dict[int, _Place] = {}
+def _first_pieces(stream: BlockStream) -> dict[int, _Position]:
+    positions: dict[int, _Position] = {}
     going_on: set[int] = set()
     for file, rows in stream.shards():
         for row, pieces in enumerate(stream.pieces(file, np.arange(rows))):
             column = 0
             for document, start, length in pieces:
                 if start == 0:
-                    places[document] = _Place(file, row, column, length, False)
+                    positions[document] = _Position(file, row, column, length, False)
                 else:
                     going_on.add(document)
                 column += length
-    return {document: place._replace(cut=document in going_on) for document, place in places.items()}
+    return {document: position._replace(cut=document in going_on) for document, position in positions.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from dualtok.data.manifest import ShardEntry, check_shard
-from dualtok.data.remote.remote import Place, RemoteFile, RemoteFolder
+from dualtok.data.remote.remote import Location, RemoteFile, RemoteFolder
 from dualtok.data.remote.storage import BadShardError
 from dualtok.data.shards import Shard
 from dualtok.data.stream.rank_batches import Fetches
@@ -39,7 +39,7 @@ class ShardReader:
     Those of a local folder are checked at once, those at an address as each arrives.
 
     Args:
-        place: the prepared folder, or its address.
+        location: the prepared folder, or its address.
         folder: name of the split's folder in it.
         shards: the split's.
         lanes: shards that a reader is in at a time.
@@ -56,7 +56,7 @@ class ShardReader:
 
     def __init__(
         self,
-        place: Place,
+        location: Location,
         folder: str,
         shards: Sequence[ShardEntry],
         *,
@@ -67,7 +67,7 @@ class ShardReader:
         verify_world_size: int,
         on_bad_shard: Literal["stop", "skip"],
     ) -> None:
-        self._place, self._folder, self._lanes = place, folder, lanes
+        self._location, self._folder, self._lanes = location, folder, lanes
         self._losses, self.skips = losses, on_bad_shard == "skip"
         self.entries = {shard.file: shard for shard in shards}
         self._bad: set[str] = set()
@@ -78,14 +78,14 @@ class ShardReader:
         """Bytes of the shards that are fetched ahead and not yet opened."""
         self.fetches = Fetches()
         """What was found of shards at an address so far."""
-        if isinstance(place, Path):
+        if isinstance(location, Path):
             for number, shard in enumerate(shards):
-                self._check(place, shard, hashed=verify and number % verify_world_size == verify_rank)
+                self._check(location, shard, hashed=verify and number % verify_world_size == verify_rank)
 
     @property
     def is_remote(self) -> bool:
         """Whether the shards lie at an address."""
-        return isinstance(self._place, RemoteFolder)
+        return isinstance(self._location, RemoteFolder)
 
     def shard(self, file: str) -> Shard:
         """Return a shard.
@@ -126,17 +126,17 @@ class ShardReader:
         Returns:
             Whether all of them are under way, so that it is worth to look further ahead.
         """
-        if not isinstance(self._place, RemoteFolder) or not self._place.settings.prefetch:
+        if not isinstance(self._location, RemoteFolder) or not self._location.settings.prefetch:
             return False
         for file in dict.fromkeys(files):
             if file in self._open or file in self._ahead or file in self._bad:
                 continue
             size = self.entries[file].bytes
-            few = len(self._ahead) < self._place.settings.prefetch
-            if not few or sum(self._ahead.values()) + size > self._place.prefetch_bytes:
+            few = len(self._ahead) < self._location.settings.prefetch
+            if not few or sum(self._ahead.values()) + size > self._location.prefetch_bytes:
                 return False
             self._ahead[file] = size
-            self._place.prefetch(self._remote(self.entries[file]))
+            self._location.prefetch(self._remote(self.entries[file]))
             if self._losses is not None:
                 self._losses.prefetch(Path(file).stem)
         return True
@@ -163,11 +163,11 @@ class ShardReader:
                 self._sound.add(shard.file)
 
     def _map(self, entry: ShardEntry) -> Shard:
-        if isinstance(self._place, RemoteFolder):
+        if isinstance(self._location, RemoteFolder):
             remote = self._remote(entry)
-            self.fetches += Fetches(1, int(self._place.has(remote)))
-            return self._place.open(remote, lambda path: Shard(path, f"{self._place}/{remote.name}"))
-        path = self._place / self._folder / entry.file
+            self.fetches += Fetches(1, int(self._location.has(remote)))
+            return self._location.open(remote, lambda path: Shard(path, f"{self._location}/{remote.name}"))
+        path = self._location / self._folder / entry.file
         if self.skips and entry.file not in self._sound:  # only one of the ranks has hashed it at the start
             check_shard(path, entry)
         return Shard(path)

@@ -51,7 +51,7 @@ def write_part(folder: Path, rank: int, pieces: Iterable[ParameterSlice]) -> Non
         CheckpointError: a file cannot be written.
     """
     files: dict[str, FileEntry] = {}
-    places: list[tuple[str, tuple[int, ...], str, int, int]] = []
+    positions: list[tuple[str, tuple[int, ...], str, int, int]] = []
     try:
         for number, group in enumerate(_batches(pieces)):
             name = f"states-{rank:05d}-{number:03d}.safetensors"
@@ -61,8 +61,8 @@ def write_part(folder: Path, rank: int, pieces: Iterable[ParameterSlice]) -> Non
             with atomic_file(folder / name) as stream:
                 stream.write(content)
             files[name] = FileEntry(bytes=len(content), crc32=zlib.crc32(content))
-            places += [(piece.name, piece.shape, name, piece.start, piece.length) for piece in group]
-        write_text(_part_path(folder, rank), Part(files=files, pieces=places).model_dump_json())
+            positions += [(piece.name, piece.shape, name, piece.start, piece.length) for piece in group]
+        write_text(_part_path(folder, rank), Part(files=files, pieces=positions).model_dump_json())
     except OSError as error:
         raise CheckpointError(
             f"{folder}: rank {rank} cannot write its part of the checkpoint: {error.strerror or error}; free space or "

@@ -83,7 +83,7 @@ def test_a_folder_is_read_and_what_is_not_understood_is_built(tmp_path: Path, mo
         ({"config": tiny_llama_config(), "lora": LoraConfig(targets=("q_prj",))}, "did you mean 'q_proj'"),
     ],
 )
-def test_a_mistake_is_named_as_before(model: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_named(model: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, KeyError), match=message):
         shapes_of(ModelConfig(**model), VOCABULARY)
 

@@ -20,7 +20,7 @@ import torch
 from dualtok.config.data import DataConfig, MixConfig
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import Manifest, load_manifest
-from dualtok.data.remote.remote import RemoteFolder, place_of
+from dualtok.data.remote.remote import RemoteFolder, location_of
 from dualtok.data.remote.storage import BadShardError
 from dualtok.data.stream.blocks import SKIPPED, BlockStream
 from dualtok.data.stream.mixture import Mixture
@@ -121,7 +121,7 @@ def test_batches_are_those_of_the_local_folder(
     assert_same(stream.batches(16, GLOBAL, 1, 2, workers), local(folder).batches(16, GLOBAL, 1, 2), 30)
     rows = [row for _, segments in stream.sequential(4) for row in segments]
     assert rows == [row for _, segments in local(folder).sequential(4) for row in segments]
-    address = DataFolder(stream._reader._place)
+    address = DataFolder(stream._reader._location)
     assert address.documents("train").equals(DataFolder(folder).documents("train"))
 
 
@@ -330,23 +330,25 @@ def test_bad_local_shards_are_skipped_by_whoever_reads_them(
 
 def test_a_web_server_will_do(folder: Path, tmp_path: Path, small_corpus: dict[str, Any]) -> None:
     with fault_server(folder) as server:
-        place = RemoteFolder(server.url, stream_config(tmp_path / "cache"))
-        stream = DataFolder(place).open("train", seed=3, losses=StoredLosses(DataFolder(place), "train", EXPECTED))
+        location = RemoteFolder(server.url, stream_config(tmp_path / "cache"))
+        stream = DataFolder(location).open(
+            "train", seed=3, losses=StoredLosses(DataFolder(location), "train", EXPECTED)
+        )
         assert_same(stream.batches(0, GLOBAL), local(folder).batches(0, GLOBAL), 12)
     with fault_server(Path(small_corpus["dir"])) as server:
-        place = RemoteFolder(server.url, stream_config(tmp_path / "cache"))
-        manifest = load_manifest(place)
-        tokenizer = load_data_tokenizer(place, manifest)
+        location = RemoteFolder(server.url, stream_config(tmp_path / "cache"))
+        manifest = load_manifest(location)
+        tokenizer = load_data_tokenizer(location, manifest)
         assert (
             tokenizer("We the people")["input_ids"]
             == load_data_tokenizer(small_corpus["dir"], manifest)("We the people")["input_ids"]
         )
         server.downloads.clear()
-        load_data_tokenizer(place, manifest)
+        load_data_tokenizer(location, manifest)
         assert server.downloads == [], "the tokenizer is fetched once per host"
         other = manifest.model_copy(update={"tokenizer_fingerprint": "another"})
         with pytest.raises(DataError, match="not the tokenizer that the manifest names"):
-            load_data_tokenizer(place, other)
+            load_data_tokenizer(location, other)
 
 
 def test_a_tokenizer_comes_from_s3(s3: str, tmp_path: Path, small_corpus: dict[str, Any]) -> None:
@@ -354,31 +356,31 @@ def test_a_tokenizer_comes_from_s3(s3: str, tmp_path: Path, small_corpus: dict[s
     shutil.copytree(corpus / "tokenizer", tmp_path / "part" / "tokenizer")
     shutil.copy(corpus / "manifest.json", tmp_path / "part")
     address = upload(tmp_path / "part", s3, "corpus")
-    place = RemoteFolder(address, stream_config(tmp_path / "cache", s3))
-    manifest = load_manifest(place)
+    location = RemoteFolder(address, stream_config(tmp_path / "cache", s3))
+    manifest = load_manifest(location)
     assert (
-        load_data_tokenizer(place, manifest).get_vocab()
+        load_data_tokenizer(location, manifest).get_vocab()
         == load_data_tokenizer(small_corpus["dir"], manifest).get_vocab()
     )
 
 
 def test_an_address_without_data_is_told_at_once(at_s3: tuple[Opener, FaultServer], tmp_path: Path) -> None:
-    place = place_of("s3://bucket/nothing", stream_config(tmp_path, at_s3[1].url))
+    location = location_of("s3://bucket/nothing", stream_config(tmp_path, at_s3[1].url))
     with pytest.raises(DataError, match=r"s3://bucket/nothing/manifest\.json: missing.*dualtok prepare"):
-        load_manifest(place)
+        load_manifest(location)
     assert len(at_s3[1].downloads) == 1
 
 
 def test_missing_scores_at_an_address_are_told_apart(uploaded: str, s3: str, tmp_path: Path) -> None:
-    place = RemoteFolder(uploaded, stream_config(tmp_path, s3))
-    manifest = load_manifest(place)
+    location = RemoteFolder(uploaded, stream_config(tmp_path, s3))
+    manifest = load_manifest(location)
     with pytest.raises(DataError, match=r"those of models/reference differ in: weights\); run `dualtok score`"):
-        StoredLosses(DataFolder(place, manifest), "train", Fingerprint("other", "tokenizer", "blocks", "fp32"))
+        StoredLosses(DataFolder(location, manifest), "train", Fingerprint("other", "tokenizer", "blocks", "fp32"))
     unfinished = Fingerprint("unfinished", "tokenizer", "blocks", "fp32")
     (tmp_path / "x.arrow").write_bytes(b"x")
-    place.storage.put(tmp_path / "x.arrow", f"scores/{unfinished.digest}/train/x.arrow")
+    location.storage.put(tmp_path / "x.arrow", f"scores/{unfinished.digest}/train/x.arrow")
     with pytest.raises(DataError, match="scoring did not finish"):
-        StoredLosses(DataFolder(place, manifest), "train", unfinished)
+        StoredLosses(DataFolder(location, manifest), "train", unfinished)
 
 
 def test_ranks_of_uneven_shards_read_equally_often(remote: Opener) -> None:
@@ -391,7 +393,7 @@ def test_ranks_of_uneven_shards_read_equally_often(remote: Opener) -> None:
 
 def test_a_mixture_takes_folders_and_addresses(remote: Opener, folder: Path, server: FaultServer) -> None:
     plain = [DataFolder(folder).open("train", seed=3), DataFolder(folder).open("train", seed=4)]
-    at_address = DataFolder(remote(prefetch=2)._reader._place).open("train", seed=4)
+    at_address = DataFolder(remote(prefetch=2)._reader._location).open("train", seed=4)
     mixed, expected = (Mixture(pair, [0.6, 0.4], seed=1) for pair in ([plain[0], at_address], plain))
     assert_same(mixed.batches(0, GLOBAL), expected.batches(0, GLOBAL), 30)
     config = DataConfig(dir="local", mix=(MixConfig(dir="s3://bucket/x", weight=0.5),), stream=stream_config(folder))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dualtok.distributed import jit_locks
+from dualtok.distributed import operators
 from dualtok.errors import DualtokError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def lock(folder: Path) -> Path:
 def test_a_lock_of_a_killed_compilation_is_removed(tmp_path: Path) -> None:
     deep = lock(tmp_path / "py311_cpu")
     flat = lock(tmp_path)
-    assert sorted(jit_locks.remove_stale_locks(tmp_path)) == sorted([flat, deep])
+    assert sorted(operators.remove_stale_locks(tmp_path)) == sorted([flat, deep])
     assert not flat.exists()
     assert not deep.exists()
 
@@ -37,17 +37,17 @@ def test_a_lock_that_a_process_holds_stays(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as it:
         assert it.stdout is not None
         it.stdout.readline()
-        assert jit_locks.remove_stale_locks(tmp_path) == []
+        assert operators.remove_stale_locks(tmp_path) == []
         assert held.exists()
         it.communicate()
-    assert jit_locks.remove_stale_locks(tmp_path) == [held]
+    assert operators.remove_stale_locks(tmp_path) == [held]
 
 
 def test_on_a_shared_file_system_it_is_named_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = lock(tmp_path)
-    monkeypatch.setattr(jit_locks, "is_shared", lambda path: True)
+    monkeypatch.setattr(operators, "is_shared", lambda path: True)
     with pytest.raises(DualtokError, match=r"deepspeed_shm_comm/lock: a lock .* remove it .*TORCH_EXTENSIONS_DIR"):
-        jit_locks.remove_stale_locks(tmp_path)
+        operators.remove_stale_locks(tmp_path)
     assert left.exists()
 
 
@@ -56,5 +56,5 @@ def test_a_start_clears_the_way_and_says_so(
 ) -> None:
     stale = lock(tmp_path)
     monkeypatch.setitem(os.environ, "TORCH_EXTENSIONS_DIR", str(tmp_path))
-    jit_locks.remove_dead_locks()
+    operators.remove_dead_locks()
     assert f"removed {stale}" in capsys.readouterr().err
