@@ -11,10 +11,6 @@ from dualtok.monitor.timing import COMMUNICATION, OTHER, PHASES, PIPELINE, StepT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200 NVL": 835.0, "H200": 989.0}
-"""Dense bf16 TFLOP/s of devices by a part of their name, the more exact name first; NVIDIA's data sheets, where the
-figures of Hopper devices are given with sparsity, that is doubled."""
-
 
 @dataclass(frozen=True)
 class RankTimes:
@@ -154,8 +150,3 @@ class RankTable:
             for number, rank in enumerate(self.ranks)
         ]
         return {"step": step, "steps": steps, "slowest": self.slowest, "ranks": rows}
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a known device, None for others."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)

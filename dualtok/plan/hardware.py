@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dualtok.monitor.devices import PEAK_TFLOPS
+
 GIB = 2**30
 OVERLAPPED = 0.75
 """Share of ZeRO-3's communication that a step is longer by although it runs beside computation: it waits for the first
@@ -67,11 +69,11 @@ class Device:
 
 
 def _h100(memory_bandwidth: float, memory: float) -> Device:
-    return Device(989e12, 67e12, memory_bandwidth, memory, 450e9, 64e9, 0.68, 0.15)
+    return Device(PEAK_TFLOPS["H100"] * 1e12, 67e12, memory_bandwidth, memory, 450e9, 64e9, 0.68, 0.15)
 
 
 def _a100(memory_bandwidth: float, memory: float) -> Device:
-    return Device(312e12, 19.5e12, memory_bandwidth, memory, 300e9, 32e9, 0.83, 0.27)
+    return Device(PEAK_TFLOPS["A100"] * 1e12, 19.5e12, memory_bandwidth, memory, 300e9, 32e9, 0.83, 0.27)
 
 
 DEVICES = {

@@ -85,11 +85,14 @@ def read_shape(config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, .
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from dualtok.model.empty import no_partitioning
+    from dualtok.model.empty import NO_MODEL, no_model, no_partitioning
 
     build: Any = AutoModelForCausalLM.from_config
-    with no_partitioning(), torch.device("meta"):
-        model: Any = build(config)
+    try:
+        with no_partitioning(), torch.device("meta"):
+            model: Any = build(config)
+    except NO_MODEL as error:
+        raise ValueError(str(no_model(error, config, None, config.name_or_path or "model.config"))) from None
     text = config.get_text_config()
     stacks = [
         name

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from dualtok.data.stream.rank_batches import Fetches, RankBatches
-from dualtok.monitor.ranks import Efficiency, RankTable, RankTimes, peak_tflops
+from dualtok.monitor.devices import peak_tflops
+from dualtok.monitor.ranks import Efficiency, RankTable, RankTimes
 from dualtok.plan.flops import flops_per_token
 from dualtok.plan.shape import read_shape
 

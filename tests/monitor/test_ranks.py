@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dualtok.monitor.ranks import Efficiency, RankTable, RankTimes, peak_tflops
+from dualtok.monitor.devices import peak_tflops
+from dualtok.monitor.ranks import Efficiency, RankTable, RankTimes
 from dualtok.monitor.timing import PHASES, StepTimes
 
 

@@ -8,7 +8,7 @@ from gpu.commands import allowed_of, too_far
 from gpu.sizes import sizes_here
 from transformers import AutoConfig
 
-from dualtok.monitor.ranks import peak_tflops
+from dualtok.monitor.devices import peak_tflops
 from dualtok.plan.flops import flops_per_token
 from dualtok.plan.shape import read_shape
 

@@ -188,7 +188,7 @@ DATA: tuple[Fault, ...] = (
     Fault(
         "dropped-attracts",
         DECIDE,
-        "kept=decisions[place] <= UNUSED",
+        "kept=decisions[position] <= UNUSED",
         "kept=True",
         "documents that were left out make others be left out",
         OF_DEDUPLICATE,

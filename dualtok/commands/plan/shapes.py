@@ -61,7 +61,7 @@ def reference_shape(path: str) -> ModelShape | None:
     if settings is not None:
         return known_shape(settings)
     quiet_libraries()
-    return read_shape(_config_at(path))
+    return _read_shape(_config_at(path))
 
 
 def _from_settings(model: ModelConfig, vocabulary: int) -> Shapes | None:
@@ -93,13 +93,20 @@ def built_shapes(model: ModelConfig, vocabulary: int) -> Shapes:
     """
     quiet_libraries()
     config = _planned_config(model, vocabulary)
-    plain = read_shape(config)
+    plain = _read_shape(config)
     if model.lora is None:
         return Shapes(plain, plain)
     from dualtok.model.adapters import lora_settings
 
     targets: Any = lora_settings(model.lora, config).target_modules
-    return Shapes(read_shape(config, rank=model.lora.rank, targets=tuple(targets)), plain)
+    return Shapes(_read_shape(config, rank=model.lora.rank, targets=tuple(targets)), plain)
+
+
+def _read_shape(config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, ...] = ()) -> ModelShape:
+    try:
+        return read_shape(config, rank=rank, targets=targets)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _planned_config(model: ModelConfig, vocabulary: int) -> PretrainedConfig:

@@ -78,13 +78,13 @@ def test_a_folder_is_read_and_what_is_not_understood_is_built(tmp_path: Path, mo
     [
         ({"config": tiny_llama_config(hidden_sise=3)}, "did you mean 'hidden_size'"),
         ({"config": tiny_llama_config(hidden_size=33)}, "not a multiple"),
-        ({"config": tiny_llama_config(hidden_act="sillu")}, "sillu"),
+        ({"config": tiny_llama_config(hidden_act="sillu")}, "no 'sillu' is known"),
         ({"config": {"model_type": "lama"}}, "did you mean"),
         ({"config": tiny_llama_config(), "lora": LoraConfig(targets=("q_prj",))}, "did you mean 'q_proj'"),
     ],
 )
 def test_a_mistake_is_named(model: dict[str, Any], message: str) -> None:
-    with pytest.raises((ConfigError, KeyError), match=message):
+    with pytest.raises(ConfigError, match=message):
         shapes_of(ModelConfig(**model), VOCABULARY)
 
 
