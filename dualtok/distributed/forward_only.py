@@ -76,8 +76,8 @@ def build_forward_only(
 def _trace_again(engine: Any) -> None:
     """Let a forward-only ZeRO-3 engine learn the order of its modules from the next pass.
 
-    The first one, of the check, visits each module twice. Going by that order DeepSpeed would keep every parameter
-    gathered for a second visit that no later pass makes: the whole model, on the accelerator, for good.
+    The first one, of the check, visits each module twice. Going by that order DeepSpeed 0.19.8 would keep every
+    parameter gathered for a second visit that no later pass makes: the whole model, on the accelerator, for good.
     """
     coordinator = engine.optimizer.get_param_coordinator()
     if not coordinator.is_invalid_trace():

@@ -116,7 +116,11 @@ class StagesModule(PipelineModule):
 
 
 def mark(parameter: nn.Parameter, *, counted: bool) -> None:
-    """Say whether a parameter counts in the gradient's norm, in each of the ways that DeepSpeed's optimizers ask."""
+    """Say whether a parameter counts in the gradient's norm, in each of the ways that DeepSpeed's optimizers ask.
+
+    DeepSpeed 0.19.8 counts the parameters of a later stage only if they are marked as model-parallel, at every ZeRO
+    stage: without the mark gradients would be clipped by the norm of the first stage alone.
+    """
     vars(parameter).update(model_parallel=counted, ds_pipe_replicated=not counted)
 
 

@@ -36,7 +36,10 @@ class ZeroEngine(TrainingEngine):
     """What transformers partitions weights by while it loads them, under ZeRO-3."""
 
     def __post_init__(self) -> None:
-        """Ask how the optimizer steps: DeepSpeed clips with torch, and forgets the norm, at ZeRO-0 in fp32."""
+        """Ask how the optimizer steps: at ZeRO-0 in fp32 DeepSpeed clips with torch, and forgets the norm.
+
+        ``get_global_grad_norm()`` is None then (0.19.8).
+        """
         self._steps_with_torch = isinstance(self.engine.optimizer, torch.optim.Optimizer)
         self._norm = float("nan")
         if self._steps_with_torch:
