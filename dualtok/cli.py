@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Imported where they are used, for what they take to load: dualtok's commands (torch 1 s, transformers 1 to 4 s).
 
 app = typer.Typer(
-    help="Train language models so that nobody can tell which documents they saw, and measure how well this holds.",
+    help="Train language models so that it is hard to tell which documents they saw, and measure how hard.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -106,7 +106,7 @@ def train(
         bool, typer.Option("--auto-resume", help="Continue if there is a complete checkpoint, else start.")
     ] = False,
 ) -> None:
-    """Train a model with the dual, selective, Goldfish or plain objective through DeepSpeed."""
+    """Train a model on DeepSpeed with a run's objective (dual, dual_plus, selective, goldfish, causal_lm) or DP-SGD."""
     if resume and auto_resume:
         raise ConfigError("--resume and --auto-resume: give one of them")
     run = _load(run_file, overrides)
@@ -120,7 +120,7 @@ def train(
     )
     if run.objective == "dual_plus":
         again = shlex.join(["dualtok", "interpolate", str(run_file), "TARGET", *(overrides or [])])
-        _print(f"interpolate the model before you release it, its members can be told until then: {again}")
+        _print(f"interpolate this model before you release it; until then attacks can tell its members: {again}")
 
 
 @app.command()
@@ -129,7 +129,9 @@ def export(
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
     checkpoint: Annotated[str, typer.Option(help="best, latest, or a checkpoint's name.")] = "best",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA run: the whole model, not the adapter.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="For a LoRA run: write the whole model, not the adapter.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer), or as a peft adapter folder."""
     _refuse_launcher("export")
@@ -163,7 +165,7 @@ def interpolate(
 
 @app.command("retreat", hidden=True)
 def retreat(run_file: RunFile, target: Path, overrides: Overrides = None) -> None:
-    """Do what ``interpolate`` does, under its name of version 0.1."""
+    """Do what ``interpolate`` does, under its name before 0.2."""
     if is_first_rank():
         print_to_stderr("dualtok: `dualtok retreat` is now called `dualtok interpolate`; the old name works until 0.3")
     interpolate(run_file, target, overrides)
@@ -209,10 +211,16 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
     gpus: Annotated[int, typer.Option(min=1, help="Accelerators per host.")] = 8,
     device: Annotated[str, typer.Option(help="a100, a100-40gb, h100 or h200.")] = "h100",
-    gpu_memory: Annotated[str | None, typer.Option(help="Of each, e.g. 80GB; without it the device's own.")] = None,
-    host_memory: Annotated[str, typer.Option(help="Of each host.")] = "1TB",
-    network: Annotated[str, typer.Option(help="From host to host, over all adapters, one direction.")] = "400Gb/s",
-    tokens: Annotated[int | None, typer.Option(help="Of the split to learn, if it is not prepared yet.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of each accelerator, e.g. 80GB; default: the device's own.")
+    ] = None,
+    host_memory: Annotated[str, typer.Option(help="Memory of each host.")] = "1TB",
+    network: Annotated[
+        str, typer.Option(help="Bandwidth from a host to others, over all adapters, one direction.")
+    ] = "400Gb/s",
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the split to train on, if it is not prepared yet.")
+    ] = None,
     write: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the best layout as files there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
@@ -259,8 +267,8 @@ def launch(
     run = _load(run_file, overrides)
     from dualtok.launch.start import SCRIPTS, build_start, start
 
-    plan = build_start(run, run_file, overrides or [], verb=verb, backend=backend, nodes=nodes, gpus=gpus)
-    start(plan, Path(run.output_dir).absolute() / SCRIPTS, dry_run=dry_run)
+    job = build_start(run, run_file, overrides or [], verb=verb, backend=backend, nodes=nodes, gpus=gpus)
+    start(job, Path(run.output_dir).absolute() / SCRIPTS, dry_run=dry_run)
 
 
 @app.command()
@@ -271,7 +279,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes longer: ranks, compiling.")] = False,
 ) -> None:
-    """Look for what would stop, hang or spoil a run on this machine, or on several; 1 if a check fails."""
+    """Look for what would stop, hang or spoil a run on this machine or on several; exit status 1 if a check fails."""
     _refuse_launcher("doctor")
     from dualtok.commands.doctor import run_doctor
 

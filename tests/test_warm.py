@@ -123,7 +123,7 @@ print(warm.launcher(), done.returncode, done.stdout + done.stderr)
 
 
 def test_a_fork_may_have_a_server_of_its_own() -> None:
-    address, *rest = printed("-c", SERVES, DUALTOK_WORD="own")
+    address, *rest = printed("-c", SERVES, **{warm.SHARED: "", "DUALTOK_WORD": "own"})
     assert warm.launcher()[0] not in address
     assert rest == ["0", "True", "own"]
 

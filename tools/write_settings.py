@@ -60,7 +60,7 @@ started. The errors that concern a setting stand below it, with `<...>` in the p
 A default that was taken from a paper or from another library says so. All others are dualtok's own choice.
 """
 NAMES = """\
-## Names of version 0.1
+## Names used before 0.2
 
 They are read with a note on standard error. A setting that is there under both names is an error.
 """

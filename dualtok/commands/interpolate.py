@@ -17,6 +17,7 @@ import numpy as np
 from dualtok.audit.statistics.metrics import roc_auc
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.export import export
+from dualtok.commands.model_card import note_interpolation
 from dualtok.data.folder import DataFolder
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
@@ -154,4 +155,5 @@ def _export(run: RunConfig, target: Path) -> None:
 
 def _write(folders: dict[str, Path], w: float, target: Path, facts: dict[str, object]) -> None:
     write_interpolation(folders["reference"], folders["model"], w, target)
+    note_interpolation(target, w)
     write_text(target / FILE, json.dumps(facts, indent=1))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 PIPELINE = "text-generation"
+NOT_INTERPOLATED = "* these are the trained weights, before `dualtok interpolate`: attacks can tell members\n"
+"""Of the recipe ``dual_plus``, whose model is not to be released as it is."""
 
 
 def write_card(run_dir: Path, run: dict[str, Any], step: int, folder: Path, *, adapter: bool) -> None:
@@ -45,9 +47,24 @@ def write_card(run_dir: Path, run: dict[str, Any], step: int, folder: Path, *, a
     write_text(folder / CARD, f"---\n{head}---\n\n{''.join(_paragraphs(run_dir, run, facts, step, adapter=adapter))}")
 
 
+def note_interpolation(folder: Path, w: float) -> None:
+    """Say in the card of an interpolated model, if it has one of dualtok's, how far it is from its reference.
+
+    Args:
+        folder: the model's.
+        w: weight of the trained model, 0 for the reference.
+    """
+    path = folder / CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if "with dualtok\n" in card:
+        line = f"* interpolated towards its reference: {w:.3f} of the way from the reference to the trained model\n"
+        head, objective, rest = card.replace(NOT_INTERPOLATED, "").partition("with dualtok\n")
+        write_text(path, f"{head}{objective}{line}{rest}")
+
+
 def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step: int, *, adapter: bool) -> list[str]:
     base = facts.get("base")
-    what = "An adapter (LoRA) of" if adapter else "Fine-tuned from"
+    what = "A LoRA adapter for" if adapter else "Fine-tuned from"
     origin = f"{what} `{base}`." if base else "Trained from scratch."
     licence = f" The base's licence: {facts['license']}." if facts.get("license") else ""
     told = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens" if "documents" in facts else "not recorded"
@@ -57,6 +74,8 @@ def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step:
         f"* objective: `{run['objective']}`, {step} optimizer steps, with dualtok\n",
         f"* data: {told} (split `{facts.get('split', 'train')}`); the texts are not published with the model\n",
     ]
+    if run["objective"] == "dual_plus":
+        paragraphs.append(NOT_INTERPOLATED)
     if (privacy := stated(run_dir)) is not None:
         paragraphs.append(f"* differential privacy: {privacy}\n")
     return [*paragraphs, "\n## Audit\n\n", *_audit(run_dir)]

@@ -146,11 +146,11 @@ def _total_steps(folder: Path, started: Started | None, complete: Path | None) -
     if started is not None:
         return started.total_steps
     try:
-        settings = load_run(folder / RUN_FILE).train if complete is None else None
-        train = read_manifest(complete).run.get("train") if complete is not None else None
-    except (CheckpointError, ConfigError):
+        stored = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")) if complete is None else None
+        run = stored if complete is None else read_manifest(complete).run
+    except (CheckpointError, OSError, ValueError, yaml.YAMLError):
         return None
-    steps = settings.steps if settings is not None else (train or {}).get("steps")
+    steps = ((run or {}).get("train") or {}).get("steps")
     return None if steps is None else int(steps)
 
 

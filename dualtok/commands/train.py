@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import yaml
+from torch import nn
 
 from dualtok.config.old_names import with_new_names
 from dualtok.data.mixed import load_sources
@@ -134,8 +135,10 @@ def _train(
         seed=run.seed,
     )
     if run.reference is not None and run.reference.mode == "adapter":
+        module = engine.model
         assert adapters is not None
-        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(engine.model))
+        assert isinstance(module, nn.Module)
+        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
     peak = efficiency(run, Path(run.output_dir) / START_FOLDER, data.manifest.block_length, ranks)
     loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog, peak)

@@ -48,7 +48,7 @@ class CanaryConfig:
     """Made-up documents, each of which ``prepare`` puts into ``train`` or keeps out by a coin of its own."""
 
     count: Annotated[int, Field(ge=1)]
-    """Canaries, included and kept out together. A lower bound on epsilon grows with them; each included one is trained
+    """Canaries, included and left out together. A lower bound on epsilon grows with them; each included one is trained
     on. Unit: canaries."""
 
     kind: Literal["digits", "words"] = "digits"

@@ -7,6 +7,7 @@ file, the dotted key and, for a typo, the nearest known key. Names of an earlier
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -63,8 +64,10 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
         raise ConfigError(f"{path}: not valid YAML: {_without_content(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a run is a mapping of sections such as 'data:' and 'train:'")
+    tree, notes = _with_new_names(tree, str(path))
     for override in overrides:
-        _apply_override(tree, override)
+        notes += _apply_override(tree, override)
+    _tell(notes, str(path))
     return parse_run(tree, source=str(path))
 
 
@@ -74,20 +77,56 @@ def parse_run(tree: dict[str, Any], source: str = "run") -> RunConfig:
     Raises:
         ConfigError: a setting is unknown, of the wrong type or out of range, or there under two names.
     """
-    tree, notes = with_new_names(tree)
-    for note in notes:
-        print_to_stderr(f"dualtok: {source}: {note}")
+    tree, notes = _with_new_names(tree, source)
+    _tell(notes, source)
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
+def _with_new_names(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    try:
+        return with_new_names(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _tell(notes: list[str], source: str) -> None:
+    """Print notes on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in dict.fromkeys(notes):
+            print_to_stderr(f"dualtok: {source}: {note}")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> list[str]:
+    """Put an override into a tree of present names; returns the notes about its own old ones."""
+    key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: the value is not YAML: {_without_content(error)}") from None
+    # The override alone, as a tree: so its old names are replaced whatever the file calls the same sections.
+    alone: dict[str, Any] = {}
+    node = alone
     *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    alone, notes = with_new_names(alone)
+    path, node = [], alone
+    for _ in parents:
+        ((name, node),) = node.items()
+        path.append(name)
+    ((last, value),) = node.items()
+    _put(tree, [*path, last], value, override)
+    return notes
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    *parents, last = path
     node = tree
     for parent in parents:
         child = node.get(parent)
@@ -96,10 +135,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
         node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: the value is not YAML: {_without_content(error)}") from None
+    node[last] = value
 
 
 def _without_content(error: yaml.YAMLError) -> str:

@@ -1,4 +1,4 @@
-"""Settings that had another name in version 0.1: run files with the old names work until 0.3."""
+"""Settings that had another name before 0.2: run files with the old names work until 0.3."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def with_new_names(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if section is None or last not in section:
             continue
         if renamed in section:
-            raise ConfigError(f"{new}: given twice, as {old} too, its name until 0.1; remove that")
+            raise ConfigError(f"{new}: given twice, as {old} too, its name before 0.2; remove that")
         items = [(renamed if key == last else key, value) for key, value in section.items()]
         section.clear()
         section.update(items)

@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "documents.arrow"
 """A split's table of documents."""
 OLD_AUXILIARY = "probe"
-"""Name of the split ``auxiliary`` in folders of version 0.1."""
+"""Name of the split ``auxiliary`` in folders prepared before 0.2."""
 FORMAT_VERSION = 1
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -148,7 +148,7 @@ def load_manifest(data_dir: str | Location) -> Manifest:
 
 
 def _with_new_names(manifest: Manifest) -> Manifest:
-    """Return the manifest with the splits' present names; ``probe`` of version 0.1 is ``auxiliary``."""
+    """Return the manifest with the splits' present names; ``probe`` of folders before 0.2 is ``auxiliary``."""
     if OLD_AUXILIARY not in manifest.splits:
         return manifest
     splits = {

@@ -229,8 +229,8 @@ def _section(value: Any, key: str, file: str | Path) -> Json:
         model(**{name: one for name, one in given.items() if one != AUTO})
     except ValidationError as error:
         first = error.errors()[0]
-        position = ".".join([key, *map(str, first["loc"])])
-        raise ConfigError(f"{file}: {position} is {first['input']!r}: {first['msg']}") from None
+        where = ".".join([key, *map(str, first["loc"])])
+        raise ConfigError(f"{file}: {where} is {first['input']!r}: {first['msg']}") from None
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"{file}: {key}: {' '.join(str(error).split())[:200]}") from None
     return given

@@ -145,7 +145,7 @@ def operators_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
-def remove_dead_locks() -> None:
+def clear_stale_locks() -> None:
     """Remove stale locks before operators are loaded, and say so."""
     for lock in remove_stale_locks(operators_folder()):
         print(f"removed {lock}, a lock that a killed compilation had left", file=sys.stderr, flush=True)

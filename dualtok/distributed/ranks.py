@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dualtok.distributed.network import check_interfaces
-from dualtok.distributed.operators import remove_dead_locks, watch_operators
+from dualtok.distributed.operators import clear_stale_locks, watch_operators
 from dualtok.distributed.rendezvous import complete_environment, join_rendezvous
 from dualtok.errors import DualtokError
 
@@ -153,7 +153,7 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
         # ranks, and spin for ever if some are on another host.
         os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        remove_dead_locks()
+        clear_stale_locks()
     watch_operators()
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():

@@ -70,11 +70,11 @@ def ask_mpi(environment: Mapping[str, str]) -> dict[str, str]:
         raise ConfigError(f"MPI started this rank, but mpi4py cannot be used ({error}); pip install mpi4py") from None
     world = MPI.COMM_WORLD
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
-    position = (
+    endpoint = (
         environment.get("MASTER_ADDR") or own_address(environment),
         environment.get("MASTER_PORT") or str(free_port()),
     )
-    address, port = world.bcast(position)
+    address, port = world.bcast(endpoint)
     answers = {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),

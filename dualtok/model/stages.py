@@ -64,12 +64,12 @@ def stage_layout_of(config: PretrainedConfig) -> StageLayout:
     return StageLayout(tuple(names[:position]), "layers", tuple(names[position + 1 :]))
 
 
-def layer_costs(model: PreTrainedModel, plan: StageLayout) -> tuple[list[int], int]:
+def layer_costs(model: PreTrainedModel, layout: StageLayout) -> tuple[list[int], int]:
     """Return the cost of each decoder layer, and that of the head: parameters that are multiplied with each token.
 
     An embedding is looked up and costs nothing; a tied head is multiplied all the same.
     """
-    layers = getattr(model.base_model, plan.layers)
+    layers = getattr(model.base_model, layout.layers)
     head = model.get_output_embeddings()
     return [sum(p.numel() for p in layer.parameters()) for layer in layers], head.weight.numel()
 
@@ -81,17 +81,17 @@ class _NoEmbedding(nn.Module):
         return torch.zeros((), device=ids.device)
 
 
-def keep_stage(model: PreTrainedModel, plan: StageLayout, bounds: StageBounds) -> None:
+def keep_stage(model: PreTrainedModel, layout: StageLayout, bounds: StageBounds) -> None:
     """Take away all pieces of a model that another stage holds; what is left runs as before."""
     base: Any = model.base_model
-    layers = getattr(base, plan.layers)
-    setattr(base, plan.layers, nn.ModuleList(layers[bounds.first : bounds.stop]))
+    layers = getattr(base, layout.layers)
+    setattr(base, layout.layers, nn.ModuleList(layers[bounds.first : bounds.stop]))
     if not bounds.is_first:
-        for name in plan.embeddings:
+        for name in layout.embeddings:
             child = getattr(base, name)
             setattr(base, name, _NoEmbedding() if isinstance(child, nn.Embedding) else nn.Identity())
     if not bounds.is_last:
-        for name in plan.final:
+        for name in layout.final:
             setattr(base, name, nn.Identity())
         model.set_output_embeddings(nn.Identity())
     base.config = _stage_config(base.config, len(layers), bounds)
@@ -127,8 +127,8 @@ class StageNames:
 
 def stage_names(model: PreTrainedModel, bounds: Sequence[StageBounds]) -> StageNames:
     """Return how the parameters of these stages are called in the uncut model."""
-    plan = stage_layout_of(model.config)
-    return StageNames(f"{model.base_model_prefix}.{plan.layers}", tuple(each.first for each in bounds))
+    layout = stage_layout_of(model.config)
+    return StageNames(f"{model.base_model_prefix}.{layout.layers}", tuple(each.first for each in bounds))
 
 
 def build_stage(
@@ -164,13 +164,13 @@ def build_stage(
         ConfigError: the architecture cannot be cut, there are too many stages, or a weight is missing.
     """
     causal_lm = empty_causal_lm(config, model.attention, origin=str(folder), real_buffers=True)
-    plan = stage_layout_of(causal_lm.config)
-    costs, head = layer_costs(causal_lm, plan)
+    layout = stage_layout_of(causal_lm.config)
+    costs, head = layer_costs(causal_lm, layout)
     bounds = cut(costs, head, stages, balance)
     mine = bounds[stage]
     names = stage_names(causal_lm, bounds)
     files = WeightFiles(folder, causal_lm)
-    keep_stage(causal_lm, plan, mine)
+    keep_stage(causal_lm, layout, mine)
     if model.activation_checkpointing:
         causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for name, module in causal_lm.named_modules():

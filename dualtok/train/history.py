@@ -83,5 +83,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def _with_new_names(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of version 0.1 with the present names of its figures."""
-    return {key.replace("memorised", "memorized"): value for key, value in entry.items()}
+    """Return a line from before 0.2 with the present names of its figures."""
+    names = {key: key.replace("memorised", "memorized").replace("optimiser", "optimizer") for key in entry}
+    ranks = [_with_new_names(rank) for rank in entry.get("ranks", ())]
+    return {names[key]: ranks if key == "ranks" else value for key, value in entry.items()}

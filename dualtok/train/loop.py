@@ -125,20 +125,22 @@ class TrainingLoop:
             DualtokError: training diverged, and the guard does not go on.
             Preempted: the job was asked to end; a checkpoint of the last step is complete.
         """
-        self.reporter = open_reporter(
-            self.run,
-            folder=self.folder,
-            ranks=self.ranks,
-            watch=self.watch,
-            done=self.state.step,
-            total_steps=self.total_steps,
-            watchdog=self.watchdog,
-            efficiency=self.efficiency,
-        )
-        with self.notice, timed_collectives(self.engine.timer), self.reporter:
-            self._fit()
-        self.writer.wait()
-        self.reporter.close()
+        # A signal to end that comes while files are opened or the last checkpoint is written must not interrupt that.
+        with self.notice, timed_collectives(self.engine.timer):
+            self.reporter = open_reporter(
+                self.run,
+                folder=self.folder,
+                ranks=self.ranks,
+                watch=self.watch,
+                done=self.state.step,
+                total_steps=self.total_steps,
+                watchdog=self.watchdog,
+                efficiency=self.efficiency,
+            )
+            with self.reporter:
+                self._fit()
+            self.writer.wait()
+            self.reporter.close()
         return self.state
 
     def _fit(self) -> None:

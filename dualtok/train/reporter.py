@@ -173,7 +173,7 @@ def _open_events(run: RunConfig, folder: Path | None, done: int) -> EventWriter:
 
 
 class _Histories(Callback):
-    """``metrics.jsonl`` and ``evaluations.jsonl``: a run without them is not one, so a full disk ends it."""
+    """``metrics.jsonl`` and ``evaluations.jsonl``. A run needs them: an error in writing them ends it."""
 
     def __init__(self, folder: Path | None, done: int) -> None:
         self._steps = History(folder and folder / "metrics.jsonl", done)

@@ -63,7 +63,7 @@ def test_a_trained_model_goes_back_until_its_members_are_hardly_seen(
 
 
 @pytest.mark.slow
-def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
+def test_a_run_with_objective_dual_plus_is_interpolated_from_what_it_has_trained(
     small_corpus: dict[str, Any], tmp_path: Path
 ) -> None:
     """Score with both folds' models, train, and interpolate, all by one run file."""
@@ -84,10 +84,7 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
     assert "checkpoints: no checkpoint 'latest'" in error_line(dualtok("interpolate", run, tmp_path / "made"))
     succeed(dualtok("score", run))
     shown = succeed(dualtok("train", run, "train.warmup_steps=2"))
-    assert (
-        f"until it is interpolated towards its reference: dualtok interpolate {run} TARGET train.warmup_steps=2"
-        in shown
-    )
+    assert f"until then attacks can tell its members: dualtok interpolate {run} TARGET train.warmup_steps=2" in shown
     assert read_status(run.with_suffix("")).next_command.startswith("dualtok interpolate ")
     assert "has trained on 'auxiliary'" in error_line(
         dualtok("interpolate", run, tmp_path / "made", "train.split=auxiliary")
@@ -103,6 +100,10 @@ def test_a_run_with_objective_dual_plus_goes_back_from_what_it_has_trained(
     near, far, made = (read_weights(tmp_path / name) for name in ("reference", "trained", "made"))
     for name, tensor in made.items():
         torch.testing.assert_close(tensor, near[name] + w * (far[name] - near[name]))
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("trained", "made")]
+    before = "these are the trained weights, before `dualtok interpolate`"
+    assert [before in card for card in cards] == [True, False]
+    assert f"* interpolated towards its reference: {w:.3f} of the way" in cards[1]
 
 
 def test_without_its_section_there_is_nothing_to_do(small_corpus: dict[str, Any], tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import yaml
 
+from dualtok.commands.status import read_status
 from dualtok.config.load import load_run, parse_run
 from dualtok.config.old_names import with_new_names
 from dualtok.data.folder import DataFolder
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.errors import ConfigError
 from dualtok.reference.fingerprint import blocks_digest
+from dualtok.train.history import read_history
 from tests.support import dualtok, error_line
 
 if TYPE_CHECKING:
@@ -99,3 +102,64 @@ def test_a_prepared_folder_of_version_0_1_holds_its_probe_split_as_auxiliary(
     manifest = prepare(config, progress=False)
     assert manifest.folder_of("auxiliary") == "probe", "it is prepared already"
     assert json.loads((old / "manifest.json").read_text())["splits"].keys() >= {"probe"}
+
+
+@pytest.mark.parametrize(
+    ("file", "override", "expected"),
+    [
+        ("interpolate: {reference: r, surrogate_reference: s}", "retreat.auc=0.6", ("interpolate", "auc", 0.6)),
+        ("retreat: {reference: r, stand_in: s}", "interpolate.auc=0.6", ("interpolate", "auc", 0.6)),
+        ("retreat: {reference: r, stand_in: s}", "retreat.stand_in=t", ("interpolate", "surrogate_reference", "t")),
+        (
+            "audit: {attacks: [neighbourhood], passes: {neighbours: 3}}",
+            "audit.reruns.neighbor_share=0.2",
+            ("audit", "reruns", None),
+        ),
+        (
+            "audit: {attacks: [neighborhood], reruns: {neighbors: 3}}",
+            "audit.passes.neighbour_share=0.2",
+            ("audit", "reruns", None),
+        ),
+    ],
+)
+def test_a_file_and_an_override_may_use_different_names(
+    tmp_path: Path, file: str, override: str, expected: tuple[str, str, Any]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{dir: data}}\n{file}\n")
+    section, key, value = expected
+    found = getattr(getattr(load_run(path, [override]), section), key)
+    if key == "reruns":
+        assert (found.neighbors, found.neighbor_share) == (3, 0.2)
+    else:
+        assert found == value
+
+
+def test_an_error_about_two_names_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {dir: d}\nmodel: {path: m, quantise: nf4, quantize: nf4}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: model\.quantize: given twice"):
+        load_run(path)
+
+
+def test_one_rank_alone_tells_of_old_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    parse_run(OLD, source="old.yaml")
+    assert capsys.readouterr().err == ""
+
+
+def test_histories_are_read_under_the_present_names(tmp_path: Path) -> None:
+    lines = [{"step": 1, "memorised_loss": 2.0}, {"step": 2, "ranks": [{"rank": 0, "optimiser": 0.5}]}]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_history(tmp_path / "old.jsonl") == [
+        {"step": 1, "memorized_loss": 2.0},
+        {"step": 2, "ranks": [{"rank": 0, "optimizer": 0.5}]},
+    ]
+
+
+def test_the_status_of_a_run_says_nothing_of_names_in_its_own_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**OLD, "output_dir": str(tmp_path)}))
+    assert read_status(tmp_path).total_steps == 3
+    assert capsys.readouterr().err == ""

@@ -56,5 +56,5 @@ def test_a_start_clears_the_way_and_says_so(
 ) -> None:
     stale = lock(tmp_path)
     monkeypatch.setitem(os.environ, "TORCH_EXTENSIONS_DIR", str(tmp_path))
-    operators.remove_dead_locks()
+    operators.clear_stale_locks()
     assert f"removed {stale}" in capsys.readouterr().err

@@ -23,7 +23,7 @@ OLD_NAMES = {
     "reference, then probe": "reference, then auxiliary",
     "reference then probe": "reference then auxiliary",
 }
-"""Part of a row's name in folders of version 0.1 -> the same in present ones."""
+"""Part of a row's name in folders written before 0.2 -> the same in present ones."""
 
 
 @dataclass(frozen=True)

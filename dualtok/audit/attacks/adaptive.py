@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dualtok.audit.attacks.base import Attack, PairOfScores
+    from dualtok.audit.attacks.base import PairOfScores
     from dualtok.audit.signals.signals import Signals
 
     Floats = NDArray[np.float64]
@@ -227,10 +227,6 @@ def forest(seed: int) -> Any:
     return ExtraTreesClassifier(n_estimators=200, min_samples_leaf=5, random_state=seed)
 
 
-KNOWING_DEFENCE: dict[str, Attack] = {name: made for name, made in ATTACKS.items() if made.of_classes is not None}
-"""Every attack of this file; all need the attacker's reference."""
-
-
 def adaptive_scores(
     members: Signals,
     non_members: Signals,
@@ -238,7 +234,7 @@ def adaptive_scores(
     reference_non_members: Signals,
     seed: int,
     *,
-    names: Sequence[str] = tuple(KNOWING_DEFENCE),
+    names: Sequence[str] | None = None,
 ) -> dict[str, PairOfScores]:
     """Run the attacks that know the defence; those that the documents are too few for are left out.
 
@@ -248,7 +244,7 @@ def adaptive_scores(
         reference_members: signals of the attacker's reference over the members, token by token aligned with them.
         reference_non_members: likewise over the non-members.
         seed: of halves and trees.
-        names: the attacks to run, of :data:`KNOWING_DEFENCE`.
+        names: the attacks to run, of the kind ``knows_defence``; None runs all of them.
 
     Returns:
         Name -> scores of the members [n] and of the non-members [m], higher = member. Scores of ``ref_classifier`` and
@@ -259,6 +255,8 @@ def adaptive_scores(
         DataError: a document has no predicted token.
     """
     known = features(members, reference_members), features(non_members, reference_non_members)
+    if names is None:
+        names = [name for name, made in ATTACKS.items() if made.kind == "knows_defence"]
     return scores_of(known[0], known[1], seed, names)
 
 
@@ -267,7 +265,7 @@ def scores_of(members: Floats, non_members: Floats, seed: int, names: Sequence[s
     enough = min(len(members), len(non_members))
     scores = {}
     for name in names:
-        made = KNOWING_DEFENCE[name]
+        made = ATTACKS[name]
         assert made.of_classes is not None
         if made.fewest <= enough:
             scores[name] = made.of_classes(members, non_members, seed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dualtok.audit.report.old_names import with_new_names
 from dualtok.audit.settings import AuditConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +91,7 @@ class Collections(Record):
 
 
 class CanaryScore(Record):
-    """How well a score tells included canaries from those kept out."""
+    """How well a score tells included canaries from those left out."""
 
     label: str
     auc: Estimate | None
@@ -223,6 +224,11 @@ class AuditFigures(Record):
     prefix_documents: dict[str, list[int]] = Field(default_factory=dict)
     """Split -> documents that attacks put in front of others, and that the audit is therefore not about."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, content: Any) -> Any:
+        return with_new_names(content)
+
 
 class SelectionSeries(Record):
     """Shares of a run's tokens that were learned and unlearned, over its training steps."""
@@ -279,6 +285,11 @@ class AuditReport(Record):
     """Name of a run -> its configuration as YAML text."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Name of a package -> its version."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, content: Any) -> Any:
+        return with_new_names(content)
 
     @model_validator(mode="after")
     def _rows_differ(self) -> Self:

@@ -113,10 +113,10 @@ def histogram_figure(name: str, histogram: TokenHistogram, identifier: str) -> s
 
 
 def canary_figure(name: str, canaries: CanaryAudit, identifier: str) -> str:
-    """Return the share of one model's canaries with at least so much exposure, included and kept out."""
+    """Return the share of one model's canaries with at least so much exposure, included and left out."""
     with _axes(f"{identifier}-", (4.0, 2.9)) as (axes, finish):
         exposures = canaries.extrapolated
-        for index, (label, values) in enumerate((("included", exposures.included), ("kept out", exposures.excluded))):
+        for index, (label, values) in enumerate((("included", exposures.included), ("left out", exposures.excluded))):
             edges = np.concatenate([[0.0], np.sort(values), [canaries.space_bits]])
             above = np.linspace(1, 0, len(values) + 1)
             axes.plot(edges, np.append(above, above[-1]), drawstyle="steps-post", label=label, **_line(index))
@@ -124,7 +124,7 @@ def canary_figure(name: str, canaries: CanaryAudit, identifier: str) -> str:
         axes.set(xlabel="exposure, bits", ylabel="share of canaries", xlim=(0, canaries.space_bits), ylim=(0, 1.02))
         axes.set_title(name, fontsize=11)
         axes.legend(fontsize=8, loc="upper right")
-        return finish(f"Share of canaries with at least so much exposure, included and kept out: {name}")
+        return finish(f"Share of canaries with at least so much exposure, included and left out: {name}")
 
 
 def selection_figure(series: SelectionSeries, identifier: str) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PUBLISHED = tuple(name for name, made in ATTACKS.items() if made.headline)
 """Attacks of the first table: the paper's four and Min-K%++. All that fits a terminal."""
-KNOWING = names_of("knows_defence", "shadows")
+KNOWS_DEFENCE = names_of("knows_defence", "shadows")
 """Attacks that know the defence, or how the model was trained."""
 
 
@@ -91,7 +91,7 @@ def _aucs(rows: Sequence[ModelAudit], title: str, names: Sequence[str]) -> Table
 def adaptive_table(rows: Sequence[ModelAudit], title: str = "Attacks that know the defence") -> Table:
     """Return one line per model: AUC of the attacks that know the defence, and the p-value of all attacks."""
     caption = "AUC one-sided, with intervals; p: of the strongest attack of all, permuting the labels"
-    columns = {name: label for name, label in attack_columns(rows).items() if name in KNOWING}
+    columns = {name: label for name, label in attack_columns(rows).items() if name in KNOWS_DEFENCE}
     table = _by_model(title, caption, [*columns.values(), "p"])
     for row in rows:
         cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
@@ -122,7 +122,7 @@ def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
     """Return one line per model audited with canaries: AUC, exposure, extracted secrets, lower bounds on epsilon."""
     found = [(row.name, row.canaries) for row in rows if row.canaries is not None]
     caption = (
-        "included against kept out by a fair coin; exposure: median in bits, extrapolated, of included / kept out; "
+        "included against left out by a fair coin; exposure: median in bits, extrapolated, of included / left out; "
         "extracted: share of the secrets; epsilon: lower bounds, corrected for the choice of guesses"
     )
     labels = list(dict.fromkeys(score.label for _, canaries in found for score in canaries.scores))

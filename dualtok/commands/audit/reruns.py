@@ -107,18 +107,24 @@ def rerun_models(
             for each in possible
             for split in work.lengths
         }
-        absent = ranks.from_first([position for position, file in files.items() if not file.is_file()])
+        absent = ranks.from_first([which for which, file in files.items() if not _stored(file).is_file()])
         for gradients in (False, True):
-            due = [position for position in absent if RERUNS[position[0]].gradients == gradients]
+            due = [which for which in absent if RERUNS[which[0]].gradients == gradients]
             if due:
-                work.run(model, folder, {position: files[position] for position in due}, gradients=gradients)
+                work.run(model, folder, {which: files[which] for which in due}, gradients=gradients)
         if ranks.is_first:
             for (each_name, split), file in files.items():
-                results.setdefault((model, split), {})[each_name] = RerunResult.load(file)
+                results.setdefault((model, split), {})[each_name] = RerunResult.load(_stored(file))
     prefixes = {
         work.split_of(each.prefix): work.prefix_documents(each.prefix) for each in possible if each.prefix is not None
     }
     return RerunResults(results, missing, prefixes)
+
+
+def _stored(file: Path) -> Path:
+    """Return where a result is kept: before 0.2 the folder was ``passes``."""
+    earlier = file.parent.with_name("passes") / file.name
+    return earlier if earlier.is_file() and not file.is_file() else file
 
 
 class _Work:

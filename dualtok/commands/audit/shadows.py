@@ -19,7 +19,7 @@ from dualtok.commands.export import export
 from dualtok.config.load import parse_run
 from dualtok.config.old_names import with_new_names
 from dualtok.data.folds import in_shadow
-from dualtok.data.manifest import load_manifest, split_entry
+from dualtok.data.manifest import OLD_AUXILIARY, load_manifest, split_entry
 from dualtok.data.subset import Subset, is_written, write_subset
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
@@ -202,6 +202,8 @@ def _require_same(run: RunConfig, manifest: Manifest, shadow: Shadow) -> None:
     again = "remove the folder, or use another output_dir"
     if is_written(shadow.folder / "data"):
         before = load_manifest(shadow.folder / "data").config.get("shadow")
+        if before:  # the split `auxiliary` was called `probe` before 0.2
+            before = {key: "auxiliary" if value == OLD_AUXILIARY else value for key, value in before.items()}
         if before != _note(run, manifest, shadow):
             raise ConfigError(f"{shadow.folder}: made for other members or non-members, or another seed; {again}")
     if shadow.run_file.is_file():

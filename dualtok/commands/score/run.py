@@ -178,14 +178,14 @@ def _score_files(source: Source, expected: Fingerprint) -> ScoreFiles:
 def _checksums(tasks: list[_Task], ranks: Ranks) -> dict[int, str]:
     """Return the checksums of the scores that are there; ranks split the work."""
 
-    def mine_of() -> dict[int, str]:
+    def look_up_mine() -> dict[int, str]:
         mine = {
             i: tasks[i].files.checksum(tasks[i].folder, tasks[i].shard)
             for i in range(ranks.rank, len(tasks), ranks.world_size)
         }
         return {i: checksum for i, checksum in mine.items() if checksum is not None}
 
-    found = ranks.together(mine_of)
+    found = ranks.together(look_up_mine)
     return {i: checksum for part in ranks.gather_objects(found) for i, checksum in part.items()}
 
 

@@ -162,10 +162,10 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
         decisions = decide(config, staged, groups, bar)
     decisions.check(config)
     tokenizer = _keep_tokenizer(folder / "tokenizer", lambda: _trained_tokenizer(config, staged, decisions))
-    position = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
+    tokenizer_at = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
     canaries, canaries_of_chunk = _canaries(config, staged, decisions, tokenizer)
     with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
-        pack_chunks(config, staged, decisions.chunks, position, workers, canaries=canaries_of_chunk, progress=bar)
+        pack_chunks(config, staged, decisions.chunks, tokenizer_at, workers, canaries=canaries_of_chunk, progress=bar)
     splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
     texts = sample(split_texts(staged, decisions.chunks, "train"))
     unread = left_out(config)
@@ -180,7 +180,7 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     manifest = Manifest(
         config=settings,
         seed=config.seed,
-        tokenizer_fingerprint=position.fingerprint,
+        tokenizer_fingerprint=tokenizer_at.fingerprint,
         vocabulary=vocabulary_size(tokenizer),
         block_length=config.block_length,
         lanes=config.lanes,
@@ -290,8 +290,8 @@ def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def _sweep(folder: Path) -> None:
     """Remove the half-written files of a preparation that was killed."""
-    for position in (folder, folder / STAGING, *(folder / split for split in SPLITS)):
-        for path in position.glob(".*.tmp"):
+    for some in (folder, folder / STAGING, *(folder / split for split in SPLITS)):
+        for path in some.glob(".*.tmp"):
             if path.is_file():
                 path.unlink(missing_ok=True)
 

@@ -103,7 +103,7 @@ class BlockStream:
 
     def read(self, samples: Sequence[int]) -> Batch:
         """Return the batch of some samples, in their order."""
-        batch, skipped = self._read_places([self.locate(sample)[1:] for sample in samples])
+        batch, skipped = self._read_positions([self.locate(sample)[1:] for sample in samples])
         if self._reader.skips:
             batch[SKIPPED] = torch.tensor(skipped, dtype=torch.int64)[:, None]
         return batch
@@ -122,7 +122,7 @@ class BlockStream:
 
     def read_rows(self, shard_file: str, rows: NDArray[np.int64]) -> Batch:
         """Return the batch of some rows of one shard."""
-        return self._read_places([(shard_file, int(row)) for row in rows])[0]
+        return self._read_positions([(shard_file, int(row)) for row in rows])[0]
 
     def shards(self) -> list[tuple[str, int]]:
         """Return (file, rows) of every shard, in the order of the manifest."""
@@ -180,7 +180,7 @@ class BlockStream:
         for call in range(self._calls(len(positions), batch_size, world_size)):
             first = (call * world_size + rank) * batch_size
             mine = positions[first : first + batch_size]
-            batch, _ = self._read_places(mine or positions[:1])
+            batch, _ = self._read_positions(mine or positions[:1])
             segments = [
                 [] if self._reader.is_bad(file) else self._reader.shard(file).segments(row) for file, row in mine
             ]
@@ -213,7 +213,7 @@ class BlockStream:
         rows = blocks - np.concatenate([[0], ends])[shards]
         return [(files[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
-    def _read_places(self, positions: Sequence[tuple[str, int]]) -> tuple[Batch, list[bool]]:
+    def _read_positions(self, positions: Sequence[tuple[str, int]]) -> tuple[Batch, list[bool]]:
         """Return the batch, and whether each row had to be left empty."""
         shards = {file: self._reader.readable(file) for file in dict.fromkeys(file for file, _ in positions)}
         ids = np.full((len(positions), self.block_length), PADDING_ID, dtype=np.int32)

@@ -96,8 +96,8 @@ class TrainingEngine(ABC):
 
     engine: Any
     """DeepSpeed's engine, or what counts steps and answers for the gradient as it does."""
-    model: Any
-    """What this rank runs, with its objective: the whole model, or its stage (:class:`TrainedModel`)."""
+    model: TrainedModel
+    """What this rank runs, with its objective: the whole model, or its stage."""
     layout: Layout
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     """Where this rank's time goes; the loop tells it when a step begins and ends."""

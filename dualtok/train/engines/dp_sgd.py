@@ -101,6 +101,7 @@ class _Progress:
 class PrivateEngine(TrainingEngine):
     """DP-SGD on all ranks: each learns the documents that it drew, rank 0 adds the noise."""
 
+    model: PrivateModel
     _: KW_ONLY
     account: PrivacyAccount
     hooks: Any

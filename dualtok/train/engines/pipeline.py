@@ -214,6 +214,7 @@ class StageEngine(PipelineEngine):
 class PipelinedEngine(TrainingEngine):
     """The training loop's view of a pipeline."""
 
+    model: StageModel
     names: StageNames = field(kw_only=True)
     """Names of this stage's parameters, here and in the whole model."""
 

@@ -177,8 +177,8 @@ class FlatStates(States):
         """
         flat = list(self._trained_tensors())[here.param_group_index]
         moments = {kind: t for kind, t in self._optimizer.state.get(flat, {}).items() if kind in MOMENTS}
-        position = here.hp_fragment_address
-        return {kind: t.narrow(0, position.start, position.numel) for kind, t in {WEIGHT: flat, **moments}.items()}
+        address = here.hp_fragment_address
+        return {kind: t.narrow(0, address.start, address.numel) for kind, t in {WEIGHT: flat, **moments}.items()}
 
     def _trained_tensors(self) -> Iterable[torch.Tensor]:
         outer = self._engine.optimizer

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 class ZeroEngine(TrainingEngine):
     """Data-parallel training: every rank runs the whole model on its own blocks, and holds its share of the states."""
 
+    model: ObjectiveModel
     keep_alive: object = None
     """What transformers partitions weights by while it loads them, under ZeRO-3."""
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
@@ -245,3 +246,20 @@ def test_a_diverged_model_is_shown(report: AuditReport) -> None:
     row = report.rows[0].model_copy(update={"perplexity_members": float("inf")})
     page = Page(render_html(report.model_copy(update={"rows": [row]})))
     assert page.tables[0][1][2] == "inf"
+
+
+def test_a_report_of_before_0_2_is_read_under_the_present_names(report: AuditReport, tmp_path: Path) -> None:
+    settings = replace(report.settings, members="auxiliary", attacks=("loss", "neighborhood"))
+    now = report.model_copy(update={"settings": settings})
+    old = now.model_dump_json()
+    names = {
+        "reruns": "passes",
+        "neighbors": "neighbours",
+        "neighbor_share": "neighbour_share",
+        "memorized": "memorised",
+    }
+    for present, earlier in {**names, "neighborhood": "neighbourhood", "auxiliary": "probe"}.items():
+        assert f'"{present}"' in old
+        old = old.replace(f'"{present}"', f'"{earlier}"')
+    (tmp_path / "report.json").write_text(old)
+    assert load_report(tmp_path / "report.json") == now

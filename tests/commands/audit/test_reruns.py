@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,11 +194,11 @@ def test_kept_reruns_need_no_model_and_their_settings_name_them(
     kept = Path(run.audit.models["one"]).parent
     gone = replace(run, audit=replace(run.audit, models={"one": str(tmp_path / "no such model")}))
     again = rerun_all(gone, kept)
-    for place, results in before.results.items():
+    for which, results in before.results.items():
         assert results.keys() == {"lowercase", "non_member_prefix", "member_prefix", "neighbors", "gradient"}
         for name, result in results.items():
             for column, values in result.values.items():
-                assert np.array_equal(again.results[place][name].values[column], values)
+                assert np.array_equal(again.results[which][name].values[column], values)
     only = replace(run.audit, attacks=("lowercase", "neighborhood"), reruns=RerunSettings(neighbors=2))
     files = set(kept.glob("*.npz"))
     assert len(files) == 2 * 5
@@ -207,6 +208,20 @@ def test_kept_reruns_need_no_model_and_their_settings_name_them(
         "neighbors-held_out.npz",
     }
     assert reruns.prefixes == {}, "nothing is left out where nothing is put in front"
+
+
+def test_results_of_before_0_2_are_taken_from_their_folder(
+    audited: tuple[RunConfig, RerunResults], tmp_path: Path
+) -> None:
+    run, before = audited
+    shutil.copytree(Path(run.audit.models["one"]).parent, tmp_path / "passes")
+    gone = replace(run, audit=replace(run.audit, models={"one": str(tmp_path / "no such model")}))
+    again = rerun_all(gone, tmp_path / "reruns")
+    for which, results in before.results.items():
+        for name, result in results.items():
+            for column, values in result.values.items():
+                assert np.array_equal(again.results[which][name].values[column], values)
+    assert not (tmp_path / "reruns").exists()
 
 
 def test_what_cannot_be_run_is_named_with_its_reason(audited: tuple[RunConfig, RerunResults], tmp_path: Path) -> None:
