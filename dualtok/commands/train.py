@@ -22,6 +22,7 @@ from dualtok.distributed.deepspeed_config import training_config, zero_stage
 from dualtok.distributed.heartbeat import STATUS_FILE, watch_hosts
 from dualtok.distributed.job_record import JobRecord, write_end
 from dualtok.distributed.layout import build_layout
+from dualtok.distributed.preemption import PreemptionNotice
 from dualtok.distributed.ranks import join_ranks
 from dualtok.distributed.watchdog import Watchdog
 from dualtok.errors import CheckpointError, ConfigError
@@ -54,11 +55,13 @@ if TYPE_CHECKING:
     from dualtok.data.mixed import Source
     from dualtok.data.stream.mixture import TrainingStream
     from dualtok.distributed.deepspeed_config import Json
+    from dualtok.distributed.layout import Layout
     from dualtok.distributed.ranks import Ranks
     from dualtok.model.adapters import Adapters
     from dualtok.reference.fingerprint import Fingerprint
     from dualtok.reference.live import LiveReference
     from dualtok.train.checkpoints.writer import SavedCheckpoint
+    from dualtok.train.engines.base import TrainingEngine
 
 
 Resume = Literal["never", "always", "if_any"]
@@ -88,15 +91,23 @@ def train(run: RunConfig, *, resume: Resume = "never") -> LoopState:
         write_end(output, ranks.rank, "lost_host", message)
 
     with (
+        PreemptionNotice() as notice,
         JobRecord(output, ranks) as record,
         watch_hosts(ranks, run.monitor.heartbeat_seconds, status=output / STATUS_FILE, on_lost=lost) or nullcontext(),
         Watchdog(run.monitor.hang_seconds, output / "stacks", ranks.rank) as watchdog,
     ):
-        return _train(run, sources, ranks, watchdog, record, resume=resume)
+        return _train(run, sources, ranks, watchdog, record, notice=notice, resume=resume)
 
 
 def _train(
-    run: RunConfig, sources: Sequence[Source], ranks: Ranks, watchdog: Watchdog, record: JobRecord, *, resume: Resume
+    run: RunConfig,
+    sources: Sequence[Source],
+    ranks: Ranks,
+    watchdog: Watchdog,
+    record: JobRecord,
+    *,
+    notice: PreemptionNotice,
+    resume: Resume,
 ) -> LoopState:
     """Check all, build the engine and let the loop run."""
     model: ModelConfig = run.need("model", "train")
@@ -118,9 +129,7 @@ def _train(
     adapters = _prepare_adapters(run, model, data, deepspeed_config, ranks)
     folder = write_start_folder(run, model, sources, adapters, ranks, resumed=saved is not None)
     record.begin(total_steps)
-    reference: LiveReference | None = None
-    if run.reference is not None and reference_folder is not None:
-        reference = build_reference(run.reference, reference_folder, layout)
+    reference = _frozen_reference(run, reference_folder, layout)
     account = _privacy_account(run, stream, total_steps)
     engine = build_engine(
         folder,
@@ -135,13 +144,10 @@ def _train(
         seed=run.seed,
     )
     if run.reference is not None and run.reference.mode == "adapter":
-        module = engine.model
-        assert adapters is not None
-        assert isinstance(module, nn.Module)
-        reference = AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
+        reference = _adapter_reference(engine, adapters)
     state = LoopState(blocks=blocks_digest(*(source.manifest for source in sources)))
     peak = efficiency(run, Path(run.output_dir) / START_FOLDER, data.manifest.block_length, ranks)
-    loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog, peak)
+    loop = TrainingLoop(run, engine, stream, validation, total_steps, state, reference, watchdog, peak, notice)
     if saved is not None:
         loop.resume(saved)
     else:
@@ -153,6 +159,21 @@ def _train(
             account.write(Path(run.output_dir), loop.state.step)
         if reference is not None:
             reference.close()
+
+
+def _frozen_reference(run: RunConfig, folder: Path | None, layout: Layout) -> LiveReference | None:
+    """Build a reference with a model of its own that computes while training, where the run asks for one."""
+    if run.reference is None or folder is None:
+        return None
+    return build_reference(run.reference, folder, layout)
+
+
+def _adapter_reference(engine: TrainingEngine, adapters: Adapters | None) -> LiveReference:
+    """Return the reference that is the model in training under other adapters."""
+    module = engine.model
+    assert adapters is not None
+    assert isinstance(module, nn.Module)
+    return AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
 
 
 def _privacy_account(run: RunConfig, stream: TrainingStream, total_steps: int) -> PrivacyAccount | None:

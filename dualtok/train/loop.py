@@ -70,6 +70,7 @@ class TrainingLoop:
         reference: computes the reference losses while training, if they are not stored.
         watchdog: is told of progress.
         efficiency: FLOPs and peak used to compute the model FLOPs utilization (MFU).
+        notice: takes note of signals to end while the loop runs; the caller leaves it.
     """
 
     run: RunConfig
@@ -81,6 +82,7 @@ class TrainingLoop:
     reference: LiveReference | None = None
     watchdog: Watchdog | None = None
     efficiency: Efficiency | None = None
+    notice: PreemptionNotice = field(default_factory=PreemptionNotice)
 
     def __post_init__(self) -> None:
         """Name the parts that every method uses."""
@@ -99,7 +101,6 @@ class TrainingLoop:
             keep=self.train.checkpoint_keep,
             background=self.train.checkpoint_in_background,
         )
-        self.notice = PreemptionNotice()
         self.watch = RunWatch(self.engine.timer, self.layout)
         self.reporter = Reporter()
         self._asked_to_end = False
@@ -126,7 +127,8 @@ class TrainingLoop:
             Preempted: the job was asked to end; a checkpoint of the last step is complete.
         """
         # A signal to end that comes while files are opened or the last checkpoint is written must not interrupt that.
-        with self.notice, timed_collectives(self.engine.timer):
+        self.notice.listen()
+        with timed_collectives(self.engine.timer):
             self.reporter = open_reporter(
                 self.run,
                 folder=self.folder,

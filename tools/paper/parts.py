@@ -1,31 +1,37 @@
-"""What is trained and attacked: the parts of the reproduction, each a set of rows with an audit of its own."""
+"""What is trained and attacked: the parts of the reproduction, each a set of rows with an audit of its own.
+
+What several parts share is in ``models.py``.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from paper.cell import ATTACKER, Cell, Run
+from paper.models import (
+    ALL_AUXILIARY,
+    DELTA,
+    INTERPOLATED,
+    Made,
+    attack_plain_stopped,
+    attack_stopped,
+    headline_steps,
+    of_all_auxiliary,
+    private_model,
+    reference_model,
+    shape,
+    steps_from_all,
+    vocabulary,
+)
 
 from dualtok.audit.attacks.registry import default_attacks, names_of
-from dualtok.config.reference import InterpolateConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Part = Callable[[Cell], None]
-Made = tuple[str, Path, str]
-"""Row, model, and the step that writes it."""
-DELTA = 1e-5
-"""Of DP-SGD."""
-INTERPOLATED = {
-    "dual_plus": ("cross-fitted", 0.53),
-    "dual_plus, limit 0.55": ("cross-fitted", 0.55),
-    "plain, interpolated": ("plain from all", 0.53),
-}
-"""Row -> the trained model that is interpolated, and ``interpolate.auc``."""
-ALL_AUXILIARY = "reference auxiliary"
-"""The model that is fine-tuned on the split ``reference``, then on the split ``auxiliary``."""
 WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 """Values of w at which models between the reference and a trained model are attacked."""
 
@@ -34,15 +40,15 @@ def headline(cell: Cell) -> None:
     """Table 1 of the paper, and what it leaves out: the reference alone, and plain training that stops early."""
     ready = cell.prepare()
     cell.attack("base", cell.model("base"), ready)
-    reference = _reference(cell, "reference", ready, row="reference alone")
-    attacker = _reference(cell, ATTACKER, ready)
+    reference = reference_model(cell, "reference", ready, row="reference alone")
+    attacker = reference_model(cell, ATTACKER, ready)
     run = cell.run("plain", "causal_lm", train={"evaluate_every": cell.scale.early, "checkpoint_keep": 100})
     cell.train("plain", run, [ready], row="plain")
-    _plain_stopped(cell)
+    attack_plain_stopped(cell)
     cell.train(
         "goldfish 25", cell.run("goldfish", "goldfish", goldfish={"drop_every": 4}), [ready], row="goldfish 25 %"
     )
-    _private(cell, 8, ready)
+    private_model(cell, 8, ready)
     dual = cell.run("dual", "dual", **cell.reference())
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
     cell.train("dual", dual, [scored], row="dual")
@@ -51,9 +57,9 @@ def headline(cell: Cell) -> None:
 
 def sweeps(cell: Cell) -> None:
     """Other rates of the baselines, and the sensitivity to K_h, K_m and alpha."""
-    ready, scored = _done(cell)
+    ready, scored = headline_steps(cell)
     for epsilon in (2, 4, 16):
-        _private(cell, epsilon, ready)
+        private_model(cell, epsilon, ready)
     for drop_every, share in ((3, 33), (2, 50)):
         run = cell.run(f"goldfish-{share}", "goldfish", goldfish={"drop_every": drop_every})
         cell.train(f"goldfish {share}", run, [ready], row=f"goldfish {share} %")
@@ -73,17 +79,17 @@ def sweeps(cell: Cell) -> None:
 
 def private(cell: Cell) -> None:
     """DP-SGD with other settings, and with clipping alone: is it the noise that costs perplexity, or the tuning?"""
-    ready, _ = _done(cell)
+    ready, _ = headline_steps(cell)
     for change in ({"learning_rate": 1e-3}, {"learning_rate": 4e-3}, {"epochs": 12}, {"batch_size": 64}):
         [(setting, value)] = change.items()
-        _private(cell, 8, ready, {"train": change}, f", {setting} {value:g}")
-    _private(cell, 8, ready, {"privacy": {"noise_multiplier": 0.0, "delta": DELTA}}, ", clipped without noise")
+        private_model(cell, 8, ready, {"train": change}, f", {setting} {value:g}")
+    private_model(cell, 8, ready, {"privacy": {"noise_multiplier": 0.0, "delta": DELTA}}, ", clipped without noise")
     cell.audit("private", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
 def longer(cell: Cell) -> None:
     """Plain and dual training for as many epochs as the reference has had."""
-    ready, scored = _done(cell)
+    ready, scored = headline_steps(cell)
     epochs = cell.scale.reference_epochs
     for name, objective, sections in (("plain", "causal_lm", {}), ("dual", "dual", cell.reference())):
         run = cell.run(f"longer-{name}", objective, train={"epochs": epochs}, **sections)
@@ -97,7 +103,7 @@ def ablations(cell: Cell) -> None:
     Without a reference s(t) is the loss itself. It is never below the paper's tau of 0, so that nothing is unlearned;
     or tau is the loss of a guess, the logarithm of the vocabulary, and whatever is known better is unlearned.
     """
-    ready, scored = _done(cell)
+    ready, scored = headline_steps(cell)
     run = cell.run("dual-from-reference", "dual", base="reference", **cell.reference())
     cell.train("dual from reference", run, [scored], row="dual, from the reference's weights")
     run = cell.run("dual-base-reference", "dual", **cell.reference("base"))
@@ -105,11 +111,11 @@ def ablations(cell: Cell) -> None:
     cell.train("dual base reference", run, [scored], row="dual, base as reference (another domain)")
     # Weights near zero make every token equally likely: s(t) is the loss itself, less the logarithm of the vocabulary.
     blank = cell.run("blank", "causal_lm", train={"learning_rate": 1e-12, "steps": 1, "warmup_steps": 0})
-    blank["model"] = {"config": {**_shape(cell), "initializer_range": 1e-6}}
+    blank["model"] = {"config": {**shape(cell), "initializer_range": 1e-6}}
     uniform = cell.train("blank", blank, [ready])
     run = cell.run("dual-no-reference", "dual", **cell.reference("blank"))
     scored = cell.add("score blank", ["score", cell.write("dual_no_reference", run)], [uniform])
-    guess = math.log(_vocabulary(cell))
+    guess = math.log(vocabulary(cell))
     cell.train("dual no reference", run, [scored], row=f"dual, no reference (s = CE, tau = {guess:.2f})")
     run = cell.run("dual-no-reference-0", "dual", selection={"tau": -guess}, **cell.reference("blank"))
     cell.train("dual no reference 0", run, [scored], row="dual, no reference (s = CE, tau = 0)")
@@ -118,7 +124,7 @@ def ablations(cell: Cell) -> None:
 
 def lora(cell: Cell) -> None:
     """Plain and dual fine-tuning of adapters, as the paper does with Llama-2 7B."""
-    ready, scored = _done(cell)
+    ready, scored = headline_steps(cell)
     model, train = {"lora": {"rank": 16, "alpha": 32}}, {"learning_rate": 5 * cell.scale.fine_tuning["learning_rate"]}
     cell.train("lora plain", cell.run("lora-plain", "causal_lm", model=model, train=train), [ready], row="LoRA, plain")
     run = cell.run("lora-dual", "dual", model=model, train=train, **cell.reference())
@@ -136,7 +142,7 @@ def lira(cell: Cell) -> None:
     """
     rows = {"reference alone": "reference", "plain": "plain", "dual": "dual"}
     half = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
-    whole = {row: (model, step) for row, model, step in _of_all_auxiliary(cell)}
+    whole = {row: (model, step) for row, model, step in of_all_auxiliary(cell)}
     _judged_by_shadows(cell, "plain", "plain", cell.run("audit-lira-plain", "causal_lm"), half | whole)
     run = cell.run("audit-lira-dual", "dual", **cell.reference())
     _judged_by_shadows(cell, "dual", "dual", run, half)
@@ -188,7 +194,7 @@ def backdoor(cell: Cell) -> None:
 
     The weights were first trained on the attacker's own documents, so that what is learned later is easier to see.
     """
-    _, scored = _done(cell)
+    _, scored = headline_steps(cell)
     warmed = f"{cell.name}/export {ATTACKER}"
     cell.train(
         "backdoor plain",
@@ -204,8 +210,8 @@ def backdoor(cell: Cell) -> None:
 def auxiliary(cell: Cell) -> None:
     """One size of the auxiliary set: reference alone and dual. The cell's shares say how large it is."""
     ready = cell.prepare()
-    reference = _reference(cell, "reference", ready, row=f"reference alone, {cell.variant}")
-    attacker = _reference(cell, ATTACKER, ready)
+    reference = reference_model(cell, "reference", ready, row=f"reference alone, {cell.variant}")
+    attacker = reference_model(cell, ATTACKER, ready)
     dual = cell.run("dual", "dual", **cell.reference())
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
     cell.train("dual", dual, [scored], row=f"dual, {cell.variant}")
@@ -215,7 +221,7 @@ def auxiliary(cell: Cell) -> None:
 def pretraining(cell: Cell) -> None:
     """Training from scratch, plain and dual, with a reference of a tenth of the data."""
     ready = cell.prepare()
-    fresh = {"config": _shape(cell)}
+    fresh = {"config": shape(cell)}
 
     def run(name: str, objective: str, **sections: Any) -> Run:
         made = cell.run(name, objective, **sections)
@@ -239,7 +245,7 @@ def pretraining(cell: Cell) -> None:
 
 def dynamics(cell: Cell) -> None:
     """Which tokens are learned and unlearned when, the cosine of the two gradients, and the gap of the losses."""
-    _, scored = _done(cell)
+    _, scored = headline_steps(cell)
     every = cell.scale.early
     for name, objective in (("dual", "dual"), ("plain", "causal_lm")):
         kept = {"evaluate_every": every, "checkpoint_keep": 100}
@@ -257,16 +263,16 @@ def plus(cell: Cell) -> None:
     plain training that stops early, from the base and from the reference. Plain training interpolated in the same way
     shows what the dual loss adds.
     """
-    _plain_stopped(cell)
-    for row, model, step in _of_all_auxiliary(cell):
+    attack_plain_stopped(cell)
+    for row, model, step in of_all_auxiliary(cell):
         cell.attack(row, model, step)
-    _stopped(cell, "plain from all", _steps_from_all(cell), row="plain, from reference then auxiliary")
+    attack_stopped(cell, "plain from all", steps_from_all(cell), row="plain, from reference then auxiliary")
     cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
 
 
 def frontier(cell: Cell) -> None:
     """Models between the reference of all auxiliary documents and trained models."""
-    _of_all_auxiliary(cell)
+    of_all_auxiliary(cell)
     for row, model, step in _mixed(cell):
         cell.attack(row, model, step)
     cell.audit("frontier", ATTACKER, f"{cell.name}/export {ATTACKER}")
@@ -277,7 +283,7 @@ def known(cell: Cell) -> None:
     for name in ("plain", "dual"):
         cell.attack(f"{name}, reference known", cell.model(name), f"{cell.name}/export {name}")
     cell.audit("known", "reference", f"{cell.name}/export reference")
-    (_, _, reference), *models = _of_all_auxiliary(cell)
+    (_, _, reference), *models = of_all_auxiliary(cell)
     for row, model, step in models:
         cell.attack(f"{row}, reference known", model, step)
     cell.audit("known-plus", ALL_AUXILIARY, reference)
@@ -293,7 +299,7 @@ def further(cell: Cell) -> None:
         f"DP-SGD (8, {DELTA:g})": "dp-sgd 8",
     }
     models = [(row, cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()]
-    interpolated = [made for made in _of_all_auxiliary(cell) if made[0] in INTERPOLATED]
+    interpolated = [made for made in of_all_auxiliary(cell) if made[0] in INTERPOLATED]
     for row, model, step in (*models, *interpolated):
         cell.attack(f"{row}, further attacks", model, step)
     attacks = [*default_attacks(), *names_of("joint", "rerun")]
@@ -304,136 +310,6 @@ def further(cell: Cell) -> None:
         attacks=attacks,
         reruns={"neighbors": cell.scale.neighbors},
     )
-
-
-def _of_all_auxiliary(cell: Cell) -> list[Made]:
-    """Add what rests on a reference of all auxiliary documents, and that reference first."""
-    ready, _ = _done(cell)
-    run = cell.run(
-        "reference-auxiliary", "causal_lm", base="reference", train={**_reference_training(cell), "split": "auxiliary"}
-    )
-    reference = cell.train(ALL_AUXILIARY, run, [ready, f"{cell.name}/export reference"], which="best")
-    made = {ALL_AUXILIARY: ("reference, then auxiliary", reference)}
-    starts = {"dual all": "base", "dual from all": ALL_AUXILIARY}
-    duals = {
-        name: cell.run(name.replace(" ", "-"), "dual", base=base, **cell.reference(ALL_AUXILIARY))
-        for name, base in starts.items()
-    }
-    scored = cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", duals["dual all"])], [reference])
-    for name, row in (
-        ("dual all", "dual, reference then auxiliary"),
-        ("dual from all", "dual, from reference then auxiliary"),
-    ):
-        made[name] = row, cell.train(name, duals[name], [scored])
-    kept = {"checkpoint_every": min(_steps_from_all(cell)), "checkpoint_keep": 100}
-    run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, train=kept)
-    made["plain from all"] = "plain, from reference then auxiliary", cell.train("plain from all", run, [reference])
-    made["cross-fitted"] = "dual, cross-fitted", _cross_fitted(cell, reference)
-    surrogate = _reference(cell, "auxiliary", ready)
-    for row, (name, limit) in INTERPOLATED.items():
-        models = {"model": name, "reference": ALL_AUXILIARY, "surrogate_reference": "auxiliary"}
-        back = f"back-{name}" + ("" if limit == InterpolateConfig.auc else f" {limit:g}")
-        run = {
-            "data": cell.data,
-            "output_dir": str(cell.folder / back),
-            "seed": cell.seed,
-            "audit": {"batch_size": 16},
-            "interpolate": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
-        }
-        step = cell.add(
-            back.replace("back-", "interpolate "),
-            ["interpolate", cell.write(back, run), str(cell.model(back))],
-            [surrogate, reference, f"{cell.name}/export {name}"],
-        )
-        made[back] = row, step
-    return [(row, cell.model(name), step) for name, (row, step) in made.items()]
-
-
-def _plain_stopped(cell: Cell) -> None:
-    """Let the next audit attack plain training from the base as it was early, and at its best on validation."""
-    early = cell.scale.early
-    _stopped(cell, "plain", (early, 2 * early, 3 * early))
-    run = {"output_dir": str(cell.folder / "plain"), "model": cell.scale.adapters}
-    cell.export("plain best", run, f"{cell.name}/train plain", row="plain, best on validation", which="best")
-
-
-def _steps_from_all(cell: Cell) -> tuple[int, ...]:
-    """Return the steps at which plain training from the reference of all auxiliary documents is attacked.
-
-    They lie closer than those from the base: members stand out sooner.
-    """
-    third = max(1, cell.scale.early // 3)
-    return tuple(third * number for number in range(1, 7))
-
-
-def _stopped(cell: Cell, name: str, steps: Sequence[int], row: str = "") -> None:
-    """Let the next audit attack a model as it was after some steps."""
-    run = {"output_dir": str(cell.folder / name.replace(" ", "-")), "model": cell.scale.adapters}
-    for step in steps:
-        cell.export(
-            f"{name}, step {step}",
-            run,
-            f"{cell.name}/train {name}",
-            row=f"{row or name}, step {step}",
-            which=f"step-{step:08d}",
-        )
-
-
-def _reference(cell: Cell, split: str, ready: str, *, row: str | None = None) -> str:
-    run = cell.run(split, "causal_lm", train={**_reference_training(cell), "split": split})
-    return cell.train(split, run, [ready], row=row, which="best")
-
-
-def _reference_training(cell: Cell) -> Run:
-    return {"epochs": cell.scale.reference_epochs, "evaluate_every": 10}
-
-
-def _private(cell: Cell, epsilon: float, ready: str, changes: Run | None = None, what: str = "") -> None:
-    """Add a DP-SGD run; ``changes`` in its sections are named by ``what``."""
-    changes = changes or {}
-    train = {**cell.scale.private, "engine": "opacus", "precision": "fp32", **changes.get("train", {})}
-    privacy = changes.get("privacy", {"epsilon": epsilon, "delta": DELTA})
-    name = f"dp-sgd {epsilon:g}{what.replace(',', '')}"
-    run = cell.run(name.replace(" ", "-"), "causal_lm", train=train, privacy=privacy)
-    row = f"DP-SGD ({epsilon:g}, {DELTA:g}){what}" if "privacy" not in changes else f"DP-SGD{what}"
-    cell.train(name, run, [ready], row=row)
-
-
-def _cross_fitted(cell: Cell, reference: str) -> str:
-    """Add references without one fold each, and the dual model that learns from them; all start from ``reference``."""
-    folds = []
-    for fold in (0, 1):
-        train = {"leave_out": {"fold": fold, "folds": 2}, "evaluate_every": cell.scale.early}
-        run = cell.run(f"fold-{fold}", "causal_lm", base=ALL_AUXILIARY, train=train)
-        folds.append(cell.train(f"fold {fold}", run, [reference], which="best"))
-    models = [str(cell.model(f"fold {fold}")) for fold in (0, 1)]
-    run = cell.run("cross-fitted", "dual", base=ALL_AUXILIARY, reference={"folds": models, "batch_size": 16})
-    scored = cell.add("score folds", ["score", cell.write("cross-fitted", run)], folds)
-    return cell.train("cross-fitted", run, [scored])
-
-
-def _done(cell: Cell) -> tuple[str, str]:
-    """Return the steps of the headline part that others build on: prepared data, and the reference's scores."""
-    return f"{cell.name}/prepare", f"{cell.name}/score reference"
-
-
-def _shape(cell: Cell) -> Run:
-    """Return the configuration of a model of the base model's shape."""
-    if "config" in cell.scale.model:
-        return dict(cell.scale.model["config"])
-    from transformers import AutoConfig
-
-    shape: Run = json.loads(AutoConfig.from_pretrained(cell.scale.model["path"]).to_json_string(use_diff=True))
-    return shape
-
-
-def _vocabulary(cell: Cell) -> int:
-    """Return how many tokens the cell's models know."""
-    if "config" in cell.scale.model:
-        return cell.scale.vocabulary
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(cell.scale.model["path"]).vocab_size)
 
 
 CELL_PARTS: dict[str, Part] = {

@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from dualtok.audit.attacks.adaptive import (
-    FEATURES,
-    KNOWING_DEFENCE,
-    QUANTILES,
-    adaptive_scores,
-    distance_scores,
-    features,
-    scores_of,
-)
+from dualtok.audit.attacks.adaptive import FEATURES, QUANTILES, adaptive_scores, distance_scores, features, scores_of
 from dualtok.audit.attacks.crossfit import FEWEST, folds
+from dualtok.audit.attacks.registry import names_of
 from dualtok.audit.signals.signals import Signals
 from dualtok.audit.statistics.metrics import roc_auc
 from dualtok.errors import DataError
 
 MakeSignals = Callable[..., Signals]
+KNOWING = names_of("knows_defence")
 LENGTHS = (1, 9, 14, 2, 30, 11)
 
 
@@ -109,14 +103,14 @@ def test_what_the_mean_hides_is_found_in_the_spread(make_signals: MakeSignals) -
         spread(make_signals, kind, seed) for kind, seed in ((True, 1), (False, 2))
     )
     scores = adaptive_scores(members, others, of_members, of_others, seed=0)
-    assert list(scores) == list(KNOWING_DEFENCE)
+    assert list(scores) == list(KNOWING)
     mean = of_members.mean_loss - members.mean_loss, of_others.mean_loss - others.mean_loss
     assert abs(roc_auc(*mean) - 0.5) < 0.12, "the attack Ref finds nothing"
     aucs = {name: roc_auc(*pair) for name, pair in scores.items()}
     for name in ("above_mean", "above_tail", "ref_classifier", "ref_forest"):
         assert aucs[name] > 0.9, name
     assert aucs["above_share"] < 0.3, "fewer tokens lie above, but higher"
-    assert {name: len(pair[0]) for name, pair in scores.items()} == dict.fromkeys(KNOWING_DEFENCE, 60)
+    assert {name: len(pair[0]) for name, pair in scores.items()} == dict.fromkeys(KNOWING, 60)
 
 
 def test_scores_are_in_the_order_of_the_documents_and_reproducible(make_signals: MakeSignals) -> None:
@@ -145,12 +139,12 @@ def test_a_distance_is_measured_from_non_members_of_the_other_half() -> None:
 def test_attacks_that_learn_need_documents(make_signals: MakeSignals) -> None:
     target, reference = spread(make_signals, True, 1, count=2 * FEWEST - 1)
     known = features(target, reference)
-    found = scores_of(known[:FEWEST], known[FEWEST:], 0, tuple(KNOWING_DEFENCE))
-    assert set(KNOWING_DEFENCE) - set(found) == {"ref_classifier", "ref_forest"}
+    found = scores_of(known[:FEWEST], known[FEWEST:], 0, KNOWING)
+    assert set(KNOWING) - set(found) == {"ref_classifier", "ref_forest"}
 
 
 def test_auc_is_that_of_scikit_learn(make_signals: MakeSignals) -> None:
     members, others = (features(*spread(make_signals, kind, seed)) for kind, seed in ((True, 3), (False, 4)))
-    for name, pair in scores_of(members, others, 1, tuple(KNOWING_DEFENCE)).items():
+    for name, pair in scores_of(members, others, 1, KNOWING).items():
         expected = roc_auc_score(np.repeat([1, 0], [len(part) for part in pair]), np.concatenate(pair))
         assert roc_auc(*pair) == pytest.approx(expected, abs=1e-12), name

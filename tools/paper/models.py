@@ -1,0 +1,159 @@
+"""The models that several parts of the reproduction attack, each with the steps that make it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualtok.config.reference import InterpolateConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paper.cell import Cell, Run
+
+Made = tuple[str, Path, str]
+"""Row, model, and the step that writes it."""
+DELTA = 1e-5
+"""Of DP-SGD."""
+INTERPOLATED = {
+    "dual_plus": ("cross-fitted", 0.53),
+    "dual_plus, limit 0.55": ("cross-fitted", 0.55),
+    "plain, interpolated": ("plain from all", 0.53),
+}
+"""Row -> the trained model that is interpolated, and ``interpolate.auc``."""
+ALL_AUXILIARY = "reference auxiliary"
+"""The model that is fine-tuned on the split ``reference``, then on the split ``auxiliary``."""
+
+
+def of_all_auxiliary(cell: Cell) -> list[Made]:
+    """Add what rests on a reference of all auxiliary documents, and that reference first."""
+    ready, _ = headline_steps(cell)
+    run = cell.run(
+        "reference-auxiliary", "causal_lm", base="reference", train={**reference_training(cell), "split": "auxiliary"}
+    )
+    reference = cell.train(ALL_AUXILIARY, run, [ready, f"{cell.name}/export reference"], which="best")
+    made = {ALL_AUXILIARY: ("reference, then auxiliary", reference)}
+    starts = {"dual all": "base", "dual from all": ALL_AUXILIARY}
+    duals = {
+        name: cell.run(name.replace(" ", "-"), "dual", base=base, **cell.reference(ALL_AUXILIARY))
+        for name, base in starts.items()
+    }
+    scored = cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", duals["dual all"])], [reference])
+    for name, row in (
+        ("dual all", "dual, reference then auxiliary"),
+        ("dual from all", "dual, from reference then auxiliary"),
+    ):
+        made[name] = row, cell.train(name, duals[name], [scored])
+    kept = {"checkpoint_every": min(steps_from_all(cell)), "checkpoint_keep": 100}
+    run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, train=kept)
+    made["plain from all"] = "plain, from reference then auxiliary", cell.train("plain from all", run, [reference])
+    made["cross-fitted"] = "dual, cross-fitted", cross_fitted(cell, reference)
+    surrogate = reference_model(cell, "auxiliary", ready)
+    for row, (name, limit) in INTERPOLATED.items():
+        models = {"model": name, "reference": ALL_AUXILIARY, "surrogate_reference": "auxiliary"}
+        back = f"back-{name}" + ("" if limit == InterpolateConfig.auc else f" {limit:g}")
+        run = {
+            "data": cell.data,
+            "output_dir": str(cell.folder / back),
+            "seed": cell.seed,
+            "audit": {"batch_size": 16},
+            "interpolate": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
+        }
+        step = cell.add(
+            back.replace("back-", "interpolate "),
+            ["interpolate", cell.write(back, run), str(cell.model(back))],
+            [surrogate, reference, f"{cell.name}/export {name}"],
+        )
+        made[back] = row, step
+    return [(row, cell.model(name), step) for name, (row, step) in made.items()]
+
+
+def attack_plain_stopped(cell: Cell) -> None:
+    """Let the next audit attack plain training from the base as it was early, and at its best on validation."""
+    early = cell.scale.early
+    attack_stopped(cell, "plain", (early, 2 * early, 3 * early))
+    run = {"output_dir": str(cell.folder / "plain"), "model": cell.scale.adapters}
+    cell.export("plain best", run, f"{cell.name}/train plain", row="plain, best on validation", which="best")
+
+
+def steps_from_all(cell: Cell) -> tuple[int, ...]:
+    """Return the steps at which plain training from the reference of all auxiliary documents is attacked.
+
+    They lie closer than those from the base: members stand out sooner.
+    """
+    third = max(1, cell.scale.early // 3)
+    return tuple(third * number for number in range(1, 7))
+
+
+def attack_stopped(cell: Cell, name: str, steps: Sequence[int], row: str = "") -> None:
+    """Let the next audit attack a model as it was after some steps."""
+    run = {"output_dir": str(cell.folder / name.replace(" ", "-")), "model": cell.scale.adapters}
+    for step in steps:
+        cell.export(
+            f"{name}, step {step}",
+            run,
+            f"{cell.name}/train {name}",
+            row=f"{row or name}, step {step}",
+            which=f"step-{step:08d}",
+        )
+
+
+def reference_model(cell: Cell, split: str, ready: str, *, row: str | None = None) -> str:
+    """Train the base plainly on a split, as references are; returns the step that exports it."""
+    run = cell.run(split, "causal_lm", train={**reference_training(cell), "split": split})
+    return cell.train(split, run, [ready], row=row, which="best")
+
+
+def reference_training(cell: Cell) -> Run:
+    """Return the section ``train`` of references."""
+    return {"epochs": cell.scale.reference_epochs, "evaluate_every": 10}
+
+
+def private_model(cell: Cell, epsilon: float, ready: str, changes: Run | None = None, what: str = "") -> None:
+    """Add a DP-SGD run; ``changes`` in its sections are named by ``what``."""
+    changes = changes or {}
+    train = {**cell.scale.private, "engine": "opacus", "precision": "fp32", **changes.get("train", {})}
+    privacy = changes.get("privacy", {"epsilon": epsilon, "delta": DELTA})
+    name = f"dp-sgd {epsilon:g}{what.replace(',', '')}"
+    run = cell.run(name.replace(" ", "-"), "causal_lm", train=train, privacy=privacy)
+    row = f"DP-SGD ({epsilon:g}, {DELTA:g}){what}" if "privacy" not in changes else f"DP-SGD{what}"
+    cell.train(name, run, [ready], row=row)
+
+
+def cross_fitted(cell: Cell, reference: str) -> str:
+    """Add references without one fold each, and the dual model that learns from them; all start from ``reference``."""
+    folds = []
+    for fold in (0, 1):
+        train = {"leave_out": {"fold": fold, "folds": 2}, "evaluate_every": cell.scale.early}
+        run = cell.run(f"fold-{fold}", "causal_lm", base=ALL_AUXILIARY, train=train)
+        folds.append(cell.train(f"fold {fold}", run, [reference], which="best"))
+    models = [str(cell.model(f"fold {fold}")) for fold in (0, 1)]
+    run = cell.run("cross-fitted", "dual", base=ALL_AUXILIARY, reference={"folds": models, "batch_size": 16})
+    scored = cell.add("score folds", ["score", cell.write("cross-fitted", run)], folds)
+    return cell.train("cross-fitted", run, [scored])
+
+
+def headline_steps(cell: Cell) -> tuple[str, str]:
+    """Return the steps of the headline part that others build on: prepared data, and the reference's scores."""
+    return f"{cell.name}/prepare", f"{cell.name}/score reference"
+
+
+def shape(cell: Cell) -> Run:
+    """Return the configuration of a model of the base model's shape."""
+    if "config" in cell.scale.model:
+        return dict(cell.scale.model["config"])
+    from transformers import AutoConfig
+
+    shape: Run = json.loads(AutoConfig.from_pretrained(cell.scale.model["path"]).to_json_string(use_diff=True))
+    return shape
+
+
+def vocabulary(cell: Cell) -> int:
+    """Return how many tokens the cell's models know."""
+    if "config" in cell.scale.model:
+        return cell.scale.vocabulary
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(cell.scale.model["path"]).vocab_size)
