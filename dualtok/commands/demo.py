@@ -76,7 +76,7 @@ def run_demo(folder: Path, processes: int) -> Path:
     _print(stages, stages, "write the report", started)
     run = parse_run(yaml.safe_load((folder / "audit.yaml").read_text(encoding="utf-8")), source="audit.yaml")
     report = write_run_report(run)
-    print_figures(read_figures(run))
+    print_figures(read_figures(run.output_dir))
     print(f"finished after {(time.monotonic() - started) / 60:.1f} minutes\nreport: {report}", flush=True)
     return report
 

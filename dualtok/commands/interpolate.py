@@ -30,6 +30,7 @@ from dualtok.reference.interpolation import expected_auc, largest_weight
 if TYPE_CHECKING:
     from dualtok.audit.settings import AuditConfig
     from dualtok.config.run import RunConfig
+    from dualtok.config.train import TrainConfig
     from dualtok.reference.interpolation import Floats
 
 FILE = "interpolate.json"
@@ -62,7 +63,7 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     if target.exists():
         raise ConfigError(f"{target}: exists; give another folder")
     if settings.model is None:
-        _require_own_members(run)
+        _require_own_members(run.train, settings.members)
     folders = {"reference": model_folder(settings.reference)}
     named = settings.surrogate_reference
     names = [named] if isinstance(named, str) else named
@@ -132,9 +133,8 @@ def _judge(w: float, model: list[Floats], reference: list[Floats], surrogate: li
     return Trial(w, auc, roc_auc(*(side[1] - side[0] for side in (members, non_members))))
 
 
-def _require_own_members(run: RunConfig) -> None:
+def _require_own_members(train: TrainConfig | None, members: str) -> None:
     """Raise ConfigError unless the members that are judged are what the run has trained on."""
-    train, members = run.train, run.need("interpolate", "interpolate").members
     if train is None:
         raise ConfigError("interpolate.model: name the trained model, or give the file of the run that trained it")
     if train.split != members:

@@ -32,7 +32,7 @@ def write_run_report(run: RunConfig) -> Path:
     Raises:
         DataError: there is no audit yet, or a run of ``audit.runs`` has no history.
     """
-    figures = read_figures(run)
+    figures = read_figures(run.output_dir)
     histories = {name: _history(name, Path(folder)) for name, folder in run.audit.runs.items()}
     report = AuditReport(
         title="dualtok audit",
@@ -61,13 +61,13 @@ def write_run_report(run: RunConfig) -> Path:
     return write_report(report, Path(run.output_dir) / "report")
 
 
-def read_figures(run: RunConfig) -> AuditFigures:
+def read_figures(output_dir: str) -> AuditFigures:
     """Read the figures that ``dualtok audit`` left, with the settings they were measured with.
 
     Raises:
         DataError: there are none, or the file is malformed.
     """
-    path = audit_folder(run) / AUDIT_FILE
+    path = audit_folder(output_dir) / AUDIT_FILE
     try:
         return AuditFigures.model_validate_json(path.read_bytes())
     except FileNotFoundError:

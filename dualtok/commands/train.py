@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dualtok.config.model import ModelConfig
+    from dualtok.config.privacy import PrivacyConfig
     from dualtok.config.reference import ReferenceConfig
     from dualtok.config.run import RunConfig
     from dualtok.config.train import TrainConfig
@@ -129,8 +130,8 @@ def _train(
     adapters = _prepare_adapters(run, model, data, deepspeed_config, ranks)
     folder = write_start_folder(run, model, sources, adapters, ranks, resumed=saved is not None)
     record.begin(total_steps)
-    reference = _frozen_reference(run, reference_folder, layout)
-    account = _privacy_account(run, stream, total_steps)
+    reference = _frozen_reference(run.reference, reference_folder, layout)
+    account = _privacy_account(run.privacy, stream, total_steps)
     engine = build_engine(
         folder,
         model,
@@ -161,11 +162,11 @@ def _train(
             reference.close()
 
 
-def _frozen_reference(run: RunConfig, folder: Path | None, layout: Layout) -> LiveReference | None:
+def _frozen_reference(reference: ReferenceConfig | None, folder: Path | None, layout: Layout) -> LiveReference | None:
     """Build a reference with a model of its own that computes while training, where the run asks for one."""
-    if run.reference is None or folder is None:
+    if reference is None or folder is None:
         return None
-    return build_reference(run.reference, folder, layout)
+    return build_reference(reference, folder, layout)
 
 
 def _adapter_reference(engine: TrainingEngine, adapters: Adapters | None) -> LiveReference:
@@ -176,12 +177,12 @@ def _adapter_reference(engine: TrainingEngine, adapters: Adapters | None) -> Liv
     return AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
 
 
-def _privacy_account(run: RunConfig, stream: TrainingStream, total_steps: int) -> PrivacyAccount | None:
+def _privacy_account(privacy: PrivacyConfig | None, stream: TrainingStream, total_steps: int) -> PrivacyAccount | None:
     """Return noise and clipping of DP-SGD, planned for the run's budget; None for other engines."""
-    if run.privacy is None or not isinstance(stream, PoissonDocuments):
+    if privacy is None or not isinstance(stream, PoissonDocuments):
         return None
     return PrivacyAccount.plan(
-        run.privacy, rate=stream.rate, steps=total_steps, documents=len(stream), truncated=stream.truncated
+        privacy, rate=stream.rate, steps=total_steps, documents=len(stream), truncated=stream.truncated
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dualtok.config.run import RunConfig
+    from dualtok.config.train import TrainConfig
 
 # Imported where they are used, for what they take to load: torch (1 s), and parts of dualtok that need it.
 
@@ -77,7 +78,7 @@ def build_start(
         settings = replace(settings, hostfile=str(Path(settings.hostfile).absolute()))
     nodes, gpus = nodes or 1, gpus or _visible_accelerators()
     if verb == "train":
-        check_ranks(run, nodes * gpus)
+        check_ranks(run.need("train", "launch"), nodes * gpus)
     if settings.min_nodes is not None:
         _check_fewer(run, verb, backend, settings.min_nodes, nodes=nodes, gpus=gpus)
     passed_on = [text for text in overrides if not text.startswith("launch.")]
@@ -106,13 +107,12 @@ def _check_paths(*paths: str) -> None:
             raise ConfigError(f"{path!r}: a path with quotes, braces, $ or a backslash cannot stand in a script")
 
 
-def check_ranks(run: RunConfig, ranks: int) -> None:
+def check_ranks(train: TrainConfig, ranks: int) -> None:
     """Refuse now what the ranks would refuse after a wait in a queue.
 
     Raises:
         ConfigError: the ranks cannot share the stages of the pipeline, or the batch, evenly.
     """
-    train = run.need("train", "launch")
     if train.engine == "opacus":
         return
     from dualtok.distributed.deepspeed_config import training_config
@@ -135,7 +135,7 @@ def _check_fewer(run: RunConfig, verb: str, backend: str, least: int, *, nodes: 
         raise ConfigError(f"launch.min_nodes: {least} are more than the {nodes} hosts of the job")
     for fewer in range(least, nodes) if verb == "train" else ():
         try:
-            check_ranks(run, fewer * gpus)
+            check_ranks(run.need("train", "launch"), fewer * gpus)
         except ConfigError as problem:
             where = f"on {fewer} of {nodes} hosts"
             raise ConfigError(f"launch.min_nodes: {where} the run could not go on: {problem}") from None

@@ -83,7 +83,14 @@ def _prepare(run: RunConfig, model: ModelConfig, data: Sequence[DataFolder], sta
     start.mkdir(parents=True, exist_ok=True)
     if model.path is None:
         empty_causal_lm(config, model.attention)
-        settings = _fresh(config, model.config or {}, tokenizer, run, start, resumed=resumed)
+        settings = _fresh(
+            config,
+            model.config or {},
+            tokenizer,
+            start,
+            untied=run.privacy is not None,
+            seed=None if resumed else run.seed,
+        )
     else:
         base = model_folder(model.path)
         check_model(base, data[0], origin=origin, attention=model.attention, trust_remote_code=model.trust_remote_code)
@@ -101,7 +108,8 @@ def _prepare(run: RunConfig, model: ModelConfig, data: Sequence[DataFolder], sta
         template = model_folder(model.path) / "chat_template.jinja"
         if template.is_file():
             shutil.copyfile(template, start / template.name)
-    write_text(start / FACTS_FILE, json.dumps(_facts(run, model, data), indent=1))
+    split = "train" if run.train is None else run.train.split
+    write_text(start / FACTS_FILE, json.dumps(_facts(split, model, data), indent=1))
     return Path(model.path or start)
 
 
@@ -109,22 +117,22 @@ def _fresh(
     config: PretrainedConfig,
     given: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    run: RunConfig,
     start: Path,
     *,
-    resumed: bool,
+    untied: bool,
+    seed: int | None,
 ) -> dict[str, Any]:
-    """Write the first weights of a model from a configuration and return its settings.
+    """Write the first weights of a model from a configuration, unless ``seed`` is None; return its settings.
 
     Its special tokens are the tokenizer's: an architecture's defaults are another vocabulary's.
     """
     for name in TOKENS:
         if name not in given:
             setattr(config, name, getattr(tokenizer, name))
-    if run.privacy is not None:
-        config.tie_word_embeddings = False  # as it is trained; see untie()
-    if not resumed:
-        write_fresh_weights(config, run.seed, start)
+    if untied:
+        config.tie_word_embeddings = False  # as DP-SGD trains it; see untie()
+    if seed is not None:
+        write_fresh_weights(config, seed, start)
     config.save_pretrained(start)
     settings: dict[str, Any] = json.loads((start / "config.json").read_text(encoding="utf-8"))
     return settings
@@ -137,9 +145,8 @@ def _untie(settings: dict[str, Any]) -> None:
             part["tie_word_embeddings"] = False
 
 
-def _facts(run: RunConfig, model: ModelConfig, data: Sequence[DataFolder]) -> dict[str, Any]:
+def _facts(split: str, model: ModelConfig, data: Sequence[DataFolder]) -> dict[str, Any]:
     """Return what a model card tells of the training: counts and names, no text of a document."""
-    split = "train" if run.train is None else run.train.split
     entries = [folder.manifest.splits[split] for folder in data]
     licence = None
     if model.path is not None:

@@ -80,10 +80,11 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     data = DataFolder.of_run(run.data)
     _check_models(settings, data, folders)
     # Before this process joins others or touches a device: training has processes of its own.
-    shadows = train_shadows(run, data, audit_folder(run) / "shadows", processes) if settings.shadows is not None else []
+    kept = audit_folder(run.output_dir)
+    shadows = train_shadows(run, data, kept / "shadows", processes) if settings.shadows is not None else []
     ranks = join_ranks()
     canaries = ranks.together(lambda: open_canaries(settings, data))
-    models = ModelPasses(settings, data, audit_folder(run) / "signals", ranks, canaries)
+    models = ModelPasses(settings, data, kept / "signals", ranks, canaries)
 
     def key_of(folder: Path) -> str:
         key: str = ranks.first_does(lambda: models.key(folder))
@@ -99,8 +100,7 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
         if _compares(settings)
     }
     audited = {name: folders[name] for name in settings.models}
-    to = audit_folder(run) / "reruns"
-    reruns = rerun_models(settings, data, audited, ranks, to, keys=keys, left_out=models.left_out)
+    reruns = rerun_models(settings, data, audited, ranks, kept / "reruns", keys=keys, left_out=models.left_out)
     of_shadows = [
         document_losses(models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False).values())
         for number, folder in enumerate(shadows)
@@ -127,9 +127,9 @@ def print_figures(figures: AuditFigures) -> None:
         console.print(f"warning: {warning}", markup=False)
 
 
-def audit_folder(run: RunConfig) -> Path:
+def audit_folder(output_dir: str) -> Path:
     """Return where a run's audit is kept."""
-    return Path(run.output_dir) / "audit"
+    return Path(output_dir) / "audit"
 
 
 def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Path]) -> None:
@@ -208,7 +208,7 @@ def _attack_all(
     figures = AuditFigures(
         settings=settings, models=audits, checks=_check(settings, data, audits, texts), prefix_documents=reruns.prefixes
     )
-    write_text(audit_folder(run) / AUDIT_FILE, figures.model_dump_json(indent=1))
+    write_text(audit_folder(run.output_dir) / AUDIT_FILE, figures.model_dump_json(indent=1))
     return figures
 
 

@@ -19,11 +19,13 @@ from dualtok.plan.memory import Job
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dualtok.config.data import DataConfig
     from dualtok.config.model import ModelConfig
     from dualtok.config.run import RunConfig
     from dualtok.config.train import TrainConfig
     from dualtok.data.manifest import Manifest
     from dualtok.distributed.deepspeed_config import Json
+    from dualtok.objective.settings import SelectionConfig
     from dualtok.plan.shape import ModelShape
 
 NEW_TOKENIZER = 4096
@@ -67,7 +69,7 @@ def material_of(run: RunConfig, tokens: int | None = None) -> Material:
     train: TrainConfig = run.need("train", "plan")
     if train.engine == "opacus":
         raise ConfigError("train.engine: opacus keeps a gradient per document, which is not planned")
-    manifest = _manifest(run, tokens)
+    manifest = _manifest(run.data, tokens)
     if manifest is not None and tokens is not None:
         raise ConfigError(f"--tokens: {run.data.dir} is prepared, which says how many tokens there are; leave it out")
     length = run.data.block_length if manifest is None else manifest.block_length
@@ -132,7 +134,7 @@ def make_job(run: RunConfig, material: Material, ranks: int, config: Json) -> Jo
             reference_sharded=reference is not None and reference.deepspeed is not None,
             reference_rows=8 if reference is None else reference.batch_size,
             quantized=model.quantize is not None,
-            scores_step=scores_step(run),
+            scores_step=scores_step(train, run.selection),
             skips_masked=model.attention == "flash_attention_2",
             overlap=zero.get("overlap_comm"),
             data_workers=train.data_workers,
@@ -142,11 +144,10 @@ def make_job(run: RunConfig, material: Material, ranks: int, config: Json) -> Jo
         raise ConfigError(f"{train.deepspeed or 'train'}: cannot be planned: {error}") from None
 
 
-def scores_step(run: RunConfig) -> bool:
+def scores_step(train: TrainConfig, selection: SelectionConfig | None) -> bool:
     """Return whether tokens are ranked over a whole step of several micro-batches, which takes a pass of its own."""
-    assert run.train is not None
-    scope = "micro_batch" if run.selection is None else run.selection.scope
-    return scope == "step" and run.train.gradient_accumulation > 1
+    scope = "micro_batch" if selection is None else selection.scope
+    return scope == "step" and train.gradient_accumulation > 1
 
 
 def layers_per_stage(shape: ModelShape, stages: int, balance: str | Sequence[int]) -> tuple[int, ...]:
@@ -159,8 +160,8 @@ def layers_per_stage(shape: ModelShape, stages: int, balance: str | Sequence[int
     return tuple(each.stop - each.first for each in bounds)
 
 
-def _manifest(run: RunConfig, tokens: int | None) -> Manifest | None:
+def _manifest(data: DataConfig, tokens: int | None) -> Manifest | None:
     """Return the manifest of prepared data; None where a local folder is not prepared, or an address not to be read."""
-    if tokens is not None if is_address(run.data.dir) else not (Path(run.data.dir) / MANIFEST).is_file():
+    if tokens is not None if is_address(data.dir) else not (Path(data.dir) / MANIFEST).is_file():
         return None
-    return load_manifest(location_of(run.data.dir, run.data.stream))
+    return load_manifest(location_of(data.dir, data.stream))

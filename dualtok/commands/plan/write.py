@@ -33,7 +33,7 @@ def write_layout(run: RunConfig, option: Option, folder: Path) -> tuple[Path, Pa
     another number of micro-batches, or states in files, the YAML says at its top what follows from it.
     """
     json_file, run_file = folder / JSON_FILE, folder / RUN_FILE
-    nvme = nvme_path(run)
+    nvme = nvme_path(None if run.train is None else run.train.deepspeed)
     write_text(json_file, json.dumps(deepspeed_json(option.job, nvme), indent=2) + "\n")
     planned = with_layout(run, option.job, json_file)
     assert run.train is not None
@@ -81,9 +81,8 @@ def with_layout(run: RunConfig, job: Job, json_file: Path) -> RunConfig:
     return replace(run, train=train, model=replace(run.model, activation_checkpointing=job.activation_checkpointing))
 
 
-def nvme_path(run: RunConfig) -> str:
-    """Return the folder of states in files that the run's DeepSpeed JSON names, or :data:`NVME_PATH`."""
-    given = None if run.train is None else run.train.deepspeed
+def nvme_path(given: str | None) -> str:
+    """Return the folder of states in files that a DeepSpeed JSON names, or :data:`NVME_PATH`."""
     zero = {} if given is None else read_deepspeed_json(given).get("zero_optimization", {})
     paths = [zero.get(section, {}).get("nvme_path") for section in ("offload_optimizer", "offload_param")]
     return next(filter(None, paths), NVME_PATH)
