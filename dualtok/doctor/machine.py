@@ -108,18 +108,26 @@ def check_shared_memory(ranks: int, folder: Path = SHARED_MEMORY) -> CheckResult
     )
     if free < needed:
         return CheckResult(name, "fail", f"{found}; {ranks} ranks need {needed / GIB:.2f}", remedy)
-    left = [path for path in folder.glob("deepspeed_allreduce_buffer_*") if not _is_mapped(path)]
+    unmapped = [path for path in folder.glob("deepspeed_allreduce_buffer_*") if not _is_mapped(path)]
+    left = [size for path in unmapped if (size := _size(path)) is not None]
     if left:
         return CheckResult(
             name,
             "warn",
-            f"{len(left)} buffers that dead jobs left in {folder}, "
-            f"{sum(path.stat().st_size for path in left) / GIB:.2f} GiB of memory",
+            f"{len(left)} buffers that dead jobs left in {folder}, {sum(left) / GIB:.2f} GiB of memory",
             f"rm {folder}/deepspeed_allreduce_buffer_*, when no job runs on this host",
         )
     if free < FREE_SHARED_MEMORY:
         return CheckResult(name, "warn", f"{found}; NCCL and readers of data want 1", remedy)
     return CheckResult(name, "ok", found)
+
+
+def _size(path: Path) -> int | None:
+    """Return a file's bytes; None if it is gone: a job that starts removes the name of its buffer."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _is_mapped(path: Path) -> bool:

@@ -138,6 +138,21 @@ def test_shared_memory_that_is_too_small_or_littered_is_found(tmp_path: Path) ->
         assert "1 buffers that dead jobs left" in left.found
 
 
+def test_a_buffer_whose_name_goes_while_it_is_looked_at_is_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that starts removes the name as soon as all of its ranks have mapped the buffer."""
+    buffer = tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0"
+    buffer.write_bytes(b"")
+
+    def unmapped(path: Path) -> bool:
+        path.unlink()
+        return False
+
+    monkeypatch.setattr(machine, "_is_mapped", unmapped)
+    assert "dead jobs" not in check_shared_memory(1, tmp_path).found
+
+
 def test_limits_that_are_too_low_are_found() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
