@@ -91,7 +91,10 @@ def test_a_folder_of_before_this_setting_is_taken_as_it_is(tmp_path: Path, spell
     settings = json.loads(echo.read_text())
     del settings["special_tokens_in_text"]
     echo.write_text(json.dumps(settings))
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*.arrow")}
+    assert written
     prepared(tmp_path, spelled)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*.arrow")} == written
 
 
 def tokenizer_with(normalizer: Any, pre_tokenizer: Any, texts: list[str]) -> Any:

@@ -62,7 +62,8 @@ def test_each_backward_pass_awaits_the_gradients_counted_in_the_forward_pass(mon
 
 
 def test_a_stage_with_the_loss_leaves_the_epilogue_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StageEngine, "_exec_backward_pass", lambda _self, _buffer: None)
+    ran: list[bool] = []
+    monkeypatch.setattr(StageEngine, "_exec_backward_pass", lambda self, _buffer: ran.append(self._force_grad_boundary))
     made = stage(
         _awaited=[],
         micro_batches=1,
@@ -72,6 +73,7 @@ def test_a_stage_with_the_loss_leaves_the_epilogue_to_deepspeed(monkeypatch: pyt
         _backward_epilogue=lambda: pytest.fail("twice"),
     )
     made._exec_backward_pass(0)
+    assert ran == [True]
 
 
 def test_the_boundary_is_left_when_a_backward_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
