@@ -4,33 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from dualtok.audit.report.base import Count, Estimate, Record, Share
+from dualtok.audit.report.details import AttackReference, GateVerdict, GroupAudit, Power, Regurgitation
 from dualtok.audit.report.old_names import with_new_names
 from dualtok.audit.settings import AuditConfig
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-
-
-class Record(BaseModel):
-    """Base of all records: unknown keys are errors, and JSON holds infinities (a diverged perplexity) as strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-class Estimate(Record):
-    """A figure and the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if not self.low <= self.value <= self.high:
-            raise ValueError(f"{self.value} is not within [{self.low}, {self.high}]")
-        return self
 
 
 class TprAtFpr(Record):
@@ -67,6 +46,15 @@ class Strongest(Record):
 
     label: str
     auc_two_sided: Estimate
+    """The interval holds for the maximum over all attacks (Bonferroni)."""
+
+
+class StrongestTpr(Record):
+    """The best true-positive rate of several attacks, as published, at one false-positive rate."""
+
+    target_fpr: Share
+    label: str
+    tpr: Estimate
     """The interval holds for the maximum over all attacks (Bonferroni)."""
 
 
@@ -163,6 +151,8 @@ class Checks(Record):
     """Share of the non-members that share a passage of about 200 characters with a member."""
     warnings: list[str] = Field(default_factory=list)
     """What makes the audit's figures doubtful; empty if nothing does."""
+    void: bool = False
+    """Whether no attack's figure means anything, because members and non-members differ or overlap by themselves."""
 
 
 class TokenHistogram(Record):
@@ -203,8 +193,16 @@ class ModelAudit(Record):
     """Of the largest |AUC - 1/2| of all attacks, by permuting the labels of documents in all attacks alike."""
     collections: list[Collections] = Field(default_factory=list)
     calibrated: TokenHistogram | None = None
+    strongest_tpr: list[StrongestTpr] = Field(default_factory=list)
+    """One per false-positive rate that can be measured."""
+    power: Power | None = None
+    """The smallest leak that this audit would have seen; None in the figures of an earlier version."""
     canaries: CanaryAudit | None = None
     """None if the data was prepared without canaries."""
+    regurgitation: Regurgitation | None = None
+    """None in the figures of an earlier version."""
+    groups: GroupAudit | None = None
+    """None if no group field was named."""
 
     def attack(self, name: str) -> AttackResult | None:
         """Return the result of the attack with this name, or None if it was not run."""
@@ -221,6 +219,8 @@ class AuditFigures(Record):
     settings: AuditConfig
     models: list[ModelAudit]
     checks: Checks | None = None
+    references: list[AttackReference] = Field(default_factory=list)
+    """The attacker's reference models; empty if there are none, or in the figures of an earlier version."""
     prefix_documents: dict[str, list[int]] = Field(default_factory=dict)
     """Split -> documents that attacks put in front of others, and that the audit is therefore not about."""
 
@@ -279,6 +279,10 @@ class AuditReport(Record):
     settings: AuditConfig = Field(default_factory=AuditConfig)
     rows: list[ModelAudit]
     checks: Checks | None = None
+    references: list[AttackReference] = Field(default_factory=list)
+    """The attacker's reference models."""
+    gate: GateVerdict | None = None
+    """What ``dualtok gate`` said of this report; None if it was not asked."""
     selection: list[SelectionSeries] = Field(default_factory=list)
     training: list[TrainingSeries] = Field(default_factory=list)
     configs: dict[str, str] = Field(default_factory=dict)

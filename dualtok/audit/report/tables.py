@@ -13,7 +13,8 @@ from dualtok.audit.attacks.registry import ATTACKS, names_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dualtok.audit.report.data import Estimate, ModelAudit
+    from dualtok.audit.report.base import Estimate
+    from dualtok.audit.report.data import ModelAudit
 
 
 PUBLISHED = tuple(name for name, made in ATTACKS.items() if made.headline)

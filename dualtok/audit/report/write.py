@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from dualtok.audit.attacks.registry import ATTACKS
 from dualtok.audit.report import figures, tables
-from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks, Estimate
+from dualtok.audit.report.base import Estimate
+from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks
 from dualtok.errors import DataError
 from dualtok.files import write_text
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.stats
 
-from dualtok.audit.report.data import CanaryAudit, CanaryScore, EpsilonBound, Estimate, Exposures
+from dualtok.audit.report.base import Estimate
+from dualtok.audit.report.data import CanaryAudit, CanaryScore, EpsilonBound, Exposures
 from dualtok.audit.signals.ragged import segment_sum
 from dualtok.audit.statistics.epsilon import best_bound
 from dualtok.audit.statistics.exposure import extrapolated_exposure, ranked_exposure

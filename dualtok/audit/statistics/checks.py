@@ -14,7 +14,8 @@ import scipy.sparse
 import scipy.stats
 
 from dualtok.audit.attacks.crossfit import FEWEST, WIDENING, cross_fitted_scores
-from dualtok.audit.report.data import Checks, Estimate, NullModel
+from dualtok.audit.report.base import Estimate
+from dualtok.audit.report.data import Checks, NullModel
 from dualtok.audit.statistics.metrics import bootstrap_interval, roc_auc
 from dualtok.audit.statistics.passages import MOST_SHARED, PASSAGE_CHARACTERS, shared_passages
 

@@ -10,10 +10,10 @@ import numpy as np
 from dualtok.audit.attacks.base import ATTACKS, AttackContext
 from dualtok.audit.attacks.crossfit import FEWEST
 from dualtok.audit.attacks.registry import attack_scores
+from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import (
     AttackResult,
     Collections,
-    Estimate,
     ModelAudit,
     RocPoints,
     Strongest,
