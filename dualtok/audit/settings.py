@@ -11,6 +11,28 @@ from pydantic.dataclasses import dataclass
 from dualtok.audit.attacks.base import ATTACKS
 from dualtok.audit.attacks.registry import default_attacks, names_of, require_attacks
 from dualtok.audit.signals.reruns import RerunSettings
+from dualtok.errors import did_you_mean
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class TextSource:
+    """Documents to audit that were not prepared; the tokenizer is the audited model's own."""
+
+    source: str
+    """A file of text, JSON, CSV or Parquet, a folder of them, or the name of a ``datasets`` dataset, as for
+    ``data.source``."""
+
+    field: str = "text"
+    """Key or column that holds the text; .txt files have none."""
+
+    txt_documents: Literal["file", "paragraph"] = "file"
+    """Whether a .txt file is one document, or each of its paragraphs (separated by blank lines) is one."""
+
+    dataset_config: str | None = None
+    """Configuration of a ``datasets`` dataset."""
+
+    dataset_split: str = "train"
+    """Split of a ``datasets`` dataset to stream."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -28,14 +50,26 @@ class AuditConfig:
     """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the
     defender used. Without it the attacks that compare with a reference are not run."""
 
+    base: str | None = None
+    """The model before fine-tuning, a folder or hub name. It serves as the attacker's reference where
+    ``attack_reference`` is not given. For members and non-members that are texts alone."""
+
+    adapters: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Row of ``models`` -> folder or hub name of a peft adapter that is added to its weights."""
+
     runs: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name -> ``output_dir`` of training runs whose selection and evaluations over time the report shows."""
 
-    members: str = "train"
-    """Split that the audited models were trained on."""
+    members: str | TextSource = "train"
+    """Split that the audited models were trained on; or texts, e.g. ``{source: seen.jsonl}``, which are not prepared,
+    split or deduplicated: then ``data`` can be left out."""
 
-    non_members: str = "held_out"
-    """Split that no model has seen and no choice was made on."""
+    non_members: str | TextSource = "held_out"
+    """Split that no model has seen and no choice was made on; or texts, if ``members`` are."""
+
+    block_length: Annotated[int, Field(ge=2)] | None = None
+    """For texts alone: a longer text is cut into pieces of so many tokens. Without it the models' context decides, up
+    to 4096. Unit: tokens."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward pass that gives the signals."""
@@ -116,8 +150,7 @@ class AuditConfig:
         """Refuse empty and repeated lists, and a class compared with itself."""
         if "attack_reference" in self.models:
             raise ValueError("audit.models: 'attack_reference' is the name of the attacker's model; use another name")
-        if self.members == self.non_members:
-            raise ValueError(f"audit.members: {self.members!r} is also audit.non_members; choose two splits")
+        self._check_classes()
         if self.null_model is not None and self.null_model not in self.models:
             raise ValueError(f"audit.null_model: {self.null_model!r} is none of audit.models")
         require_attacks(self.attacks)
@@ -134,6 +167,40 @@ class AuditConfig:
             raise ValueError("audit.canary_guesses: give at least one share of the canaries")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):
             raise ValueError("audit.fpr_targets: give at least one rate, and each only once")
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether members and non-members are texts, and not splits of prepared data."""
+        return isinstance(self.members, TextSource)
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        """The splits of members and of non-members.
+
+        Raises:
+            ValueError: they are texts; see :func:`dualtok.commands.audit.texts.with_splits`.
+        """
+        if not isinstance(self.members, str) or not isinstance(self.non_members, str):
+            raise ValueError("audit.members: texts, which have no split yet")
+        return self.members, self.non_members
+
+    def _check_classes(self) -> None:
+        """Refuse a class compared with itself, a split with texts, and settings of the one kind with the other."""
+        if self.members == self.non_members:
+            raise ValueError(f"audit.members: {self.members!r} is also audit.non_members; choose two")
+        if self.of_texts != isinstance(self.non_members, TextSource):
+            raise ValueError("audit.members, audit.non_members: give two splits, or two sources of texts")
+        for name in ("base", "block_length"):
+            if getattr(self, name) is not None and not self.of_texts:
+                raise ValueError(f"audit.{name}: only where audit.members names texts; remove it")
+        if self.of_texts and self.shadows is not None:
+            raise ValueError(
+                "audit.shadows: shadow models are trained on prepared data; prepare it with `dualtok prepare`, and "
+                "name its splits as audit.members and audit.non_members"
+            )
+        for name in self.adapters:
+            if name not in self.models:
+                raise ValueError(f"audit.adapters: {name!r} is none of audit.models{did_you_mean(name, self.models)}")
 
     def _check_shadows(self) -> None:
         """Refuse odd numbers and settings without effect, and let the shadows' attacks join the others."""

@@ -90,7 +90,10 @@ def _audit(run_dir: Path) -> list[str]:
         figures = AuditFigures.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, ValidationError):
         return [f"`{file.name}` of the run cannot be read.\n"]
-    sides = f"{figures.settings.members} against {figures.settings.non_members}"
+    sides = " against ".join(
+        sides if isinstance(sides, str) else sides.source
+        for sides in (figures.settings.members, figures.settings.non_members)
+    )
     return [
         f"Attacks on membership ({sides}), strongest of those tried, two-sided AUC; .5 is guessing:\n\n",
         *map(_line, figures.models),

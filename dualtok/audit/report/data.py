@@ -147,6 +147,9 @@ class Checks(Record):
     """Of ``audit.null_model``; None if no such model was named."""
     duplicates: Share
     """Share of the non-members that are a member, token by token."""
+    near_duplicates: Share | None = None
+    """Share of the non-members whose runs of 5 tokens are at least .8 alike (Jaccard) to a member's; None in figures of
+    an earlier version."""
     shared_passages: Share
     """Share of the non-members that share a passage of about 200 characters with a member."""
     warnings: list[str] = Field(default_factory=list)

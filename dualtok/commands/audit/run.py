@@ -24,6 +24,7 @@ from dualtok.audit.report.tables import (
     rerun_table,
     token_table,
 )
+from dualtok.audit.settings import TextSource
 from dualtok.audit.statistics.canaries import audit_canaries
 from dualtok.audit.statistics.checks import check_audit
 from dualtok.audit.statistics.evaluate import audit_model
@@ -32,16 +33,19 @@ from dualtok.commands.audit.canaries import KIND, open_canaries
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
 from dualtok.commands.audit.shadows import document_losses, fit_losses, train_shadows
+from dualtok.commands.audit.text_jobs import MEMBERS, NON_MEMBERS, Job, read_texts, text_jobs
 from dualtok.commands.audit.texts import attacker_frequencies, predicted_ids
+from dualtok.commands.audit.whole_model import whole_model
 from dualtok.data.folder import DataFolder
 from dualtok.data.stream.documents import document_pieces
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.model.check import check_model
-from dualtok.model.folder.weights import model_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from dualtok.audit.attacks.base import ShadowFit
     from dualtok.audit.report.data import Checks, ModelAudit
     from dualtok.audit.settings import AuditConfig
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from dualtok.commands.audit.reruns import RerunResults
     from dualtok.commands.audit.texts import Pieces
     from dualtok.config.run import RunConfig
+    from dualtok.distributed.ranks import Ranks
 
 ATTACKER = "attack_reference"
 AUDIT_FILE = "audit.json"
@@ -74,15 +79,68 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     settings = run.audit
     if not settings.models:
         raise ConfigError("audit.models: name at least one model folder to audit, e.g. {dual: models/dual}")
-    folders = {name: model_folder(path) for name, path in settings.models.items()}
-    if settings.attack_reference is not None:
-        folders[ATTACKER] = model_folder(settings.attack_reference)
-    data = DataFolder.of_run(run.data)
-    _check_models(settings, data, folders)
-    # Before this process joins others or touches a device: training has processes of its own.
     kept = audit_folder(run.output_dir)
-    shadows = train_shadows(run, data, kept / "shadows", processes) if settings.shadows is not None else []
-    ranks = join_ranks()
+    # Shadows are trained before this process joins others or touches a device: training has processes of its own.
+    ranks = join_ranks() if settings.shadows is None else None
+    folders = _folders(settings, kept, ranks)
+    if settings.of_texts:
+        assert ranks is not None
+        jobs = ranks.first_does(lambda: _jobs_of_texts(settings, folders, kept))
+    else:
+        jobs = [Job(settings, DataFolder.of_run(run.data), folders)]
+    for job in jobs:
+        _check_models(job.settings, job.data, job.folders)
+    shadows = train_shadows(run, jobs[0].data, kept / "shadows", processes) if settings.shadows is not None else []
+    ranks = ranks or join_ranks()
+    parts = [_audit_job(job, kept, ranks, shadows, run.seed) for job in jobs]
+
+    def write() -> AuditFigures:
+        figures = _together(settings, parts)
+        write_text(kept / AUDIT_FILE, figures.model_dump_json(indent=1))
+        return figures
+
+    written: AuditFigures = ranks.first_does(write)
+    ranks.barrier()
+    return written
+
+
+def _folders(settings: AuditConfig, kept: Path, ranks: Ranks | None) -> dict[str, Path]:
+    """Return the folder of every model and of the attacker's reference, those with adapters merged."""
+
+    def found() -> dict[str, Path]:
+        def whole(path: str, adapter: str | None = None) -> Path:
+            return whole_model(
+                path, adapter, settings.base, kept / "merged", trust_remote_code=settings.trust_remote_code
+            )
+
+        folders = {name: whole(path, settings.adapters.get(name)) for name, path in settings.models.items()}
+        attacker = settings.attack_reference or settings.base
+        return folders if attacker is None else folders | {ATTACKER: whole(attacker)}
+
+    return found() if ranks is None else dict(ranks.first_does(found))
+
+
+def _jobs_of_texts(settings: AuditConfig, folders: dict[str, Path], kept: Path) -> list[Job]:
+    assert isinstance(settings.members, TextSource)
+    assert isinstance(settings.non_members, TextSource)
+    lists = {
+        MEMBERS: read_texts(settings.members, "audit.members"),
+        NON_MEMBERS: read_texts(settings.non_members, "audit.non_members"),
+    }
+    return text_jobs(settings, lists, folders, set(folders) & {ATTACKER}, kept / "texts")
+
+
+def _together(settings: AuditConfig, parts: list[AuditFigures]) -> AuditFigures:
+    """Return the figures of all jobs as one audit's, with its own settings and in the order of its models."""
+    rows = {model.name: model for part in parts for model in part.models}
+    whole = parts[0].model_copy(update={"settings": settings, "models": [rows[name] for name in settings.models]})
+    with_null = next((part for part in parts if part.checks is not None and part.checks.null_model), parts[0])
+    return whole.model_copy(update={"checks": with_null.checks})
+
+
+def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: int) -> AuditFigures:
+    """Audit models that read the same blocks."""
+    settings, data, folders = job.settings, job.data, job.folders
     canaries = ranks.together(lambda: open_canaries(settings, data))
     models = ModelPasses(settings, data, kept / "signals", ranks, canaries)
 
@@ -97,7 +155,7 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     divergences = {
         name: models.divergences(name, folders[name], folders[ATTACKER], (keys[name], keys[ATTACKER]))
         for name in settings.models
-        if _compares(settings)
+        if _compares(settings, folders)
     }
     audited = {name: folders[name] for name in settings.models}
     reruns = rerun_models(settings, data, audited, ranks, kept / "reruns", keys=keys, left_out=models.left_out)
@@ -107,12 +165,11 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     ]
 
     def attack() -> AuditFigures:
-        fit = fit_losses(of_shadows, run.seed) if of_shadows else None
+        fit = fit_losses(of_shadows, seed) if of_shadows else None
         found = reruns.without_prefixes(signals)
-        return _attack_all(run, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries)
+        return attack_all(settings, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries)
 
     figures: AuditFigures = ranks.first_does(attack)
-    ranks.barrier()
     return figures
 
 
@@ -144,7 +201,7 @@ def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Pa
             setting="audit.trust_remote_code",
         )
         logits[name] = config.get_text_config().vocab_size
-    differ = [name for name in folders if _compares(settings) and logits[name] != logits[ATTACKER]]
+    differ = [name for name in folders if _compares(settings, folders) and logits[name] != logits[ATTACKER]]
     if differ:
         raise ConfigError(
             f"audit.models: {differ[0]!r} has {logits[differ[0]]} logits and the attacker's reference "
@@ -152,13 +209,13 @@ def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Pa
         )
 
 
-def _compares(settings: AuditConfig) -> bool:
+def _compares(settings: AuditConfig, folders: Container[str]) -> bool:
     """Return whether every model is to be run beside the attacker's reference."""
-    return "info_rmia" in settings.attacks and settings.attack_reference is not None
+    return "info_rmia" in settings.attacks and ATTACKER in folders
 
 
-def _attack_all(
-    run: RunConfig,
+def attack_all(
+    settings: AuditConfig,
     data: DataFolder,
     signals: dict[str, dict[str, Signals]],
     *,
@@ -167,13 +224,22 @@ def _attack_all(
     fit: ShadowFit | None,
     canaries: CanarySource | None,
 ) -> AuditFigures:
-    """Attack every model (on rank 0) and write the figures."""
-    settings = run.audit
+    """Attack every model, on rank 0.
+
+    Args:
+        settings: with splits as members and non-members.
+        data: the documents.
+        signals: name of each model, and of the attacker's reference -> split -> its signals.
+        divergences: name of each model -> split -> document -> what the joint pass left, if it was made.
+        reruns: what the reruns left.
+        fit: what shadow models give to the documents.
+        canaries: canaries among the members.
+    """
     contexts: dict[str, AttackContext] = {}
     texts: dict[str, dict[int, Pieces]] = {}
     frequencies = attacker_frequencies(data, settings) if "dc_pdd" in settings.attacks else None
     audited = next(iter(settings.models))
-    for split in (settings.members, settings.non_members):
+    for split in settings.splits:
         stream = data.open(split, verify=False)
         texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
         table = data.documents(split)
@@ -193,10 +259,9 @@ def _attack_all(
     audits = [
         audit_model(
             name,
-            signals[name][settings.members],
-            signals[name][settings.non_members],
-            member_context=known(name, settings.members),
-            non_member_context=known(name, settings.non_members),
+            *(signals[name][split] for split in settings.splits),
+            member_context=known(name, settings.splits[0]),
+            non_member_context=known(name, settings.splits[1]),
             config=settings,
         )
         for name in settings.models
@@ -205,22 +270,17 @@ def _attack_all(
         made_up, reference = canaries.texts(), signals.get(ATTACKER, {}).get(KIND)
         found = [audit_canaries(signals[model.name][KIND], made_up, settings, reference) for model in audits]
         audits = [model.model_copy(update={"canaries": one}) for model, one in zip(audits, found, strict=True)]
-    figures = AuditFigures(
+    return AuditFigures(
         settings=settings, models=audits, checks=_check(settings, data, audits, texts), prefix_documents=reruns.prefixes
     )
-    write_text(audit_folder(run.output_dir) / AUDIT_FILE, figures.model_dump_json(indent=1))
-    return figures
 
 
 def _check(
     settings: AuditConfig, data: DataFolder, audits: list[ModelAudit], texts: dict[str, dict[int, Pieces]]
 ) -> Checks:
     """Look for differences between members and non-members that no model is needed to see."""
-    members, non_members = (
-        [np.concatenate(pieces) for pieces in texts[split].values()]
-        for split in (settings.members, settings.non_members)
-    )
-    table = data.documents(settings.members)
+    members, non_members = ([np.concatenate(pieces) for pieces in texts[split].values()] for split in settings.splits)
+    table = data.documents(settings.splits[0])
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
     passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
     null = next((model for model in audits if model.name == settings.null_model), None)
