@@ -14,6 +14,10 @@ from dualtok.audit.signals.reruns import RerunSettings
 from dualtok.errors import did_you_mean
 
 
+ATTACKER = "attack_reference"
+"""Name of the attacker's reference where there is one alone."""
+
+
 @dataclass(config=ConfigDict(extra="forbid"))
 class TextSource:
     """Documents to audit that were not prepared; the tokenizer is the audited model's own."""
@@ -36,6 +40,21 @@ class TextSource:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
+class ReferenceRecipe:
+    """How a reference of the attacker's is trained (``train:FILE``) in an audit without the sections ``train``: with
+    AdamW, a constant rate and the plain loss."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the texts; as many as the audited model made. Unit: passes."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Blocks per optimizer step. Unit: blocks."""
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
 class AuditConfig:
     """Which attacks are run on which documents, and how their figures are stated."""
 
@@ -46,9 +65,14 @@ class AuditConfig:
     trust_remote_code: bool = False
     """Run Python code that the audited models bring, with all your rights. Read it first."""
 
-    attack_reference: str | None = None
+    attack_reference: str | dict[str, str] | None = None
     """The attacker's reference model, trained on ``attack_reference``, which shares no document with anything the
-    defender used. Without it the attacks that compare with a reference are not run."""
+    defender used; or several, each with a name: the attacks are run with each, and the strongest over all counts.
+    ``train:FILE`` trains one from the base on the texts of a file. Without it the attacks that compare with a reference
+    are not run."""
+
+    reference_recipe: ReferenceRecipe = dataclasses.field(default_factory=ReferenceRecipe)
+    """How ``train:FILE`` trains; a run's own sections ``model`` and ``train`` take its place."""
 
     base: str | None = None
     """The model before fine-tuning, a folder or hub name. It serves as the attacker's reference where
@@ -148,8 +172,9 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         """Refuse empty and repeated lists, and a class compared with itself."""
-        if "attack_reference" in self.models:
-            raise ValueError("audit.models: 'attack_reference' is the name of the attacker's model; use another name")
+        both = next((name for name in (ATTACKER, *self.references) if name in self.models), None)
+        if both is not None:
+            raise ValueError(f"audit.models: {both!r} is the name of the attacker's model; use another name")
         self._check_classes()
         if self.null_model is not None and self.null_model not in self.models:
             raise ValueError(f"audit.null_model: {self.null_model!r} is none of audit.models")
@@ -167,6 +192,12 @@ class AuditConfig:
             raise ValueError("audit.canary_guesses: give at least one share of the canaries")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):
             raise ValueError("audit.fpr_targets: give at least one rate, and each only once")
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Name -> folder, hub name or ``train:FILE`` of each of the attacker's references, the first at first."""
+        given = self.attack_reference or self.base
+        return {} if given is None else {ATTACKER: given} if isinstance(given, str) else dict(given)
 
     @property
     def of_texts(self) -> bool:

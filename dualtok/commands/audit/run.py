@@ -24,11 +24,12 @@ from dualtok.audit.report.tables import (
     rerun_table,
     token_table,
 )
-from dualtok.audit.settings import TextSource
+from dualtok.audit.settings import ATTACKER, TextSource
 from dualtok.audit.statistics.canaries import audit_canaries
 from dualtok.audit.statistics.checks import check_audit
 from dualtok.audit.statistics.evaluate import audit_model
 from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS
+from dualtok.commands.audit.attackers import train_references
 from dualtok.commands.audit.canaries import KIND, open_canaries
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from dualtok.config.run import RunConfig
     from dualtok.distributed.ranks import Ranks
 
-ATTACKER = "attack_reference"
 AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
 TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, canary_table)
@@ -80,12 +80,13 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     if not settings.models:
         raise ConfigError("audit.models: name at least one model folder to audit, e.g. {dual: models/dual}")
     kept = audit_folder(run.output_dir)
-    # Shadows are trained before this process joins others or touches a device: training has processes of its own.
+    # Models are trained before this process joins others or touches a device: training has processes of its own.
+    references = train_references(run, kept, processes)
     ranks = join_ranks() if settings.shadows is None else None
-    folders = _folders(settings, kept, ranks)
+    folders = _folders(settings, references, kept, ranks)
     if settings.of_texts:
         assert ranks is not None
-        jobs = ranks.first_does(lambda: _jobs_of_texts(settings, folders, kept))
+        jobs = ranks.first_does(lambda: _jobs_of_texts(settings, folders, set(references), kept))
     else:
         jobs = [Job(settings, DataFolder.of_run(run.data), folders)]
     for job in jobs:
@@ -104,8 +105,10 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     return written
 
 
-def _folders(settings: AuditConfig, kept: Path, ranks: Ranks | None) -> dict[str, Path]:
-    """Return the folder of every model and of the attacker's reference, those with adapters merged."""
+def _folders(
+    settings: AuditConfig, references: dict[str, str], kept: Path, ranks: Ranks | None
+) -> dict[str, Path]:
+    """Return the folder of every model and of the attacker's references, those with adapters merged."""
 
     def found() -> dict[str, Path]:
         def whole(path: str, adapter: str | None = None) -> Path:
@@ -114,20 +117,21 @@ def _folders(settings: AuditConfig, kept: Path, ranks: Ranks | None) -> dict[str
             )
 
         folders = {name: whole(path, settings.adapters.get(name)) for name, path in settings.models.items()}
-        attacker = settings.attack_reference or settings.base
-        return folders if attacker is None else folders | {ATTACKER: whole(attacker)}
+        return folders | {name: whole(path) for name, path in references.items()}
 
     return found() if ranks is None else dict(ranks.first_does(found))
 
 
-def _jobs_of_texts(settings: AuditConfig, folders: dict[str, Path], kept: Path) -> list[Job]:
+def _jobs_of_texts(
+    settings: AuditConfig, folders: dict[str, Path], references: set[str], kept: Path
+) -> list[Job]:
     assert isinstance(settings.members, TextSource)
     assert isinstance(settings.non_members, TextSource)
     lists = {
         MEMBERS: read_texts(settings.members, "audit.members"),
         NON_MEMBERS: read_texts(settings.non_members, "audit.non_members"),
     }
-    return text_jobs(settings, lists, folders, set(folders) & {ATTACKER}, kept / "texts")
+    return text_jobs(settings, lists, folders, references, kept / "texts")
 
 
 def _together(settings: AuditConfig, parts: list[AuditFigures]) -> AuditFigures:

@@ -96,7 +96,7 @@ def text_jobs(
         mine = [name for name in settings.models if kinds[name] == kind]
         theirs = [name for name in attackers if kinds[name] == kind]
         here = {name: folders[name] for name in (*mine, *sorted(theirs))}
-        data = pack_texts(kept, lists, tokenizers[mine[0]], most_tokens=_most_tokens(settings, here))
+        data = pack_texts(kept, lists, tokenizers[mine[0]], most_tokens=most_tokens(settings, here))
         jobs.append(Job(_settings_of(settings, mine), data, here))
     lost = [name for name in attackers if kinds[name] not in {kinds[name] for name in settings.models}]
     if lost:
@@ -128,8 +128,8 @@ def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"audit: {name}: {reason}; texts are tokenized by the model's own tokenizer") from None
 
 
-def _most_tokens(settings: AuditConfig, folders: Mapping[str, Path]) -> int:
-    """Return the longest input that all models take."""
+def most_tokens(settings: AuditConfig, folders: Mapping[str, Path]) -> int:
+    """Return the longest piece of a text that some models (name -> folder) read at once, in tokens."""
     limits = [settings.block_length or LONGEST_BLOCK]
     for folder in folders.values():
         config = read_model_config(
