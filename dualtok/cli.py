@@ -188,7 +188,10 @@ def audit(
     non_members: Annotated[str | None, typer.Option(metavar="B", help="Texts like them that it never saw.")] = None,
     field: Annotated[str | None, typer.Option(help="Key or column that holds the text; default: text.")] = None,
     attack_reference: Annotated[
-        str | None, typer.Option(metavar="R", help="The attacker's reference model, of the same tokenizer.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]R", help="The attacker's reference: a model, or train:FILE to train one; repeatable."
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The model before fine-tuning; the attacker's reference if there is no other.")

@@ -13,7 +13,6 @@ from dualtok.audit.attacks.registry import default_attacks, names_of, require_at
 from dualtok.audit.signals.reruns import RerunSettings
 from dualtok.errors import did_you_mean
 
-
 ATTACKER = "attack_reference"
 """Name of the attacker's reference where there is one alone."""
 

@@ -42,7 +42,7 @@ def write_run_report(run: RunConfig) -> Path:
             **({} if figures.settings.of_texts else {"data": run.data.dir}),
             "members": described(figures.settings.members),
             "non-members": described(figures.settings.non_members),
-            "attacker's reference": figures.settings.attack_reference or figures.settings.base or "none",
+            "attacker's reference": ", ".join(figures.settings.references.values()) or "none",
             **{f"privacy of {name}": told for name, folder in run.audit.runs.items() if (told := stated(Path(folder)))},
             **{
                 f"left out of {split}": f"{len(documents)}, which attacks put in front of others"

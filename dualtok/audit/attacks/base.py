@@ -60,6 +60,9 @@ class AttackContext:
     reference: Signals | None = None
     """Signals of the attacker's reference model over (at least) the same documents."""
 
+    further_references: Mapping[str, Signals] = field(default_factory=dict)
+    """Name -> signals of other references of the attacker's: attacks that need one are run with each."""
+
     zlib_bytes: Mapping[int, int] | None = None
     """Document id -> bytes of its UTF-8 text compressed by zlib."""
 

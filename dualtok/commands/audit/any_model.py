@@ -16,11 +16,11 @@ import torch
 from dualtok.audit.attacks.registry import default_attacks
 from dualtok.audit.report.data import AuditReport
 from dualtok.audit.report.write import csv_rows, render_html
-from dualtok.audit.settings import AuditConfig
+from dualtok.audit.settings import ATTACKER, AuditConfig
 from dualtok.audit.signals.from_logits import token_signals
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import RerunResults
-from dualtok.commands.audit.run import ATTACKER, attack_all
+from dualtok.commands.audit.run import attack_all
 from dualtok.commands.audit.text_jobs import LONGEST_BLOCK, MEMBERS, NON_MEMBERS
 from dualtok.data.text_lists import TextList, pack_texts
 from dualtok.data.tokenizer import load_tokenizer
@@ -145,7 +145,13 @@ def audit_model(
         DataError: a list has no text that is not blank.
         ValueError: a setting is unknown or out of range.
     """
-    config = AuditConfig(models={name: "in memory"}, members=MEMBERS, non_members=NON_MEMBERS, **_split_off(settings))
+    config = AuditConfig(
+        models={name: "in memory"},
+        attack_reference=None if reference is None else "in memory",
+        members=MEMBERS,
+        non_members=NON_MEMBERS,
+        **_split_off(settings),
+    )
     needing = [attack for attack in config.attacks if attack not in default_attacks()]
     if needing:
         raise ConfigError(f"audit_model: the attack {needing[0]!r} needs `dualtok audit`, which runs a model again")

@@ -120,4 +120,7 @@ def _with_validation(given: TextList) -> dict[str, TextList]:
     kept = texts[::VALIDATION_SHARE]
     if len(texts) < 2:
         raise ConfigError("audit.attack_reference: one text is too few to train a reference; give more")
-    return {PREPARED[0]: TextList([t for i, t in enumerate(texts) if i % VALIDATION_SHARE]), PREPARED[1]: TextList(kept)}
+    return {
+        PREPARED[0]: TextList([t for i, t in enumerate(texts) if i % VALIDATION_SHARE]),
+        PREPARED[1]: TextList(kept),
+    }

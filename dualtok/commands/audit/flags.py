@@ -32,7 +32,7 @@ def run_of_flags(
     members: str | None,
     non_members: str | None,
     field: str | None = None,
-    attack_reference: str | None = None,
+    attack_reference: Sequence[str] | None = None,
     base: str | None = None,
     adapter: str | None = None,
     out: Path | None = None,
@@ -45,7 +45,7 @@ def run_of_flags(
         members: file, folder or dataset of texts.
         non_members: likewise.
         field: key or column of the text in both.
-        attack_reference: folder or hub name.
+        attack_reference: ``R`` or ``NAME=R`` each, R a folder, hub name or ``train:FILE``.
         base: folder or hub name.
         adapter: of the one model.
         out: the run's folder.
@@ -70,7 +70,7 @@ def run_of_flags(
         "models": dict(named),
         "members": sources[0],
         "non_members": sources[1],
-        "attack_reference": attack_reference,
+        "attack_reference": _references(attack_reference or ()),
         "base": base,
         "adapters": {} if adapter is None else {names[0]: adapter},
     }
@@ -84,6 +84,16 @@ def keep_run(run: RunConfig) -> Path:
     tree = {key: value for key, value in run.as_dict().items() if key in SECTIONS}
     write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     return path
+
+
+def _references(given: Sequence[str]) -> str | dict[str, str] | None:
+    """Return one reference without a name as it is, else name -> reference."""
+    if not given:
+        return None
+    named = [(both[1], both[2]) if (both := NAMED.fullmatch(one)) is not None else (None, one) for one in given]
+    if len(named) == 1 and named[0][0] is None:
+        return named[0][1]
+    return {name or f"reference {number}": one for number, (name, one) in enumerate(named, 1)}
 
 
 def _named(model: str) -> tuple[str, str]:

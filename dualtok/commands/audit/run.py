@@ -16,6 +16,7 @@ from rich.console import Console
 
 from dualtok.audit.attacks.base import AttackContext
 from dualtok.audit.report.data import AuditFigures
+from dualtok.audit.report.details import AttackReference
 from dualtok.audit.report.tables import (
     adaptive_table,
     canary_table,
@@ -24,7 +25,7 @@ from dualtok.audit.report.tables import (
     rerun_table,
     token_table,
 )
-from dualtok.audit.settings import ATTACKER, TextSource
+from dualtok.audit.settings import TextSource
 from dualtok.audit.statistics.canaries import audit_canaries
 from dualtok.audit.statistics.checks import check_audit
 from dualtok.audit.statistics.evaluate import audit_model
@@ -45,7 +46,7 @@ from dualtok.files import write_text
 from dualtok.model.check import check_model
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Iterable
 
     from dualtok.audit.attacks.base import ShadowFit
     from dualtok.audit.report.data import Checks, ModelAudit
@@ -105,9 +106,7 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     return written
 
 
-def _folders(
-    settings: AuditConfig, references: dict[str, str], kept: Path, ranks: Ranks | None
-) -> dict[str, Path]:
+def _folders(settings: AuditConfig, references: dict[str, str], kept: Path, ranks: Ranks | None) -> dict[str, Path]:
     """Return the folder of every model and of the attacker's references, those with adapters merged."""
 
     def found() -> dict[str, Path]:
@@ -122,9 +121,7 @@ def _folders(
     return found() if ranks is None else dict(ranks.first_does(found))
 
 
-def _jobs_of_texts(
-    settings: AuditConfig, folders: dict[str, Path], references: set[str], kept: Path
-) -> list[Job]:
+def _jobs_of_texts(settings: AuditConfig, folders: dict[str, Path], references: set[str], kept: Path) -> list[Job]:
     assert isinstance(settings.members, TextSource)
     assert isinstance(settings.non_members, TextSource)
     lists = {
@@ -154,12 +151,14 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
 
     keys = {name: key_of(folder) for name, folder in folders.items()}
     signals = {
-        name: models.signals(name, folder, keys[name], attacker=name == ATTACKER) for name, folder in folders.items()
+        name: models.signals(name, folder, keys[name], attacker=name not in settings.models)
+        for name, folder in folders.items()
     }
+    attacker = _compared(settings, folders)
     divergences = {
-        name: models.divergences(name, folders[name], folders[ATTACKER], (keys[name], keys[ATTACKER]))
+        name: models.divergences(name, folders[name], folders[attacker], (keys[name], keys[attacker]))
         for name in settings.models
-        if _compares(settings, folders)
+        if attacker is not None
     }
     audited = {name: folders[name] for name in settings.models}
     reruns = rerun_models(settings, data, audited, ranks, kept / "reruns", keys=keys, left_out=models.left_out)
@@ -205,17 +204,20 @@ def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Pa
             setting="audit.trust_remote_code",
         )
         logits[name] = config.get_text_config().vocab_size
-    differ = [name for name in folders if _compares(settings, folders) and logits[name] != logits[ATTACKER]]
-    if differ:
+    attacker = _compared(settings, folders)
+    differ = [name for name in settings.models if attacker is not None and logits[name] != logits[attacker]]
+    if differ and attacker is not None:
         raise ConfigError(
             f"audit.models: {differ[0]!r} has {logits[differ[0]]} logits and the attacker's reference "
-            f"{logits[ATTACKER]}, so that their distributions cannot be compared; leave info_rmia out of audit.attacks"
+            f"{logits[attacker]}, so that their distributions cannot be compared; leave info_rmia out of audit.attacks"
         )
 
 
-def _compares(settings: AuditConfig, folders: Container[str]) -> bool:
-    """Return whether every model is to be run beside the attacker's reference."""
-    return "info_rmia" in settings.attacks and ATTACKER in folders
+def _compared(settings: AuditConfig, folders: Iterable[str]) -> str | None:
+    """Return the reference that every model is to be run beside, the first there is; None if no attack wants that."""
+    if "info_rmia" not in settings.attacks:
+        return None
+    return next((name for name in settings.references if name in folders), None)
 
 
 def attack_all(
@@ -243,13 +245,15 @@ def attack_all(
     texts: dict[str, dict[int, Pieces]] = {}
     frequencies = attacker_frequencies(data, settings) if "dc_pdd" in settings.attacks else None
     audited = next(iter(settings.models))
+    attackers = [name for name in settings.references if name in signals]
     for split in settings.splits:
         stream = data.open(split, verify=False)
         texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
         table = data.documents(split)
         sizes = dict(zip(table["doc"].to_pylist(), table["zlib_bytes"].to_pylist(), strict=True))
         contexts[split] = AttackContext(
-            reference=signals[ATTACKER][split] if ATTACKER in signals else None,
+            reference=signals[attackers[0]][split] if attackers else None,
+            further_references={name: signals[name][split] for name in attackers[1:]},
             zlib_bytes=sizes,
             token_ids=predicted_ids(texts[split]),
             frequencies=frequencies,
@@ -271,11 +275,23 @@ def attack_all(
         for name in settings.models
     ]
     if canaries is not None:
-        made_up, reference = canaries.texts(), signals.get(ATTACKER, {}).get(KIND)
+        made_up, reference = canaries.texts(), signals[attackers[0]][KIND] if attackers else None
         found = [audit_canaries(signals[model.name][KIND], made_up, settings, reference) for model in audits]
         audits = [model.model_copy(update={"canaries": one}) for model, one in zip(audits, found, strict=True)]
     return AuditFigures(
-        settings=settings, models=audits, checks=_check(settings, data, audits, texts), prefix_documents=reruns.prefixes
+        settings=settings,
+        models=audits,
+        checks=_check(settings, data, audits, texts),
+        references=[_strength(name, [signals[name][split] for split in settings.splits]) for name in attackers],
+        prefix_documents=reruns.prefixes,
+    )
+
+
+def _strength(name: str, sides: list[Signals]) -> AttackReference:
+    """Return how well one of the attacker's references predicts members and non-members."""
+    members, non_members = sides
+    return AttackReference(
+        name=name, perplexity_members=members.perplexity, perplexity_non_members=non_members.perplexity
     )
 
 

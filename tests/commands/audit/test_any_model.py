@@ -19,6 +19,7 @@ from tests.support import dualtok, error_line, save_model, succeed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
     from tests.commands.audit.conftest import Overfitted
 
 QUICK = ("audit.bootstrap_resamples=100", "audit.permutations=99")
