@@ -154,6 +154,8 @@ class Checks(Record):
     """Share of the non-members that share a passage of about 200 characters with a member."""
     warnings: list[str] = Field(default_factory=list)
     """What makes the audit's figures doubtful; empty if nothing does."""
+    unproven: dict[str, str] = Field(default_factory=dict)
+    """Model -> why nothing shows that it was trained on the members; else it may be one that never saw them."""
     void: bool = False
     """Whether no attack's figure means anything, because members and non-members differ or overlap by themselves."""
 

@@ -38,12 +38,15 @@ from dualtok.commands.audit.shadows import document_losses, fit_losses, train_sh
 from dualtok.commands.audit.text_jobs import MEMBERS, NON_MEMBERS, Job, read_texts, text_jobs
 from dualtok.commands.audit.texts import attacker_frequencies, predicted_ids
 from dualtok.commands.audit.whole_model import whole_model
+from dualtok.commands.model_card import split_of_card, split_of_run
 from dualtok.data.folder import DataFolder
 from dualtok.data.stream.documents import document_pieces
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.model.check import check_model
+from dualtok.model.folder.weights import model_folder
+from dualtok.reference.fingerprint import blocks_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
     from dualtok.distributed.ranks import Ranks
 
 AUDIT_FILE = "audit.json"
+WEAKER = 1.1
+"""How much higher than a model's perplexity the best reference's is where it counts as weak."""
 TABLE_WIDTH = 120
 TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, canary_table)
 
@@ -183,8 +188,27 @@ def print_figures(figures: AuditFigures) -> None:
     for table in TABLES:
         if (lines := table(figures.models)).row_count:
             console.print(lines)
-    for warning in figures.checks.warnings if figures.checks is not None else ():
+    checks = figures.checks
+    for warning in checks.warnings if checks is not None else ():
         console.print(f"warning: {warning}", markup=False)
+    for name, reason in checks.unproven.items() if checks is not None else ():
+        console.print(f"warning: nothing shows that {name!r} was trained on the members: {reason}", markup=False)
+    for line in weak_references(figures):
+        console.print(f"note: {line}", markup=False)
+
+
+def weak_references(figures: AuditFigures) -> list[str]:
+    """Return which models predict texts clearly better than the attacker's best reference, and what that means."""
+    if not figures.references:
+        return []
+    best = min(figures.references, key=lambda reference: reference.perplexity_non_members)
+    return [
+        f"the attacker's best reference has a perplexity of {best.perplexity_non_members:.4g} on the non-members, "
+        f"{model.name!r} one of {model.perplexity_non_members:.4g}: a stronger reference may find more, so that "
+        "figures of attacks with a reference are a lower bound"
+        for model in figures.models
+        if best.perplexity_non_members > WEAKER * model.perplexity_non_members
+    ]
 
 
 def audit_folder(output_dir: str) -> Path:
@@ -304,4 +328,27 @@ def _check(
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
     passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
     null = next((model for model in audits if model.name == settings.null_model), None)
-    return check_audit(members, non_members, passage_tokens=passage, null_model=null, seed=settings.seed)
+    found = check_audit(members, non_members, passage_tokens=passage, null_model=null, seed=settings.seed)
+    return found.model_copy(update={"unproven": _unproven(settings, data)})
+
+
+def _unproven(settings: AuditConfig, data: DataFolder) -> dict[str, str]:
+    """Return model -> why nothing shows that it was trained on the members, for the splits of prepared data.
+
+    What shows it is the card of ``dualtok export``, or a training run of ``audit.runs`` that has the model's name.
+    """
+    if set(settings.splits) == {MEMBERS, NON_MEMBERS}:
+        return {}  # lists of texts: whoever gives them says so
+    blocks = blocks_digest(data.manifest)
+    found = {}
+    for name, path in settings.models.items():
+        if name == settings.null_model:
+            continue
+        split = split_of_card(model_folder(path), blocks)
+        run = settings.runs.get(name)
+        split = split or (None if run is None else split_of_run(Path(run), blocks))
+        if split is None:
+            found[name] = f"neither its card nor a run of audit.runs says that it learned {data}"
+        elif split != settings.members:
+            found[name] = f"it has learned the split {split!r}, not {settings.members!r}"
+    return found
