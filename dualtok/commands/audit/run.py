@@ -198,6 +198,7 @@ def _attack_all(
             member_context=known(name, settings.members),
             non_member_context=known(name, settings.non_members),
             config=settings,
+            block_length=data.manifest.block_length,
         )
         for name in settings.models
     ]
