@@ -178,10 +178,16 @@ def audit(
     shadows: Annotated[
         int | None, typer.Option(metavar="N", help="Train N shadow models by the run's recipe, for LiRA.")
     ] = None,
+    extract: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Let each model continue the beginnings of N members and N non-members."),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Ranks that share each shadow's training.")] = 1,
 ) -> None:
     """Attack models with membership inference and measure their perplexity."""
-    run = _load(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
+    short = {"shadows": shadows, "extract": extract}
+    given = [f"audit.{key}={value}" for key, value in short.items() if value is not None]
+    run = _load(run_file, [*(overrides or []), *given])
     if processes > 1 and run.audit.shadows is None:
         raise ConfigError("--processes: has no effect without --shadows; to share the audit itself, use a launcher")
     quiet_libraries()

@@ -124,6 +124,22 @@ def longest_runs(signals: Signals, block_length: int | None = None) -> Counts:
     return np.concatenate(found)
 
 
+def verbatim_tokens(written: Counts, truth: Counts) -> int:
+    """Return how many tokens from the first on are the same in two sequences of token ids."""
+    shorter = min(len(written), len(truth))
+    differ = np.flatnonzero(written[:shorter] != truth[:shorter])
+    return int(differ[0]) if len(differ) else shorter
+
+
+def longest_common_run(written: Counts, truth: Counts) -> int:
+    """Return the tokens of the longest run that two sequences of token ids share, wherever in each it is."""
+    longest, ending = 0, np.zeros(len(truth) + 1, np.int64)
+    for token in written:
+        ending[1:] = np.where(truth == token, ending[:-1] + 1, 0)
+        longest = max(longest, int(ending.max()))
+    return longest
+
+
 def run_lengths(longest: Counts) -> RunLengths:
     """Return the median and the largest of some documents' longest runs."""
     return RunLengths(median=float(np.median(longest)), largest=int(longest.max()))

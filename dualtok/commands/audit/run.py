@@ -21,6 +21,7 @@ from dualtok.audit.report.tables import (
     canary_table,
     collection_table,
     comparison_table,
+    regurgitation_table,
     rerun_table,
     token_table,
 )
@@ -29,6 +30,7 @@ from dualtok.audit.statistics.checks import check_audit
 from dualtok.audit.statistics.evaluate import audit_model
 from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS
 from dualtok.commands.audit.canaries import KIND, open_canaries
+from dualtok.commands.audit.continuations import choose_samples, continue_models, with_continuations
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
 from dualtok.commands.audit.shadows import document_losses, fit_losses, train_shadows
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
     from dualtok.commands.audit.canaries import CanarySource
+    from dualtok.commands.audit.continuations import Found
     from dualtok.commands.audit.model_signals import Divergences
     from dualtok.commands.audit.reruns import RerunResults
     from dualtok.commands.audit.texts import Pieces
@@ -55,7 +58,15 @@ if TYPE_CHECKING:
 ATTACKER = "attack_reference"
 AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
-TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, canary_table)
+TABLES = (
+    comparison_table,
+    token_table,
+    rerun_table,
+    adaptive_table,
+    collection_table,
+    regurgitation_table,
+    canary_table,
+)
 
 
 def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
@@ -85,6 +96,7 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     ranks = join_ranks()
     canaries = ranks.together(lambda: open_canaries(settings, data))
     models = ModelPasses(settings, data, kept / "signals", ranks, canaries)
+    samples = ranks.together(lambda: choose_samples(settings, data, models.left_out))
 
     def key_of(folder: Path) -> str:
         key: str = ranks.first_does(lambda: models.key(folder))
@@ -101,6 +113,7 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     }
     audited = {name: folders[name] for name in settings.models}
     reruns = rerun_models(settings, data, audited, ranks, kept / "reruns", keys=keys, left_out=models.left_out)
+    written = continue_models(samples, settings, data, audited, ranks=ranks, kept=kept / "continuations", keys=keys)
     of_shadows = [
         document_losses(models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False).values())
         for number, folder in enumerate(shadows)
@@ -109,7 +122,9 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     def attack() -> AuditFigures:
         fit = fit_losses(of_shadows, run.seed) if of_shadows else None
         found = reruns.without_prefixes(signals)
-        return _attack_all(run, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries)
+        return _attack_all(
+            run, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries, written=written
+        )
 
     figures: AuditFigures = ranks.first_does(attack)
     ranks.barrier()
@@ -166,6 +181,7 @@ def _attack_all(
     reruns: RerunResults,
     fit: ShadowFit | None,
     canaries: CanarySource | None,
+    written: Found,
 ) -> AuditFigures:
     """Attack every model (on rank 0) and write the figures."""
     settings = run.audit
@@ -202,6 +218,7 @@ def _attack_all(
         )
         for name in settings.models
     ]
+    audits = [with_continuations(model, written, settings) for model in audits]
     if canaries is not None:
         made_up, reference = canaries.texts(), signals.get(ATTACKER, {}).get(KIND)
         found = [audit_canaries(signals[model.name][KIND], made_up, settings, reference) for model in audits]

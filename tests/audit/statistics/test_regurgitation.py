@@ -100,7 +100,7 @@ def test_the_figures_of_a_model_are_counted_by_hand() -> None:
     assert cost.greedy_windows_non_members == 0
     # Cheapest passages: 0, 0, log2(2) = 1 and 10 log2(8) = 30 bits; others 10 and 6 bits.
     shares = {within.bits: (within.members, within.non_members) for within in cost.within}
-    assert [bits for bits in shares] == [0, 10, 20]
+    assert list(shares) == [0, 10, 20]
     assert [ours.value for ours, _ in shares.values() if ours is not None] == [2 / 4, 3 / 4, 3 / 4]
     assert [theirs.value for _, theirs in shares.values() if theirs is not None] == [0, 1, 1]
 
@@ -128,8 +128,8 @@ def test_passages_do_not_reach_over_a_cut() -> None:
 def test_shorter_passages_count_where_most_documents_are_short(
     lengths: tuple[int, ...], others: tuple[int, ...], expected: int | None
 ) -> None:
-    sides = [signals([[1] * n for n in own]) for own in (lengths, others)]
-    found = audit_regurgitation(*sides, AuditConfig())
+    members, non_members = (signals([[1] * n for n in own]) for own in (lengths, others))
+    found = audit_regurgitation(members, non_members, AuditConfig())
     assert (found.length if found is not None else None) == expected
 
 
