@@ -178,6 +178,10 @@ def audit(
     shadows: Annotated[
         int | None, typer.Option(metavar="N", help="Train N shadow models by the run's recipe, for LiRA.")
     ] = None,
+    extract: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Let each model continue the beginnings of N members and N non-members."),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Ranks that share each shadow's training.")] = 1,
     *,
     model: Annotated[
@@ -209,7 +213,8 @@ def audit(
         "adapter": adapter,
         "out": out,
     }
-    short_forms = [] if shadows is None else [f"audit.shadows={shadows}"]
+    short = {"shadows": shadows, "extract": extract}
+    short_forms = [f"audit.{key}={value}" for key, value in short.items() if value is not None]
     if model:
         changes = [*([] if run_file is None else [str(run_file)]), *(overrides or []), *short_forms]
         from dualtok.commands.audit.flags import run_of_flags

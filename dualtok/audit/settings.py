@@ -142,6 +142,17 @@ class AuditConfig:
     canary_delta: Annotated[float, Field(ge=0, lt=1)] = 1e-5
     """Delta of the bound that is stated beside that of delta = 0. Unit: probability."""
 
+    extract: Annotated[int, Field(ge=1)] | None = None
+    """Members, and non-members, whose beginnings each model is made to continue by greedy decoding; drawn with
+    ``seed``. None is continued unless this is given: every token costs a pass of the model. Unit: documents."""
+
+    extract_prefix: Annotated[int, Field(ge=1)] = 50
+    """Tokens of each document that ``extract`` gives the model. Unit: tokens."""
+
+    extract_tokens: Annotated[int, Field(ge=1)] = 50
+    """Tokens in a row that must come back word for word to count as extracted, and that ``extract`` lets the model
+    write. Unit: tokens."""
+
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples of the documents behind every interval. Below about 1000 the ends of a 95 % interval move
     visibly with the seed. Unit: resamples."""
@@ -179,6 +190,7 @@ class AuditConfig:
             raise ValueError(f"audit.null_model: {self.null_model!r} is none of audit.models")
         require_attacks(self.attacks)
         self._check_shadows()
+        self._check_extract()
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):
             raise ValueError("audit.attacks: name at least one attack, and each only once")
         for field in dataclasses.fields(RerunSettings):
@@ -231,6 +243,16 @@ class AuditConfig:
         for name in self.adapters:
             if name not in self.models:
                 raise ValueError(f"audit.adapters: {name!r} is none of audit.models{did_you_mean(name, self.models)}")
+
+    def _check_extract(self) -> None:
+        """Refuse settings without effect, and continuations of models of which no rank holds the whole."""
+        if self.extract is None and self.extract_prefix != 50:
+            raise ValueError("audit.extract_prefix: has no effect without audit.extract; remove it")
+        if self.extract is not None and self.deepspeed is not None:
+            raise ValueError(
+                "audit.extract: greedy decoding needs the whole model on every rank, which audit.deepspeed shards; "
+                "leave one of them out (extraction from the ranks of one forward pass is reported in any case)"
+            )
 
     def _check_shadows(self) -> None:
         """Refuse odd numbers and settings without effect, and let the shadows' attacks join the others."""

@@ -119,6 +119,40 @@ def collection_table(rows: Sequence[ModelAudit], title: str = "Collections of do
     return table
 
 
+def regurgitation_table(rows: Sequence[ModelAudit], title: str = "Regurgitation") -> Table:
+    """Return one line per model: what it gives back of members / non-members word for word."""
+    found = [(row.name, row.regurgitation) for row in rows if row.regurgitation is not None]
+    lengths = list(dict.fromkeys(own.length for _, own in found))
+    caption = (
+        "members / non-members; extracted: share of the documents with a passage of so many tokens that greedy "
+        "decoding gives back after its true prefix, with exact intervals; bits: log2 of the least expected queries "
+        "for the cheapest passage; greedy: share of tokens; run: longest of any document, in tokens"
+    )
+    columns = [*(f"extracted\n{length} tokens" for length in lengths), "bits", "greedy", "run"]
+    continued = next((own.continuations for _, own in found if own.continuations is not None), None)
+    if continued is not None:
+        columns += [f"continued\n{continued.tokens} after {continued.prefix}", "common run"]
+        caption += "; continued: share of a sample given back whole by greedy decoding"
+    table = _by_model(title, caption, columns)
+    for name, own in found:
+        shares = {own.length: f"{_cell(own.extracted_members)}\n{_cell(own.extracted_non_members)}"}
+        cost = next((cost for cost in own.costs if cost.length == own.length), None)
+        bits = (None, None) if cost is None else (cost.bits_members, cost.bits_non_members)
+        runs = [None if side is None else side.largest for side in (own.runs_members, own.runs_non_members)]
+        cells = [*(shares.get(length, "n/a") for length in lengths), _both(bits, ".1f")]
+        cells += [_both((own.greedy_members, own.greedy_non_members), ".3f"), _both(runs, "d")]
+        if (after := own.continuations) is not None:
+            cells.append(f"{_cell(after.whole_members)}\n{_cell(after.whole_non_members)}")
+            cells.append(_both((after.runs_members.largest, after.runs_non_members.largest), "d"))
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def _both(pair: Sequence[float | None], form: str) -> str:
+    """Return the figures of members and non-members, one below the other."""
+    return " /\n".join("n/a" if value is None else format(value, form) for value in pair)
+
+
 def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
     """Return one line per model audited with canaries: AUC, exposure, extracted secrets, lower bounds on epsilon."""
     found = [(row.name, row.canaries) for row in rows if row.canaries is not None]

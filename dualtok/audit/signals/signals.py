@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TOKEN_DTYPES: dict[str, type[np.generic]] = {
     "log_prob": np.float32,
-    "top1": np.bool_,
+    "rank": np.int32,
     "mean_log_prob": np.float32,
     "var_log_prob": np.float32,
 }
@@ -47,8 +47,9 @@ class Signals:
     log_prob: NDArray[np.float32]
     """log p of the true token [k], in nats."""
 
-    top1: NDArray[np.bool_]
-    """Whether no token was likelier than the true one [k]."""
+    rank: NDArray[np.int32]
+    """Tokens of the vocabulary that were likelier than the true one [k]: 0 if none was. Equally likely ones do not
+    count."""
 
     mean_log_prob: NDArray[np.float32]
     """Mean of log p over the vocabulary under p itself [k] (Zhang et al. 2024, mu)."""
@@ -76,6 +77,12 @@ class Signals:
     def lengths(self) -> NDArray[np.int64]:
         """Predicted tokens of each document [n]."""
         return np.diff(self.offsets)
+
+    @property
+    def top1(self) -> NDArray[np.bool_]:
+        """Whether no token was likelier than the true one [k]."""
+        top1: NDArray[np.bool_] = self.rank == 0
+        return top1
 
     @property
     def mean_loss(self) -> NDArray[np.float64]:
@@ -201,7 +208,8 @@ def _value_problem(signals: Signals) -> str | None:
             return (
                 f"{name} of document {document} is not finite; the model has diverged or its logits overflow (try fp32)"
             )
-    return "var_log_prob is negative" if (signals.var_log_prob < 0).any() else None
+    negative = [name for name in ("rank", "var_log_prob") if (getattr(signals, name) < 0).any()]
+    return f"{negative[0]} is negative" if negative else None
 
 
 class PlacedSegment(NamedTuple):

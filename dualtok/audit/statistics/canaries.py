@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.stats
 
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import CanaryAudit, CanaryScore, EpsilonBound, Exposures
@@ -15,6 +14,7 @@ from dualtok.audit.signals.ragged import segment_sum
 from dualtok.audit.statistics.epsilon import best_bound
 from dualtok.audit.statistics.exposure import extrapolated_exposure, ranked_exposure
 from dualtok.audit.statistics.metrics import bootstrap_interval, roc_auc
+from dualtok.audit.statistics.regurgitation import exact_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,8 +73,8 @@ def audit_canaries(
         candidates=texts.candidates,
         ranked=Exposures(included=ranked[sides[0]].tolist(), excluded=ranked[sides[1]].tolist()),
         extrapolated=Exposures(included=extrapolated[sides[0]].tolist(), excluded=extrapolated[sides[1]].tolist()),
-        extracted_included=_share(extracted[sides[0]], config),
-        extracted_excluded=_share(extracted[sides[1]], config),
+        extracted_included=exact_share(extracted[sides[0]], config.confidence),
+        extracted_excluded=exact_share(extracted[sides[1]], config.confidence),
     )
 
 
@@ -123,12 +123,3 @@ def _epsilon(scores: dict[str, Floats], included: NDArray[np.bool_], delta: floa
 def guess_counts(canaries: int, shares: Sequence[float]) -> list[int]:
     """Return the numbers of guesses that some shares of the canaries are, each once and at least one."""
     return list(dict.fromkeys(max(1, round(share * canaries)) for share in shares))
-
-
-def _share(hits: NDArray[np.bool_], config: AuditConfig) -> Estimate | None:
-    """Return a share with its exact interval (Clopper and Pearson 1934); None of nothing."""
-    if not len(hits):
-        return None
-    test = scipy.stats.binomtest(int(hits.sum()), len(hits))
-    ends = test.proportion_ci(config.confidence, method="exact")
-    return Estimate(value=float(test.statistic), low=float(ends.low), high=float(ends.high))

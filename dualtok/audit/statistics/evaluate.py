@@ -35,6 +35,7 @@ from dualtok.audit.statistics.metrics import (
     two_sided,
     two_sided_interval,
 )
+from dualtok.audit.statistics.regurgitation import audit_regurgitation
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def audit_model(
     non_member_context: AttackContext | None = None,
     config: AuditConfig | None = None,
     step: int | None = None,
+    block_length: int | None = None,
 ) -> ModelAudit:
     """Run every attack of ``config`` on one model and state what it gives away.
 
@@ -78,6 +80,7 @@ def audit_model(
         non_member_context: the same for the non-members.
         config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
         step: training step of the model, if it is one of several.
+        block_length: tokens after which longer documents were cut, so that no passage reaches over a cut.
 
     Raises:
         DataError: no document of a class can be scored, or a context does not fit the documents.
@@ -113,6 +116,7 @@ def audit_model(
         ),
         collections=_collections(scored, config),
         calibrated=_calibrated(targets, contexts) if "reference" in available else None,
+        regurgitation=audit_regurgitation(*targets, config, block_length),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.signals.files import write_ragged
+from dualtok.audit.signals.files import FORMAT, write_ragged
 from dualtok.audit.signals.from_logits import token_signals
 from dualtok.audit.signals.signals import TOKEN_DTYPES, PlacedSegment, Signals, SignalsBuilder, merged
 from dualtok.audit.statistics.evaluate import choose_documents
@@ -52,9 +52,13 @@ class ModelPasses:
     """Whether rank 0 shows how far a pass is."""
 
     def key(self, model: Path) -> str:
-        """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents."""
+        """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents.
+
+        And by their format, so that signals of an earlier version are computed again.
+        """
         settings = self.settings
         parts = [
+            str(FORMAT),
             weights_digest(model),
             blocks_digest(self.data.manifest),
             self.data.manifest.tokenizer_fingerprint,

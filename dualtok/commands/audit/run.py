@@ -22,6 +22,7 @@ from dualtok.audit.report.tables import (
     canary_table,
     collection_table,
     comparison_table,
+    regurgitation_table,
     rerun_table,
     token_table,
 )
@@ -32,6 +33,7 @@ from dualtok.audit.statistics.evaluate import audit_model
 from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS
 from dualtok.commands.audit.attackers import train_references
 from dualtok.commands.audit.canaries import KIND, open_canaries
+from dualtok.commands.audit.continuations import choose_samples, continue_models, with_continuations
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
 from dualtok.commands.audit.shadows import document_losses, fit_losses, train_shadows
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
     from dualtok.commands.audit.canaries import CanarySource
+    from dualtok.commands.audit.continuations import Found
     from dualtok.commands.audit.model_signals import Divergences
     from dualtok.commands.audit.reruns import RerunResults
     from dualtok.commands.audit.texts import Pieces
@@ -66,7 +69,15 @@ AUDIT_FILE = "audit.json"
 WEAKER = 1.1
 """How much higher than a model's perplexity the best reference's is where it counts as weak."""
 TABLE_WIDTH = 120
-TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, canary_table)
+TABLES = (
+    comparison_table,
+    token_table,
+    rerun_table,
+    adaptive_table,
+    collection_table,
+    regurgitation_table,
+    canary_table,
+)
 
 
 def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
@@ -149,6 +160,7 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
     settings, data, folders = job.settings, job.data, job.folders
     canaries = ranks.together(lambda: open_canaries(settings, data))
     models = ModelPasses(settings, data, kept / "signals", ranks, canaries)
+    samples = ranks.together(lambda: choose_samples(settings, data, models.left_out))
 
     def key_of(folder: Path) -> str:
         key: str = ranks.first_does(lambda: models.key(folder))
@@ -167,6 +179,7 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
     }
     audited = {name: folders[name] for name in settings.models}
     reruns = rerun_models(settings, data, audited, ranks, kept / "reruns", keys=keys, left_out=models.left_out)
+    written = continue_models(samples, settings, data, audited, ranks=ranks, kept=kept / "continuations", keys=keys)
     of_shadows = [
         document_losses(models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False).values())
         for number, folder in enumerate(shadows)
@@ -175,7 +188,9 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
     def attack() -> AuditFigures:
         fit = fit_losses(of_shadows, seed) if of_shadows else None
         found = reruns.without_prefixes(signals)
-        return attack_all(settings, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries)
+        return attack_all(
+            settings, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries, written=written
+        )
 
     figures: AuditFigures = ranks.first_does(attack)
     return figures
@@ -253,6 +268,7 @@ def attack_all(
     reruns: RerunResults,
     fit: ShadowFit | None,
     canaries: CanarySource | None,
+    written: Found | None = None,
 ) -> AuditFigures:
     """Attack every model, on rank 0.
 
@@ -264,6 +280,7 @@ def attack_all(
         reruns: what the reruns left.
         fit: what shadow models give to the documents.
         canaries: canaries among the members.
+        written: what models wrote after the beginnings of documents.
     """
     contexts: dict[str, AttackContext] = {}
     texts: dict[str, dict[int, Pieces]] = {}
@@ -295,9 +312,11 @@ def attack_all(
             member_context=known(name, settings.splits[0]),
             non_member_context=known(name, settings.splits[1]),
             config=settings,
+            block_length=data.manifest.block_length,
         )
         for name in settings.models
     ]
+    audits = [with_continuations(model, written or {}, settings) for model in audits]
     if canaries is not None:
         made_up, reference = canaries.texts(), signals[attackers[0]][KIND] if attackers else None
         found = [audit_canaries(signals[model.name][KIND], made_up, settings, reference) for model in audits]

@@ -230,7 +230,7 @@ def test_windows_do_not_reach_into_the_next_document(make_signals: MakeSignals) 
 
 
 def test_the_error_zone_is_finite_where_nothing_was_lost(make_signals: MakeSignals) -> None:
-    target = replace(make_signals(lengths=(3, 3, 3)), top1=np.array([0, 0, 1, 0, 0, 1, 1, 1, 1], bool))
+    target = replace(make_signals(lengths=(3, 3, 3)), rank=np.array([2, 1, 0, 7, 1, 0, 0, 0, 0], np.int32))
     gain = np.array([1, 2, -9, -1, -2, 9, 5, -5, 5], np.float32)
     reference = replace(target, log_prob=target.log_prob - gain)
     scores = ATTACKS["error_zone"](target, AttackContext(reference=reference))
@@ -245,7 +245,7 @@ def test_documents_known_by_heart_are_members_to_the_error_zone(make_signals: Ma
     lengths = (9,) * 40
     signals = make_signals(lengths=lengths)
     known = np.repeat(np.arange(40) < 20, 9)
-    target = replace(signals, top1=known | (draw.random(360) < 0.5))
+    target = replace(signals, rank=np.where(known | (draw.random(360) < 0.5), 0, 4).astype(np.int32))
     gain = np.where(known, 3.0, draw.normal(0, 1, 360)).astype(np.float32)
     scores = ATTACKS["error_zone"](target, AttackContext(reference=replace(target, log_prob=target.log_prob - gain)))
     assert roc_auc(scores[:20], scores[20:]) > 0.9
