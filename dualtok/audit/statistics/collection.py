@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.stats
 
-from dualtok.audit.attacks.adaptive import logistic
-from dualtok.audit.attacks.crossfit import folds
+from dualtok.audit.attacks.adaptive import MOST_LEARNED, logistic
+from dualtok.audit.attacks.crossfit import folds, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +132,11 @@ def learned_scores(members: Floats, non_members: Floats, seed: int) -> tuple[Flo
     n, x = len(members), np.concatenate([members, non_members])
     known = folds(n, len(non_members), seed) == 0
     is_member = np.arange(len(x)) < n
-    model = logistic().fit(x[known], is_member[known])
+    learned = np.flatnonzero(known)
+    if len(learned) > MOST_LEARNED:
+        learned = np.sort(np.random.default_rng(seed).choice(learned, MOST_LEARNED, replace=False))
+    with one_thread():
+        model = logistic().fit(x[learned], is_member[learned])
     return model.decision_function(x[~known & is_member]), model.decision_function(x[~known & ~is_member])
 
 

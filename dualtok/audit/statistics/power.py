@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PROBABILITY = 0.8
 SIMULATIONS = 400
-MOST_SCORES = 1024
+MOST_SCORES = 256
 """Scores of the pool; of more non-members so many quantiles are taken."""
 PRECISION = 0.001
 """Of the AUC that is looked for."""
@@ -77,14 +77,17 @@ def smallest_auc(pool: Floats, n: int, m: int, *, deviations: float, seed: int) 
     generator = np.random.default_rng(seed)
     even = np.full(len(pool), 1 / len(pool))
     members, non_members = (generator.multinomial(size, even, size=SIMULATIONS).T / size for size in (n, m))
-    low, high = 0.0, 2.0 * float(pool[-1] - pool[0])
-    best = 1.0
-    while best - _auc(pool, low) > PRECISION and high - low > 1e-9 * (pool[-1] - pool[0]):
-        shift = (low + high) / 2
-        if _seen(pool, shift, members, non_members, (n, m), deviations) >= PROBABILITY:
-            high, best = shift, _auc(pool, shift)
+    # A shift by the share a of the differences between two of the pool gives an AUC of a.
+    differences = np.sort((pool[:, None] - pool).ravel())
+    low, high, best = 0.5, 1.0, 1.0
+    while high - low > PRECISION:
+        middle = (low + high) / 2
+        shift = float(differences[int(middle * (len(differences) - 1))])
+        seen = _seen(pool, shift, members, non_members, deviations=deviations, sizes=(n, m))
+        if np.mean(seen) >= PROBABILITY:
+            high, best = middle, _auc(pool, shift)
         else:
-            low = shift
+            low = middle
     return best
 
 
@@ -95,18 +98,19 @@ def _auc(pool: Floats, shift: float) -> float:
 
 
 def _seen(
-    pool: Floats, shift: float, members_ur: Floats, non_members_ur: Floats, sizes: tuple[int, int], deviations: float
-) -> float:
-    """Return the share of simulated audits that see a shift; the weights of each column sum to 1."""
+    pool: Floats, shift: float, members_ur: Floats, non_members_ur: Floats, *, deviations: float, sizes: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Return which simulated audits see a shift [r]; each column of weights sums to 1."""
     zero = np.zeros((1, members_ur.shape[1]))
     # Placements: of each member among the non-members, and of each non-member among the members.
     below = np.concatenate([zero, np.cumsum(non_members_ur, axis=0)])
     won = _between(below, pool, pool + shift)
     lost = _between(np.concatenate([zero, np.cumsum(members_ur, axis=0)]), pool + shift, pool)
     auc = np.einsum("ur,ur->r", members_ur, won)
-    variance = (np.einsum("ur,ur,ur->r", members_ur, won, won) - auc**2) / sizes[0]
-    variance += (np.einsum("ur,ur,ur->r", non_members_ur, lost, lost) - (1 - auc) ** 2) / sizes[1]
-    return float(np.mean(auc - deviations * np.sqrt(np.maximum(variance, 0)) > 0.5))
+    variance = (np.einsum("ur,ur->r", members_ur, won**2) - auc**2) / sizes[0]
+    variance += (np.einsum("ur,ur->r", non_members_ur, lost**2) - (1 - auc) ** 2) / sizes[1]
+    seen: NDArray[np.bool_] = auc - deviations * np.sqrt(np.maximum(variance, 0)) > 0.5
+    return seen
 
 
 def _between(sums: Floats, levels: Floats, scores: Floats) -> Floats:

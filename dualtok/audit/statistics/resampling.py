@@ -7,9 +7,9 @@ cost does not grow with the documents:
 * A resampled TPR depends on two ranks alone. Non-members drawn with replacement have uniform ranks, so that the rank of
   the one that the threshold lies at is an order statistic: m times a Beta variable, rounded down. The members above it
   are then binomial. This is the bootstrap's own law; nothing is rounded.
-* A resampled AUC is taken from documents counted in :data:`BINS` bins of equal size, whose counts are multinomial. Within
-  a bin the share of pairs that members win is held at the observed one, so that the resamples center on the exact AUC;
-  what is left out is the variation inside a bin, about 1 / BINS of the whole.
+* A resampled AUC is taken from documents counted in :data:`BINS` bins of equal size, whose counts are multinomial.
+  Within a bin the share of pairs that members win is held at the observed one, so that the resamples center on the
+  exact AUC; what is left out is the variation inside a bin, about 1 / BINS of the whole.
 
 Legend: n members, m non-members, f attacks, q false-positive rates, b resamples at a time, r resamples.
 """
@@ -122,7 +122,8 @@ def _first_beyond(counts: NDArray[np.int32], allowed: int) -> NDArray[np.int64]:
     while True:
         sums = np.cumsum(counts[:rows], axis=0, dtype=np.int32)
         if rows == len(counts) or (sums[-1] > allowed).all():
-            return (sums <= allowed).sum(axis=0)
+            beyond: NDArray[np.int64] = (sums <= allowed).sum(axis=0)
+            return beyond
         rows = min(len(counts), 2 * rows)
 
 

@@ -52,13 +52,13 @@ def attack_outcomes(scores: Mapping[str, PairOfScores], config: AuditConfig) -> 
     measurable = [fpr for fpr in config.fpr_targets if fpr * n_non_members >= 1 - ROUNDING]
     draws = resampled_figures(list(scores.values()), measurable, resamples=config.bootstrap_resamples, seed=config.seed)
     return [
-        _outcome(name, pair, drawn, measurable, config, len(scores))
+        _outcome(name, pair, drawn, measurable, config=config, n_attacks=len(scores))
         for (name, pair), drawn in zip(scores.items(), draws, strict=True)
     ]
 
 
 def _outcome(
-    name: str, scores: PairOfScores, draws: Floats, measurable: Sequence[float], config: AuditConfig, n_attacks: int
+    name: str, scores: PairOfScores, draws: Floats, measurable: Sequence[float], *, config: AuditConfig, n_attacks: int
 ) -> Outcome:
     n_non_members, widening = len(scores[1]), ATTACKS[name].widening
     together = 1 - (1 - config.confidence) / n_attacks
