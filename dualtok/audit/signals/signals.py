@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -171,6 +172,19 @@ class Signals:
         """
         for group in read_ragged(path, TOKEN_DTYPES):
             yield cls._of(path, group)
+
+    @classmethod
+    def stream_pairs(cls, path: str | Path, reference: str | Path) -> Iterator[tuple[Signals, Signals]]:
+        """Yield the parts of :meth:`stream` of two models' files of the same documents, side by side.
+
+        Raises:
+            DataError: as :meth:`stream`, or the files hold other documents or lengths.
+        """
+        for part, other in zip_longest(cls.stream(path), cls.stream(reference)):
+            same = part is not None and other is not None and np.array_equal(part.document, other.document)
+            if not same or not np.array_equal(part.offsets, other.offsets):
+                raise DataError(f"{path} and {reference} are of other documents or lengths; {AGAIN}")
+            yield part, other
 
     @classmethod
     def _of(cls, path: str | Path, ragged: Ragged) -> Signals:

@@ -18,6 +18,7 @@ from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import Checks, NullModel
 from dualtok.audit.statistics.metrics import bootstrap_interval, roc_auc
 from dualtok.audit.statistics.passages import MOST_SHARED, PASSAGE_CHARACTERS, near_copies, shared_passages
+from dualtok.audit.statistics.resampling import MOST_DRAWN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -207,7 +208,9 @@ def strongest_p_value(
     The statistic is the largest |AUC - 1/2| / widening of all attacks. Its null distribution comes from giving the
     membership labels to the documents anew, the same labels in every attack, so that attacks that agree are not counted
     twice (Westfall and Young 1993). Cross-fitted scores have learned from the labels, and would have to learn again
-    from every permutation; instead their deviation, which is larger than that of fixed scores, is divided by it.
+    from every permutation; instead their deviation, which is larger than that of fixed scores, is divided by it. Of
+    more than :data:`~dualtok.audit.statistics.resampling.MOST_DRAWN` documents the permuted figures are drawn from
+    their joint normal law.
 
     Args:
         scores: attack -> scores of members [n] and of non-members [m], the same documents in each.
@@ -230,6 +233,12 @@ def strongest_p_value(
     observed = strongest(truth)[0]
     draw = np.random.default_rng(seed)
     as_strong = 0
+    if total > MOST_DRAWN:
+        # Rank sums of so many documents are jointly normal under random labels, with these very covariances.
+        covariance = np.atleast_2d(np.cov(ranks)) * (pairings / total)
+        sums = draw.multivariate_normal(np.zeros(len(ranks)), covariance, permutations, method="eigh")
+        null = (np.abs(sums / pairings) / factors).max(axis=1)
+        return (int(np.count_nonzero(null >= observed - 1e-12)) + 1) / (permutations + 1)
     for start in range(0, permutations, BLOCK):
         labels = draw.permuted(np.repeat(truth, min(BLOCK, permutations - start), axis=0), axis=1)
         as_strong += int(np.count_nonzero(strongest(labels) >= observed - 1e-12))

@@ -16,7 +16,7 @@ from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.details import LengthCost, Regurgitation, RunLengths, WithinBits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -50,31 +50,79 @@ class Windows:
     """Least cost of a window of each document [n], in bits: the sum of log2 (rank + 1); infinite without a window."""
 
 
+@dataclass(frozen=True)
+class ClassPassages:
+    """What n documents of one class give back, or some of them."""
+
+    windows: dict[int, Windows]
+    """By their length in tokens."""
+    runs: Counts
+    """Longest run of tokens that are the likeliest [n]."""
+    greedy_tokens: int
+    tokens: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[ClassPassages]) -> ClassPassages:
+        """Return several parts' documents as one class."""
+        if len(parts) == 1:
+            return parts[0]
+        windows = {
+            length: Windows(
+                length,
+                *(
+                    np.concatenate([getattr(part.windows[length], name) for part in parts])
+                    for name in ("count", "greedy", "bits")
+                ),
+            )
+            for length in parts[0].windows
+        }
+        return cls(
+            windows,
+            np.concatenate([part.runs for part in parts]),
+            sum(part.greedy_tokens for part in parts),
+            sum(part.tokens for part in parts),
+        )
+
+
+def class_passages(signals: Signals, config: AuditConfig, block_length: int | None = None) -> ClassPassages:
+    """Return what documents of one class give back.
+
+    Args:
+        signals: the model's over them.
+        config: ``extract_tokens``, the length of a passage.
+        block_length: tokens after which documents were cut into pieces; None if they were not.
+    """
+    lengths = [config.extract_tokens, *(length for length in SHORTER_LENGTHS if length < config.extract_tokens)]
+    return ClassPassages(
+        windows={length: document_windows(signals, length, block_length) for length in lengths},
+        runs=longest_runs(signals, block_length),
+        greedy_tokens=int(np.count_nonzero(signals.top1)),
+        tokens=signals.n_tokens,
+    )
+
+
 def audit_regurgitation(
-    members: Signals, non_members: Signals, config: AuditConfig, block_length: int | None = None
+    members: ClassPassages, non_members: ClassPassages, config: AuditConfig
 ) -> Regurgitation | None:
     """State how much of documents a model gives back, members against non-members.
 
     Args:
-        members: the model's signals over documents that it was trained on.
-        non_members: the same over others.
-        config: ``extract_tokens`` and ``confidence``.
-        block_length: tokens after which documents were cut into pieces; None if they were not.
+        members: of documents that the model was trained on.
+        non_members: of others.
+        config: ``confidence``.
 
     Returns:
         The figures, about passages of ``extract_tokens`` tokens, or of fewer if less than half of the documents of a
         class have so many in a row; None if they are too short for any.
     """
     sides = members, non_members
-    lengths = [config.extract_tokens, *(length for length in SHORTER_LENGTHS if length < config.extract_tokens)]
-    windows = {length: [document_windows(side, length, block_length) for side in sides] for length in lengths}
+    windows = {length: [side.windows[length] for side in sides] for length in members.windows}
     length = _usual_length(windows)
     if length is None:
         return None
-    runs = [longest_runs(side, block_length) for side in sides]
     extracted = [
-        exact_share(own[of.count > 0] >= length, config.confidence)
-        for own, of in zip(runs, windows[length], strict=True)
+        exact_share(side.runs[of.count > 0] >= length, config.confidence)
+        for side, of in zip(sides, windows[length], strict=True)
     ]
     if extracted[0] is None or extracted[1] is None:
         return None
@@ -82,10 +130,10 @@ def audit_regurgitation(
         length=length,
         extracted_members=extracted[0],
         extracted_non_members=extracted[1],
-        greedy_members=float(np.mean(members.top1)),
-        greedy_non_members=float(np.mean(non_members.top1)),
-        runs_members=run_lengths(runs[0]),
-        runs_non_members=run_lengths(runs[1]),
+        greedy_members=members.greedy_tokens / members.tokens,
+        greedy_non_members=non_members.greedy_tokens / non_members.tokens,
+        runs_members=run_lengths(members.runs),
+        runs_non_members=run_lengths(non_members.runs),
         costs=[_cost(*windows[each], confidence=config.confidence) for each in sorted(windows)],
     )
 
@@ -101,7 +149,7 @@ def document_windows(signals: Signals, length: int, block_length: int | None = N
     Args:
         signals: the model's.
         length: l of the definition.
-        block_length: as in :func:`audit_regurgitation`.
+        block_length: as in :func:`class_passages`.
     """
     found: list[tuple[Counts, Counts, Floats]] = [
         (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float64))
