@@ -31,7 +31,8 @@ from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS
 from dualtok.commands.audit.canaries import KIND, open_canaries
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
-from dualtok.commands.audit.shadows import document_losses, fit_losses, train_shadows
+from dualtok.commands.audit.shadow_signals import ShadowSignals
+from dualtok.commands.audit.shadows import train_shadows
 from dualtok.commands.audit.texts import attacker_frequencies, predicted_ids
 from dualtok.data.folder import DataFolder
 from dualtok.data.stream.documents import document_pieces
@@ -42,7 +43,6 @@ from dualtok.model.check import check_model
 from dualtok.model.folder.weights import model_folder
 
 if TYPE_CHECKING:
-    from dualtok.audit.attacks.base import ShadowFit
     from dualtok.audit.report.data import Checks, ModelAudit
     from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
@@ -101,15 +101,15 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     }
     audited = {name: folders[name] for name in settings.models}
     reruns = rerun_models(settings, data, audited, ranks, kept / "reruns", keys=keys, left_out=models.left_out)
-    of_shadows = [
-        document_losses(models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False).values())
-        for number, folder in enumerate(shadows)
-    ]
+    of_shadows = ShadowSignals(settings, run.seed, signals.get(ATTACKER))
+    for number, folder in enumerate(shadows):
+        of_shadows.add(number, models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False))
 
     def attack() -> AuditFigures:
-        fit = fit_losses(of_shadows, run.seed) if of_shadows else None
         found = reruns.without_prefixes(signals)
-        return _attack_all(run, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries)
+        return _attack_all(
+            run, data, found, divergences=divergences, reruns=reruns, of_shadows=of_shadows, canaries=canaries
+        )
 
     figures: AuditFigures = ranks.first_does(attack)
     ranks.barrier()
@@ -164,7 +164,7 @@ def _attack_all(
     *,
     divergences: dict[str, dict[str, Divergences]],
     reruns: RerunResults,
-    fit: ShadowFit | None,
+    of_shadows: ShadowSignals,
     canaries: CanarySource | None,
 ) -> AuditFigures:
     """Attack every model (on rank 0) and write the figures."""
@@ -173,6 +173,7 @@ def _attack_all(
     texts: dict[str, dict[int, Pieces]] = {}
     frequencies = attacker_frequencies(data, settings) if "dc_pdd" in settings.attacks else None
     audited = next(iter(settings.models))
+    fit, learned = of_shadows.fit(), of_shadows.learn()
     for split in (settings.members, settings.non_members):
         stream = data.open(split, verify=False)
         texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
@@ -184,6 +185,7 @@ def _attack_all(
             token_ids=predicted_ids(texts[split]),
             frequencies=frequencies,
             shadows=fit,
+            learned=learned,
         )
 
     def known(name: str, split: str) -> AttackContext:
