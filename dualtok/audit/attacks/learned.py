@@ -81,7 +81,7 @@ def fit_shadow_classifier(rows: Sequence[tuple[Floats, Labels]], seed: int) -> S
     return ShadowClassifier(forest(seed).fit(x, y))
 
 
-def choose_rows(documents: int, shadows: int, shadow: int, seed: int, most: int = MOST_ROWS) -> NDArray[np.int64]:
+def choose_rows(documents: int, shadows: int, shadow: int, seed: int, most: int) -> NDArray[np.int64]:
     """Return the positions, ascending, of one shadow's documents that a classifier learns from.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dualtok.audit.attacks.adaptive import features
 from dualtok.audit.attacks.base import AttackContext
-from dualtok.audit.attacks.learned import CLASSIFIER, choose_rows, fit_shadow_classifier
+from dualtok.audit.attacks.learned import CLASSIFIER, MOST_ROWS, choose_rows, fit_shadow_classifier
 from dualtok.commands.audit.shadows import document_losses, fit_losses
 from dualtok.data.folds import in_shadow
 
@@ -60,7 +60,7 @@ class ShadowSignals:
         sides = {split: side.with_tokens() for split, side in signals.items()}
         assert self.settings.shadows is not None
         documents = sum(side.n_documents for side in sides.values())
-        chosen = choose_rows(documents, self.settings.shadows, number, self.settings.seed)
+        chosen = choose_rows(documents, self.settings.shadows, number, self.settings.seed, MOST_ROWS)
         first = 0
         for split, side in sides.items():
             own = chosen[(chosen >= first) & (chosen < first + side.n_documents)] - first

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dualtok.audit.report.data import ModelAudit
 
 KNOWING = names_of("knows_defence")
-ONE_PASS = names_of("single_pass", "joint")
+ONE_PASS = [name for name in names_of("single_pass", "joint") if ATTACKS[name].of_document is not None]
+"""Those whose scores can be computed again one class at a time."""
 
 MakeSignals = Callable[..., Signals]
 LENGTHS = (9, 14, 30, 22, 11) * 6
