@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Labels = NDArray[np.bool_]
 
 CLASSIFIER = "shadow_classifier"
-MOST_ROWS = 100_000
+MOST_ROWS = 20_000
 """Documents of all shadows together that a classifier learns from; of more, that many are drawn."""
 
 
