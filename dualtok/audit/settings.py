@@ -102,20 +102,20 @@ class AuditConfig:
     holds the whole model."""
 
     attacks: tuple[str, ...] = default_attacks()
-    """Attacks to run, of :data:`.attacks.base.ATTACKS`. ``ref``, ``wbc``, ``error_zone``, and those that know the
-    defence (``ref_distance`` to ``ref_forest``) need the attacker's reference model; ``dc_pdd`` counts tokens in the
-    split ``attack_reference``, or ``reference`` if there is none. Not run unless named: ``info_rmia``, which needs
-    each model and the attacker's reference together, and ``lowercase``, ``recall``, ``con_recall``,
-    ``neighborhood`` and ``gradient_norm``, which run each model again. ``shadows`` adds ``lira`` and
-    ``lira_offline``."""
+    """Attacks to run, of :data:`.attacks.base.ATTACKS`. ``ref``, ``wbc``, ``error_zone``, ``ht_mia``, ``rmia``, and
+    those that know the defence (``ref_distance`` to ``ref_forest``) need the attacker's reference model; ``dc_pdd``
+    counts tokens in the split ``attack_reference``, or ``reference`` if there is none. Not run unless named:
+    ``info_rmia``, which needs each model and the attacker's reference together, and ``lowercase``, ``recall``,
+    ``con_recall``, ``neighborhood`` and ``gradient_norm``, which run each model again. ``shadows`` adds ``lira``,
+    ``lira_offline`` and ``shadow_classifier``; the last needs the attacker's reference model, too."""
 
     reruns: RerunSettings = dataclasses.field(default_factory=RerunSettings)
     """Settings of the attacks that run each model again."""
 
     shadows: Annotated[int, Field(ge=2)] | None = None
-    """Shadow models for the attacks ``lira`` and ``lira_offline``, an even number: each is a training run like that of
-    the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of members and non-members.
-    Unit: models."""
+    """Shadow models for ``lira``, ``lira_offline`` and ``shadow_classifier``, an even number: each is a training run
+    like that of the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of members and
+    non-members. Unit: models."""
 
     shadow_checkpoint: Literal["best", "latest"] = "best"
     """Checkpoint of each shadow that is run: the one that was exported of the audited models."""
@@ -269,4 +269,4 @@ class AuditConfig:
                 "number, e.g. 16"
             )
         if not needing:
-            self.attacks = (*self.attacks, *names_of("shadows"))
+            self.attacks = (*self.attacks, *(name for name in names_of("shadows") if not ATTACKS[name].on_demand))

@@ -168,7 +168,7 @@ def audit_model(
             name: _signals(own, data, config, Path(folder), title=name, progress=progress)
             for name, own in loaded.items()
         }
-        figures = attack_all(config, data, signals, divergences={}, reruns=RerunResults(), fit=None, canaries=None)
+        figures = attack_all(config, data, signals, divergences={}, reruns=RerunResults())
     return AuditResult(figures)
 
 

@@ -36,7 +36,8 @@ from dualtok.commands.audit.canaries import KIND, open_canaries
 from dualtok.commands.audit.continuations import choose_samples, continue_models, with_continuations
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
-from dualtok.commands.audit.shadows import document_losses, fit_losses, train_shadows
+from dualtok.commands.audit.shadow_signals import ShadowSignals
+from dualtok.commands.audit.shadows import train_shadows
 from dualtok.commands.audit.text_jobs import MEMBERS, NON_MEMBERS, Job, read_texts, text_jobs
 from dualtok.commands.audit.texts import attacker_frequencies, predicted_ids
 from dualtok.commands.audit.whole_model import whole_model
@@ -53,7 +54,6 @@ from dualtok.reference.fingerprint import blocks_digest
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dualtok.audit.attacks.base import ShadowFit
     from dualtok.audit.report.data import Checks, ModelAudit
     from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
@@ -180,16 +180,22 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
     audited = {name: folders[name] for name in settings.models}
     reruns = rerun_models(settings, data, audited, ranks, kept / "reruns", keys=keys, left_out=models.left_out)
     written = continue_models(samples, settings, data, audited, ranks=ranks, kept=kept / "continuations", keys=keys)
-    of_shadows = [
-        document_losses(models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False).values())
-        for number, folder in enumerate(shadows)
-    ]
+    first = next((name for name in settings.references if name in signals), None)
+    of_shadows = ShadowSignals(settings, seed, None if first is None else signals[first])
+    for number, folder in enumerate(shadows):
+        of_shadows.add(number, models.signals(f"shadow {number}", folder, key_of(folder), with_canaries=False))
 
     def attack() -> AuditFigures:
-        fit = fit_losses(of_shadows, seed) if of_shadows else None
         found = reruns.without_prefixes(signals)
         return attack_all(
-            settings, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries, written=written
+            settings,
+            data,
+            found,
+            divergences=divergences,
+            reruns=reruns,
+            of_shadows=of_shadows,
+            canaries=canaries,
+            written=written,
         )
 
     figures: AuditFigures = ranks.first_does(attack)
@@ -266,8 +272,8 @@ def attack_all(
     *,
     divergences: dict[str, dict[str, Divergences]],
     reruns: RerunResults,
-    fit: ShadowFit | None,
-    canaries: CanarySource | None,
+    of_shadows: ShadowSignals | None = None,
+    canaries: CanarySource | None = None,
     written: Found | None = None,
 ) -> AuditFigures:
     """Attack every model, on rank 0.
@@ -278,7 +284,7 @@ def attack_all(
         signals: name of each model, and of the attacker's reference -> split -> its signals.
         divergences: name of each model -> split -> document -> what the joint pass left, if it was made.
         reruns: what the reruns left.
-        fit: what shadow models give to the documents.
+        of_shadows: what shadow models give to the documents.
         canaries: canaries among the members.
         written: what models wrote after the beginnings of documents.
     """
@@ -287,6 +293,7 @@ def attack_all(
     frequencies = attacker_frequencies(data, settings) if "dc_pdd" in settings.attacks else None
     audited = next(iter(settings.models))
     attackers = [name for name in settings.references if name in signals]
+    fit, learned = (None, None) if of_shadows is None else (of_shadows.fit(), of_shadows.learn())
     for split in settings.splits:
         stream = data.open(split, verify=False)
         texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
@@ -299,6 +306,7 @@ def attack_all(
             token_ids=predicted_ids(texts[split]),
             frequencies=frequencies,
             shadows=fit,
+            learned=learned,
         )
 
     def known(name: str, split: str) -> AttackContext:

@@ -166,7 +166,7 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
             assert two_sided[index + 1][3 + column] == cell
             assert [rate.tpr is None for rate in result.tpr] == [False, False, True]
             for table, rate in zip(rates, result.tpr, strict=False):
-                entry = table[index + 1][1 + column]
+                entry = table[index + 1][table[0].index(result.label)]
                 assert rate.tpr is not None
                 assert entry.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
                 assert entry.endswith(f" at {rate.attained_fpr:.3g}")
