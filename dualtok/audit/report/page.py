@@ -90,24 +90,28 @@ def summary_of(model: ModelAudit, report: AuditReport) -> Summary:
         if groups is None
         else Cell(short(groups.worst.auc), f"{groups.worst.name}, {groups.worst.documents} documents"),
         extraction=_extraction(model),
-        perplexity=Cell(
-            tables.perplexity(model.perplexity_non_members), f"training {tables.perplexity(model.perplexity_members)}"
-        ),
+        perplexity=Cell(_rounded(model.perplexity_non_members), f"training {_rounded(model.perplexity_members)}"),
     )
 
 
 def _extraction(model: ModelAudit) -> Cell:
-    parts = []
-    if (again := model.regurgitation) is not None:
-        others = percent(again.extracted_non_members.value)
-        parts.append(f"{percent(again.extracted_members.value)} of members ({others} of non-members)")
-    if (found := model.canaries) is not None and found.extracted_included is not None:
-        parts.append(f"{percent(found.extracted_included.value)} of canaries' secrets")
-    return Cell(parts[0], *parts[1:]) if parts else Cell(NOT_TESTED)
+    again, found = model.regurgitation, model.canaries
+    secrets = ""
+    if found is not None and found.extracted_included is not None:
+        secrets = f"{percent(found.extracted_included.value)} of canaries' secrets"
+    if again is None:
+        return Cell(secrets or NOT_TESTED)
+    others = f"{percent(again.extracted_non_members.value)} of non-members"
+    return Cell(f"{percent(again.extracted_members.value)} of members", "; ".join(filter(None, (others, secrets))))
 
 
 def _percents(estimate: Estimate) -> str:
-    return f"{percent(estimate.value)} [{percent(estimate.low)}, {percent(estimate.high)}]".replace(" %,", ",")
+    ends = ", ".join(percent(end).removesuffix("\N{NO-BREAK SPACE}%") for end in (estimate.low, estimate.high))
+    return f"{percent(estimate.value)} [{ends}]"
+
+
+def _rounded(perplexity: float) -> str:
+    return f"{perplexity:.1f}" if perplexity < 1000 else tables.perplexity(perplexity)
 
 
 def _figures(report: AuditReport) -> dict[str, Any]:

@@ -13,13 +13,21 @@ from dualtok.audit.report.tables import attack_columns, perplexity
 from dualtok.audit.report.verdict import FALSE_ALARMS, percent, tpr_at
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from dualtok.audit.report.data import AuditReport, ModelAudit
 
 CLEARLY_WORSE = 1.25
 """Factor between a reference's and a model's perplexity on the non-members above which the reference is called weak."""
-NOT_ASKED = "not asked for: name it in audit.attacks"
+NOT_ASKED = "not asked for in audit.attacks or audit.shadows"
+NEEDS = {
+    "reference": "a reference model of the attacker's",
+    "zlib": "the compressed sizes of the texts",
+    "frequencies": "other text to count tokens in",
+    "kl_from_reference": "a run of the model beside a reference",
+    "shadows": "shadow models",
+}
+"""What attacks need, in words."""
 KNOWLEDGE = {
     "single_pass": (
         "One run of the model",
@@ -30,10 +38,19 @@ KNOWLEDGE = {
     "rerun": ("Further runs of the model", "the model itself, which is run again over changed texts"),
     "knows_defence": (
         "Attacks that know the defense",
-        "a reference model and how training was protected; those that learn also know the membership of other documents",
+        "a reference model, and knows how training was protected; those that learn also know the membership of others",
     ),
     "shadows": ("Shadow models", "the recipe of the training, and documents to train models with and without each one"),
 }
+
+OR_EARLIER = "or the figures are of a version without it"
+PARTS: tuple[tuple[str, Callable[[ModelAudit], bool], str], ...] = (
+    ("Groups, e.g. all documents of one person", lambda row: row.groups is not None, "no group field was named"),
+    ("Word-for-word passages of members", lambda row: row.regurgitation is not None, f"not run, {OR_EARLIER}"),
+    ("Canaries", lambda row: row.canaries is not None, "the data was prepared without canaries"),
+    ("The smallest leak that would have been seen", lambda row: row.power is not None, f"not run, {OR_EARLIER}"),
+)
+"""Parts of a model's audit: name, whether it is there, and why it is not."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ def attackers(report: AuditReport) -> list[Attackers]:
     kinds: dict[str, list[str]] = {}
     for name, label in attack_columns(report.rows).items():
         kinds.setdefault(ATTACKS[name].kind if name in ATTACKS else "others", []).append(label)
-    other = ("Others", "attacks that this version does not know")
+    other = ("Others", "what another version of dualtok describes")
     found = []
     for kind, labels in kinds.items():
         title, knowledge = KNOWLEDGE.get(kind, other)
@@ -109,47 +126,25 @@ def _attacks_not_run(report: AuditReport) -> list[Gap]:
     for reason, labels in reasons.items():
         models = {name: None for names in labels.values() for name in names}
         of_whom = "" if len(models) == len(report.rows) else f" on {', '.join(models)}"
-        gaps.append(Gap(f"{_listed(labels)}{of_whom}", reason))
+        gaps.append(Gap(f"{', '.join(labels)}{of_whom}", _in_words(reason)))
     seen = {*attack_columns(report.rows).values(), *(label for row in report.rows for label in row.not_run)}
     if unasked := [made.label for made in ATTACKS.values() if made.label not in seen]:
-        gaps.append(Gap(_listed(unasked), NOT_ASKED))
+        gaps.append(Gap(", ".join(unasked), NOT_ASKED))
     return gaps
 
 
 def _parts_missing(report: AuditReport) -> list[Gap]:
-    parts = (
-        (
-            f"True-positive rate at {percent(FALSE_ALARMS)} false alarms",
-            lambda row: tpr_at(row) is None,
-            lambda row: (
-                f"needs {1 / FALSE_ALARMS:.0f} non-members"
-                if row.n_non_members * FALSE_ALARMS < 1
-                else "the rate is not in audit.fpr_targets, or the figures are of a version that did not combine attacks"
-            ),
-        ),
-        (
-            "Groups, e.g. all documents of one person",
-            lambda row: row.groups is None,
-            lambda _: "no group field was named",
-        ),
-        (
-            "Word-for-word passages of members",
-            lambda row: row.regurgitation is None,
-            lambda _: "not run, or the figures are of a version without this test",
-        ),
-        ("Canaries", lambda row: row.canaries is None, lambda _: "the data was prepared without canaries"),
-        (
-            "The smallest leak that would have been seen",
-            lambda row: row.power is None,
-            lambda _: "not computed, or the figures are of a version without it",
-        ),
-    )
     gaps = []
-    for what, missing, why in parts:
-        of_whom = [row for row in report.rows if missing(row)]
-        if of_whom:
-            names = "" if len(of_whom) == len(report.rows) else f" of {', '.join(row.name for row in of_whom)}"
-            gaps.append(Gap(what + names, why(of_whom[0])))
+    for what, is_there, why in PARTS:
+        without = [row for row in report.rows if not is_there(row)]
+        if without:
+            names = "" if len(without) == len(report.rows) else f" of {', '.join(row.name for row in without)}"
+            gaps.append(Gap(what + names, why))
+    rare = [row for row in report.rows if tpr_at(row) is None]
+    if rare:
+        few = max(row.n_non_members for row in rare) * FALSE_ALARMS < 1
+        why = f"needs {1 / FALSE_ALARMS:.0f} non-members" if few else f"not in audit.fpr_targets, {OR_EARLIER}"
+        gaps.append(Gap(f"True-positive rate at {percent(FALSE_ALARMS)} false alarms", why))
     if report.checks is None:
         gaps.append(Gap("Whether members and non-members differ by themselves", "the checks were not run"))
     elif report.checks.null_model is None:
@@ -165,39 +160,47 @@ def requirements(report: AuditReport) -> list[Requirement]:
     rows = report.rows
     attacks = max(len(row.attacks) for row in rows)
     tried = f"{attacks} attack{'s' if attacks > 1 else ''}; strongest AUC and true-positive rate in the table above"
-    again = _said(any(row.regurgitation for row in rows), "share of members and non-members with such a passage")
-    canaries = _said(any(row.canaries for row in rows), "share of planted canaries whose secret comes back")
+    again = "share of members and of non-members with such a passage, in the table above"
+    canaries = "in part: share of planted canaries whose secret comes back, in the table above"
     private = [name.removeprefix("privacy of ") for name in report.identity if name.startswith("privacy of ")]
     stated = f"a statement for {', '.join(private)} below" if private else "no run of this report states one"
-    bounds = [bound for row in rows if row.canaries for bound in row.canaries.epsilon]
-    bound = (
-        f"lower bounds from canaries, up to {max(bound.epsilon for bound in bounds):.2f}, that a claimed epsilon must exceed"
-        if bounds
-        else "no lower bound: there were no canaries"
-    )
-    edpb, owasp, nist = "EDPB Opinion 28/2024, para. 55", "OWASP AISVS 1.0", "NIST SP 800-226"
-    return [
-        Requirement(
-            f"{edpb} (i)", "Tests against membership inference; each counts as evidence for the attacks that were tried only",
+    edpb, owasp = "EDPB Opinion 28/2024, para. 55", "OWASP AISVS 1.0"
+    asked = {
+        f"{edpb} (i)": (
+            "Tests against membership inference; what they show holds for the attacks that were tried only",
             f"{tried}. Attribute inference, named beside it, was not tested",
         ),
-        Requirement(f"{edpb} (iii)", "Tests against regurgitation of training data", again),
-        Requirement(f"{edpb} (v)", "Tests against reconstruction", f"in part: {canaries}"),
-        Requirement(f"{edpb} (ii), (iv)", "Tests against exfiltration and model inversion", "not tested"),
-        Requirement(
-            f"{owasp}, C11.2.3", "Outputs calibrated so that predictions are less overconfident",
+        f"{edpb} (iii)": (
+            "Tests against regurgitation of training data",
+            again if any(row.regurgitation for row in rows) else "not tested",
+        ),
+        f"{edpb} (v)": (
+            "Tests against reconstruction",
+            canaries if any(row.canaries for row in rows) else "not tested",
+        ),
+        f"{edpb} (ii), (iv)": ("Tests against exfiltration and model inversion", "not tested"),
+        f"{owasp}, C11.2.3": (
+            "Outputs calibrated so that predictions are less overconfident",
             "not measured; the loss gap shows by how much training documents are predicted better than others",
         ),
-        Requirement(f"{owasp}, C11.2.4", "Differentially private training where data is sensitive", stated),
-        Requirement(
-            f"{owasp}, C11.2.5", "Simulated membership-inference attacks do no better than random guessing",
+        f"{owasp}, C11.2.4": ("Differentially private training where data is sensitive", stated),
+        f"{owasp}, C11.2.5": (
+            "Simulated membership-inference attacks do no better than random guessing",
             "the verdicts above: a leak was found where the strongest attack's interval lies above .5",
         ),
-        Requirement(
-            nist, "A guarantee of differential privacy is judged by its epsilon together with the unit that it protects",
-            f"unit: {unit(report)}; {bound}. Attacks that fail are no guarantee",
+        "NIST SP 800-226": (
+            "A guarantee of differential privacy is judged by its epsilon and by the unit that it protects",
+            f"unit: {unit(report)}; {_bounds(report)}. Attacks that fail are no guarantee",
         ),
-    ]  # fmt: skip
+    }
+    return [Requirement(source, asks, answer) for source, (asks, answer) in asked.items()]
+
+
+def _bounds(report: AuditReport) -> str:
+    bounds = [bound.epsilon for row in report.rows if row.canaries for bound in row.canaries.epsilon]
+    if not bounds:
+        return "no lower bound on epsilon: there were no canaries"
+    return f"lower bounds on epsilon from canaries, up to {max(bounds):.2f}; no claimed epsilon can be below them"
 
 
 def unit(report: AuditReport) -> str:
@@ -211,9 +214,8 @@ def model_perplexities(rows: Sequence[ModelAudit]) -> str:
     return ", ".join(f"{row.name} {perplexity(row.perplexity_non_members)}" for row in rows)
 
 
-def _said(tested: bool, what: str) -> str:
-    return what if tested else "not tested"
-
-
-def _listed(labels: Sequence[str] | dict[str, list[str]]) -> str:
-    return ", ".join(labels)
+def _in_words(reason: str) -> str:
+    """Return why an attack was not run without names of the code."""
+    needs = reason.removeprefix("needs ").split(" and ")
+    known = reason.startswith("needs ") and all(need in NEEDS for need in needs)
+    return f"needs {' and '.join(NEEDS[need] for need in needs)}" if known else reason

@@ -38,6 +38,8 @@ class Verdict:
     """In words, with the figures that it rests on; ends with a full stop."""
     doubtful: bool = False
     """Whether the audit's checks warn of something."""
+    also: tuple[str, ...] = ()
+    """What else leaks, in a few words each."""
 
     @property
     def word(self) -> str:
@@ -50,7 +52,8 @@ def verdict_of(model: ModelAudit, checks: Checks | None) -> Verdict:
 
     Nothing can be said where the checks void the audit. Otherwise there is a leak if one of these is so:
 
-    * the corrected lower end of the strongest attack's two-sided AUC is above .5, on documents or on whole groups;
+    * the corrected lower end of the strongest attack's two-sided AUC is above .5, on documents or on whole groups, or
+      that of the worst group's AUC;
     * more members than non-members come back word for word (their intervals do not meet); likewise canaries' secrets;
     * the guesses about canaries refute some epsilon; a collection of documents is recognized (p after Holm <= .05).
 
@@ -67,8 +70,7 @@ def verdict_of(model: ModelAudit, checks: Checks | None) -> Verdict:
     (kind, sentence), *others = found
     if kind != "documents":
         sentence = f"No attack on single documents worked, but {sentence}"
-    also = f"; also found: {', '.join(other for other, _ in others)}" if others else ""
-    return Verdict("leak", f"{sentence}{also}.", doubtful)
+    return Verdict("leak", f"{sentence}.", doubtful, tuple(name for name, _ in others))
 
 
 def void_reason(checks: Checks | None) -> str | None:
@@ -89,12 +91,18 @@ def tpr_at(model: ModelAudit, false_alarms: float = FALSE_ALARMS) -> StrongestTp
 
 
 def percent(value: float) -> str:
-    """Return a share in percent, with a decimal where it would read as none or all: 48 %, 0.4 %, 99.7 %."""
+    """Return a share in percent, with a decimal where it would read as none or all: 48 %, 0.4 %, 99.7 %.
+
+    A space that no line is broken at stands before the sign.
+    """
     whole = f"{value * 100:.0f}"
     digits = 1 if whole in ("0", "100") and 0 < value < 1 else 0
+    shown = f"{value * 100:.{digits}f}"
     if 0 < value < 0.0005:
-        return "< 0.1 %"
-    return "> 99.9 %" if 0.9995 <= value < 1 else f"{value * 100:.{digits}f} %"
+        shown = "< 0.1"
+    elif 0.9995 <= value < 1:
+        shown = "> 99.9"
+    return f"{shown}\N{NO-BREAK SPACE}%"
 
 
 def short(estimate: Estimate) -> str:
@@ -118,14 +126,15 @@ def _findings(model: ModelAudit) -> list[tuple[str, str]]:
     groups = model.groups
     if groups is not None and groups.strongest.low > 0.5:
         clause = f"all documents of one {groups.field} together can be told from others: {short(groups.strongest)}"
-        found.append((f"groups by {groups.field}", f"{clause} ({groups.strongest_label})"))
+        found.append(("groups", f"{clause} ({groups.strongest_label})"))
+    elif groups is not None and groups.worst.auc.low > 0.5:
+        clause = f"the documents of one {groups.field} ({groups.worst.name}) can be told from non-members"
+        found.append(("one group", f"{clause}: {short(groups.worst.auc)} ({groups.worst.label})"))
     again = model.regurgitation
     if again is not None and again.extracted_members.low > again.extracted_non_members.high:
         shares = f"{percent(again.extracted_members.value)} of the members"
         others = f"{percent(again.extracted_non_members.value)} of the non-members"
-        found.append(
-            ("word-for-word passages", f"{again.length} tokens come back word for word of {shares} ({others})")
-        )
+        found.append(("passages", f"{again.length} tokens come back word for word of {shares} ({others})"))
     if model.canaries is not None:
         found += _of_canaries(model.canaries)
     recognized = [test for test in model.collections if test.p_holm <= SURPRISING]
@@ -134,7 +143,7 @@ def _findings(model: ModelAudit) -> list[tuple[str, str]]:
         clause = (
             f"{test.size} documents together can be told from as many others (p {share(test.p_holm)}, {test.label})"
         )
-        found.append(("collections of documents", clause))
+        found.append(("collections", clause))
     return found
 
 
@@ -143,12 +152,12 @@ def _of_canaries(canaries: CanaryAudit) -> list[tuple[str, str]]:
     found = []
     if included is not None and included.low > (excluded.high if excluded is not None else 0.0):
         clause = f"{percent(included.value)} of the planted canaries' secrets come back word for word"
-        found.append(("canaries' secrets", clause))
+        found.append(("canaries", clause))
     refuted = [bound for bound in canaries.epsilon if bound.epsilon > 0]
     if refuted:
         bound = max(refuted, key=lambda bound: bound.epsilon)
         clause = f"guesses about planted canaries refute an epsilon below {bound.epsilon:.2f} (delta {bound.delta:g})"
-        found.append(("a lower bound on epsilon", clause))
+        found.append(("epsilon", clause))
     return found
 
 
