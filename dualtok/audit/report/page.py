@@ -43,7 +43,7 @@ class Summary:
 
 
 def render_html(report: AuditReport) -> str:
-    """Return the page."""
+    """Return the page: one file of HTML, without scripts, that fetches nothing and holds no text of a document."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dualtok.audit.report"),
         autoescape=True,
