@@ -15,7 +15,8 @@ import torch
 
 from dualtok.audit.attacks.registry import default_attacks
 from dualtok.audit.report.data import AuditReport
-from dualtok.audit.report.write import csv_rows, render_html
+from dualtok.audit.report.page import render_html
+from dualtok.audit.report.write import csv_rows
 from dualtok.audit.settings import ATTACKER, AuditConfig
 from dualtok.audit.signals.from_logits import token_signals
 from dualtok.commands.audit.model_signals import ModelPasses

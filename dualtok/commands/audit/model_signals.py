@@ -6,7 +6,7 @@ Every model is run once over members, non-members and canaries; with InfoRMIA on
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,15 +51,19 @@ class ModelPasses:
     progress: bool = True
     """Whether rank 0 shows how far a pass is."""
 
+    digests: dict[Path, str] = field(default_factory=dict)
+    """Model folder -> digest of the weights that :meth:`key` found in it."""
+
     def key(self, model: Path) -> str:
         """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents.
 
         And by their format, so that signals of an earlier version are computed again.
         """
         settings = self.settings
+        self.digests[model] = weights_digest(model)
         parts = [
             str(FORMAT),
-            weights_digest(model),
+            self.digests[model],
             blocks_digest(self.data.manifest),
             self.data.manifest.tokenizer_fingerprint,
             settings.precision,

@@ -17,6 +17,7 @@ from rich.console import Console
 from dualtok.audit.attacks.base import AttackContext
 from dualtok.audit.report.data import AuditFigures
 from dualtok.audit.report.details import AttackReference
+from dualtok.audit.report.scope import weak_references
 from dualtok.audit.report.tables import (
     adaptive_table,
     canary_table,
@@ -50,6 +51,7 @@ from dualtok.files import write_text
 from dualtok.model.check import check_model
 from dualtok.model.folder.weights import model_folder
 from dualtok.reference.fingerprint import blocks_digest
+from dualtok.versions import code_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,8 +68,6 @@ if TYPE_CHECKING:
     from dualtok.distributed.ranks import Ranks
 
 AUDIT_FILE = "audit.json"
-WEAKER = 1.1
-"""How much higher than a model's perplexity the best reference's is where it counts as weak."""
 TABLE_WIDTH = 120
 TABLES = (
     comparison_table,
@@ -152,7 +152,8 @@ def _together(settings: AuditConfig, parts: list[AuditFigures]) -> AuditFigures:
     rows = {model.name: model for part in parts for model in part.models}
     whole = parts[0].model_copy(update={"settings": settings, "models": [rows[name] for name in settings.models]})
     with_null = next((part for part in parts if part.checks is not None and part.checks.null_model), parts[0])
-    return whole.model_copy(update={"checks": with_null.checks})
+    hashes = {key: digest for part in parts for key, digest in part.hashes.items()}
+    return whole.model_copy(update={"checks": with_null.checks, "hashes": hashes})
 
 
 def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: int) -> AuditFigures:
@@ -187,7 +188,8 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
 
     def attack() -> AuditFigures:
         found = reruns.without_prefixes(signals)
-        return attack_all(
+        hashes = _hashes(settings, data, {name: models.digests[folder] for name, folder in folders.items()})
+        attacked = attack_all(
             settings,
             data,
             found,
@@ -197,6 +199,7 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
             canaries=canaries,
             written=written,
         )
+        return attacked.model_copy(update={"hashes": hashes})
 
     figures: AuditFigures = ranks.first_does(attack)
     return figures
@@ -214,22 +217,12 @@ def print_figures(figures: AuditFigures) -> None:
         console.print(f"warning: {warning}", markup=False)
     for name, reason in checks.unproven.items() if checks is not None else ():
         console.print(f"warning: nothing shows that {name!r} was trained on the members: {reason}", markup=False)
-    for line in weak_references(figures):
-        console.print(f"note: {line}", markup=False)
-
-
-def weak_references(figures: AuditFigures) -> list[str]:
-    """Return which models predict texts clearly better than the attacker's best reference, and what that means."""
-    if not figures.references:
-        return []
-    best = min(figures.references, key=lambda reference: reference.perplexity_non_members)
-    return [
-        f"the attacker's best reference has a perplexity of {best.perplexity_non_members:.4g} on the non-members, "
-        f"{model.name!r} one of {model.perplexity_non_members:.4g}: a stronger reference may find more, so that "
-        "figures of attacks with a reference are a lower bound"
-        for model in figures.models
-        if best.perplexity_non_members > WEAKER * model.perplexity_non_members
-    ]
+    for name in weak_references(figures.models, figures.references):
+        console.print(
+            f"note: {name!r} predicts other texts clearly better than the attacker's best reference: a stronger reference "
+            "may find more, so that the figures of attacks with one are a lower bound",
+            markup=False,
+        )
 
 
 def audit_folder(output_dir: str) -> Path:
@@ -293,7 +286,8 @@ def attack_all(
     frequencies = attacker_frequencies(data, settings) if "dc_pdd" in settings.attacks else None
     audited = next(iter(settings.models))
     attackers = [name for name in settings.references if name in signals]
-    fit, learned = (None, None) if of_shadows is None else (of_shadows.fit(), of_shadows.learn())
+    of_shadows = of_shadows or ShadowSignals(settings, 0, None)
+    fit, learned = of_shadows.fit(), of_shadows.learn()
     for split in settings.splits:
         stream = data.open(split, verify=False)
         texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
@@ -344,6 +338,13 @@ def _strength(name: str, sides: list[Signals]) -> AttackReference:
     return AttackReference(
         name=name, perplexity_members=members.perplexity, perplexity_non_members=non_members.perplexity
     )
+
+
+def _hashes(settings: AuditConfig, data: DataFolder, weights: dict[str, str]) -> dict[str, str]:
+    """Return the digests of all that an audit's figures depend on, for the report."""
+    names = {name: f"model {name}" if name in settings.models else f"attacker's {name}" for name in weights}
+    models = {names[name]: digest for name, digest in weights.items()}
+    return {"data": blocks_digest(data.manifest), "code": code_digest(), **models}
 
 
 def _check(
