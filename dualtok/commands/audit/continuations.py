@@ -156,11 +156,9 @@ class _GreedyModel:
     def __init__(self, folder: Path, settings: AuditConfig, device: torch.device) -> None:
         from transformers import GenerationConfig
 
-        # Its own types allow no device.
-        self._model: Any = load_causal_lm(
-            folder, precision=settings.precision, trust_remote_code=settings.trust_remote_code
-        )
-        self._model.to(device).eval()
+        causal_lm = load_causal_lm(folder, precision=settings.precision, trust_remote_code=settings.trust_remote_code)
+        torch.nn.Module.to(causal_lm, device)
+        self._model: Any = causal_lm.eval()
         # Without an end token it writes on after one: as many tokens as the truth has. A penalty or a list of
         # suppressed tokens in the folder's generation_config.json would change what is likeliest.
         self._model.generation_config = GenerationConfig(
