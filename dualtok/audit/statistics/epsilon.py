@@ -16,19 +16,22 @@ import scipy.stats
 from scipy.optimize import brentq
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+    LowerBound = Callable[[int, int, int, float], float]
+    """From canaries, guesses, right guesses and a confidence to the largest parameter that is refuted."""
 
 PRECISION = 1e-14
 """Of epsilon: far below any digit that is printed."""
 
 
 class Bound(NamedTuple):
-    """A lower bound on epsilon and the guesses behind it."""
+    """A lower bound and the guesses behind it."""
 
-    epsilon: float
-    """0 where nothing is refuted."""
+    value: float
+    """Of epsilon, or of another parameter that grows as privacy shrinks; 0 where nothing is refuted."""
     guesses: int
     correct: int
 
@@ -121,8 +124,8 @@ def best_bound(
     scores: Sequence[ArrayLike],
     included: ArrayLike,
     guesses: Sequence[int],
+    lower_bound: LowerBound,
     *,
-    delta: float = 0.0,
     confidence: float = 0.95,
 ) -> tuple[int, Bound]:
     """Return the best bound over several scores and numbers of guesses, corrected for choosing it (Bonferroni).
@@ -131,7 +134,7 @@ def best_bound(
         scores: of the canaries, [m] each; higher says "included".
         included: how the coins fell, [m].
         guesses: numbers of guesses, fixed in advance.
-        delta: of the promise that is tested.
+        lower_bound: from (canaries, guesses, right guesses, confidence), e.g. :func:`epsilon_lower_bound` at a delta.
         confidence: of the result: each of the tests is held to its share of what is left.
 
     Returns:
@@ -148,6 +151,5 @@ def best_bound(
     for which, values in enumerate(scores):
         for number in guesses:
             correct = int(np.count_nonzero(guess(values, number) == coins))
-            epsilon = epsilon_lower_bound(len(coins), number, correct, delta=delta, confidence=each)
-            found.append((which, Bound(epsilon, number, correct)))
-    return max(found, key=lambda item: item[1].epsilon)
+            found.append((which, Bound(lower_bound(len(coins), number, correct, each), number, correct)))
+    return max(found, key=lambda item: item[1].value)

@@ -18,6 +18,7 @@ from dualtok.audit.attacks.base import AttackContext
 from dualtok.audit.report.data import AuditFigures
 from dualtok.audit.report.tables import (
     adaptive_table,
+    bound_table,
     canary_table,
     collection_table,
     comparison_table,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 ATTACKER = "attack_reference"
 AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
-TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, canary_table)
+TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, canary_table, bound_table)
 
 
 def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
