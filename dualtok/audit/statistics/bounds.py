@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dualtok.audit.report.data import BoundMethod
-    from dualtok.audit.statistics.epsilon import LowerBound
+    from dualtok.audit.statistics.epsilon import Bound, LowerBound
 
 CHOSEN: BoundMethod = "steinke"
 OF_EPSILON: dict[BoundMethod, Callable[..., float]] = {"steinke": epsilon_lower_bound, "f_dp": fdp_epsilon_bound}
 """Methods that assume (epsilon, delta)-differential privacy and nothing else."""
-OF_MU: dict[BoundMethod, Callable[..., float]] = {
-    "f_dp_gaussian": fdp_mu_bound,
-    "independent_gaussian": independent_mu_bound,
-}
+OF_MU: dict[BoundMethod, LowerBound] = {"f_dp_gaussian": fdp_mu_bound, "independent_gaussian": independent_mu_bound}
 """Methods that bound the mu of a Gaussian mechanism; at delta = 0 no such mechanism has an epsilon."""
 
 
@@ -49,46 +46,41 @@ def canary_bounds(
         deltas: of the promise that is tested.
         confidence: of each bound.
     """
-    of_epsilon = [
-        _bound(method, partial(_at_delta, OF_EPSILON[method], delta), delta, scores, included, guesses, confidence)
-        for method in OF_EPSILON
-        for delta in deltas
-    ]
-    of_mu = [
-        _bound(method, partial(_without_delta, OF_MU[method]), delta, scores, included, guesses, confidence)
-        for method in OF_MU
-        for delta in deltas
-        if delta > 0
-    ]
-    return of_epsilon + of_mu
 
+    def best(lower_bound: LowerBound) -> tuple[str, Bound]:
+        which, bound = best_bound(list(scores.values()), included, guesses, lower_bound, confidence=confidence)
+        return list(scores)[which], bound
 
-def _at_delta(bound: Callable[..., float], delta: float, m: int, r: int, v: int, confidence: float) -> float:
-    return bound(m, r, v, delta=delta, confidence=confidence)
-
-
-def _without_delta(bound: Callable[..., float], m: int, r: int, v: int, confidence: float) -> float:
-    return bound(m, r, v, confidence=confidence)
-
-
-def _bound(
-    method: BoundMethod,
-    lower_bound: LowerBound,
-    delta: float,
-    scores: Mapping[str, NDArray[np.float64]],
-    included: NDArray[np.bool_],
-    guesses: Sequence[int],
-    confidence: float,
-) -> EpsilonBound:
-    which, best = best_bound(list(scores.values()), included, guesses, lower_bound, confidence=confidence)
-    mu = best.value if method in OF_MU else None
-    return EpsilonBound(
-        method=method,
-        delta=delta,
-        epsilon=best.value if mu is None else gaussian_epsilon(mu, delta),
-        mu=mu,
-        label=list(scores)[which],
-        guesses=best.guesses,
-        correct=best.correct,
-        tests=len(scores) * len(guesses),
-    )
+    tests = len(scores) * len(guesses)
+    found: list[EpsilonBound] = []
+    for method, of_epsilon in OF_EPSILON.items():
+        for delta in deltas:
+            label, bound = best(partial(of_epsilon, delta=delta))
+            found.append(
+                EpsilonBound(
+                    method=method,
+                    delta=delta,
+                    epsilon=bound.value,
+                    label=label,
+                    guesses=bound.guesses,
+                    correct=bound.correct,
+                    tests=tests,
+                )
+            )
+    for method, of_mu in OF_MU.items():
+        label, bound = best(of_mu)
+        found += [
+            EpsilonBound(
+                method=method,
+                delta=delta,
+                epsilon=gaussian_epsilon(bound.value, delta),
+                mu=bound.value,
+                label=label,
+                guesses=bound.guesses,
+                correct=bound.correct,
+                tests=tests,
+            )
+            for delta in deltas
+            if delta > 0
+        ]
+    return found

@@ -9,22 +9,27 @@ refute the epsilon.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import scipy.stats
 from scipy.optimize import brentq
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    LowerBound = Callable[[int, int, int, float], float]
-    """From canaries, guesses, right guesses and a confidence to the largest parameter that is refuted."""
-
 PRECISION = 1e-14
 """Of epsilon: far below any digit that is printed."""
+
+
+class LowerBound(Protocol):
+    """The largest parameter that some guesses refute, e.g. :func:`epsilon_lower_bound` at one delta."""
+
+    def __call__(self, canaries: int, guesses: int, correct: int, *, confidence: float) -> float:
+        """Return it; 0 where nothing is refuted."""
+        ...
 
 
 class Bound(NamedTuple):
@@ -134,7 +139,7 @@ def best_bound(
         scores: of the canaries, [m] each; higher says "included".
         included: how the coins fell, [m].
         guesses: numbers of guesses, fixed in advance.
-        lower_bound: from (canaries, guesses, right guesses, confidence), e.g. :func:`epsilon_lower_bound` at a delta.
+        lower_bound: of what, and by which method.
         confidence: of the result: each of the tests is held to its share of what is left.
 
     Returns:
@@ -151,5 +156,5 @@ def best_bound(
     for which, values in enumerate(scores):
         for number in guesses:
             correct = int(np.count_nonzero(guess(values, number) == coins))
-            found.append((which, Bound(lower_bound(len(coins), number, correct, each), number, correct)))
+            found.append((which, Bound(lower_bound(len(coins), number, correct, confidence=each), number, correct)))
     return max(found, key=lambda item: item[1].value)

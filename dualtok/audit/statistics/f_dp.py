@@ -58,8 +58,8 @@ def refutes(canaries: int, guesses: int, correct: int, curve: Curve, level: floa
 
     Algorithm 3 of Mahloujifar et al. with two options per canary. With p_i the probability of i right guesses, let
     a_i be the sum over j >= i of j p_j / m, and b_i that of (r - j) p_j / m. Their Theorem 3.1 says that b_i is at
-    least curve(a_(i+1)). Were P(v or more right) above the level, a_v would be at least its share v / r of level * r / m
-    and b_v at most the rest; going down from there, a_0 + b_0 would exceed r / m, which it equals.
+    least curve(a_(i+1)). Were P(v or more right) above the level, a_v would be at least level * v / m and b_v at most
+    level * (r - v) / m; going down from there, a_0 + b_0 would exceed r / m, which it equals.
 
     Args:
         canaries: m.
