@@ -18,7 +18,7 @@ from dualtok.data.prepare.decide import decisions_path
 from dualtok.data.prepare.splits import content_digest
 from dualtok.data.prepare.staged import Chunk, Staged, StagedAt, read_staged, staged_at
 from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
-from dualtok.data.tokenizer import encode, load_tokenizer
+from dualtok.data.tokenizer import encode, load_tokenizer, vocabulary_size
 from dualtok.data.tokenizer_check import SpelledOut
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, file_sha256, write_text
@@ -113,16 +113,10 @@ def pack_chunks(
 
 
 def count_tokens(
-    config: DataConfig,
-    staged: Staged,
-    chunks: list[Chunk],
-    tokenizer: TokenizerAt,
-    workers: Workers,
-    *,
-    vocabulary: int,
-    progress: RunProgress,
+    config: DataConfig, staged: Staged, chunks: list[Chunk], tokenizer: TokenizerAt, workers: Workers, *, progress: bool
 ) -> NDArray[np.int64]:
     """Return how often each token id occurs in the documents of all splits, [vocabulary]."""
+    vocabulary = vocabulary_size(_tokenizer_of_process(tokenizer)[0])
     work = partial(
         _count_chunk,
         at=staged.at,
@@ -131,9 +125,10 @@ def count_tokens(
         vocabulary=vocabulary,
     )
     total = np.zeros(vocabulary, dtype=np.int64)
-    for counts in workers.map(work, chunks):
-        total += counts
-        progress.advance(1)
+    with RunProgress("prepare: tokens counted", len(chunks), active=progress) as bar:
+        for counts in workers.map(work, chunks):
+            total += counts
+            bar.advance(1)
     return total
 
 

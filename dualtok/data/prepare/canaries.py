@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from dualtok.config.data import DataConfig
     from dualtok.data.manifest import Manifest
 
     TextSampler = Callable[[CanaryConfig], list[str]]
@@ -73,6 +74,40 @@ class Canary(BaseModel):
     """How its coin fell: whether it is a document of the split ``train``."""
     doc: int | None
     """Its number as a document, or None if it was kept out."""
+
+
+def made_canaries(
+    config: DataConfig,
+    staged: Staged,
+    first_document: int,
+    tokenizer: PreTrainedTokenizerBase,
+    count: Callable[[], NDArray[np.int64]],
+) -> tuple[list[Canary], int | None]:
+    """Return the canaries of a preparation, checked; none if it has none.
+
+    Args:
+        config: the ``data`` section.
+        staged: what was read; sampled texts must lie beside it.
+        first_document: number of the first canary that is included.
+        tokenizer: of the data.
+        count: returns how often each id occurs in the documents; called where that matters.
+
+    Returns:
+        The canaries, and :attr:`.CanariesEntry.seen`.
+
+    Raises:
+        UnusableCorpusError: as :func:`check_canaries`, :func:`sampled_texts` and :func:`rare_token_texts`.
+    """
+    settings, texts, seen = config.canaries, None, None
+    if settings is None:
+        return [], None
+    if settings.kind == "high_temperature":
+        texts = sampled_texts(settings, None, staged.at.folder / SAMPLED)
+    elif settings.kind == "new_tokens":
+        texts, seen = rare_token_texts(settings, tokenizer, count())
+    canaries = draw_canaries(settings, first_document, texts)
+    check_canaries(canaries, settings, staged, tokenizer, config.block_length)
+    return canaries, seen
 
 
 def draw_canaries(config: CanaryConfig, first_document: int, texts: Sequence[CanaryText] | None = None) -> list[Canary]:

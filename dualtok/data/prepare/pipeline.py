@@ -30,16 +30,7 @@ from dualtok.data.prepare.assemble import (
     split_texts,
     write_splits,
 )
-from dualtok.data.prepare.canaries import (
-    SAMPLED,
-    Canary,
-    assign_to_chunks,
-    check_canaries,
-    draw_canaries,
-    rare_token_texts,
-    sampled_texts,
-    write_canaries,
-)
+from dualtok.data.prepare.canaries import SAMPLED, assign_to_chunks, made_canaries, sampled_texts, write_canaries
 from dualtok.data.prepare.decide import Decisions, UnusableCorpusError, decide
 from dualtok.data.prepare.groups import find_groups, steps
 from dualtok.data.prepare.ingest import stage_part, staged_files
@@ -68,8 +59,6 @@ from dualtok.monitor.progress import RunProgress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from dualtok.data.prepare.canaries import TextSampler
@@ -107,7 +96,7 @@ def prepare(config: DataConfig, *, progress: bool = True, sampler: TextSampler |
         _convert_tokenizer(config)
         _sample_canaries(config, sampler)
         _stage(config, ALONE, settings, workers, progress=progress)
-        return _finish(config, settings, ALONE.of, workers, progress=progress, sampler=sampler)
+        return _finish(config, settings, ALONE.of, workers, progress=progress)
 
 
 def prepare_part(config: DataConfig, part: Part, *, progress: bool = True) -> None:
@@ -160,7 +149,7 @@ def finish(config: DataConfig, *, progress: bool = True, sampler: TextSampler | 
     with _work_on(folder, settings), parts_stay, Workers(config.processes) as workers:
         _convert_tokenizer(config)
         _sample_canaries(config, sampler)
-        return _finish(config, settings, of, workers, progress=progress, sampler=sampler)
+        return _finish(config, settings, of, workers, progress=progress)
 
 
 def _stage(config: DataConfig, part: Part, settings: dict[str, Any], workers: Workers, *, progress: bool) -> None:
@@ -178,15 +167,7 @@ def _stage(config: DataConfig, part: Part, settings: dict[str, Any], workers: Wo
             stage_part(config, reader, folder, workers, progress=bar)
 
 
-def _finish(
-    config: DataConfig,
-    settings: dict[str, Any],
-    of: int,
-    workers: Workers,
-    *,
-    progress: bool,
-    sampler: TextSampler | None,
-) -> Manifest:
+def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Workers, *, progress: bool) -> Manifest:
     """Make shards and manifest of what is staged."""
     folder, staging = Path(config.dir), Path(config.dir) / STAGING
     staged = Staged(staging, of)
@@ -197,8 +178,9 @@ def _finish(
     decisions.check(config)
     tokenizer = _keep_tokenizer(folder / "tokenizer", lambda: _trained_tokenizer(config, staged, decisions))
     tokenizer_at = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
-    count = partial(_counted, config, staged, decisions, tokenizer_at, workers=workers, progress=progress)
-    canaries, canaries_of_chunk, seen = _canaries(config, staged, decisions, tokenizer, count=count, sampler=sampler)
+    count = partial(count_tokens, config, staged, decisions.chunks, tokenizer_at, workers, progress=progress)
+    canaries, seen = made_canaries(config, staged, decisions.read, tokenizer, count)
+    canaries_of_chunk = {} if config.canaries is None else assign_to_chunks(canaries, config.canaries, decisions.chunks)
     with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
         pack_chunks(config, staged, decisions.chunks, tokenizer_at, workers, canaries=canaries_of_chunk, progress=bar)
     splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
@@ -233,45 +215,6 @@ def _finish(
     shutil.rmtree(staging)
     _print(summary(manifest, unread), active=progress)
     return manifest
-
-
-def _canaries(
-    config: DataConfig,
-    staged: Staged,
-    decisions: Decisions,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    count: Callable[[], NDArray[np.int64]],
-    sampler: TextSampler | None,
-) -> tuple[list[Canary], dict[int, list[Canary]], int | None]:
-    """Return the canaries, numbered after the source's documents, those to pack with each chunk, and
-    :attr:`.CanariesEntry.seen`."""
-    settings = config.canaries
-    if settings is None:
-        return [], {}, None
-    texts, seen = None, None
-    if settings.kind == "high_temperature":
-        texts = sampled_texts(settings, sampler, staged.at.folder / SAMPLED)
-    elif settings.kind == "new_tokens":
-        texts, seen = rare_token_texts(settings, tokenizer, count())
-    canaries = draw_canaries(settings, first_document=decisions.read, texts=texts)
-    check_canaries(canaries, settings, staged, tokenizer, config.block_length)
-    return canaries, assign_to_chunks(canaries, settings, decisions.chunks), seen
-
-
-def _counted(
-    config: DataConfig,
-    staged: Staged,
-    decisions: Decisions,
-    tokenizer: TokenizerAt,
-    *,
-    workers: Workers,
-    progress: bool,
-) -> NDArray[np.int64]:
-    """Count the token ids of all documents."""
-    vocabulary = vocabulary_size(load_tokenizer(tokenizer.folder))
-    with RunProgress("prepare: tokens counted", len(decisions.chunks), active=progress) as bar:
-        return count_tokens(config, staged, decisions.chunks, tokenizer, workers, vocabulary=vocabulary, progress=bar)
 
 
 def _prepared(folder: Path, settings: dict[str, Any], *, progress: bool, sweep: bool = True) -> Manifest | None:
