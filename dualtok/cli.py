@@ -20,6 +20,9 @@ from dualtok.commands.quiet import quiet_libraries
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dualtok.config.canaries import CanaryConfig
     from dualtok.config.run import RunConfig
 
 # Imported where they are used, for what they take to load: dualtok's commands (torch 1 s, transformers 1 to 4 s).
@@ -75,12 +78,20 @@ def prepare(
     from dualtok.data.prepare import pipeline
     from dualtok.data.prepare.parts import parse_part
 
+    sampler: Callable[[CanaryConfig], list[str]] | None = None
+    if data.canaries is not None and data.canaries.kind == "high_temperature":
+        quiet_libraries()
+        # Imported for these canaries alone, as it takes seconds to load: torch.
+        from dualtok.commands.prepare import sample_texts
+
+        sampler = sample_texts
+
     if part is not None:
         pipeline.prepare_part(data, parse_part(part))
     elif finish:
-        pipeline.finish(data)
+        pipeline.finish(data, sampler=sampler)
     else:
-        pipeline.prepare(data)
+        pipeline.prepare(data, sampler=sampler)
 
 
 @app.command()

@@ -135,9 +135,13 @@ def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:
         extracted = getattr(canaries, f"extracted_{side}")
         if extracted is not None:
             yield {"metric": f"canary_extracted_{side}"} | _cells(extracted)
-    for bound in canaries.epsilon:
+    for bound in (*canaries.epsilon, *canaries.other_bounds):
+        suffix = "" if bound in canaries.epsilon else f"_{bound.method}"
         note = f"delta {bound.delta:g}: {bound.correct} of {bound.guesses} guesses right, best of {bound.tests}"
-        yield {"attack": bound.label.lower(), "metric": "canary_epsilon", "value": bound.epsilon, "note": note}
+        of = {"attack": bound.label.lower(), "note": note}
+        yield of | {"metric": f"canary_epsilon{suffix}", "value": bound.epsilon}
+        if bound.mu is not None:
+            yield of | {"metric": f"canary_mu{suffix}", "value": bound.mu}
 
 
 def _check_rows(checks: Checks) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from dualtok.audit.report.details import AttackReference
 from dualtok.audit.report.scope import weak_references
 from dualtok.audit.report.tables import (
     adaptive_table,
+    bound_table,
     canary_table,
     collection_table,
     comparison_table,
@@ -77,6 +78,7 @@ TABLES = (
     collection_table,
     regurgitation_table,
     canary_table,
+    bound_table,
 )
 
 
@@ -219,8 +221,8 @@ def print_figures(figures: AuditFigures) -> None:
         console.print(f"warning: nothing shows that {name!r} was trained on the members: {reason}", markup=False)
     for name in weak_references(figures.models, figures.references):
         console.print(
-            f"note: {name!r} predicts other texts clearly better than the attacker's best reference: a stronger reference "
-            "may find more, so that the figures of attacks with one are a lower bound",
+            f"note: {name!r} predicts other texts clearly better than the attacker's best reference: a stronger "
+            "reference may find more, so that the figures of attacks with one are a lower bound",
             markup=False,
         )
 
