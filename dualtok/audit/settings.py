@@ -107,15 +107,16 @@ class AuditConfig:
     counts tokens in the split ``attack_reference``, or ``reference`` if there is none. Not run unless named:
     ``info_rmia``, which needs each model and the attacker's reference together, and ``lowercase``, ``recall``,
     ``con_recall``, ``neighborhood`` and ``gradient_norm``, which run each model again. ``shadows`` adds ``lira``,
-    ``lira_offline`` and ``shadow_classifier``; the last needs the attacker's reference model, too."""
+    ``lira_offline`` and ``shadow_classifier``, and allows ``lt_mia``, which must be named; the last two need the
+    attacker's reference model, too."""
 
     reruns: RerunSettings = dataclasses.field(default_factory=RerunSettings)
     """Settings of the attacks that run each model again."""
 
     shadows: Annotated[int, Field(ge=2)] | None = None
-    """Shadow models for ``lira``, ``lira_offline`` and ``shadow_classifier``, an even number: each is a training run
-    like that of the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of members and
-    non-members. Unit: models."""
+    """Shadow models for ``lira``, ``lira_offline``, ``shadow_classifier`` and ``lt_mia``, an even number: each is a
+    training run like that of the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of
+    members and non-members. Unit: models."""
 
     shadow_checkpoint: Literal["best", "latest"] = "best"
     """Checkpoint of each shadow that is run: the one that was exported of the audited models."""

@@ -27,7 +27,21 @@ def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
     """Return name -> label of every attack that any of the rows ran, in the order of the registry."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
     order = {name: position for position, name in enumerate(ATTACKS)}
-    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
+    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(plain(name), len(order)))}
+
+
+def plain(score: str) -> str:
+    """Return the name of an attack without that of the attacker's reference it was run with, if it has one."""
+    return score.partition("@")[0]
+
+
+def reference_tables(rows: Sequence[ModelAudit]) -> list[Table]:
+    """Return one table per further reference of the attacker's: AUC of the attacks with it; see :func:`_aucs`."""
+    by_reference: dict[str, list[str]] = {}
+    for name in attack_columns(rows):
+        if reference := name.partition("@")[2]:
+            by_reference.setdefault(reference, []).append(name)
+    return [_aucs(rows, f"Attacks with the reference {name}", scores) for name, scores in by_reference.items()]
 
 
 def share(value: float, digits: int = 3) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.attacks.base import ATTACKS, AttackContext
+from dualtok.audit.attacks.base import AttackContext, attack_of
 from dualtok.audit.attacks.crossfit import FEWEST
 from dualtok.audit.attacks.registry import compare
 from dualtok.audit.report.data import Collections, ModelAudit
@@ -116,7 +116,7 @@ def _audit(name: str, step: int | None, classes: tuple[ClassSummary, ClassSummar
     if not scores:
         raise DataError(f"audit of {name!r}: none of the attacks {list(config.attacks)} can run; add 'loss'")
     outcomes = attack_outcomes(scores, config)
-    widening = {attack: ATTACKS[attack].widening for attack in scores}
+    widening = {attack: attack_of(attack).widening for attack in scores}
     has_reference = "reference" in contexts[0].has & contexts[1].has
     return ModelAudit(
         name=name,
@@ -152,7 +152,7 @@ def _with_settings(context: AttackContext, config: AuditConfig) -> AttackContext
 def _collections(scored: Scored, config: AuditConfig) -> list[Collections]:
     """Test collections by the Ref attack (or the first there is), and by what was learned on half of the documents."""
     name = "ref" if "ref" in scored.scores else next(iter(scored.scores))
-    named = {ATTACKS[name].label: scored.scores[name]}
+    named = {attack_of(name).label: scored.scores[name]}
     if min(map(len, scored.features)) >= FEWEST:
         named["learned"] = learned_scores(*scored.features, config.seed)
     found = [

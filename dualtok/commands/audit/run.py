@@ -24,6 +24,7 @@ from dualtok.audit.report.tables import (
     canary_table,
     collection_table,
     comparison_table,
+    reference_tables,
     regurgitation_table,
     rerun_table,
     token_table,
@@ -214,6 +215,8 @@ def print_figures(figures: AuditFigures) -> None:
     for table in TABLES:
         if (lines := table(figures.models)).row_count:
             console.print(lines)
+    for lines in reference_tables(figures.models):
+        console.print(lines)
     checks = figures.checks
     for warning in checks.warnings if checks is not None else ():
         console.print(f"warning: {warning}", markup=False)

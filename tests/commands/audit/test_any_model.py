@@ -150,6 +150,42 @@ def _lists(overfitted: Overfitted) -> tuple[Any, list[str], list[str]]:
     return AutoTokenizer.from_pretrained(overfitted.folder), overfitted.members, overfitted.non_members
 
 
+@pytest.mark.slow
+def test_several_references_count_together_and_one_is_trained_on_the_way(
+    overfitted: Overfitted, tmp_path: Path
+) -> None:
+    others = write_list(tmp_path / "others.jsonl", overfitted.non_members[8:])
+    out = tmp_path / "out"
+    flags = ["--model", f"mine={overfitted.folder}", "--members", overfitted.members_file, "--non-members", others]
+    references = ["--attack-reference", f"weak={overfitted.base}"]
+    learned = write_list(tmp_path / "read.jsonl", overfitted.non_members[:8])
+    references += ["--attack-reference", f"strong=train:{learned}", "--base", overfitted.base]
+    quick = [*QUICK, "audit.attacks=[loss,ref,wbc,rmia,ref_distance]"]
+    recipe = ["audit.reference_recipe.epochs=20", "audit.reference_recipe.learning_rate=5e-3"]
+    shown = succeed(dualtok("audit", *flags, *references, "--out", out, *quick, *recipe))
+    (row,) = rows(out).values()
+    names = [attack["name"] for attack in row["attacks"]]
+    alone = ["loss", "ref", "wbc", "rmia", "ref_distance"]
+    assert names == [*alone, *(f"{name}@strong" for name in alone[1:])]
+    assert "Attacks with the reference strong" in shown
+    figures = json.loads((out / "audit" / "audit.json").read_text())
+    weak, strong = figures["references"]
+    assert (weak["name"], strong["name"]) == ("weak", "strong")
+    assert strong["perplexity_non_members"] < weak["perplexity_non_members"], "it was trained"
+    # The interval of the strongest holds for all nine: it is wider than that of the five with the first alone.
+    succeed(dualtok("audit", *flags, *references[:2], "--out", tmp_path / "one", *quick))
+    (few,) = rows(tmp_path / "one").values()
+    assert {a["name"]: a["auc"] for a in few["attacks"]} == {
+        a["name"]: a["auc"] for a in row["attacks"] if "@" not in a["name"]
+    }
+    # Trained once: the same call again trains nothing.
+    trained = sorted((out / "audit" / "references").glob("*/model/model.safetensors"))
+    times = [file.stat().st_mtime_ns for file in trained]
+    assert len(times) == 1
+    succeed(dualtok("audit", out / "audit.yaml"))
+    assert [file.stat().st_mtime_ns for file in trained] == times
+
+
 def test_lists_that_overlap_or_differ_by_themselves_are_void(overfitted: Overfitted) -> None:
     quick: dict[str, Any] = {"attacks": ("loss",), "bootstrap_resamples": 100, "permutations": 99}
     members = overfitted.members
