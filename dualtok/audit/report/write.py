@@ -21,6 +21,8 @@ from dualtok.files import write_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dualtok.audit.report.details import GroupAudit
+
 CSV_COLUMNS = ("model", "step", "attack", "metric", "value", "low", "high", "target_fpr", "attained_fpr", "note")
 
 
@@ -80,6 +82,8 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
                 yield collection | {"metric": f"collection_{metric}", "value": getattr(test, metric)}
             ends = {"low": test.rejected_low, "high": test.rejected_high}
             yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
+        if row.groups is not None:
+            yield from (model | line for line in _group_rows(row.groups))
         if row.canaries is not None:
             yield from (model | line for line in _canary_rows(row.canaries))
         if row.strongest_p_value is not None:
@@ -91,6 +95,22 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
         )
     if report.checks is not None:
         yield from _check_rows(report.checks)
+
+
+def _group_rows(groups: GroupAudit) -> Iterator[dict[str, Any]]:
+    for metric in (
+        *(f"{side}_groups" for side in ("member", "non_member", "small_member", "small_non_member")),
+        *(f"{side}_without_group" for side in ("members", "non_members")),
+    ):
+        yield {"metric": f"group_{metric}", "value": getattr(groups, metric)}
+    whole = {"note": groups.strongest_label}
+    yield {"metric": "group_strongest_auc_two_sided"} | whole | _cells(groups.strongest)
+    yield {"metric": "group_strongest_p_value", "value": groups.strongest_p_value} | whole
+    worst = groups.worst
+    note = {"note": f"{worst.name}, {worst.documents} documents, {worst.label}"}
+    yield {"metric": "worst_group_auc_two_sided"} | note | _cells(worst.auc)
+    for metric in ("p_value", "p_value_among_members"):
+        yield {"metric": f"worst_group_{metric}", "value": getattr(worst, metric)} | note
 
 
 def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from dualtok.audit.attacks.base import PairOfScores
     from dualtok.audit.attacks.registry import Scored
     from dualtok.audit.signals.signals import Signals
+    from dualtok.audit.statistics.groups import DocumentGroups
 
 # The same bins for every model, in nats, so that panels can be compared; a bin's edge lies on 0, the threshold tau.
 CALIBRATED_EDGES = np.linspace(-8.0, 8.0, 65)
@@ -67,6 +68,7 @@ def audit_model(
     non_member_context: AttackContext | None = None,
     config: AuditConfig | None = None,
     step: int | None = None,
+    groups: DocumentGroups | None = None,
 ) -> ModelAudit:
     """Run every attack of ``config`` on one model and state what it gives away.
 
@@ -78,9 +80,11 @@ def audit_model(
         non_member_context: the same for the non-members.
         config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
         step: training step of the model, if it is one of several.
+        groups: whose each document is, for ``config.group_field``.
 
     Raises:
-        DataError: no document of a class can be scored, or a context does not fit the documents.
+        DataError: no document of a class can be scored, a context does not fit the documents, or groups cannot be
+            audited (:func:`.groups.require_groups`).
     """
     config = config or AuditConfig()
     targets = members.with_tokens(), non_members.with_tokens()
@@ -113,6 +117,7 @@ def audit_model(
         ),
         collections=_collections(scored, config),
         calibrated=_calibrated(targets, contexts) if "reference" in available else None,
+        groups=None if groups is None else groups.audit(scores, (targets[0].document, targets[1].document), config),
     )
 
 

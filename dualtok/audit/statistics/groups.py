@@ -9,10 +9,15 @@ smallest groups have the most extreme ones by chance.
 
 Random groups stand for the null hypothesis: all documents are dealt anew to groups of the same sizes, and the largest
 deviation of any such group in any attack is noted. That corrects for choosing the group and the attack, whatever the
-attacks have in common. Documents dealt at random are independent, those of a person are not; for the real groups the
-deviation is therefore divided by what their likeness among non-members makes of it. Without that a person with a style
-of their own stands out of every model. What remains is an assumption: that persons differ, as non-members do, about
-normally. No test can do without it, for by ranks alone the most unusual of 50 persons is never unusual enough.
+attacks have in common. Documents dealt at random are independent, those of a person are not: a person with a style of
+their own would stand out of every model. So the deviation of a real group is divided by what the likeness of a group's
+documents makes of it, and by how much the most unusual non-member group exceeds random groups.
+
+What remains is an assumption: apart from membership, persons differ about normally. No test can do without one, for by
+ranks alone the most unusual of 50 persons is never unusual enough beside 50 others. In simulated audits of 60 groups of
+2 to 11 documents by six attacks, where a person explained a fifth of a score's variance and nobody was a member, 4 of
+150 found a worst group at p <= .05; where the persons' effects had heavy tails (Student's t with 5 degrees of freedom,
+80 groups), 17 of 150 did.
 
 Attacks that learned on some of the documents (cross-fitted) are left out: having read one document of a person they
 know the next, whether the model does or not.
@@ -29,15 +34,7 @@ from dualtok.audit.attacks.base import ATTACKS
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.details import Group, GroupAudit
 from dualtok.audit.statistics.checks import strongest_p_value
-from dualtok.audit.statistics.group_scores import (
-    ENOUGH_GROUPS,
-    Side,
-    auc_interval,
-    design_effect,
-    likeness,
-    normal_scores,
-    side_of,
-)
+from dualtok.audit.statistics.group_scores import Side, auc_interval, design_effect, likeness, normal_scores, side_of
 from dualtok.audit.statistics.metrics import bootstrap_interval, roc_auc, two_sided, two_sided_interval
 from dualtok.errors import DataError
 
@@ -57,6 +54,30 @@ MOST_CELLS = 4 * 10**9
 """Scores that are dealt to random groups at most; with more documents and attacks there are fewer random draws."""
 FEWEST_DRAWS = 199
 TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class DocumentGroups:
+    """Whose each document is."""
+
+    members: Mapping[int, str]
+    """Id of a member -> its group; documents without one are not there."""
+    non_members: Mapping[int, str]
+    name_of: Callable[[str], str]
+    """Group -> what the report calls it."""
+
+    def audit(
+        self,
+        scores: Mapping[str, PairOfScores],
+        documents: tuple[NDArray[np.int64], NDArray[np.int64]],
+        config: AuditConfig,
+    ) -> GroupAudit | None:
+        """Return :func:`audit_groups` of the members and non-members with these ids, in the order of their scores."""
+        sides = [
+            [known.get(int(document)) for document in ids]
+            for known, ids in zip((self.members, self.non_members), documents, strict=True)
+        ]
+        return audit_groups(scores, sides[0], sides[1], name_of=self.name_of, config=config)
 
 
 def require_groups(
@@ -79,8 +100,8 @@ def require_groups(
     if both:
         raise DataError(
             f"audit.group_field: {len(both)} groups of {field!r} have documents among the members and among the "
-            "non-members, so that no figure by group means anything; put all documents of a group on one side (`dualtok "
-            "prepare` does so with data.group_field), or remove audit.group_field"
+            "non-members, so that no figure by group means anything; put all documents of a group on one side "
+            "(`dualtok prepare` does so with data.group_field), or remove audit.group_field"
         )
     sides = side_of(members, min_documents), side_of(non_members, min_documents)
     for side, kind in zip(sides, ("members", "non-members"), strict=True):
@@ -161,15 +182,18 @@ class _Judged:
         members, non_members = sides
         n = members.documents
         grouped = z[:, members.rows], z[:, n + non_members.rows]
-        alike = [(grouped[1], non_members)]
-        if len(non_members.sizes) < ENOUGH_GROUPS:
-            alike.append((grouped[0], members))
         center, spread = _moments(z[:, n:])
         means = [
             (side.sums(own) / side.sizes - center) / spread
             for side, own in zip((members, non_members), grouped, strict=True)
         ]
-        return cls(z, members, non_members, likeness(alike), (means[0], means[1]))
+        return cls(
+            z,
+            members,
+            non_members,
+            likeness(list(zip(grouped, (members, non_members), strict=True))),
+            (means[0], means[1]),
+        )
 
     @property
     def non_members_worth(self) -> Floats:
@@ -198,7 +222,7 @@ def _whole_groups(names: list[str], judged: _Judged, config: AuditConfig) -> tup
         auc = roc_auc(*pair)
         ends = bootstrap_interval(*pair, resamples=config.bootstrap_resamples, confidence=confidence, seed=config.seed)
         # The bootstrap of few groups is too narrow, and has no width where they are separated completely.
-        others = auc_interval(auc, *map(len, pair), confidence)
+        others = auc_interval(auc, len(pair[0]), len(pair[1]), confidence)
         low, high = two_sided_interval(min(ends[0], others[0]), max(ends[1], others[1]))
         found[name] = Estimate(value=two_sided(auc), low=low, high=high)
     best = max(found, key=lambda name: found[name].value)
@@ -214,13 +238,13 @@ def _worst(
     """Return the member group that differs most from the non-members."""
     members, n = judged.members, judged.members.documents
     design = design_effect(members.sizes, judged.rho)
-    deviation = judged.means[0] / np.sqrt(design / members.sizes + 1 / judged.non_members_worth[:, None])
-    row, group = np.unravel_index(np.abs(deviation).argmax(), deviation.shape)
-    name, size = list(scores)[row], int(members.sizes[group])
-    center, spread = _moments(judged.z[:, :n])
-    of_members = members.sums(judged.z[:, members.rows]) / members.sizes
-    among_members = ((of_members - center) / spread)[row, group] / np.sqrt(design[row, group] / size - 1 / n)
+    excess = _excess(judged, config)
+    errors = np.sqrt(design / members.sizes + 1 / judged.non_members_worth[:, None])
+    deviation = np.abs(judged.means[0]) / errors / excess
+    row, group = np.unravel_index(deviation.argmax(), deviation.shape)
+    among_members = _among(judged.z[:, :n], judged.z[:, members.rows], members, design)[row, group] / excess
 
+    name, size = list(scores)[row], int(members.sizes[group])
     start = int(members.sizes[:group].sum())
     own = scores[name][0][members.rows[start : start + size]]
     auc = roc_auc(own, scores[name][1])
@@ -232,16 +256,42 @@ def _worst(
         documents=size,
         label=ATTACKS[name].label,
         auc=Estimate(value=two_sided(auc), low=low, high=high),
-        p_value=_p_value(abs(deviation[row, group]), _random_groups(judged.z, members, config)),
-        p_value_among_members=_p_value(abs(among_members), _random_groups(judged.z[:, :n], members, config)),
+        p_value=_p_value(deviation[row, group], _random_groups(judged.z, members, config)),
+        p_value_among_members=_p_value(among_members, _random_groups(judged.z[:, :n], members, config)),
     )
+
+
+def _among(z: Floats, grouped: Floats, side: Side, design: Floats) -> Floats:
+    """Return how far each group's mean lies from that of its whole side, in standard errors [a, g].
+
+    Args:
+        z: scores of the side's documents [a, n].
+        grouped: of those in groups, group after group.
+        side: the groups.
+        design: their design effects [a, g].
+    """
+    center, spread = _moments(z)
+    means = (side.sums(grouped) / side.sizes - center) / spread
+    return np.asarray(np.abs(means) / np.sqrt(design / side.sizes - 1 / z.shape[1]))
+
+
+def _excess(judged: _Judged, config: AuditConfig) -> float:
+    """Return by how much the most unusual non-member group exceeds what random groups give in half of the cases.
+
+    At least 1. Where some persons are far from the others without any model's doing, the most unusual non-member shows
+    it, and members must be so much more unusual.
+    """
+    n, side = judged.members.documents, judged.non_members
+    z = judged.z[:, n:]
+    found = _among(z, z[:, side.rows], side, design_effect(side.sizes, judged.rho)).max()
+    return max(1.0, float(found / np.median(_random_groups(z, side, config))))
 
 
 def _p_value(found: float, by_chance: Floats) -> float:
     return (1 + int(np.count_nonzero(by_chance >= found - TINY))) / (1 + len(by_chance))
 
 
-def _random_groups(z: Floats, members: Side, config: AuditConfig) -> Floats:
+def _random_groups(z: Floats, side: Side, config: AuditConfig) -> Floats:
     """Return the largest deviation of random groups of the members' sizes, in any attack, per draw.
 
     Args:
@@ -250,7 +300,7 @@ def _random_groups(z: Floats, members: Side, config: AuditConfig) -> Floats:
         members: the groups, and how many members there are.
         config: its ``permutations`` and ``seed``.
     """
-    total, n, sizes = z.shape[1], members.documents, members.sizes
+    total, n, sizes = z.shape[1], side.documents, side.sizes
     rng = np.random.default_rng(config.seed)
     largest = []
     for _ in range(min(config.permutations, max(FEWEST_DRAWS, MOST_CELLS // z.size))):
@@ -258,6 +308,6 @@ def _random_groups(z: Floats, members: Side, config: AuditConfig) -> Floats:
         rest = dealt[:, n:] if total > n else dealt
         center, spread = _moments(rest)
         other = 1 / rest.shape[1] if total > n else -1 / n
-        means = members.sums(dealt[:, : len(members.rows)]) / sizes
+        means = side.sums(dealt[:, : len(side.rows)]) / sizes
         largest.append(np.abs((means - center) / spread / np.sqrt(1 / sizes + other)).max())
     return np.array(largest)

@@ -21,6 +21,7 @@ from dualtok.audit.report.tables import (
     canary_table,
     collection_table,
     comparison_table,
+    group_table,
     rerun_table,
     token_table,
 )
@@ -29,6 +30,7 @@ from dualtok.audit.statistics.checks import check_audit
 from dualtok.audit.statistics.evaluate import audit_model
 from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS
 from dualtok.commands.audit.canaries import KIND, open_canaries
+from dualtok.commands.audit.groups import check_groups, document_groups
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
 from dualtok.commands.audit.shadows import document_losses, fit_losses, train_shadows
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 ATTACKER = "attack_reference"
 AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
-TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, canary_table)
+TABLES = (comparison_table, token_table, rerun_table, adaptive_table, collection_table, group_table, canary_table)
 
 
 def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
@@ -68,8 +70,10 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
         processes: ranks that share the training of each of ``audit.shadows``.
 
     Raises:
-        ConfigError: no models are named, or one does not fit the blocks; or shadow models cannot be trained.
-        DataError: a shard is missing or altered, or a class has no documents.
+        ConfigError: no models are named, or one does not fit the blocks; or shadow models cannot be trained; or the
+            data was prepared without the groups of ``audit.group_field``.
+        DataError: a shard is missing or altered, or a class has no documents; or a group is on both sides, or there
+            are too few.
     """
     settings = run.audit
     if not settings.models:
@@ -85,6 +89,7 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     ranks = join_ranks()
     canaries = ranks.together(lambda: open_canaries(settings, data))
     models = ModelPasses(settings, data, kept / "signals", ranks, canaries)
+    ranks.together(lambda: check_groups(settings, data, models.left_out))
 
     def key_of(folder: Path) -> str:
         key: str = ranks.first_does(lambda: models.key(folder))
@@ -190,6 +195,7 @@ def _attack_all(
         context = replace(contexts[split], kl_from_reference=divergences.get(name, {}).get(split))
         return reruns.known(name, split, context)
 
+    groups = document_groups(settings, data, audit_folder(run.output_dir))
     audits = [
         audit_model(
             name,
@@ -198,6 +204,7 @@ def _attack_all(
             member_context=known(name, settings.members),
             non_member_context=known(name, settings.non_members),
             config=settings,
+            groups=groups,
         )
         for name in settings.models
     ]
