@@ -126,7 +126,18 @@ class AuditConfig:
     Unit: documents."""
 
     permutations: Annotated[int, Field(ge=99)] = 999
-    """Permutations of the membership labels behind the p-value of the strongest attack. Unit: permutations."""
+    """Permutations of the membership labels behind the p-value of the strongest attack, and random groups behind that
+    of the worst group. Unit: permutations."""
+
+    group_field: str | None = None
+    """Field that says whose a document is, e.g. ``person``: the audit then also attacks all documents of a group
+    together and names the worst group. Prepared data needs it as ``data.group_field``, too."""
+
+    min_group_documents: Annotated[int, Field(ge=2)] = 2
+    """Groups with fewer audited documents are left out of the figures by group, and counted. Unit: documents."""
+
+    show_group_names: bool = False
+    """Name groups in the report as in the data. By default it has hashes of the names, which are personal data."""
 
     null_model: str | None = None
     """Key of a model in ``models`` that has seen no member, e.g. ``base``: attacks must find nothing in it, or the
@@ -200,6 +211,7 @@ class AuditConfig:
                 raise ValueError(
                     f"audit.reruns.{field.name}: has no effect without {' or '.join(using)} in audit.attacks"
                 )
+        self._check_groups()
         if not self.canary_guesses:
             raise ValueError("audit.canary_guesses: give at least one share of the canaries")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):
@@ -254,6 +266,12 @@ class AuditConfig:
                 "audit.extract: greedy decoding needs the whole model on every rank, which audit.deepspeed shards; "
                 "leave one of them out (extraction from the ranks of one forward pass is reported in any case)"
             )
+
+    def _check_groups(self) -> None:
+        """Refuse settings of groups without a field."""
+        for name, default in (("min_group_documents", 2), ("show_group_names", False)):
+            if self.group_field is None and getattr(self, name) != default:
+                raise ValueError(f"audit.{name}: has no effect without audit.group_field; remove it")
 
     def _check_shadows(self) -> None:
         """Refuse odd numbers and settings without effect, and let the shadows' attacks join the others."""

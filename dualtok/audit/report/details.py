@@ -117,9 +117,12 @@ class Group(Record):
     label: str
     """The attack that tells most about it."""
     auc: Estimate
-    """Of its documents against the non-members; the interval is corrected for choosing the group and the attack."""
+    """Two-sided, of its documents against the non-members; the interval is corrected for choosing the group and the
+    attack, and counts that the documents of a group are alike."""
     p_value: Share
-    """Against random groups of the same sizes."""
+    """Against random groups of the same sizes, of members and non-members: is it told from non-members?"""
+    p_value_among_members: Share
+    """Against random groups of the same sizes, of members: is it told better than other members?"""
 
 
 class GroupAudit(Record):
@@ -127,11 +130,23 @@ class GroupAudit(Record):
 
     field: str
     """Field of the documents that names the group."""
+    min_documents: Count
+    """Documents of the smallest groups that were looked at."""
+    attacks: Count
+    """Attacks that were run, and that the figures are corrected for; those that learn on the documents are not."""
     member_groups: Count
     non_member_groups: Count
+    members_without_group: Count
+    """Members for which the field is empty: they are no group."""
+    non_members_without_group: Count
+    small_member_groups: Count
+    """Groups left out for having fewer than ``min_documents``."""
+    small_non_member_groups: Count
     strongest_label: str
     strongest: Estimate
     """Two-sided AUC of the strongest attack on whole groups; the interval is corrected for the number of attacks."""
+    strongest_p_value: Share
+    """Of that, by permuting the labels of groups in all attacks alike."""
     worst: Group
     """The group that is told from the non-members best."""
 

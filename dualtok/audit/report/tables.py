@@ -167,6 +167,45 @@ def _both(pair: Sequence[float | None], form: str) -> str:
     return " /\n".join("n/a" if value is None else format(value, form) for value in pair)
 
 
+def group_table(rows: Sequence[ModelAudit], title: str = "Groups of documents") -> Table:
+    """Return one line per model audited by groups: the strongest attack on whole groups, and the worst group."""
+    found = [(row.name, row.groups) for row in rows if row.groups is not None]
+    caption = (
+        "whole groups: strongest attack on all documents of a group, two-sided AUC; worst group: the members that "
+        "differ most from non-members; intervals and p corrected for all attacks and groups; p among members: "
+        "does it differ more than other members?"
+    )
+    columns = [
+        "groups",
+        "left out",
+        "whole groups",
+        "p",
+        "worst group",
+        "documents",
+        "its AUC",
+        "p",
+        "p among\nmembers",
+    ]
+    table = _by_model(title, caption, columns)
+    for name, groups in found:
+        worst = groups.worst
+        small = groups.small_member_groups + groups.small_non_member_groups
+        single = groups.members_without_group + groups.non_members_without_group
+        table.add_row(
+            escape(name),
+            f"{groups.member_groups} members\n{groups.non_member_groups} others",
+            f"{small} small\n{single} documents",
+            _cell(groups.strongest, f" {groups.strongest_label}"),
+            share(groups.strongest_p_value),
+            escape(worst.name),
+            str(worst.documents),
+            _cell(worst.auc, f" {worst.label}"),
+            share(worst.p_value),
+            share(worst.p_value_among_members),
+        )
+    return table
+
+
 def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
     """Return one line per model audited with canaries: AUC, exposure, extracted secrets, lower bounds on epsilon."""
     found = [(row.name, row.canaries) for row in rows if row.canaries is not None]

@@ -18,6 +18,8 @@ from dualtok.files import write_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dualtok.audit.report.details import GroupAudit
+
 CSV_COLUMNS = ("model", "step", "attack", "metric", "value", "low", "high", "target_fpr", "attained_fpr", "note")
 
 
@@ -79,6 +81,8 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
             yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
         if row.regurgitation is not None:
             yield from (model | line for line in _regurgitation_rows(row.regurgitation))
+        if row.groups is not None:
+            yield from (model | line for line in _group_rows(row.groups))
         if row.canaries is not None:
             yield from (model | line for line in _canary_rows(row.canaries))
         if row.strongest_p_value is not None:
@@ -119,6 +123,22 @@ def _run_rows(metric: str, runs: RunLengths | None) -> Iterator[dict[str, Any]]:
     if runs is not None:
         yield {"metric": f"{metric}_median", "value": runs.median}
         yield {"metric": f"{metric}_largest", "value": runs.largest}
+
+
+def _group_rows(groups: GroupAudit) -> Iterator[dict[str, Any]]:
+    for metric in (
+        *(f"{side}_groups" for side in ("member", "non_member", "small_member", "small_non_member")),
+        *(f"{side}_without_group" for side in ("members", "non_members")),
+    ):
+        yield {"metric": f"group_{metric}", "value": getattr(groups, metric)}
+    whole = {"note": groups.strongest_label}
+    yield {"metric": "group_strongest_auc_two_sided"} | whole | _cells(groups.strongest)
+    yield {"metric": "group_strongest_p_value", "value": groups.strongest_p_value} | whole
+    worst = groups.worst
+    note = {"note": f"{worst.name}, {worst.documents} documents, {worst.label}"}
+    yield {"metric": "worst_group_auc_two_sided"} | note | _cells(worst.auc)
+    for metric in ("p_value", "p_value_among_members"):
+        yield {"metric": f"worst_group_{metric}", "value": getattr(worst, metric)} | note
 
 
 def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ from dualtok.audit.report.tables import (
     canary_table,
     collection_table,
     comparison_table,
+    group_table,
     reference_tables,
     regurgitation_table,
     rerun_table,
@@ -37,6 +38,7 @@ from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS
 from dualtok.commands.audit.attackers import train_references
 from dualtok.commands.audit.canaries import KIND, open_canaries
 from dualtok.commands.audit.continuations import choose_samples, continue_models, with_continuations
+from dualtok.commands.audit.groups import check_groups, document_groups
 from dualtok.commands.audit.model_signals import ModelPasses
 from dualtok.commands.audit.reruns import rerun_models
 from dualtok.commands.audit.shadow_signals import ShadowSignals
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from dualtok.audit.report.data import Checks, ModelAudit
     from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
+    from dualtok.audit.statistics.groups import DocumentGroups
     from dualtok.commands.audit.canaries import CanarySource
     from dualtok.commands.audit.continuations import Found
     from dualtok.commands.audit.model_signals import Divergences
@@ -77,6 +80,7 @@ TABLES = (
     rerun_table,
     adaptive_table,
     collection_table,
+    group_table,
     regurgitation_table,
     canary_table,
     bound_table,
@@ -93,8 +97,10 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
         processes: ranks that share the training of each of ``audit.shadows``.
 
     Raises:
-        ConfigError: no models are named, or one does not fit the blocks; or shadow models cannot be trained.
-        DataError: a shard is missing or altered, or a class has no documents.
+        ConfigError: no models are named, or one does not fit the blocks; or shadow models cannot be trained; or the
+            data was prepared without the groups of ``audit.group_field``.
+        DataError: a shard is missing or altered, or a class has no documents; or a group is on both sides, or there
+            are too few.
     """
     settings = run.audit
     if not settings.models:
@@ -165,6 +171,7 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
     canaries = ranks.together(lambda: open_canaries(settings, data))
     models = ModelPasses(settings, data, kept / "signals", ranks, canaries)
     samples = ranks.together(lambda: choose_samples(settings, data, models.left_out))
+    ranks.together(lambda: check_groups(settings, data, models.left_out))
 
     def key_of(folder: Path) -> str:
         key: str = ranks.first_does(lambda: models.key(folder))
@@ -201,6 +208,7 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
             of_shadows=of_shadows,
             canaries=canaries,
             written=written,
+            groups=document_groups(settings, data, kept),
         )
         return attacked.model_copy(update={"hashes": hashes})
 
@@ -273,6 +281,7 @@ def attack_all(
     of_shadows: ShadowSignals | None = None,
     canaries: CanarySource | None = None,
     written: Found | None = None,
+    groups: DocumentGroups | None = None,
 ) -> AuditFigures:
     """Attack every model, on rank 0.
 
@@ -285,6 +294,7 @@ def attack_all(
         of_shadows: what shadow models give to the documents.
         canaries: canaries among the members.
         written: what models wrote after the beginnings of documents.
+        groups: whose each document is.
     """
     contexts: dict[str, AttackContext] = {}
     texts: dict[str, dict[int, Pieces]] = {}
@@ -320,6 +330,7 @@ def attack_all(
             non_member_context=known(name, settings.splits[1]),
             config=settings,
             block_length=data.manifest.block_length,
+            groups=groups,
         )
         for name in settings.models
     ]
