@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from dualtok.audit.attacks.registry import ATTACKS
-from dualtok.audit.report import figures, tables
+from dualtok.audit.report import figures, gate, tables
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks
 from dualtok.errors import DataError
@@ -140,6 +140,8 @@ def render_html(report: AuditReport) -> str:
         "perplexity": tables.perplexity,
         "heat": _heat,
         "median_exposure": tables.median_exposure,
+        "verdict_line": gate.verdict_line,
+        "gate_number": gate.number,
     }
     measured = {
         rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
@@ -147,6 +149,7 @@ def render_html(report: AuditReport) -> str:
     attacks = tables.attack_columns(report.rows)
     return environment.get_template("report.html.j2").render(
         report=report,
+        compared=gate.COMPARED,
         measured=measured,
         attacks=attacks,
         published={name: label for name, label in attacks.items() if name not in tables.KNOWS_DEFENCE},
