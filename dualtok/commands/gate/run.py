@@ -17,7 +17,7 @@ from dualtok.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dualtok.audit.report.data import AuditReport
+    from dualtok.audit.report.data import AuditReport, Checks, ModelAudit
     from dualtok.audit.report.details import Compared, GateVerdict, Verdict
     from dualtok.audit.report.gate import GateLimits
 
@@ -96,8 +96,13 @@ def _require_current(report: AuditReport, path: Path, place: Path) -> None:
         measured = AuditFigures.model_validate_json(figures.read_bytes())
     except ValueError:
         raise DataError(f"{figures}: malformed; run `dualtok audit` again") from None
-    if (measured.models, measured.checks) != (report.rows, report.checks):
+    # As text, in which what is not a number equals itself.
+    if _text_of(measured.models, measured.checks) != _text_of(report.rows, report.checks):
         raise DataError(f"{path}: made of other figures than {figures}; run `dualtok report` again")
+
+
+def _text_of(models: Sequence[ModelAudit], checks: Checks | None) -> list[str]:
+    return [record.model_dump_json() for record in (*models, *([] if checks is None else [checks]))]
 
 
 def _show(verdict: GateVerdict, report: AuditReport) -> None:
