@@ -95,6 +95,9 @@ def test_a_report_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"report\.json: not a readable audit report .*title") as caught:
         load_report(path)
     assert "\n" not in str(caught.value)
+    path.write_text('{"format": "dualtok-report/2"}')
+    with pytest.raises(DataError, match="its format is 'dualtok-report/2', this version of dualtok reads"):
+        load_report(path)
 
 
 def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report: AuditReport) -> None:
