@@ -51,12 +51,14 @@ def write_run_report(run: RunConfig) -> Path:
         settings=figures.settings,
         rows=figures.models,
         checks=figures.checks,
+        references=figures.references,
         selection=[
             s for name, folder in run.audit.runs.items() if (s := _selection(name, Path(folder), histories[name]))
         ],
         training=[s for name, folder in run.audit.runs.items() for s in _training(name, Path(folder))],
         configs={"audit": run.to_yaml(), **{n: _config(Path(f)) for n, f in run.audit.runs.items()}},
         versions=installed_versions(PACKAGES),
+        hashes=figures.hashes,
     )
     return write_report(report, Path(run.output_dir) / "report")
 

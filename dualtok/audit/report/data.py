@@ -227,6 +227,8 @@ class AuditFigures(Record):
     """The attacker's reference models; empty if there are none, or in the figures of an earlier version."""
     prefix_documents: dict[str, list[int]] = Field(default_factory=dict)
     """Split -> documents that attacks put in front of others, and that the audit is therefore not about."""
+    hashes: dict[str, str] = Field(default_factory=dict)
+    """What was audited ("data", "code" or a model) -> its SHA-256 as hex digits; empty before version 0.3."""
 
     @model_validator(mode="before")
     @classmethod
@@ -295,6 +297,8 @@ class AuditReport(Record):
     """Name of a run -> its configuration as YAML text."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Name of a package -> its version."""
+    hashes: dict[str, str] = Field(default_factory=dict)
+    """What was audited ("data", "code" or a model) -> its SHA-256 as hex digits."""
 
     @model_validator(mode="before")
     @classmethod

@@ -57,6 +57,8 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
 }
+LONGEST_NAME = 22
+"""Characters of a model's name in the trade-off plot."""
 METRIC_LABELS = {"loss_gap": "loss gap, nats per token", "ref_auc": "AUC of the Ref attack"}
 
 
@@ -91,6 +93,47 @@ def roc_figure(rows: Sequence[ModelAudit], attack: str, identifier: str) -> str:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(label, fontsize=11)
         return finish(f"ROC curves of the {label} attack for {len(rows)} models, logarithmic false-positive axis")
+
+
+def trade_off_figure(rows: Sequence[ModelAudit], identifier: str) -> str:
+    """Return every model's held-out perplexity against the two-sided AUC of its strongest attack, with its interval."""
+    with _axes(f"{identifier}-", (5.4, 3.5)) as (axes, finish):
+        for index, row in enumerate(rows):
+            auc, x = row.strongest.auc_two_sided, row.perplexity_non_members
+            axes.plot([x, x], [auc.low, auc.high], **_line(index))
+            axes.plot([x], [auc.value], marker="o", markersize=6, color=_SERIES[index % len(_SERIES)])
+        perplexities = [row.perplexity_non_members for row in rows]
+        if max(perplexities) > 10 * min(perplexities):
+            axes.set_xscale("log")
+        axes.axhline(0.5, color=_INK, linewidth=0.9, alpha=0.7)
+        axes.set(xlabel="held-out perplexity", ylabel="strongest attack, AUC", ylim=(0.48, 1.01))
+        # Names stand in a column beside the axes, spread so that none covers another, each joined to its point.
+        order = sorted(rows, key=lambda row: row.strongest.auc_two_sided.value)
+        for row, height in zip(order, _spread([row.strongest.auc_two_sided.value for row in order]), strict=True):
+            axes.annotate(
+                row.name if len(row.name) <= LONGEST_NAME else f"{row.name[: LONGEST_NAME - 1]}…",
+                xy=(row.perplexity_non_members, row.strongest.auc_two_sided.value),
+                xytext=(1.04, height),
+                textcoords=("axes fraction", "data"),
+                va="center",
+                fontsize=9,
+                arrowprops={"arrowstyle": "-", "color": _INK, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 4},
+            )
+        names = ", ".join(row.name for row in rows)
+        return finish(f"Held-out perplexity against the AUC of the strongest attack: {names}")
+
+
+def _spread(heights: Sequence[float], gap: float = 0.042) -> list[float]:
+    """Return ascending heights moved apart to at least ``gap``, and together back into [.5, 1] if they leave it."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    beyond = max(0.0, moved[-1] - 1.0)
+    return [height - beyond for height in moved] if moved[0] - beyond >= 0.5 else _even(len(moved))
+
+
+def _even(count: int) -> list[float]:
+    return [float(height) for height in np.linspace(0.5, 1.0, count)]
 
 
 def histogram_figure(name: str, histogram: TokenHistogram, identifier: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.details import Compared, GateCheck, GateVerdict, Verdict
+from dualtok.audit.report.verdict import void_reason
 from dualtok.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -186,8 +187,11 @@ def _doubt(checks: Checks | None) -> str:
     """Return why no attack's figure says anything, or "" if they do."""
     if checks is None:
         return f"the report holds no checks of its members and non-members; {AUDIT_AGAIN}"
-    if checks.void or (checks.blind_auc is not None and checks.blind_auc.low > 0.5):
-        return "the audit is void: members and non-members differ or overlap by themselves"
+    void = void_reason(checks)
+    if void is None and checks.blind_auc is not None and checks.blind_auc.low > 0.5:
+        void = "members and non-members differ by themselves"
+    if void is not None:
+        return f"the audit is void: {void}"
     if checks.blind_auc is None:
         return "too few documents to check whether members and non-members differ by themselves"
     return ""

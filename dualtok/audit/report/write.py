@@ -8,13 +8,9 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup
-
-from dualtok.audit.attacks.registry import ATTACKS
-from dualtok.audit.report import figures, gate, tables
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks
+from dualtok.audit.report.page import render_html
 from dualtok.errors import DataError
 from dualtok.files import write_text
 
@@ -123,75 +119,3 @@ def _check_rows(checks: Checks) -> Iterator[dict[str, Any]]:
 
 def _cells(estimate: Estimate) -> dict[str, float]:
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-
-
-def render_html(report: AuditReport) -> str:
-    """Return the page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dualtok.audit.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "share": tables.share,
-        "interval": tables.interval,
-        "perplexity": tables.perplexity,
-        "heat": _heat,
-        "median_exposure": tables.median_exposure,
-        "verdict_line": gate.verdict_line,
-        "gate_number": gate.number,
-    }
-    measured = {
-        rate.target_fpr for row in report.rows for attack in row.attacks for rate in attack.tpr if rate.tpr is not None
-    }
-    attacks = tables.attack_columns(report.rows)
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        compared=gate.COMPARED,
-        measured=measured,
-        attacks=attacks,
-        published={name: label for name, label in attacks.items() if name not in tables.KNOWS_DEFENCE},
-        adaptive={name: label for name, label in attacks.items() if name in tables.KNOWS_DEFENCE},
-        tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
-        sources={name: ATTACKS[name].source for name in attacks if name in ATTACKS},
-        with_canaries=[row for row in report.rows if row.canaries is not None],
-        **_figures(report),
-    )
-
-
-def _figures(report: AuditReport) -> dict[str, Any]:
-    attacks = tables.attack_columns(report.rows)
-    with_s = [row for row in report.rows if row.calibrated is not None]
-    drawn = [series for series in report.training if series.steps]
-    return {
-        "swatches": [Markup(figures.swatch(index)) for index in range(len(report.rows))],
-        "roc_figures": [Markup(figures.roc_figure(report.rows, name, f"roc-{name}")) for name in attacks],
-        "histogram_rows": with_s,
-        "histogram_figures": [
-            Markup(figures.histogram_figure(row.name, row.calibrated, f"s-{index}"))
-            for index, row in enumerate(with_s)
-            if row.calibrated is not None
-        ],
-        "canary_figures": [
-            Markup(figures.canary_figure(row.name, row.canaries, f"canaries-{index}"))
-            for index, row in enumerate(report.rows)
-            if row.canaries is not None
-        ],
-        "selection_figures": [
-            Markup(figures.selection_figure(series, f"selection-{index}"))
-            for index, series in enumerate(report.selection)
-            if series.steps
-        ],
-        "training_figures": [
-            Markup(figures.training_figure(of_kind, f"training-{kind}"))
-            for kind in figures.METRIC_LABELS
-            if (of_kind := [series for series in drawn if series.figure == kind])
-        ],
-    }
-
-
-def _heat(two_sided_auc: float) -> str:
-    """Return a share of colour for a cell: none at .5 (no better than chance), full at 1."""
-    return f"{max(0.0, two_sided_auc - 0.5) * 2:.2f}"

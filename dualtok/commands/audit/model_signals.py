@@ -6,7 +6,7 @@ Every model is run once over members, non-members and canaries; with InfoRMIA on
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,11 +49,15 @@ class ModelPasses:
     canaries: CanarySource | None = None
     """Canaries among the members. They are not audited with the others, for canaries are trivially distinguishable."""
 
+    digests: dict[Path, str] = field(default_factory=dict)
+    """Model folder -> digest of the weights that :meth:`key` found in it."""
+
     def key(self, model: Path) -> str:
         """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents."""
         settings = self.settings
+        self.digests[model] = weights_digest(model)
         parts = [
-            weights_digest(model),
+            self.digests[model],
             blocks_digest(self.data.manifest),
             self.data.manifest.tokenizer_fingerprint,
             settings.precision,

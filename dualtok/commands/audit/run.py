@@ -40,6 +40,8 @@ from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.model.check import check_model
 from dualtok.model.folder.weights import model_folder
+from dualtok.reference.fingerprint import blocks_digest
+from dualtok.versions import code_digest
 
 if TYPE_CHECKING:
     from dualtok.audit.attacks.base import ShadowFit
@@ -109,7 +111,10 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
     def attack() -> AuditFigures:
         fit = fit_losses(of_shadows, run.seed) if of_shadows else None
         found = reruns.without_prefixes(signals)
-        return _attack_all(run, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries)
+        hashes = _hashes(data, {name: models.digests[folder] for name, folder in folders.items()})
+        return _attack_all(
+            run, data, found, divergences=divergences, reruns=reruns, fit=fit, canaries=canaries, hashes=hashes
+        )
 
     figures: AuditFigures = ranks.first_does(attack)
     ranks.barrier()
@@ -166,6 +171,7 @@ def _attack_all(
     reruns: RerunResults,
     fit: ShadowFit | None,
     canaries: CanarySource | None,
+    hashes: dict[str, str],
 ) -> AuditFigures:
     """Attack every model (on rank 0) and write the figures."""
     settings = run.audit
@@ -206,10 +212,20 @@ def _attack_all(
         found = [audit_canaries(signals[model.name][KIND], made_up, settings, reference) for model in audits]
         audits = [model.model_copy(update={"canaries": one}) for model, one in zip(audits, found, strict=True)]
     figures = AuditFigures(
-        settings=settings, models=audits, checks=_check(settings, data, audits, texts), prefix_documents=reruns.prefixes
+        settings=settings,
+        models=audits,
+        checks=_check(settings, data, audits, texts),
+        prefix_documents=reruns.prefixes,
+        hashes=hashes,
     )
     write_text(audit_folder(run.output_dir) / AUDIT_FILE, figures.model_dump_json(indent=1))
     return figures
+
+
+def _hashes(data: DataFolder, weights: dict[str, str]) -> dict[str, str]:
+    """Return the digests of all that an audit's figures depend on, for the report."""
+    models = {("attacker's reference" if name == ATTACKER else f"model {name}"): digest for name, digest in weights.items()}
+    return {"data": blocks_digest(data.manifest), "code": code_digest(), **models}
 
 
 def _check(

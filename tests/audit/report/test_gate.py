@@ -9,7 +9,7 @@ import pytest
 from dualtok.audit.report.data import Checks, NullModel, Strongest, StrongestTpr
 from dualtok.audit.report.details import GateVerdict, Power
 from dualtok.audit.report.gate import GateLimits, TprLimit, judge, number, require_compared, verdict_line
-from dualtok.audit.report.write import render_html
+from dualtok.audit.report.page import render_html
 from dualtok.audit.settings import AuditConfig
 from dualtok.errors import ConfigError
 from tests.audit.report.small import SOUND, canaries, estimate, groups_of, regurgitation, report, row
@@ -263,9 +263,14 @@ def test_what_is_compared_must_be_known() -> None:
         require_compared("upper")
 
 
-def test_the_page_shows_the_verdict() -> None:
-    before = report(row("a <b>"))
+def test_the_page_shows_the_verdict_and_what_it_rests_on() -> None:
+    before = report(row("a <b>"), row("base"), settings=AuditConfig(models={"base": "b"}, null_model="base"))
     assert 'id="gate"' not in render_html(before)
     page = render_html(before.model_copy(update={"gate": judge(before, GateLimits(0.57, extraction=0))}))
-    assert "gate not passed: 1 of 2 figures above the limit: a &lt;b&gt;: strongest AUC .58 &gt; .57" in page
-    assert '<td>extraction</td><td class="number">n/a</td>' in page
+    fold = page[page.index('id="gate"') :]
+    assert "upper ends of intervals" in fold
+    assert '<td>strongest AUC</td><td class="number">0.57</td><td class="number">0.58</td><td>above' in fold
+    assert '<td>extraction</td><td class="number">0</td><td class="number">n/a</td><td>cannot be said' in fold
+    assert "Not judged: base (the null model)." in fold
+    low = before.model_copy(update={"gate": judge(before, GateLimits(0.57), compare="low")})
+    assert "lower ends of intervals" in render_html(low)
