@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import jsonschema
 import pytest
 
-from dualtok.audit.report.data import AuditFigures, AuditReport
-from dualtok.audit.report.gate import GateLimits, judge
+from dualtok.audit.report.data import AuditFigures
 from dualtok.audit.report.write import load_report, write_report
-from tests.audit.report.small import canaries, estimate, groups_of, regurgitation, report, row
+from tests.audit.report.small import full_report, report
 from tools.write_schema import FILE, NOT_NUMBERS, report_schema
 
 SCHEMA: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-
-
-def full_report() -> AuditReport:
-    """A report with every optional part, a verdict and a diverged model."""
-    whole = row(
-        "whole",
-        canaries=canaries(2, 1, extracted=estimate(0.1, 0, 0.2)),
-        groups=groups_of(0.6, 0.6),
-        regurgitation=regurgitation(0.1, 0.2),
-    )
-    made = report(whole, row("diverged", perplexity_members=math.inf, loss_gap=math.nan))
-    return made.model_copy(update={"gate": judge(made, GateLimits(strongest_auc=0.58))})
 
 
 def test_the_schema_is_what_the_records_give() -> None:

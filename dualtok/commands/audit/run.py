@@ -224,7 +224,9 @@ def _attack_all(
 
 def _hashes(data: DataFolder, weights: dict[str, str]) -> dict[str, str]:
     """Return the digests of all that an audit's figures depend on, for the report."""
-    models = {("attacker's reference" if name == ATTACKER else f"model {name}"): digest for name, digest in weights.items()}
+    models = {
+        ("attacker's reference" if name == ATTACKER else f"model {name}"): digest for name, digest in weights.items()
+    }
     return {"data": blocks_digest(data.manifest), "code": code_digest(), **models}
 
 

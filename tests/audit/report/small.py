@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from dualtok.audit.report.base import Estimate
@@ -19,6 +20,7 @@ from dualtok.audit.report.data import (
     TprAtFpr,
 )
 from dualtok.audit.report.details import Group, GroupAudit, Regurgitation
+from dualtok.audit.report.gate import GateLimits, judge
 
 SOUND = Checks(blind_auc=Estimate(value=0.5, low=0.4, high=0.6), duplicates=0, shared_passages=0)
 MANY = 1000
@@ -87,3 +89,15 @@ def groups_of(worst: float, strongest: float) -> GroupAudit:
     return GroupAudit(
         field="person", member_groups=9, non_member_groups=9, strongest_label="Ref", strongest=whole, worst=group
     )
+
+
+def full_report() -> AuditReport:
+    """A report with every optional part, a verdict and a diverged model."""
+    whole = row(
+        "whole",
+        canaries=canaries(2, 1, extracted=estimate(0.1, 0, 0.2)),
+        groups=groups_of(0.6, 0.6),
+        regurgitation=regurgitation(0.1, 0.2),
+    )
+    made = report(whole, row("diverged", perplexity_members=math.inf, loss_gap=math.nan))
+    return made.model_copy(update={"gate": judge(made, GateLimits(strongest_auc=0.58))})

@@ -78,10 +78,11 @@ def html(report: AuditReport) -> str:
     return render_html(report)
 
 
-def test_the_three_files_are_written_and_read_back(report: AuditReport, tmp_path: Path) -> None:
+def test_the_files_are_written_and_read_back(report: AuditReport, tmp_path: Path) -> None:
     page = write_report(report, tmp_path / "audit")
     assert page == tmp_path / "audit" / "report.html"
-    assert sorted(file.name for file in page.parent.iterdir()) == ["report.csv", "report.html", "report.json"]
+    written = ["report.cdx.json", "report.csv", "report.html", "report.json"]
+    assert sorted(file.name for file in page.parent.iterdir()) == written
     assert load_report(page.with_suffix(".json")) == report
     assert page.read_text(encoding="utf-8") == render_html(report)
     assert page.with_suffix(".csv").read_text(encoding="utf-8") == render_csv(report)
