@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dualtok import __version__
+from dualtok.commands.gate.command import gate
+from dualtok.commands.one_process import refuse_launcher as _refuse_launcher
 from dualtok.commands.quiet import quiet_libraries
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
@@ -265,6 +267,9 @@ def report(run_file: RunFile, overrides: Overrides = None) -> None:
     _print(f"wrote {write_run_report(run)}")
 
 
+app.command()(gate)
+
+
 @app.command()
 def plan(
     run_file: RunFile,
@@ -366,12 +371,6 @@ def _load(run_file: Path, overrides: list[str] | None) -> RunConfig:
     from dualtok.config.load import load_run
 
     return load_run(run_file, overrides or [])
-
-
-def _refuse_launcher(verb: str) -> None:
-    """Keep the ranks of a launcher from doing the work of one process at once, in one folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"`dualtok {verb}` is one process; start it without a launcher")
 
 
 def _print(text: str) -> None:

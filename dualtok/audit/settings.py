@@ -233,11 +233,18 @@ class AuditConfig:
         """The splits of members and of non-members.
 
         Raises:
-            ValueError: they are texts; see :func:`dualtok.commands.audit.texts.with_splits`.
+            ValueError: they are texts; a job of :mod:`dualtok.commands.audit.text_jobs` has splits.
         """
         if not isinstance(self.members, str) or not isinstance(self.non_members, str):
             raise ValueError("audit.members: texts, which have no split yet")
         return self.members, self.non_members
+
+    @property
+    def sides_in_words(self) -> tuple[str, str]:
+        """Where members and non-members are from, e.g. "split train" or "texts of seen.jsonl"."""
+        sides = self.members, self.non_members
+        members, others = (f"split {own}" if isinstance(own, str) else f"texts of {own.source}" for own in sides)
+        return members, others
 
     def _check_classes(self) -> None:
         """Refuse a class compared with itself, a split with texts, and settings of the one kind with the other."""

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from dualtok.audit.report.base import Count, Estimate, Record, Share
 
+Verdict = Literal["passed", "above", "cannot be said"]
+Compared = Literal["value", "low", "high"]
+
 
 class Power(Record):
     """The smallest leak that an audit of so many documents would have seen."""
@@ -156,16 +159,24 @@ class GateCheck(Record):
 
     model: str
     figure: str
-    """E.g. "strongest AUC" or "TPR at 1 %"."""
+    """E.g. "strongest AUC" or "TPR at 1 % FPR"."""
     limit: float
     value: float | None
     """The figure that was compared, by default the upper end of an interval; None if it cannot be said."""
-    verdict: Literal["passed", "above", "cannot be said"]
+    verdict: Verdict
     reason: str = ""
+    """Why it cannot be said, or what is to be known about the comparison."""
+    compared: Compared = "high"
+    """Whether ``value`` is the figure itself or an end of its interval."""
 
 
 class GateVerdict(Record):
     """What a gate said of a report."""
 
-    verdict: Literal["passed", "above", "cannot be said"]
+    verdict: Verdict
+    """The worst of the checks: one above its limit counts first, then one of which it cannot be said."""
     checks: list[GateCheck] = Field(default_factory=list)
+    compare: Compared = "high"
+    """What was asked to be compared."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Model that no limit was put on -> why."""

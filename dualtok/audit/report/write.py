@@ -1,4 +1,4 @@
-"""Writes an audit as a page to read (HTML), as data (JSON) and as a table (CSV)."""
+"""Writes an audit as a page to read (HTML), as data (JSON, CycloneDX) and as a table (CSV)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtok.audit.report.base import Estimate
+from dualtok.audit.report.cards.cyclonedx import render_cyclonedx
 from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks
 from dualtok.audit.report.details import Regurgitation, RunLengths
 from dualtok.audit.report.page import render_html
@@ -24,7 +25,7 @@ CSV_COLUMNS = ("model", "step", "attack", "metric", "value", "low", "high", "tar
 
 
 def write_report(report: AuditReport, folder: str | Path) -> Path:
-    """Write ``report.json``, ``report.csv`` and ``report.html`` into ``folder`` and return the path of the last.
+    """Write ``report.json``, ``.csv``, ``.cdx.json`` and ``.html`` into ``folder`` and return the path of the last.
 
     The page is one file: no script, nothing is fetched when it is opened. Each file is written whole or not at all.
     """
@@ -32,6 +33,7 @@ def write_report(report: AuditReport, folder: str | Path) -> Path:
     page = render_html(report)
     write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
     write_text(folder / "report.csv", render_csv(report))
+    write_text(folder / "report.cdx.json", render_cyclonedx(report))
     write_text(folder / "report.html", page)
     return folder / "report.html"
 

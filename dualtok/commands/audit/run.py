@@ -30,7 +30,7 @@ from dualtok.audit.report.tables import (
     rerun_table,
     token_table,
 )
-from dualtok.audit.settings import TextSource
+from dualtok.audit.settings import ATTACKER, TextSource
 from dualtok.audit.statistics.canaries import audit_canaries
 from dualtok.audit.statistics.checks import check_audit
 from dualtok.audit.statistics.evaluate import audit_model
@@ -358,7 +358,8 @@ def _strength(name: str, sides: list[Signals]) -> AttackReference:
 
 def _hashes(settings: AuditConfig, data: DataFolder, weights: dict[str, str]) -> dict[str, str]:
     """Return the digests of all that an audit's figures depend on, for the report."""
-    names = {name: f"model {name}" if name in settings.models else f"attacker's {name}" for name in weights}
+    attackers = {name: f"attacker's reference {name}" for name in settings.references}
+    names = attackers | {ATTACKER: "attacker's reference"} | {name: f"model {name}" for name in settings.models}
     models = {names[name]: digest for name, digest in weights.items()}
     return {"data": blocks_digest(data.manifest), "code": code_digest(), **models}
 
