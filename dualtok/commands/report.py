@@ -20,7 +20,7 @@ from dualtok.train.history import read_history
 from dualtok.versions import installed_versions
 
 if TYPE_CHECKING:
-        from dualtok.config.run import RunConfig
+    from dualtok.config.run import RunConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "scikit-learn")
 MOST_POINTS = 400

@@ -11,9 +11,9 @@ ATTACKS, CHECKS, COLLECTION = (
     "dualtok/audit/statistics/collection.py",
 )
 EPSILON, EVALUATE, EXPOSURE = (
-    "dualtok/audit/statistics/epsilon.py",
+    "dualtok/audit/canaries/epsilon.py",
     "dualtok/audit/statistics/evaluate.py",
-    "dualtok/audit/statistics/exposure.py",
+    "dualtok/audit/canaries/exposure.py",
 )
 LIRA, METRICS, RAGGED = (
     "dualtok/audit/attacks/lira.py",

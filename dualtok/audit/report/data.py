@@ -91,7 +91,7 @@ class CanaryScore(Record):
 
 
 BoundMethod = Literal["steinke", "f_dp", "f_dp_gaussian", "independent_gaussian"]
-"""How a lower bound on epsilon is computed from the guesses: :mod:`dualtok.audit.statistics.bounds`."""
+"""How a lower bound on epsilon is computed from the guesses: :mod:`dualtok.audit.canaries.bounds`."""
 
 
 class EpsilonBound(Record):

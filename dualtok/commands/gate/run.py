@@ -14,8 +14,8 @@ from dualtok.audit.report.write import load_report, write_report
 from dualtok.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Sequence
+    from pathlib import Path
 
     from dualtok.audit.report.data import AuditReport, Checks, ModelAudit
     from dualtok.audit.report.details import Compared, GateVerdict, Verdict

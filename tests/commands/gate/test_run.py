@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,7 +12,6 @@ from dualtok.commands.gate.run import find_report, parse_tpr
 from dualtok.errors import ConfigError, DataError
 from tests.audit.report.small import canaries, estimate, report, row
 from tests.support import dualtok, error_line
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path

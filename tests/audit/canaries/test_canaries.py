@@ -11,13 +11,13 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
+from dualtok.audit.canaries.audit import CanaryTexts, audit_canaries, extractions
 from dualtok.audit.report.data import AuditReport, CanaryAudit, ModelAudit
 from dualtok.audit.report.page import render_html
 from dualtok.audit.report.tables import canary_table
 from dualtok.audit.report.write import render_csv
 from dualtok.audit.settings import AuditConfig
 from dualtok.audit.signals.signals import Signals
-from dualtok.audit.statistics.canaries import CanaryTexts, audit_canaries, extractions
 
 COUNT, CANDIDATES, TOKENS = 40, 30, 9
 CONFIG = AuditConfig(bootstrap_resamples=100, canary_guesses=(0.5, 1.0))
