@@ -88,7 +88,7 @@ class CanarySource:
         """Return number -> token ids of each text that a model reads, numbered as in :class:`CanaryTexts`."""
         step = self.count(attacker=False) + 1
         own = {index * step: ids for index, ids in enumerate(self.encoded)}
-        if attacker:
+        if attacker or step == 1:
             return own
         others = [
             f"{canary.prefix} {secret}"
