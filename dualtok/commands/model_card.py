@@ -12,6 +12,7 @@ from dualtok.audit.report.cards.hugging_face import markdown_table, model_index
 from dualtok.audit.report.data import AuditFigures
 from dualtok.audit.report.gate import verdict_line
 from dualtok.audit.report.write import load_report
+from dualtok.commands.output import AUDIT_FILE, audit_folder
 from dualtok.errors import ConfigError, DataError
 from dualtok.files import write_text
 from dualtok.reference.fingerprint import weights_digest
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dualtok.audit.report.data import ModelAudit
 
 CARD = "README.md"
-AUDIT_FILE = "audit.json"
 MODEL_INDEX = "model-index"
 NO_ROW = "\nNone of the rows is known to be of exactly this model's weights.\n"
 PIPELINE = "text-generation"
@@ -143,7 +143,7 @@ def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step:
 def _figures(run_dir: Path) -> AuditFigures | None:
     """Return what an audit in the same folder has found, if there is one that can be read."""
     try:
-        return AuditFigures.model_validate_json((run_dir / "audit" / AUDIT_FILE).read_bytes())
+        return AuditFigures.model_validate_json((audit_folder(run_dir) / AUDIT_FILE).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -160,7 +160,7 @@ def _own_row(folder: Path, figures: AuditFigures) -> ModelAudit | None:
 def _audit(run_dir: Path, figures: AuditFigures | None, row: ModelAudit | None) -> list[str]:
     """Return what an audit in the same folder has found; it may be of further models."""
     if figures is None:
-        if (run_dir / "audit" / AUDIT_FILE).is_file():
+        if (audit_folder(run_dir) / AUDIT_FILE).is_file():
             return [f"`{AUDIT_FILE}` of the run cannot be read.\n"]
         return ["Not audited when it was exported: nothing is known of what it gives away about its documents.\n"]
     settings = figures.settings

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dualtok.audit.report.data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
 from dualtok.audit.report.write import write_report
-from dualtok.commands.audit.run import AUDIT_FILE, audit_folder
+from dualtok.commands.output import AUDIT_FILE, audit_folder
 from dualtok.config.run import RECIPES
 from dualtok.errors import DataError
 from dualtok.objective.settings import NEEDS_REFERENCE

@@ -36,6 +36,7 @@ from dualtok.commands.audit.shadow_signals import ShadowSignals
 from dualtok.commands.audit.shadows import train_shadows
 from dualtok.commands.audit.text_jobs import MEMBERS, NON_MEMBERS, Job, read_texts, text_jobs
 from dualtok.commands.audit.whole_model import whole_model
+from dualtok.commands.output import AUDIT_FILE, audit_folder
 from dualtok.data.folder import DataFolder
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from dualtok.config.run import RunConfig
     from dualtok.distributed.ranks import Ranks
 
-AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
 TABLES = (
     comparison_table,
@@ -130,8 +130,8 @@ def _jobs_of_texts(settings: AuditConfig, folders: dict[str, Path], references: 
     assert isinstance(settings.members, TextSource)
     assert isinstance(settings.non_members, TextSource)
     lists = {
-        MEMBERS: read_texts(settings.members, "audit.members"),
-        NON_MEMBERS: read_texts(settings.non_members, "audit.non_members"),
+        MEMBERS: read_texts(settings.members, "audit.members", settings.group_field),
+        NON_MEMBERS: read_texts(settings.non_members, "audit.non_members", settings.group_field),
     }
     return text_jobs(settings, lists, folders, references, kept / "texts")
 
@@ -207,11 +207,6 @@ def print_figures(figures: AuditFigures) -> None:
             "reference may find more, so that the figures of attacks with one are a lower bound",
             markup=False,
         )
-
-
-def audit_folder(output_dir: str) -> Path:
-    """Return where a run's audit is kept."""
-    return Path(output_dir) / "audit"
 
 
 def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Path]) -> None:

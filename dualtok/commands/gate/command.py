@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from dualtok.commands.one_process import refuse_launcher
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from dualtok.commands.processes import refuse_launcher
 
 # Imported where they are used, for what they take to load: dualtok's audit (numpy, scipy, matplotlib: 1 s).
 
