@@ -114,7 +114,7 @@ def test_what_leaks_without_an_attack_on_documents_is_a_leak(model: ModelAudit, 
     quiet = Strongest(label="Ref", auc_two_sided=Estimate(value=0.55, low=0.5, high=0.6)).auc_two_sided
     worst = loud.groups.model_copy(update={"strongest": quiet})
     assert of(groups=worst).startswith(
-        "the documents of one person (9f2c61d0) can be told from non-members: 1.00 [.92,"
+        "the documents of one person (9f2c61d0) can be told from non-members: 1.00 [.91,"
     )
     assert of(regurgitation=loud.regurgitation) == (
         "50 tokens come back word for word of 15 % of the members (0 % of the non-members)."

@@ -268,7 +268,7 @@ def test_the_first_table_has_one_row_per_model_and_says_what_was_not_tested(larg
         "Leak found" + "also: groups, passages, canaries, epsilon, collections",
         ".95 [.91, 1.00]Ref",
         "45\u00a0% [44, 46]Ref",
-        "1.00 [.92, 1.00]9f2c61d0, 14 documents",
+        "1.00 [.91, 1.00]9f2c61d0, 14 documents",
         "15\u00a0% of members0\u00a0% of non-members; 35\u00a0% of canaries' secrets",
         f"{first.perplexity_non_members:.1f}training {first.perplexity_members:.1f}",
     ]
