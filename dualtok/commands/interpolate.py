@@ -122,7 +122,7 @@ def _check_models(audit: AuditConfig, data: DataFolder, folders: dict[str, Path]
 def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:
     """Return each member's and each non-member's mean loss under a model, on rank 0; nothing elsewhere."""
     signals = models.signals(name, folder, models.ranks.first_does(lambda: models.key(folder)))
-    splits = (models.settings.members, models.settings.non_members) if signals else ()
+    splits = models.settings.splits if signals else ()
     return [signals[split].with_tokens().mean_loss for split in splits]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 PIPELINE = "text-generation"
+DIGITS = 16
+"""Of a digest that a card shows."""
+SPLIT = re.compile(r"^\* data: .* \(split `([a-z_]+)`\)", re.MULTILINE)
 NOT_INTERPOLATED = "* these are the trained weights, before `dualtok interpolate`: attacks can tell members\n"
 """Of the recipe ``dual_plus``, whose model is not to be released as it is."""
 
@@ -62,6 +66,38 @@ def note_interpolation(folder: Path, w: float) -> None:
         write_text(path, f"{head}{objective}{line}{rest}")
 
 
+def trained_on(blocks: str) -> str:
+    """Return the line of a card by which an audit sees which prepared data the model has learned.
+
+    Args:
+        blocks: digest of all shards (:func:`dualtok.reference.fingerprint.blocks_digest`).
+    """
+    return f"* prepared data: blocks `{blocks[:DIGITS]}`\n"
+
+
+def split_of_card(folder: Path, blocks: str) -> str | None:
+    """Return the split of some prepared data that a model's card says it has learned; None if it does not say.
+
+    Args:
+        folder: the model's.
+        blocks: digest of the data's shards.
+    """
+    path = folder / CARD
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = SPLIT.search(card)
+    return found[1] if found is not None and trained_on(blocks) in card else None
+
+
+def split_of_run(run_dir: Path, blocks: str) -> str | None:
+    """Return the split of some prepared data that a training run has learned; None if it does not say."""
+    path = run_dir / START_FOLDER / FACTS_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(facts["split"]) if facts.get("blocks") == blocks else None
+
+
 def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step: int, *, adapter: bool) -> list[str]:
     base = facts.get("base")
     what = "A LoRA adapter for" if adapter else "Fine-tuned from"
@@ -73,6 +109,7 @@ def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step:
         "## Training\n\n",
         f"* objective: `{run['objective']}`, {step} optimizer steps, with dualtok\n",
         f"* data: {told} (split `{facts.get('split', 'train')}`); the texts are not published with the model\n",
+        *([trained_on(facts["blocks"])] if "blocks" in facts else []),
     ]
     if run["objective"] == "dual_plus":
         paragraphs.append(NOT_INTERPOLATED)
@@ -90,7 +127,10 @@ def _audit(run_dir: Path) -> list[str]:
         figures = AuditFigures.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, ValidationError):
         return [f"`{file.name}` of the run cannot be read.\n"]
-    sides = f"{figures.settings.members} against {figures.settings.non_members}"
+    sides = " against ".join(
+        sides if isinstance(sides, str) else sides.source
+        for sides in (figures.settings.members, figures.settings.non_members)
+    )
     return [
         f"Attacks on membership ({sides}), strongest of those tried, two-sided AUC; .5 is guessing:\n\n",
         *map(_line, figures.models),

@@ -20,6 +20,7 @@ from dualtok.train.history import read_history
 from dualtok.versions import installed_versions
 
 if TYPE_CHECKING:
+    from dualtok.audit.settings import TextSource
     from dualtok.config.run import RunConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "scikit-learn")
@@ -38,10 +39,10 @@ def write_run_report(run: RunConfig) -> Path:
         title="dualtok audit",
         created=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         identity={
-            "data": run.data.dir,
-            "members": f"split {figures.settings.members}",
-            "non-members": f"split {figures.settings.non_members}",
-            "attacker's reference": figures.settings.attack_reference or "none",
+            **({} if figures.settings.of_texts else {"data": run.data.dir}),
+            "members": described(figures.settings.members),
+            "non-members": described(figures.settings.non_members),
+            "attacker's reference": ", ".join(figures.settings.references.values()) or "none",
             **{f"privacy of {name}": told for name, folder in run.audit.runs.items() if (told := stated(Path(folder)))},
             **{
                 f"left out of {split}": f"{len(documents)}, which attacks put in front of others"
@@ -61,6 +62,11 @@ def write_run_report(run: RunConfig) -> Path:
         hashes=figures.hashes,
     )
     return write_report(report, Path(run.output_dir) / "report")
+
+
+def described(documents: str | TextSource) -> str:
+    """Return in words where a class's documents are from."""
+    return f"split {documents}" if isinstance(documents, str) else f"texts of {documents.source}"
 
 
 def read_figures(output_dir: str) -> AuditFigures:

@@ -132,7 +132,7 @@ def _figures(report: AuditReport) -> dict[str, Any]:
         "canary_figures": [
             Markup(figures.canary_figure(row.name, row.canaries, f"canaries-{index}"))
             for index, row in enumerate(report.rows)
-            if row.canaries is not None
+            if row.canaries is not None and row.canaries.candidates
         ],
         "selection_figures": [
             Markup(figures.selection_figure(series, f"selection-{index}"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dualtok.audit.report.data import AuditReport, ModelAudit
+    from dualtok.audit.report.details import AttackReference
 
 CLEARLY_WORSE = 1.25
 """Factor between a reference's and a model's perplexity on the non-members above which the reference is called weak."""
@@ -95,15 +96,15 @@ def attackers(report: AuditReport) -> list[Attackers]:
     return found
 
 
-def weak_references(report: AuditReport) -> list[str]:
+def weak_references(rows: Sequence[ModelAudit], references: Sequence[AttackReference]) -> list[str]:
     """Return the models that even the best of the attacker's references is clearly worse than.
 
     Both perplexities are those on the non-members, which neither is supposed to have read.
     """
-    if not report.references:
+    if not references:
         return []
-    best = min(reference.perplexity_non_members for reference in report.references)
-    return [row.name for row in report.rows if best > CLEARLY_WORSE * row.perplexity_non_members]
+    best = min(reference.perplexity_non_members for reference in references)
+    return [row.name for row in rows if best > CLEARLY_WORSE * row.perplexity_non_members]
 
 
 def not_tested(report: AuditReport) -> list[Gap]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dualtok.audit.report.base import Estimate
-    from dualtok.audit.report.data import ModelAudit
+    from dualtok.audit.report.data import BoundMethod, EpsilonBound, ModelAudit
 
 
 PUBLISHED = tuple(name for name, made in ATTACKS.items() if made.headline)
@@ -119,6 +119,40 @@ def collection_table(rows: Sequence[ModelAudit], title: str = "Collections of do
     return table
 
 
+def regurgitation_table(rows: Sequence[ModelAudit], title: str = "Regurgitation") -> Table:
+    """Return one line per model: what it gives back of members / non-members word for word."""
+    found = [(row.name, row.regurgitation) for row in rows if row.regurgitation is not None]
+    lengths = list(dict.fromkeys(own.length for _, own in found))
+    caption = (
+        "members / non-members; extracted: share of the documents with a passage of so many tokens that greedy "
+        "decoding gives back after its true prefix, with exact intervals; bits: log2 of the least expected queries "
+        "for the cheapest passage; greedy: share of tokens; run: longest of any document, in tokens"
+    )
+    columns = [*(f"extracted\n{length} tokens" for length in lengths), "bits", "greedy", "run"]
+    continued = next((own.continuations for _, own in found if own.continuations is not None), None)
+    if continued is not None:
+        columns += [f"continued\n{continued.tokens} after {continued.prefix}", "common run"]
+        caption += "; continued: share of a sample given back whole by greedy decoding"
+    table = _by_model(title, caption, columns)
+    for name, own in found:
+        shares = {own.length: f"{_cell(own.extracted_members)}\n{_cell(own.extracted_non_members)}"}
+        cost = next((cost for cost in own.costs if cost.length == own.length), None)
+        bits = (None, None) if cost is None else (cost.bits_members, cost.bits_non_members)
+        runs = [None if side is None else side.largest for side in (own.runs_members, own.runs_non_members)]
+        cells = [*(shares.get(length, "n/a") for length in lengths), _both(bits, ".1f")]
+        cells += [_both((own.greedy_members, own.greedy_non_members), ".3f"), _both(runs, "d")]
+        if (after := own.continuations) is not None:
+            cells.append(f"{_cell(after.whole_members)}\n{_cell(after.whole_non_members)}")
+            cells.append(_both((after.runs_members.largest, after.runs_non_members.largest), "d"))
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def _both(pair: Sequence[float | None], form: str) -> str:
+    """Return the figures of members and non-members, one below the other."""
+    return " /\n".join("n/a" if value is None else format(value, form) for value in pair)
+
+
 def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
     """Return one line per model audited with canaries: AUC, exposure, extracted secrets, lower bounds on epsilon."""
     found = [(row.name, row.canaries) for row in rows if row.canaries is not None]
@@ -140,9 +174,45 @@ def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
             *("n/a" if (auc := aucs.get(label)) is None else _cell(auc) for label in labels),
             " / ".join(map(median_exposure, (canaries.extrapolated.included, canaries.extrapolated.excluded))),
             " / ".join("n/a" if estimate is None else share(estimate.value, 2) for estimate in pairs),
-            *(f"{bounds[delta].epsilon:.2f}\n{bounds[delta].correct} of {bounds[delta].guesses}" for delta in deltas),
+            *(_bound_cell(bounds.get(delta)) for delta in deltas),
         )
     return table
+
+
+METHODS: dict[BoundMethod, str] = {
+    "steinke": "Steinke 2023",
+    "f_dp": "f-DP",
+    "f_dp_gaussian": "f-DP,\nGaussian",
+    "independent_gaussian": "independent,\nGaussian",
+}
+"""Method of a bound on epsilon -> its name in tables."""
+
+
+def bound_table(rows: Sequence[ModelAudit], title: str = "Lower bounds on epsilon, by method") -> Table:
+    """Return one line per model audited with canaries: the bound of every method at every delta."""
+    found = [(row.name, row.canaries) for row in rows if row.canaries is not None and row.canaries.other_bounds]
+    caption = (
+        "each holds by itself, the largest does not; the first was chosen in advance; Gaussian: if training is a "
+        "Gaussian mechanism; independent: if, besides, canaries do not influence each other"
+    )
+    all_bounds = {
+        name: {(bound.method, bound.delta): bound for bound in (*canaries.epsilon, *canaries.other_bounds)}
+        for name, canaries in found
+    }
+    order = list(METHODS)
+    columns = sorted({key for bounds in all_bounds.values() for key in bounds}, key=lambda k: (order.index(k[0]), k[1]))
+    table = _by_model(title, caption, [f"{METHODS[method]}\ndelta {delta:g}" for method, delta in columns])
+    for name, bounds in all_bounds.items():
+        table.add_row(escape(name), *(_bound_cell(bounds.get(key)) for key in columns))
+    return table
+
+
+def _bound_cell(bound: EpsilonBound | None) -> str:
+    """Return a lower bound over the guesses behind it, and over its mu if it has one."""
+    if bound is None:
+        return "n/a"
+    mu = "" if bound.mu is None else f"\nmu {bound.mu:.2f}"
+    return f"{bound.epsilon:.2f}\n{bound.correct} of {bound.guesses}{mu}"
 
 
 def median_exposure(exposures: Sequence[float]) -> str:

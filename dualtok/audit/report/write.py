@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks
+from dualtok.audit.report.details import Regurgitation, RunLengths
 from dualtok.audit.report.page import render_html
 from dualtok.errors import DataError
 from dualtok.files import write_text
@@ -76,6 +77,8 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
                 yield collection | {"metric": f"collection_{metric}", "value": getattr(test, metric)}
             ends = {"low": test.rejected_low, "high": test.rejected_high}
             yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
+        if row.regurgitation is not None:
+            yield from (model | line for line in _regurgitation_rows(row.regurgitation))
         if row.canaries is not None:
             yield from (model | line for line in _canary_rows(row.canaries))
         if row.strongest_p_value is not None:
@@ -87,6 +90,35 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
         )
     if report.checks is not None:
         yield from _check_rows(report.checks)
+
+
+def _regurgitation_rows(found: Regurgitation) -> Iterator[dict[str, Any]]:
+    for side in ("members", "non_members"):
+        yield {"metric": f"extracted_{side}", "note": f"{found.length} tokens"} | _cells(
+            getattr(found, f"extracted_{side}")
+        )
+        yield {"metric": f"greedy_tokens_{side}", "value": getattr(found, f"greedy_{side}")}
+        yield from _run_rows(f"greedy_run_{side}", getattr(found, f"runs_{side}"))
+        for cost in found.costs:
+            passages = {"attack": f"passages of {cost.length} tokens"}
+            for metric in ("bits", "greedy_windows"):
+                value = getattr(cost, f"{metric}_{side}")
+                if value is not None:
+                    yield passages | {"metric": f"extraction_{metric}_{side}", "value": value}
+            for within in cost.within:
+                estimate = getattr(within, side)
+                if estimate is not None:
+                    yield passages | {"metric": f"within_{within.bits:g}_bits_{side}"} | _cells(estimate)
+        if (after := found.continuations) is not None:
+            note = f"{after.tokens} tokens after {after.prefix}, {len(getattr(after, side))} documents"
+            yield {"metric": f"continued_whole_{side}", "note": note} | _cells(getattr(after, f"whole_{side}"))
+            yield from _run_rows(f"continued_run_{side}", getattr(after, f"runs_{side}"))
+
+
+def _run_rows(metric: str, runs: RunLengths | None) -> Iterator[dict[str, Any]]:
+    if runs is not None:
+        yield {"metric": f"{metric}_median", "value": runs.median}
+        yield {"metric": f"{metric}_largest", "value": runs.largest}
 
 
 def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:
@@ -103,9 +135,13 @@ def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:
         extracted = getattr(canaries, f"extracted_{side}")
         if extracted is not None:
             yield {"metric": f"canary_extracted_{side}"} | _cells(extracted)
-    for bound in canaries.epsilon:
+    for bound in (*canaries.epsilon, *canaries.other_bounds):
+        suffix = "" if bound in canaries.epsilon else f"_{bound.method}"
         note = f"delta {bound.delta:g}: {bound.correct} of {bound.guesses} guesses right, best of {bound.tests}"
-        yield {"attack": bound.label.lower(), "metric": "canary_epsilon", "value": bound.epsilon, "note": note}
+        of = {"attack": bound.label.lower(), "note": note}
+        yield of | {"metric": f"canary_epsilon{suffix}", "value": bound.epsilon}
+        if bound.mu is not None:
+            yield of | {"metric": f"canary_mu{suffix}", "value": bound.mu}
 
 
 def _check_rows(checks: Checks) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from dualtok.data.prepare.decide import decisions_path
 from dualtok.data.prepare.splits import content_digest
 from dualtok.data.prepare.staged import Chunk, Staged, StagedAt, read_staged, staged_at
 from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
-from dualtok.data.tokenizer import encode, load_tokenizer
+from dualtok.data.tokenizer import encode, load_tokenizer, vocabulary_size
 from dualtok.data.tokenizer_check import SpelledOut
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, file_sha256, write_text
@@ -112,6 +112,26 @@ def pack_chunks(
         progress.advance(1)
 
 
+def count_tokens(
+    config: DataConfig, staged: Staged, chunks: list[Chunk], tokenizer: TokenizerAt, workers: Workers, *, progress: bool
+) -> NDArray[np.int64]:
+    """Return how often each token id occurs in the documents of all splits, [vocabulary]."""
+    vocabulary = vocabulary_size(_tokenizer_of_process(tokenizer)[0])
+    work = partial(
+        _count_chunk,
+        at=staged.at,
+        tokenizer_at=tokenizer,
+        special=config.special_tokens_in_text == "encode",
+        vocabulary=vocabulary,
+    )
+    total = np.zeros(vocabulary, dtype=np.int64)
+    with RunProgress("prepare: tokens counted", len(chunks), active=progress) as bar:
+        for counts in workers.map(work, chunks):
+            total += counts
+            bar.advance(1)
+    return total
+
+
 def spelled_out(staging: Path, chunks: list[Chunk]) -> int:
     """Return how many packed documents spell out a special token."""
     return sum(int(_done_path(staging, chunk).read_text(encoding="utf-8") or 0) for chunk in chunks)
@@ -184,6 +204,18 @@ def _pack_chunk(task: _PackTask, *, at: StagedAt, tokenizer_at: TokenizerAt, blo
         _write_table(_packed_path(at.folder, chunk, split, "blocks"), blocks_table(blocks, block_length))
         _write_table(_packed_path(at.folder, chunk, split, "table"), documents)
     write_text(done, str(with_special))
+
+
+def _count_chunk(
+    chunk: Chunk, *, at: StagedAt, tokenizer_at: TokenizerAt, special: bool, vocabulary: int
+) -> NDArray[np.int64]:
+    """Count the token ids of one chunk's documents; runs in a worker process."""
+    staged, (tokenizer, _) = staged_at(at), _tokenizer_of_process(tokenizer_at)
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for split in SPLITS:
+        for ids in _encoded(tokenizer, _split_of(staged, chunk, split)["text"].to_pylist(), special=special):
+            counts += np.bincount(ids, minlength=vocabulary)
+    return counts
 
 
 def _split_of(staged: Staged, chunk: Chunk, split: str) -> pa.Table:

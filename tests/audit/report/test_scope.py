@@ -34,7 +34,7 @@ def test_a_reference_is_weak_beside_models_that_it_is_clearly_worse_than(large_r
     rows = [first, second]
 
     def weak(*references: AttackReference) -> list[str]:
-        return weak_references(large_report.model_copy(update={"rows": rows, "references": list(references)}))
+        return weak_references(rows, list(references))
 
     assert second.perplexity_non_members > first.perplexity_non_members
     assert weak(reference("a", border)) == []

@@ -15,9 +15,12 @@ from dualtok.audit.report.tables import interval, share
 from dualtok.audit.report.write import CSV_COLUMNS, load_report, render_csv, write_report
 from dualtok.errors import DataError
 from tests.audit.conftest import ATTACK_NAMES
+from tests.audit.report.test_tables import with_continuations
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from dualtok.audit.report.details import Regurgitation
 
 ONE_PASS = names_of("single_pass", "joint")
 KNOWING = names_of("knows_defence")
@@ -133,12 +136,54 @@ def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report:
                 line = by_key.pop((row.name, f"{test.label}, {test.size} documents", f"collection_{metric}", ""))
                 assert float(line["value"]) == getattr(test, metric)
         assert float(by_key.pop((row.name, "", "strongest_p_value", ""))["value"]) == row.strongest_p_value
+        assert row.regurgitation is not None
+        for (label, metric), expected in regurgitation_figures(row.regurgitation).items():
+            line = by_key.pop((row.name, label, metric, ""))
+            assert [float(line[column] or "nan") for column in ("value", "low", "high")][: len(expected)] == expected
     assert report.checks is not None
     assert report.checks.blind_auc is not None
     assert float(by_key.pop(("", "", "blind_auc", ""))["high"]) == report.checks.blind_auc.high
     for metric in ("duplicates", "shared_passages"):
         assert float(by_key.pop(("", "", metric, ""))["value"]) == getattr(report.checks, metric)
     assert by_key == {}
+
+
+def regurgitation_figures(own: Regurgitation) -> dict[tuple[str, str], list[float]]:
+    """(Attack, metric) of a line -> its value, and the ends of its interval where there is one."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for side, extracted, greedy, runs in (
+        ("members", own.extracted_members, own.greedy_members, own.runs_members),
+        ("non_members", own.extracted_non_members, own.greedy_non_members, own.runs_non_members),
+    ):
+        assert runs is not None
+        found["", f"extracted_{side}"] = [extracted.value, extracted.low, extracted.high]
+        found["", f"greedy_tokens_{side}"] = [greedy]
+        found["", f"greedy_run_{side}_median"] = [runs.median]
+        found["", f"greedy_run_{side}_largest"] = [runs.largest]
+        for cost in own.costs:
+            label, ours = f"passages of {cost.length} tokens", side == "members"
+            bits = cost.bits_members if ours else cost.bits_non_members
+            rate = cost.greedy_windows_members if ours else cost.greedy_windows_non_members
+            if bits is None or rate is None:
+                continue
+            found |= {(label, f"extraction_bits_{side}"): [bits], (label, f"extraction_greedy_windows_{side}"): [rate]}
+            for within in cost.within:
+                estimate = within.members if ours else within.non_members
+                assert estimate is not None
+                metric = f"within_{within.bits:g}_bits_{side}"
+                found[label, metric] = [estimate.value, estimate.low, estimate.high]
+    return found
+
+
+def test_csv_has_the_continuations(report: AuditReport) -> None:
+    rows = with_continuations(report.rows)
+    lines = list(csv.DictReader(render_csv(report.model_copy(update={"rows": rows})).splitlines()))
+    found = {line["metric"]: line for line in lines if line["model"] == rows[0].name}
+    whole = found["continued_whole_members"]
+    assert (float(whole["value"]), float(whole["high"])) == (1 / 3, 0.9057)
+    assert whole["note"] == "40 tokens after 50, 3 documents"
+    assert found["continued_run_members_largest"]["value"] == "40"
+    assert found["continued_run_non_members_median"]["value"] == "2.0"
 
 
 def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
@@ -175,7 +220,7 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
             assert two_sided[index + 1][3 + column] == cell
             assert [rate.tpr is None for rate in result.tpr] == [False, False, True]
             for table, rate in zip(rates, result.tpr, strict=False):
-                entry = table[index + 1][1 + column]
+                entry = table[index + 1][table[0].index(result.label)]
                 assert rate.tpr is not None
                 assert entry.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
                 assert entry.endswith(f" at {rate.attained_fpr:.3g}")

@@ -32,7 +32,7 @@ def signals(numbers: np.ndarray, means: np.ndarray, seed: int = 0, known: np.nda
         document=numbers,
         offsets=np.arange(len(numbers) + 1) * TOKENS,
         log_prob=-np.repeat(means, TOKENS).astype(np.float32) * rng.uniform(0.9, 1.1, k).astype(np.float32),
-        top1=top1,
+        rank=np.where(top1, 0, 3).astype(np.int32),
         mean_log_prob=np.full(k, -2, np.float32),
         var_log_prob=np.ones(k, np.float32),
     )
@@ -104,7 +104,7 @@ def test_a_secret_is_extracted_if_each_of_its_tokens_is_the_likeliest() -> None:
     top1[0, 2] = False  # token 3, the prefix's last
     top1[1, 3] = False  # token 4, the secret's first
     top1[2, 8] = False  # token 9, the end
-    one = Signals(**{**vars(one), "top1": top1.ravel()})
+    one = Signals(**{**vars(one), "rank": np.where(top1, 0, 1).ravel().astype(np.int32)})
     assert extractions(one, np.array([[4, 9]] * 3)).tolist() == [True, False, True]
     assert extractions(one, np.array([[3, 9], [5, 9], [4, 10]])).tolist() == [False, True, False]
 
