@@ -6,15 +6,19 @@ import hashlib
 import platform
 import shutil
 import tomllib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pytest
 
 import dualtok
 from dualtok.versions import code_digest, installed_versions
 from tests.support import ROOT, succeed
 from tests.support import dualtok as dualtok_command
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
 
 
 def test_what_is_installed_is_told_and_what_is_not_is_left_out() -> None:

@@ -126,8 +126,8 @@ class CanaryAudit(Record):
     epsilon: list[EpsilonBound]
     """The bound that was chosen in advance (Steinke, Nasr and Jagielski 2023), one per delta."""
     other_bounds: list[EpsilonBound] = Field(default_factory=list)
-    """Other methods' bounds on the same coins, one per method and delta. Each holds with ``audit.confidence`` by itself,
-    under its assumptions; the largest of several does not."""
+    """Other methods' bounds on the same coins, one per method and delta. Each holds with ``audit.confidence`` by
+    itself, under its assumptions; the largest of several does not."""
     space_bits: float
     """log2 of the number of secrets that each was drawn from: the largest exposure; 0 if canaries have no secret."""
     candidates: Count

@@ -46,7 +46,10 @@ def test_the_sentence_has_the_figures(large_report: AuditReport) -> None:
 def test_where_nothing_worked_the_smallest_leak_that_would_have_been_seen_is_said(model: ModelAudit) -> None:
     verdict = verdict_of(model, SOUND)
     assert (verdict.kind, verdict.also) == ("none", ())
-    assert verdict.sentence == "No attack of 24 worked; a leak above AUC .58 would have been seen (probability .80)."
+    count = len(model.attacks)
+    assert (
+        verdict.sentence == f"No attack of {count} worked; a leak above AUC .58 would have been seen (probability .80)."
+    )
     one = verdict_of(model.model_copy(update={"attacks": model.attacks[:1]}), SOUND)
     assert one.sentence.startswith("The one attack that was run did not work; a leak above")
 
