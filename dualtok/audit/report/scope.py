@@ -201,7 +201,10 @@ def _bounds(report: AuditReport) -> str:
     bounds = [bound.epsilon for row in report.rows if row.canaries for bound in row.canaries.epsilon]
     if not bounds:
         return "no lower bound on epsilon: there were no canaries"
-    return f"lower bounds on epsilon from canaries, up to {max(bounds):.2f}; no claimed epsilon can be below them"
+    sure = percent(report.settings.confidence)
+    return (
+        f"lower bounds on epsilon from canaries, up to {max(bounds):.2f}: a smaller claim is contradicted ({sure} sure)"
+    )
 
 
 def unit(report: AuditReport) -> str:

@@ -77,11 +77,16 @@ def audit(
     if is_first_rank():
         print_figures(figures)
         if model:
-            from dualtok.commands.audit.flags import keep_run
-            from dualtok.commands.report import write_run_report
+            _report(run)
 
-            print(f"wrote {write_run_report(run)}")
-            print(f"the same again, or with other settings: dualtok audit {keep_run(run)}")
+
+def _report(run: RunConfig) -> None:
+    """Write the report of an audit without a run file, and the file that it can be run again with."""
+    from dualtok.commands.audit.flags import keep_run
+    from dualtok.commands.report import write_run_report
+
+    print(f"wrote {write_run_report(run)}", flush=True)
+    print(f"the same again, or with other settings: dualtok audit {keep_run(run)}", flush=True)
 
 
 def _run_of(run_file: Path | None, changes: list[str], models: list[str], given: dict[str, Any]) -> RunConfig:

@@ -26,12 +26,16 @@ from dualtok.audit.report.data import (
 )
 from dualtok.audit.report.details import (
     AttackReference,
+    Continuations,
     GateCheck,
     GateVerdict,
     Group,
     GroupAudit,
+    LengthCost,
     Power,
     Regurgitation,
+    RunLengths,
+    WithinBits,
 )
 
 MODELS = (
@@ -45,7 +49,6 @@ MODELS = (
     "base",
 )
 AUCS = (0.951, 0.874, 0.612, 0.548, 0.655, 0.531, 0.702, 0.503)
-ATTACK_COUNT = 24
 N_DOCUMENTS = 418
 
 
@@ -87,6 +90,7 @@ def canaries(auc: float) -> CanaryAudit:
             EpsilonBound(delta=delta, epsilon=max(0, auc - 0.6) * 6, label="Ref", guesses=50, correct=40, tests=8)
             for delta in (0, 1e-5)
         ],
+        other_bounds=[EpsilonBound(method="f_dp", delta=0, epsilon=1.25, label="Ref", guesses=50, correct=40, tests=8)],
         space_bits=19.9,
         candidates=100,
         ranked=exposures,
@@ -94,6 +98,31 @@ def canaries(auc: float) -> CanaryAudit:
         extracted_included=Estimate(value=found, low=found / 2, high=min(1, found + 0.1)),
         extracted_excluded=Estimate(value=0, low=0, high=0.07),
     )
+
+
+def cost(length: int, auc: float) -> LengthCost:
+    return LengthCost(
+        length=length,
+        n_members=N_DOCUMENTS,
+        n_non_members=N_DOCUMENTS,
+        bits_members=(1 - auc) * length,
+        bits_non_members=None,
+        greedy_windows_members=0.1,
+        greedy_windows_non_members=0.0,
+        within=[WithinBits(bits=0, members=around(0.1, 0.05), non_members=None)],
+    )
+
+
+CONTINUATIONS = Continuations(
+    prefix=32,
+    tokens=64,
+    members=[],
+    non_members=[],
+    whole_members=around(0.25, 0.1),
+    whole_non_members=Estimate(value=0, low=0, high=0.17),
+    runs_members=RunLengths(median=12.5, largest=64),
+    runs_non_members=RunLengths(median=3, largest=9),
+)
 
 
 def model(name: str, auc: float, names: dict[str, str], perplexity: float) -> ModelAudit:
@@ -140,6 +169,8 @@ def model(name: str, auc: float, names: dict[str, str], perplexity: float) -> Mo
             length=50,
             extracted_members=Estimate(value=max(0, auc - 0.8), low=max(0, auc - 0.82), high=0.2),
             extracted_non_members=Estimate(value=0, low=0, high=0.009),
+            costs=[cost(length, auc) for length in (20, 50)],
+            continuations=CONTINUATIONS,
         ),
         groups=GroupAudit(
             field="person",
@@ -147,17 +178,15 @@ def model(name: str, auc: float, names: dict[str, str], perplexity: float) -> Mo
             non_member_groups=80,
             strongest_label="Ref",
             strongest=Estimate(value=auc, low=max(0.5, auc - 0.1), high=min(1, auc + 0.1)),
-            worst=Group(name="9f2c61d0", documents=14, label="Ref", auc=around(min(auc + 0.05, 1), 0.08), p_value=0.01),
+            worst=Group(name="9f2c61d0", documents=14, label="Ref", auc=around(min(auc + 0.05, 1), 0.09), p_value=0.01),
         ),
     )
 
 
 @pytest.fixture(scope="session")
 def large_report(report: AuditReport) -> AuditReport:
-    """8 models, 24 attacks, and everything else that a report can hold."""
-    names = {name: made.label for name, made in ATTACKS.items()}
-    names |= {f"extra_{number}": f"Extra {number}" for number in range(ATTACK_COUNT - len(names))}
-    names = dict(list(names.items())[:ATTACK_COUNT])
+    """8 models, every attack and one that this version does not know, and all else that a report can hold."""
+    names = {name: made.label for name, made in ATTACKS.items()} | {"extra": "Extra"}
     rows = [
         model(name, auc, names, 32 + 3.5 * place) for place, (name, auc) in enumerate(zip(MODELS, AUCS, strict=True))
     ]
@@ -179,6 +208,10 @@ def large_report(report: AuditReport) -> AuditReport:
 @pytest.fixture(scope="session")
 def small_report(report: AuditReport) -> AuditReport:
     """One model without a reference, of an earlier version: nothing but attacks."""
+    later: dict[str, object] = {"power": None, "groups": None, "regurgitation": None, "strongest_tpr": []}
     return AuditReport(
-        title="Audit of one model", created="2025-01-02T03:04:05+00:00", rows=[report.rows[2]], settings=report.settings
+        title="Audit of one model",
+        created="2025-01-02T03:04:05+00:00",
+        rows=[report.rows[2].model_copy(update=later)],
+        settings=report.settings,
     )

@@ -22,10 +22,10 @@ def test_every_attack_that_ran_stands_with_its_kind(large_report: AuditReport) -
     labels = [label for kind in found for label in kind.labels]
     assert sorted(labels) == sorted(result.label for result in large_report.rows[0].attacks)
     by_title = {kind.title: kind for kind in found}
-    assert by_title["Shadow models"].labels == ("LiRA", "LiRA out")
+    assert by_title["Shadow models"].labels[:2] == ("LiRA", "LiRA out")
     with_shadows = large_report.model_copy(update={"settings": replace(large_report.settings, shadows=16)})
     assert "16 shadow models" in [kind.title for kind in attackers(with_shadows)]
-    assert by_title["Others"].labels == tuple(label for label in labels if label.startswith("Extra"))
+    assert by_title["Others"].labels == ("Extra",)
 
 
 def test_a_reference_is_weak_beside_models_that_it_is_clearly_worse_than(large_report: AuditReport) -> None:

@@ -46,7 +46,10 @@ def test_the_sentence_has_the_figures(large_report: AuditReport) -> None:
 def test_where_nothing_worked_the_smallest_leak_that_would_have_been_seen_is_said(model: ModelAudit) -> None:
     verdict = verdict_of(model, SOUND)
     assert (verdict.kind, verdict.also) == ("none", ())
-    assert verdict.sentence == "No attack of 24 worked; a leak above AUC .58 would have been seen (probability .80)."
+    count = len(model.attacks)
+    assert (
+        verdict.sentence == f"No attack of {count} worked; a leak above AUC .58 would have been seen (probability .80)."
+    )
     one = verdict_of(model.model_copy(update={"attacks": model.attacks[:1]}), SOUND)
     assert one.sentence.startswith("The one attack that was run did not work; a leak above")
 
@@ -114,7 +117,7 @@ def test_what_leaks_without_an_attack_on_documents_is_a_leak(model: ModelAudit, 
     quiet = Strongest(label="Ref", auc_two_sided=Estimate(value=0.55, low=0.5, high=0.6)).auc_two_sided
     worst = loud.groups.model_copy(update={"strongest": quiet})
     assert of(groups=worst).startswith(
-        "the documents of one person (9f2c61d0) can be told from non-members: 1.00 [.92,"
+        "the documents of one person (9f2c61d0) can be told from non-members: 1.00 [.91,"
     )
     assert of(regurgitation=loud.regurgitation) == (
         "50 tokens come back word for word of 15 % of the members (0 % of the non-members)."

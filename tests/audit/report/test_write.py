@@ -229,8 +229,8 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
                 assert entry.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
                 assert entry.endswith(f" at {rate.attained_fpr:.3g}")
     assert all(page.captions)
-    # Summary, requirements; AUC, two-sided, adaptive; collections; two rates; calibrated loss.
-    assert len(page.captions) == len(page.tables) == 2 + 3 + 1 + 2 + 1
+    # Summary, requirements; AUC, two-sided, adaptive; passages and what they cost; collections; two rates; s(t).
+    assert len(page.captions) == len(page.tables) == 2 + 3 + 2 + 1 + 2 + 1
 
 
 def test_an_n_a_says_why(html: str) -> None:
@@ -285,7 +285,7 @@ def test_what_makes_the_figures_doubtful_comes_first(report: AuditReport) -> Non
 
 
 def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport) -> None:
-    row = report.rows[2]  # no reference
+    row = report.rows[2].model_copy(update={"regurgitation": None})  # no reference
     bare = AuditReport(title="bare", created="now", rows=[row], settings=report.settings)
     page = Page(render_html(bare))
     html = render_html(bare)
@@ -317,7 +317,7 @@ def test_the_first_table_has_one_row_per_model_and_says_what_was_not_tested(larg
         "Leak found" + "also: groups, passages, canaries, epsilon, collections",
         ".95 [.91, 1.00]Ref",
         "45\u00a0% [44, 46]Ref",
-        "1.00 [.92, 1.00]9f2c61d0, 14 documents",
+        "1.00 [.91, 1.00]9f2c61d0, 14 documents",
         "15\u00a0% of members0\u00a0% of non-members; 35\u00a0% of canaries' secrets",
         f"{first.perplexity_non_members:.1f}training {first.perplexity_members:.1f}",
     ]
@@ -328,6 +328,23 @@ def test_the_first_table_has_one_row_per_model_and_says_what_was_not_tested(larg
         ["not tested", "not tested", "35\u00a0% of canaries' secrets"],
         ["not tested", "not tested", "not tested"],
     ]
+
+
+def test_what_other_tests_found_is_in_their_tables(large_report: AuditReport) -> None:
+    page = Page(render_html(large_report))
+    first = large_report.rows[0]
+    (groups,), (passages,), (costs,), (continued,), (bounds,) = map(
+        page.named, ("groups", "regurgitation", "costs", "continuations", "bounds")
+    )
+    assert groups[1][:4] == [first.name, "80", "80", ".951 Ref[.851, 1.000]"]
+    assert groups[1][4:7] == ["9f2c61d0", "14", "1.000 Ref[.910, 1.000]"]
+    assert passages[1] == [first.name, "50", ".151[.131, .200]", ".000[.000, .009]"]
+    assert costs[1:3] == [
+        [first.name, "20", "418", "1.0", "418", "n/a"],
+        [first.name, "50", "418", "2.5", "418", "n/a"],
+    ]
+    assert continued[1] == [first.name, "32", "64", ".250[.150, .350]; 12.5, 64", ".000[.000, .170]; 3, 9"]
+    assert bounds[1] == [first.name, "f_dp", "0", "1.25", "40 of 50, Ref"]
 
 
 def test_hashes_versions_and_the_gate_are_shown(large_report: AuditReport) -> None:

@@ -11,6 +11,9 @@ import pytest
 
 from dualtok.audit.attacks.registry import names_of
 from dualtok.audit.settings import AuditConfig
+from dualtok.data.manifest import load_manifest
+from dualtok.reference.fingerprint import blocks_digest, weights_digest
+from dualtok.versions import code_digest
 from tests.support import dualtok, error_line, partitioned_json, save_model, succeed, write_run
 
 
@@ -84,6 +87,12 @@ def test_signals_are_kept_and_the_report_has_the_settings_of_its_figures(
     report = run.with_suffix("") / "report"
     written = json.loads((report / "report.json").read_text())
     assert written["settings"]["fpr_targets"] == [0.4]
+    hashes = written["hashes"]
+    assert set(hashes) == {"data", "code", "model one", "attacker's reference"}
+    assert hashes["code"] == code_digest()
+    assert hashes["data"] == blocks_digest(load_manifest(written["identity"]["data"]))
+    assert hashes["model one"] == weights_digest(written["settings"]["models"]["one"]) != hashes["attacker's reference"]
+    assert all(digest in (report / "report.html").read_text() for digest in hashes.values())
     with (report / "report.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["model"] for row in rows} == {"one", ""}, "the model, and the audit's own checks"
