@@ -16,12 +16,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dualtok import __version__
+from dualtok.commands.audit.command import audit
 from dualtok.commands.gate.command import gate
-from dualtok.commands.one_process import refuse_launcher as _refuse_launcher
+from dualtok.commands.processes import is_first_rank
+from dualtok.commands.processes import refuse_launcher as _refuse_launcher
 from dualtok.commands.quiet import quiet_libraries
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dualtok.config.canaries import CanaryConfig
     from dualtok.config.run import RunConfig
 
 # Imported where they are used, for what they take to load: dualtok's commands (torch 1 s, transformers 1 to 4 s).
@@ -77,12 +82,20 @@ def prepare(
     from dualtok.data.prepare import pipeline
     from dualtok.data.prepare.parts import parse_part
 
+    sampler: Callable[[CanaryConfig], list[str]] | None = None
+    if data.canaries is not None and data.canaries.kind == "high_temperature":
+        quiet_libraries()
+        # Imported for these canaries alone, as it takes seconds to load: torch.
+        from dualtok.commands.prepare import sample_texts
+
+        sampler = sample_texts
+
     if part is not None:
         pipeline.prepare_part(data, parse_part(part))
     elif finish:
-        pipeline.finish(data)
+        pipeline.finish(data, sampler=sampler)
     else:
-        pipeline.prepare(data)
+        pipeline.prepare(data, sampler=sampler)
 
 
 @app.command()
@@ -173,26 +186,7 @@ def retreat(run_file: RunFile, target: Path, overrides: Overrides = None) -> Non
     interpolate(run_file, target, overrides)
 
 
-@app.command()
-def audit(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    shadows: Annotated[
-        int | None, typer.Option(metavar="N", help="Train N shadow models by the run's recipe, for LiRA.")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Ranks that share each shadow's training.")] = 1,
-) -> None:
-    """Attack models with membership inference and measure their perplexity."""
-    run = _load(run_file, [*(overrides or []), *([] if shadows is None else [f"audit.shadows={shadows}"])])
-    if processes > 1 and run.audit.shadows is None:
-        raise ConfigError("--processes: has no effect without --shadows; to share the audit itself, use a launcher")
-    quiet_libraries()
-    from dualtok.commands.audit.run import audit as run_audit
-    from dualtok.commands.audit.run import print_figures
-
-    figures = run_audit(run, processes=processes)
-    if is_first_rank():
-        print_figures(figures)
+app.command()(audit)
 
 
 @app.command()
@@ -315,11 +309,6 @@ def _print(text: str) -> None:
     """Print a result on the first rank only."""
     if is_first_rank():
         print(text, flush=True)
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is the one that talks to the terminal."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _leave_ranks(status: int = 0) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dualtok.audit.statistics.metrics import roc_auc
-from dualtok.commands.audit.model_signals import ModelPasses
+from dualtok.commands.audit.passes.model_signals import ModelPasses
 from dualtok.commands.export import export
 from dualtok.commands.model_card import note_interpolation
 from dualtok.data.folder import DataFolder
@@ -122,7 +122,7 @@ def _check_models(audit: AuditConfig, data: DataFolder, folders: dict[str, Path]
 def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:
     """Return each member's and each non-member's mean loss under a model, on rank 0; nothing elsewhere."""
     signals = models.signals(name, folder, models.ranks.first_does(lambda: models.key(folder)))
-    splits = (models.settings.members, models.settings.non_members) if signals else ()
+    splits = models.settings.splits if signals else ()
     return [signals[split].with_tokens().mean_loss for split in splits]
 
 

@@ -12,6 +12,7 @@ from dualtok.audit.report.cards.hugging_face import markdown_table, model_index
 from dualtok.audit.report.data import AuditFigures
 from dualtok.audit.report.gate import verdict_line
 from dualtok.audit.report.write import load_report
+from dualtok.commands.output import AUDIT_FILE, audit_folder
 from dualtok.errors import ConfigError, DataError
 from dualtok.files import write_text
 from dualtok.reference.fingerprint import weights_digest
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from dualtok.audit.report.data import ModelAudit
 
 CARD = "README.md"
-AUDIT_FILE = "audit.json"
 MODEL_INDEX = "model-index"
 NO_ROW = "\nNone of the rows is known to be of exactly this model's weights.\n"
 PIPELINE = "text-generation"
+DIGITS = 16
+"""Of a digest that a card shows."""
+SPLIT = re.compile(r"^\* data: .* \(split `([a-z_]+)`\)", re.MULTILINE)
 NOT_INTERPOLATED = "* these are the trained weights, before `dualtok interpolate`: attacks can tell members\n"
 """Of the recipe ``dual_plus``, whose model is not to be released as it is."""
 
@@ -85,6 +88,38 @@ def _without_figures(head: str) -> str:
     return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n{rest}"
 
 
+def trained_on(blocks: str) -> str:
+    """Return the line of a card by which an audit sees which prepared data the model has learned.
+
+    Args:
+        blocks: digest of all shards (:func:`dualtok.reference.fingerprint.blocks_digest`).
+    """
+    return f"* prepared data: blocks `{blocks[:DIGITS]}`\n"
+
+
+def split_of_card(folder: Path, blocks: str) -> str | None:
+    """Return the split of some prepared data that a model's card says it has learned; None if it does not say.
+
+    Args:
+        folder: the model's.
+        blocks: digest of the data's shards.
+    """
+    path = folder / CARD
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = SPLIT.search(card)
+    return found[1] if found is not None and trained_on(blocks) in card else None
+
+
+def split_of_run(run_dir: Path, blocks: str) -> str | None:
+    """Return the split of some prepared data that a training run has learned; None if it does not say."""
+    path = run_dir / START_FOLDER / FACTS_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(facts["split"]) if facts.get("blocks") == blocks else None
+
+
 def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step: int, *, adapter: bool) -> list[str]:
     base = facts.get("base")
     what = "A LoRA adapter for" if adapter else "Fine-tuned from"
@@ -96,6 +131,7 @@ def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step:
         "## Training\n\n",
         f"* objective: `{run['objective']}`, {step} optimizer steps, with dualtok\n",
         f"* data: {told} (split `{facts.get('split', 'train')}`); the texts are not published with the model\n",
+        *([trained_on(facts["blocks"])] if "blocks" in facts else []),
     ]
     if run["objective"] == "dual_plus":
         paragraphs.append(NOT_INTERPOLATED)
@@ -107,7 +143,7 @@ def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step:
 def _figures(run_dir: Path) -> AuditFigures | None:
     """Return what an audit in the same folder has found, if there is one that can be read."""
     try:
-        return AuditFigures.model_validate_json((run_dir / "audit" / AUDIT_FILE).read_bytes())
+        return AuditFigures.model_validate_json((audit_folder(run_dir) / AUDIT_FILE).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -124,12 +160,12 @@ def _own_row(folder: Path, figures: AuditFigures) -> ModelAudit | None:
 def _audit(run_dir: Path, figures: AuditFigures | None, row: ModelAudit | None) -> list[str]:
     """Return what an audit in the same folder has found; it may be of further models."""
     if figures is None:
-        if (run_dir / "audit" / AUDIT_FILE).is_file():
+        if (audit_folder(run_dir) / AUDIT_FILE).is_file():
             return [f"`{AUDIT_FILE}` of the run cannot be read.\n"]
         return ["Not audited when it was exported: nothing is known of what it gives away about its documents.\n"]
     settings = figures.settings
     return [
-        f"Attacks on membership ({settings.members} against {settings.non_members}), strongest of those tried, with ",
+        f"Attacks on membership ({' against '.join(settings.sides_in_words)}), strongest of those tried, with ",
         f"{100 * settings.confidence:g} % intervals; an AUC of .5 is guessing:\n\n",
         markdown_table(figures.models),
         f"\nThis model's weights are those of the row `{row.name}`.\n" if row is not None else NO_ROW,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dualtok.audit.report.data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
 from dualtok.audit.report.write import write_report
-from dualtok.commands.audit.run import AUDIT_FILE, audit_folder
+from dualtok.commands.output import AUDIT_FILE, audit_folder
 from dualtok.config.run import RECIPES
 from dualtok.errors import DataError
 from dualtok.objective.settings import NEEDS_REFERENCE
@@ -38,10 +38,10 @@ def write_run_report(run: RunConfig) -> Path:
         title="dualtok audit",
         created=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         identity={
-            "data": run.data.dir,
-            "members": f"split {figures.settings.members}",
-            "non-members": f"split {figures.settings.non_members}",
-            "attacker's reference": figures.settings.attack_reference or "none",
+            **({} if figures.settings.of_texts else {"data": run.data.dir}),
+            "members": figures.settings.sides_in_words[0],
+            "non-members": figures.settings.sides_in_words[1],
+            "attacker's reference": ", ".join(figures.settings.references.values()) or "none",
             **{f"privacy of {name}": told for name, folder in run.audit.runs.items() if (told := stated(Path(folder)))},
             **{
                 f"left out of {split}": f"{len(documents)}, which attacks put in front of others"

@@ -64,11 +64,20 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
         raise ConfigError(f"{path}: not valid YAML: {_without_content(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a run is a mapping of sections such as 'data:' and 'train:'")
-    tree, notes = _with_new_names(tree, str(path))
+    return parse_with_overrides(tree, overrides, source=str(path))
+
+
+def parse_with_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...], source: str) -> RunConfig:
+    """Validate a run given as nested dictionaries, after applying dotted overrides.
+
+    Raises:
+        ConfigError: a setting is unknown, of the wrong type or out of range.
+    """
+    tree, notes = _with_new_names(tree, source)
     for override in overrides:
         notes += _apply_override(tree, override)
-    _tell(notes, str(path))
-    return parse_run(tree, source=str(path))
+    _tell(notes, source)
+    return parse_run(tree, source=source)
 
 
 def parse_run(tree: dict[str, Any], source: str = "run") -> RunConfig:
@@ -79,10 +88,19 @@ def parse_run(tree: dict[str, Any], source: str = "run") -> RunConfig:
     """
     tree, notes = _with_new_names(tree, source)
     _tell(notes, source)
+    tree = _with_data_of_texts(tree)
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _with_data_of_texts(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree of an audit of texts with the section ``data`` that it need not have: nothing is prepared."""
+    audit = tree.get("audit")
+    if tree.get("data") is not None or not isinstance(audit, dict) or not isinstance(audit.get("members"), dict):
+        return tree
+    return {**tree, "data": {"dir": f"{tree.get('output_dir', RunConfig.output_dir)}/audit/texts"}}
 
 
 def _with_new_names(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:

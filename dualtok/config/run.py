@@ -202,8 +202,8 @@ RULES = (
         lambda run: "reference.mode: 'adapter' needs the section model.lora, whose base is the reference",
     ),
     Rule(
-        lambda run: bool({run.audit.members, run.audit.non_members} - set(get_args(SplitName))),
-        lambda run: _unknown_split({"audit.members": run.audit.members, "audit.non_members": run.audit.non_members}),
+        lambda run: not run.audit.of_texts and bool(set(run.audit.splits) - set(get_args(SplitName))),
+        lambda run: _unknown_split(dict(zip(("audit.members", "audit.non_members"), run.audit.splits, strict=True))),
     ),
 )
 

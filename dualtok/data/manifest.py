@@ -70,6 +70,8 @@ class CanariesEntry(_Entry):
     included: int
     """Those that are documents of the split ``train``."""
     sha256: Sha256
+    seen: int | None = None
+    """Of ``new_tokens``: how often the commonest of their tokens occurs in other documents."""
 
 
 class Facts(_Entry):

@@ -96,15 +96,36 @@ def _write_split(data: DataFolder, folder: Path, subset: Subset, rows_per_shard:
         documents += [(doc, np.concatenate(pieces).astype(np.int32)) for doc, pieces in found.items()]
     if not documents:
         raise DataError(f"{data}: too few documents in {' and '.join(subset.splits)} to draw some of them")
-    blocks = pack_documents(documents, manifest.block_length)
+    table = pa.concat_tables(tables)
+    return write_split(folder, documents, table, lanes=manifest.lanes, shape=(rows_per_shard, manifest.block_length))
+
+
+def write_split(
+    folder: Path,
+    documents: Sequence[tuple[int, NDArray[np.int32]]],
+    table: pa.Table,
+    *,
+    lanes: int,
+    shape: tuple[int, int],
+) -> SplitEntry:
+    """Pack documents and write them as one split.
+
+    Args:
+        folder: the split's.
+        documents: id and token ids of each, at least one of them with tokens.
+        table: one row per document; see :meth:`.folder.DataFolder.documents`.
+        lanes: that the blocks are dealt to.
+        shape: most blocks per shard, and tokens per block.
+    """
+    rows_per_shard, block_length = shape
+    blocks = pack_documents(documents, block_length)
     shards = []
-    for lane in range(min(manifest.lanes, len(blocks))):
-        mine = blocks[lane :: manifest.lanes]
+    for lane in range(min(lanes, len(blocks))):
+        mine = blocks[lane::lanes]
         for number, first in enumerate(range(0, len(mine), rows_per_shard)):
-            rows = blocks_table(mine[first : first + rows_per_shard], manifest.block_length)
+            rows = blocks_table(mine[first : first + rows_per_shard], block_length)
             shards.append(write_shard(folder, lane, number, rows))
     path = folder / DOCUMENTS
-    table = pa.concat_tables(tables)
     with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     count = sum(len(ids) for _, ids in documents)
@@ -115,5 +136,5 @@ def _write_split(data: DataFolder, folder: Path, subset: Subset, rows_per_shard:
         blocks=len(blocks),
         shards=shards,
         documents_sha256=file_sha256(path),
-        largest_id=max(int(ids.max()) for _, ids in documents),
+        largest_id=max(int(ids.max()) for _, ids in documents if len(ids)),
     )

@@ -148,13 +148,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool = False) -> list[list[int]]:
-    """Return the token ids of documents, end token included.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool = False, end: bool = True
+) -> list[list[int]]:
+    """Return the token ids of documents.
 
     Args:
         tokenizer: with an end token.
         texts: the documents.
         special: whether special tokens that a text spells out become these tokens, and not pieces like other text.
+        end: whether the end token closes each document.
     """
     # An empty text shows which special tokens the tokenizer adds by itself; only a leading BOS is wanted.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -162,7 +165,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: boo
     encoded = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=not special
     )["input_ids"]
-    return [[*head, *ids, tokenizer.eos_token_id] for ids in encoded]
+    tail = [tokenizer.eos_token_id] if end else []
+    return [[*head, *ids, *tail] for ids in encoded]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

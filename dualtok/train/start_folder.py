@@ -22,6 +22,7 @@ from dualtok.model.folder.save import extra_files, write_config, write_tokenizer
 from dualtok.model.folder.weights import model_folder
 from dualtok.model.fresh import write_fresh_weights
 from dualtok.model.load import starting_config
+from dualtok.reference.fingerprint import blocks_digest
 from dualtok.train.folder import ADAPTER_FOLDER, FACTS_FILE, RUN_FILE, START_FOLDER
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _facts(split: str, model: ModelConfig, data: Sequence[DataFolder]) -> dict[s
         "split": split,
         "documents": sum(entry.documents for entry in entries),
         "tokens": sum(entry.tokens for entry in entries),
+        "blocks": blocks_digest(*(folder.manifest for folder in data)),
     }
 
 

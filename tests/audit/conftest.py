@@ -31,7 +31,7 @@ def make_signals() -> MakeSignals:
             document=first_id + np.arange(len(lengths), dtype=np.int64),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             log_prob=-rng.gamma(4.0, loss / 4, k).astype(np.float32),
-            top1=rng.random(k) < 0.3,
+            rank=np.where(rng.random(k) < 0.3, 0, rng.integers(1, 50, k)).astype(np.int32),
             mean_log_prob=-rng.uniform(1, 6, k).astype(np.float32),
             var_log_prob=rng.uniform(0.5, 4, k).astype(np.float32),
         )

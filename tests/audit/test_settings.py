@@ -21,14 +21,17 @@ def test_defaults_run_every_attack_that_needs_no_more_than_one_pass() -> None:
         "dc_pdd",
         "wbc",
         "error_zone",
+        "ht_mia",
         "ref_distance",
         "above_share",
         "above_mean",
         "above_tail",
         "ref_classifier",
         "ref_forest",
+        "rmia",
     )
-    costly = {"info_rmia", "lowercase", "recall", "con_recall", "neighborhood", "gradient_norm", "lira", "lira_offline"}
+    reruns = {"lowercase", "recall", "con_recall", "neighborhood", "gradient_norm"}
+    costly = {"info_rmia", *reruns, "lira", "lira_offline", "shadow_classifier", "lt_mia"}
     assert set(ATTACKS) - set(config.attacks) == costly == set(names_of("joint", "rerun", "shadows"))
     assert (config.bootstrap_resamples, config.confidence, config.min_k_share) == (1000, 0.95, 0.2)
     assert config.fpr_targets == [0.1, 0.01, 0.001]
@@ -49,6 +52,10 @@ def test_defaults_run_every_attack_that_needs_no_more_than_one_pass() -> None:
         {"attacks": []},
         {"attacks": ["loss", "loss"]},
         {"attacks": ["los"]},
+        {"extract": 0},
+        {"extract_tokens": 0},
+        {"extract_prefix": 20},
+        {"extract": 5, "deepspeed": "z3.json"},
         {"batch_size": 0},
         {"max_documents": 1},
         {"seed": -1},

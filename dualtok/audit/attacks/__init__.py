@@ -8,5 +8,7 @@ from dualtok.audit.attacks import single_pass as single_pass
 from dualtok.audit.attacks import token_level as token_level
 from dualtok.audit.attacks import rerun as rerun
 from dualtok.audit.attacks import adaptive as adaptive
+from dualtok.audit.attacks import rmia as rmia
 from dualtok.audit.attacks import lira as lira
+from dualtok.audit.attacks import learned as learned
 # isort: on

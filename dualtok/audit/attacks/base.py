@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from dualtok.audit.signals.reruns import RerunResult
     from dualtok.audit.signals.signals import Signals
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Scores = NDArray[np.float64]
 PairOfScores = tuple[Scores, Scores]
 """Of the members and of the non-members."""
+Learned = Callable[["Signals", "Signals"], Scores]
+"""Function from signals of a model and, aligned with them, of the attacker's reference to the documents' scores."""
 Kind = Literal["single_pass", "joint", "rerun", "knows_defence", "shadows"]
 """What an attack costs beside the one pass of each model that all share: nothing; a pass of the model and the
 attacker's reference together; running each model again over changed texts; nothing, but it knows the defence; training
@@ -60,6 +63,9 @@ class AttackContext:
     reference: Signals | None = None
     """Signals of the attacker's reference model over (at least) the same documents."""
 
+    further_references: Mapping[str, Signals] = field(default_factory=dict)
+    """Name -> signals of other references of the attacker's: attacks that need one are run with each."""
+
     zlib_bytes: Mapping[int, int] | None = None
     """Document id -> bytes of its UTF-8 text compressed by zlib."""
 
@@ -87,6 +93,9 @@ class AttackContext:
 
     shadows: ShadowFit | None = None
     """What shadow models give to (at least) the same documents."""
+
+    learned: Mapping[str, Learned] = field(default_factory=dict)
+    """Name of an attack -> what it learned from shadow models."""
 
     @property
     def has(self) -> frozenset[str]:
@@ -133,6 +142,16 @@ class AttackContext:
                 f"audit: document {target.document[sizes < 1][0]} has no zlib_bytes; run `dualtok prepare` again"
             )
         return sizes
+
+    def learned_for(self, target: Signals, name: str) -> Scores:
+        """Return the scores [n] that an attack learned from shadow models gives to the target's documents.
+
+        Raises:
+            DataError: it did not learn from any, or the reference does not cover the documents.
+        """
+        if name not in self.learned:
+            raise DataError(f"audit: {name!r} must learn from shadow models first (`dualtok audit --shadows N`)")
+        return self.learned[name](target, self.reference_for(target))
 
     def rerun_for(self, target: Signals, name: str) -> Mapping[str, Scores]:
         """Return what a rerun left of each of the target's documents: column -> [n].
@@ -206,6 +225,8 @@ class Attack:
     """Whether it has a column in the first table."""
     fewest: int = 1
     """Members, and non-members, that it needs."""
+    on_demand: bool = False
+    """Whether it is run only if ``audit.attacks`` names it, although all it needs is there."""
     widening: float = 1.0
     """Factor of the deviations in its intervals and p-values; see :mod:`.crossfit`."""
     of_document: Callable[[Signals, AttackContext], Scores] | None = None
@@ -237,12 +258,23 @@ def attack(
     needs: Sequence[str] = (),
     settings: Sequence[str] = (),
     headline: bool = False,
+    on_demand: bool = False,
 ) -> Callable[[Callable[[Signals, AttackContext], Scores]], Callable[[Signals, AttackContext], Scores]]:
     """Enter a function of a class's signals as an attack; the fields of :class:`Attack` say what each argument is."""
 
     def enter(score: Callable[[Signals, AttackContext], Scores]) -> Callable[[Signals, AttackContext], Scores]:
         _enter(
-            Attack(name, label, source, kind, frozenset(needs), tuple(settings), headline=headline, of_document=score)
+            Attack(
+                name,
+                label,
+                source,
+                kind,
+                frozenset(needs),
+                tuple(settings),
+                headline=headline,
+                on_demand=on_demand,
+                of_document=score,
+            )
         )
         return score
 
@@ -250,13 +282,13 @@ def attack(
 
 
 def attack_on_features(
-    name: str, label: str, source: str, *, fewest: int = 1, widening: float = 1.0
+    name: str, label: str, source: str, *, kind: Kind = "knows_defence", fewest: int = 1, widening: float = 1.0
 ) -> Callable[[Callable[[Scores, Scores, int], PairOfScores]], Callable[[Scores, Scores, int], PairOfScores]]:
-    """Enter a function of the features of members and non-members as an attack that knows the defence."""
+    """Enter a function of the features of members and non-members as an attack."""
 
     def enter(score: Callable[[Scores, Scores, int], PairOfScores]) -> Callable[[Scores, Scores, int], PairOfScores]:
         needs = frozenset({"reference"})
-        _enter(Attack(name, label, source, "knows_defence", needs, fewest=fewest, widening=widening, of_classes=score))
+        _enter(Attack(name, label, source, kind, needs, fewest=fewest, widening=widening, of_classes=score))
         return score
 
     return enter
@@ -266,3 +298,18 @@ def _enter(made: Attack) -> None:
     if made.name in ATTACKS:
         raise ValueError(f"two attacks are called {made.name!r}")
     ATTACKS[made.name] = made
+
+
+def attack_of(score: str) -> Attack:
+    """Return the attack behind a score's name: ``ref``, or ``ref@strong`` with the attacker's reference ``strong``."""
+    name, _, reference = score.partition("@")
+    made = ATTACKS[name]
+    return replace(made, name=score, label=f"{made.label} ({reference})") if reference else made
+
+
+def takes_references(made: Attack) -> bool:
+    """Return whether an attack is run once for each of the attacker's references.
+
+    Those that need shadow models or a pass of both models together are run with the first alone.
+    """
+    return "reference" in made.needs and made.kind in ("single_pass", "knows_defence")

@@ -124,6 +124,25 @@ def error_zone_score(target: Signals, context: AttackContext) -> Floats:
 
 
 @attack(
+    "ht_mia",
+    "HT-MIA",
+    "share of the least likely tokens that the reference predicts worse (Jawad et al. 2026, arXiv 2601.20885)",
+    needs=("reference",),
+)
+def ht_mia_score(target: Signals, context: AttackContext) -> Floats:
+    """Share of the hard tokens, the target's least likely ones, whose probability under the target is the higher one.
+
+    Of the paper its abstract alone could be had: gains in probability over a reference at the tokens of low confidence,
+    higher = member. That the gains are counted, and that the target (not the reference) says which tokens are hard, was
+    taken from an implementation by other authors, who evaluate the lowest 10, 20 and 30 %. The share here is
+    ``min_k_share``, by default 20 %; the paper may use another one. A token whose probability is unchanged is no gain.
+    """
+    hard = lowest(target.log_prob, target.offsets, context.min_k_share)
+    gained = segment_sum(hard & (_gain(target, context) > 0), target.offsets)
+    return gained / segment_sum(hard, target.offsets)
+
+
+@attack(
     "info_rmia",
     "InfoRMIA",
     "log-ratio of each token's probabilities plus the reference's divergence from the model (Tao and Shokri 2025, "

@@ -90,12 +90,19 @@ class CanaryScore(Record):
     """One-sided; None if all coins fell alike."""
 
 
+BoundMethod = Literal["steinke", "f_dp", "f_dp_gaussian", "independent_gaussian"]
+"""How a lower bound on epsilon is computed from the guesses: :mod:`dualtok.audit.canaries.bounds`."""
+
+
 class EpsilonBound(Record):
     """What epsilon the guesses about the canaries refute."""
 
+    method: BoundMethod = "steinke"
     delta: Share
     epsilon: Annotated[float, Field(ge=0)]
-    """Lower bound that holds with ``audit.confidence``; 0 if nothing is refuted."""
+    """Lower bound that holds with ``audit.confidence`` if what the method assumes is so; 0 if nothing is refuted."""
+    mu: Annotated[float, Field(ge=0)] | None = None
+    """Lower bound on mu, from which epsilon follows; None for methods that assume no Gaussian mechanism."""
     label: str
     """The score that gave the best bound."""
     guesses: Count
@@ -117,19 +124,25 @@ class CanaryAudit(Record):
 
     n_included: Count
     n_excluded: Count
+    kind: str = ""
+    """``data.canaries.kind``; empty in the figures of an earlier version."""
     scores: list[CanaryScore]
     epsilon: list[EpsilonBound]
-    """One per delta."""
+    """The bound that was chosen in advance (Steinke, Nasr and Jagielski 2023), one per delta."""
+    other_bounds: list[EpsilonBound] = Field(default_factory=list)
+    """Other methods' bounds on the same coins, one per method and delta. Each holds with ``audit.confidence`` by
+    itself, under its assumptions; the largest of several does not."""
     space_bits: float
-    """log2 of the number of secrets that each was drawn from: the largest exposure."""
+    """log2 of the number of secrets that each was drawn from: the largest exposure; 0 if canaries have no secret."""
     candidates: Count
-    """Secrets that each was ranked among, without its own."""
+    """Secrets that each was ranked among, without its own; 0 if canaries have no secret to rank."""
     ranked: Exposures
-    """By rank, at most log2(candidates + 1)."""
+    """By rank, at most log2(candidates + 1); empty if canaries have no secret to rank."""
     extrapolated: Exposures
-    """By a fit to the candidates' losses, at most ``space_bits``."""
+    """By a fit to the candidates' losses, at most ``space_bits``; empty if canaries have no secret to rank."""
     extracted_included: Estimate | None
-    """Share of the secrets that greedy decoding gives back after their prefix, with its exact interval."""
+    """Share of the secrets that greedy decoding gives back after their prefix, with its exact interval; None if there
+    is no secret, or no such canary."""
     extracted_excluded: Estimate | None
 
 
@@ -151,10 +164,15 @@ class Checks(Record):
     """Of ``audit.null_model``; None if no such model was named."""
     duplicates: Share
     """Share of the non-members that are a member, token by token."""
+    near_duplicates: Share | None = None
+    """Share of the non-members whose runs of 5 tokens are at least .8 alike (Jaccard) to a member's; None in figures of
+    an earlier version."""
     shared_passages: Share
     """Share of the non-members that share a passage of about 200 characters with a member."""
     warnings: list[str] = Field(default_factory=list)
     """What makes the audit's figures doubtful; empty if nothing does."""
+    unproven: dict[str, str] = Field(default_factory=dict)
+    """Model -> why nothing shows that it was trained on the members; else it may be one that never saw them."""
     void: bool = False
     """Whether no attack's figure means anything, because members and non-members differ or overlap by themselves."""
 

@@ -78,7 +78,9 @@ def roc_figure(rows: Sequence[ModelAudit], attack: str, identifier: str) -> str:
     label = next(result.label for row in rows if (result := row.attack(attack)))
     # Half a false positive stands for none: a logarithmic axis has no zero.
     left = 0.5 / max(row.n_non_members for row in rows)
-    with _axes(f"{identifier}-", (4.0, 3.3)) as (axes, finish):
+    # Small, so that its text can be read where many stand side by side; the page makes text small and lines thin again
+    # where one is enlarged.
+    with _axes(f"{identifier}-", (2.9, 2.45)) as (axes, finish):
         chance = np.geomspace(left, 1, 100)
         axes.plot(chance, chance, color=_INK, linewidth=0.9, alpha=0.7)
         for index, row in enumerate(rows):
@@ -100,8 +102,9 @@ def trade_off_figure(rows: Sequence[ModelAudit], identifier: str) -> str:
     with _axes(f"{identifier}-", (5.4, 3.5)) as (axes, finish):
         for index, row in enumerate(rows):
             auc, x = row.strongest.auc_two_sided, row.perplexity_non_members
-            axes.plot([x, x], [auc.low, auc.high], **_line(index))
-            axes.plot([x], [auc.value], marker="o", markersize=6, color=_SERIES[index % len(_SERIES)])
+            color = _SERIES[index % len(_SERIES)]
+            axes.plot([x, x], [auc.low, auc.high], color=color)
+            axes.plot([x], [auc.value], marker="o", markersize=6, color=color)
         perplexities = [row.perplexity_non_members for row in rows]
         if max(perplexities) > 10 * min(perplexities):
             axes.set_xscale("log")

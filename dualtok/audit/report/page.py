@@ -43,7 +43,7 @@ class Summary:
 
 
 def render_html(report: AuditReport) -> str:
-    """Return the page."""
+    """Return the page: one file of HTML, without scripts, that fetches nothing and holds no text of a document."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dualtok.audit.report"),
         autoescape=True,
@@ -69,10 +69,10 @@ def render_html(report: AuditReport) -> str:
         scope=scope,
         measured=measured,
         attacks=attacks,
-        published={name: label for name, label in attacks.items() if name not in tables.KNOWS_DEFENCE},
-        adaptive={name: label for name, label in attacks.items() if name in tables.KNOWS_DEFENCE},
+        published={name: label for name, label in attacks.items() if tables.plain(name) not in tables.KNOWS_DEFENCE},
+        adaptive={name: label for name, label in attacks.items() if tables.plain(name) in tables.KNOWS_DEFENCE},
         tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
-        sources={name: ATTACKS[name].source for name in attacks if name in ATTACKS},
+        sources={name: ATTACKS[tables.plain(name)].source for name in attacks if tables.plain(name) in ATTACKS},
         with_canaries=[row for row in report.rows if row.canaries is not None],
         **_figures(report),
     )
@@ -132,7 +132,7 @@ def _figures(report: AuditReport) -> dict[str, Any]:
         "canary_figures": [
             Markup(figures.canary_figure(row.name, row.canaries, f"canaries-{index}"))
             for index, row in enumerate(report.rows)
-            if row.canaries is not None
+            if row.canaries is not None and row.canaries.candidates
         ],
         "selection_figures": [
             Markup(figures.selection_figure(series, f"selection-{index}"))

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dualtok.audit.attacks.base import ATTACKS
-from dualtok.audit.report.tables import attack_columns, perplexity
+from dualtok.audit.report.tables import attack_columns, perplexity, plain
 from dualtok.audit.report.verdict import FALSE_ALARMS, percent, tpr_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dualtok.audit.report.data import AuditReport, ModelAudit
+    from dualtok.audit.report.details import AttackReference
 
 CLEARLY_WORSE = 1.25
 """Factor between a reference's and a model's perplexity on the non-members above which the reference is called weak."""
@@ -84,7 +85,7 @@ def attackers(report: AuditReport) -> list[Attackers]:
     """Return the kinds of attacks that ran on any model, in the registry's order."""
     kinds: dict[str, list[str]] = {}
     for name, label in attack_columns(report.rows).items():
-        kinds.setdefault(ATTACKS[name].kind if name in ATTACKS else "others", []).append(label)
+        kinds.setdefault(ATTACKS[plain(name)].kind if plain(name) in ATTACKS else "others", []).append(label)
     other = ("Others", "what another version of dualtok describes")
     found = []
     for kind, labels in kinds.items():
@@ -95,15 +96,15 @@ def attackers(report: AuditReport) -> list[Attackers]:
     return found
 
 
-def weak_references(report: AuditReport) -> list[str]:
+def weak_references(rows: Sequence[ModelAudit], references: Sequence[AttackReference]) -> list[str]:
     """Return the models that even the best of the attacker's references is clearly worse than.
 
     Both perplexities are those on the non-members, which neither is supposed to have read.
     """
-    if not report.references:
+    if not references:
         return []
-    best = min(reference.perplexity_non_members for reference in report.references)
-    return [row.name for row in report.rows if best > CLEARLY_WORSE * row.perplexity_non_members]
+    best = min(reference.perplexity_non_members for reference in references)
+    return [row.name for row in rows if best > CLEARLY_WORSE * row.perplexity_non_members]
 
 
 def not_tested(report: AuditReport) -> list[Gap]:

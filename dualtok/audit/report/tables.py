@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dualtok.audit.report.base import Estimate
-    from dualtok.audit.report.data import ModelAudit
+    from dualtok.audit.report.data import BoundMethod, EpsilonBound, ModelAudit
 
 
 PUBLISHED = tuple(name for name, made in ATTACKS.items() if made.headline)
@@ -27,7 +27,21 @@ def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
     """Return name -> label of every attack that any of the rows ran, in the order of the registry."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
     order = {name: position for position, name in enumerate(ATTACKS)}
-    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
+    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(plain(name), len(order)))}
+
+
+def plain(score: str) -> str:
+    """Return the name of an attack without that of the attacker's reference it was run with, if it has one."""
+    return score.partition("@")[0]
+
+
+def reference_tables(rows: Sequence[ModelAudit]) -> list[Table]:
+    """Return one table per further reference of the attacker's: AUC of the attacks with it; see :func:`_aucs`."""
+    by_reference: dict[str, list[str]] = {}
+    for name in attack_columns(rows):
+        if reference := name.partition("@")[2]:
+            by_reference.setdefault(reference, []).append(name)
+    return [_aucs(rows, f"Attacks with the reference {name}", scores) for name, scores in by_reference.items()]
 
 
 def share(value: float, digits: int = 3) -> str:
@@ -119,6 +133,79 @@ def collection_table(rows: Sequence[ModelAudit], title: str = "Collections of do
     return table
 
 
+def regurgitation_table(rows: Sequence[ModelAudit], title: str = "Regurgitation") -> Table:
+    """Return one line per model: what it gives back of members / non-members word for word."""
+    found = [(row.name, row.regurgitation) for row in rows if row.regurgitation is not None]
+    lengths = list(dict.fromkeys(own.length for _, own in found))
+    caption = (
+        "members / non-members; extracted: share of the documents with a passage of so many tokens that greedy "
+        "decoding gives back after its true prefix, with exact intervals; bits: log2 of the least expected queries "
+        "for the cheapest passage; greedy: share of tokens; run: longest of any document, in tokens"
+    )
+    columns = [*(f"extracted\n{length} tokens" for length in lengths), "bits", "greedy", "run"]
+    continued = next((own.continuations for _, own in found if own.continuations is not None), None)
+    if continued is not None:
+        columns += [f"continued\n{continued.tokens} after {continued.prefix}", "common run"]
+        caption += "; continued: share of a sample given back whole by greedy decoding"
+    table = _by_model(title, caption, columns)
+    for name, own in found:
+        shares = {own.length: f"{_cell(own.extracted_members)}\n{_cell(own.extracted_non_members)}"}
+        cost = next((cost for cost in own.costs if cost.length == own.length), None)
+        bits = (None, None) if cost is None else (cost.bits_members, cost.bits_non_members)
+        runs = [None if side is None else side.largest for side in (own.runs_members, own.runs_non_members)]
+        cells = [*(shares.get(length, "n/a") for length in lengths), _both(bits, ".1f")]
+        cells += [_both((own.greedy_members, own.greedy_non_members), ".3f"), _both(runs, "d")]
+        if (after := own.continuations) is not None:
+            cells.append(f"{_cell(after.whole_members)}\n{_cell(after.whole_non_members)}")
+            cells.append(_both((after.runs_members.largest, after.runs_non_members.largest), "d"))
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def _both(pair: Sequence[float | None], form: str) -> str:
+    """Return the figures of members and non-members, one below the other."""
+    return " /\n".join("n/a" if value is None else format(value, form) for value in pair)
+
+
+def group_table(rows: Sequence[ModelAudit], title: str = "Groups of documents") -> Table:
+    """Return one line per model audited by groups: the strongest attack on whole groups, and the worst group."""
+    found = [(row.name, row.groups) for row in rows if row.groups is not None]
+    caption = (
+        "whole groups: strongest attack on all documents of a group, two-sided AUC; worst group: the members that "
+        "differ most from non-members; intervals and p corrected for all attacks and groups; p among members: "
+        "does it differ more than other members?"
+    )
+    columns = [
+        "groups",
+        "left out",
+        "whole groups",
+        "p",
+        "worst group",
+        "documents",
+        "its AUC",
+        "p",
+        "p among\nmembers",
+    ]
+    table = _by_model(title, caption, columns)
+    for name, groups in found:
+        worst = groups.worst
+        small = groups.small_member_groups + groups.small_non_member_groups
+        single = groups.members_without_group + groups.non_members_without_group
+        table.add_row(
+            escape(name),
+            f"{groups.member_groups} members\n{groups.non_member_groups} others",
+            f"{small} small\n{single} documents",
+            _cell(groups.strongest, f" {groups.strongest_label}"),
+            share(groups.strongest_p_value),
+            escape(worst.name),
+            str(worst.documents),
+            _cell(worst.auc, f" {worst.label}"),
+            share(worst.p_value),
+            share(worst.p_value_among_members),
+        )
+    return table
+
+
 def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
     """Return one line per model audited with canaries: AUC, exposure, extracted secrets, lower bounds on epsilon."""
     found = [(row.name, row.canaries) for row in rows if row.canaries is not None]
@@ -140,9 +227,45 @@ def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:
             *("n/a" if (auc := aucs.get(label)) is None else _cell(auc) for label in labels),
             " / ".join(map(median_exposure, (canaries.extrapolated.included, canaries.extrapolated.excluded))),
             " / ".join("n/a" if estimate is None else share(estimate.value, 2) for estimate in pairs),
-            *(f"{bounds[delta].epsilon:.2f}\n{bounds[delta].correct} of {bounds[delta].guesses}" for delta in deltas),
+            *(_bound_cell(bounds.get(delta)) for delta in deltas),
         )
     return table
+
+
+METHODS: dict[BoundMethod, str] = {
+    "steinke": "Steinke 2023",
+    "f_dp": "f-DP",
+    "f_dp_gaussian": "f-DP,\nGaussian",
+    "independent_gaussian": "independent,\nGaussian",
+}
+"""Method of a bound on epsilon -> its name in tables."""
+
+
+def bound_table(rows: Sequence[ModelAudit], title: str = "Lower bounds on epsilon, by method") -> Table:
+    """Return one line per model audited with canaries: the bound of every method at every delta."""
+    found = [(row.name, row.canaries) for row in rows if row.canaries is not None and row.canaries.other_bounds]
+    caption = (
+        "each holds by itself, the largest does not; the first was chosen in advance; Gaussian: if training is a "
+        "Gaussian mechanism; independent: if, besides, canaries do not influence each other"
+    )
+    all_bounds = {
+        name: {(bound.method, bound.delta): bound for bound in (*canaries.epsilon, *canaries.other_bounds)}
+        for name, canaries in found
+    }
+    order = list(METHODS)
+    columns = sorted({key for bounds in all_bounds.values() for key in bounds}, key=lambda k: (order.index(k[0]), k[1]))
+    table = _by_model(title, caption, [f"{METHODS[method]}\ndelta {delta:g}" for method, delta in columns])
+    for name, bounds in all_bounds.items():
+        table.add_row(escape(name), *(_bound_cell(bounds.get(key)) for key in columns))
+    return table
+
+
+def _bound_cell(bound: EpsilonBound | None) -> str:
+    """Return a lower bound over the guesses behind it, and over its mu if it has one."""
+    if bound is None:
+        return "n/a"
+    mu = "" if bound.mu is None else f"\nmu {bound.mu:.2f}"
+    return f"{bound.epsilon:.2f}\n{bound.correct} of {bound.guesses}{mu}"
 
 
 def median_exposure(exposures: Sequence[float]) -> str:

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.cards.cyclonedx import render_cyclonedx
 from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks
+from dualtok.audit.report.details import Regurgitation, RunLengths
 from dualtok.audit.report.page import render_html
 from dualtok.errors import DataError
 from dualtok.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from dualtok.audit.report.details import GroupAudit
 
 CSV_COLUMNS = ("model", "step", "attack", "metric", "value", "low", "high", "target_fpr", "attained_fpr", "note")
 
@@ -78,6 +81,10 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
                 yield collection | {"metric": f"collection_{metric}", "value": getattr(test, metric)}
             ends = {"low": test.rejected_low, "high": test.rejected_high}
             yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
+        if row.regurgitation is not None:
+            yield from (model | line for line in _regurgitation_rows(row.regurgitation))
+        if row.groups is not None:
+            yield from (model | line for line in _group_rows(row.groups))
         if row.canaries is not None:
             yield from (model | line for line in _canary_rows(row.canaries))
         if row.strongest_p_value is not None:
@@ -89,6 +96,51 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
         )
     if report.checks is not None:
         yield from _check_rows(report.checks)
+
+
+def _regurgitation_rows(found: Regurgitation) -> Iterator[dict[str, Any]]:
+    for side in ("members", "non_members"):
+        yield {"metric": f"extracted_{side}", "note": f"{found.length} tokens"} | _cells(
+            getattr(found, f"extracted_{side}")
+        )
+        yield {"metric": f"greedy_tokens_{side}", "value": getattr(found, f"greedy_{side}")}
+        yield from _run_rows(f"greedy_run_{side}", getattr(found, f"runs_{side}"))
+        for cost in found.costs:
+            passages = {"attack": f"passages of {cost.length} tokens"}
+            for metric in ("bits", "greedy_windows"):
+                value = getattr(cost, f"{metric}_{side}")
+                if value is not None:
+                    yield passages | {"metric": f"extraction_{metric}_{side}", "value": value}
+            for within in cost.within:
+                estimate = getattr(within, side)
+                if estimate is not None:
+                    yield passages | {"metric": f"within_{within.bits:g}_bits_{side}"} | _cells(estimate)
+        if (after := found.continuations) is not None:
+            note = f"{after.tokens} tokens after {after.prefix}, {len(getattr(after, side))} documents"
+            yield {"metric": f"continued_whole_{side}", "note": note} | _cells(getattr(after, f"whole_{side}"))
+            yield from _run_rows(f"continued_run_{side}", getattr(after, f"runs_{side}"))
+
+
+def _run_rows(metric: str, runs: RunLengths | None) -> Iterator[dict[str, Any]]:
+    if runs is not None:
+        yield {"metric": f"{metric}_median", "value": runs.median}
+        yield {"metric": f"{metric}_largest", "value": runs.largest}
+
+
+def _group_rows(groups: GroupAudit) -> Iterator[dict[str, Any]]:
+    for metric in (
+        *(f"{side}_groups" for side in ("member", "non_member", "small_member", "small_non_member")),
+        *(f"{side}_without_group" for side in ("members", "non_members")),
+    ):
+        yield {"metric": f"group_{metric}", "value": getattr(groups, metric)}
+    whole = {"note": groups.strongest_label}
+    yield {"metric": "group_strongest_auc_two_sided"} | whole | _cells(groups.strongest)
+    yield {"metric": "group_strongest_p_value", "value": groups.strongest_p_value} | whole
+    worst = groups.worst
+    note = {"note": f"{worst.name}, {worst.documents} documents, {worst.label}"}
+    yield {"metric": "worst_group_auc_two_sided"} | note | _cells(worst.auc)
+    for metric in ("p_value", "p_value_among_members"):
+        yield {"metric": f"worst_group_{metric}", "value": getattr(worst, metric)} | note
 
 
 def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:
@@ -105,9 +157,13 @@ def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:
         extracted = getattr(canaries, f"extracted_{side}")
         if extracted is not None:
             yield {"metric": f"canary_extracted_{side}"} | _cells(extracted)
-    for bound in canaries.epsilon:
+    for bound in (*canaries.epsilon, *canaries.other_bounds):
+        suffix = "" if bound in canaries.epsilon else f"_{bound.method}"
         note = f"delta {bound.delta:g}: {bound.correct} of {bound.guesses} guesses right, best of {bound.tests}"
-        yield {"attack": bound.label.lower(), "metric": "canary_epsilon", "value": bound.epsilon, "note": note}
+        of = {"attack": bound.label.lower(), "note": note}
+        yield of | {"metric": f"canary_epsilon{suffix}", "value": bound.epsilon}
+        if bound.mu is not None:
+            yield of | {"metric": f"canary_mu{suffix}", "value": bound.mu}
 
 
 def _check_rows(checks: Checks) -> Iterator[dict[str, Any]]:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     Dtypes = Mapping[str, type[np.generic]]
 
-FORMAT = 2
+FORMAT = 3
 FORMAT_KEY = b"dualtok.signals"
 GROUP_TOKENS = 1 << 20
-"""Tokens of a row group; only a longer document has more. Four signals of so many take 13 MiB."""
+"""Tokens of a row group; only a longer document has more. Four signals of so many take 16 MiB."""
 GROUP_DOCUMENTS = 1 << 16
 AGAIN = "remove it and run `dualtok audit` again"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 TOKEN_DTYPES: dict[str, type[np.generic]] = {
     "log_prob": np.float32,
-    "top1": np.bool_,
+    "rank": np.int32,
     "mean_log_prob": np.float32,
     "var_log_prob": np.float32,
 }
@@ -47,8 +48,9 @@ class Signals:
     log_prob: NDArray[np.float32]
     """log p of the true token [k], in nats."""
 
-    top1: NDArray[np.bool_]
-    """Whether no token was likelier than the true one [k]."""
+    rank: NDArray[np.int32]
+    """Tokens of the vocabulary that were likelier than the true one [k]: 0 if none was. Equally likely ones do not
+    count."""
 
     mean_log_prob: NDArray[np.float32]
     """Mean of log p over the vocabulary under p itself [k] (Zhang et al. 2024, mu)."""
@@ -76,6 +78,12 @@ class Signals:
     def lengths(self) -> NDArray[np.int64]:
         """Predicted tokens of each document [n]."""
         return np.diff(self.offsets)
+
+    @property
+    def top1(self) -> NDArray[np.bool_]:
+        """Whether no token was likelier than the true one [k]."""
+        top1: NDArray[np.bool_] = self.rank == 0
+        return top1
 
     @property
     def mean_loss(self) -> NDArray[np.float64]:
@@ -166,6 +174,19 @@ class Signals:
             yield cls._of(path, group)
 
     @classmethod
+    def stream_pairs(cls, path: str | Path, reference: str | Path) -> Iterator[tuple[Signals, Signals]]:
+        """Yield the parts of :meth:`stream` of two models' files of the same documents, side by side.
+
+        Raises:
+            DataError: as :meth:`stream`, or the files hold other documents or lengths.
+        """
+        for part, other in zip_longest(cls.stream(path), cls.stream(reference)):
+            same = part is not None and other is not None and np.array_equal(part.document, other.document)
+            if not same or not np.array_equal(part.offsets, other.offsets):
+                raise DataError(f"{path} and {reference} are of other documents or lengths; {AGAIN}")
+            yield part, other
+
+    @classmethod
     def _of(cls, path: str | Path, ragged: Ragged) -> Signals:
         values: dict[str, Any] = ragged.values
         try:
@@ -201,7 +222,8 @@ def _value_problem(signals: Signals) -> str | None:
             return (
                 f"{name} of document {document} is not finite; the model has diverged or its logits overflow (try fp32)"
             )
-    return "var_log_prob is negative" if (signals.var_log_prob < 0).any() else None
+    negative = [name for name in ("rank", "var_log_prob") if (getattr(signals, name) < 0).any()]
+    return f"{negative[0]} is negative" if negative else None
 
 
 class PlacedSegment(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -17,7 +17,8 @@ from dualtok.audit.attacks.crossfit import FEWEST, WIDENING, cross_fitted_scores
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import Checks, NullModel
 from dualtok.audit.statistics.metrics import bootstrap_interval, roc_auc
-from dualtok.audit.statistics.passages import MOST_SHARED, PASSAGE_CHARACTERS, shared_passages
+from dualtok.audit.statistics.passages import MOST_SHARED, PASSAGE_CHARACTERS, near_copies, shared_passages
+from dualtok.audit.statistics.resampling import MOST_DRAWN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,6 +56,22 @@ class BlindBaseline:
         return self.low > 0.5
 
 
+class Overlap(NamedTuple):
+    """What non-members have in common with members, as shares of the non-members."""
+
+    exact: float
+    """Equal to a member, token by token."""
+    near: float
+    """Near copies of a member, equal ones included."""
+    passages: float
+    """With a passage of about 200 characters that a member has too."""
+
+    @property
+    def is_void(self) -> bool:
+        """Whether so many non-members are (partly) members that an audit that finds nothing says nothing."""
+        return max(self.exact, self.near) > MOST_DUPLICATES or self.passages > MOST_SHARED
+
+
 def check_audit(
     members: Sequence[TokenIds],
     non_members: Sequence[TokenIds],
@@ -73,15 +90,21 @@ def check_audit(
         seed: of the blind baseline's halves and bootstrap.
     """
     blind = blind_baseline(members, non_members, seed=seed)
-    repeated, shared = duplicates(members, non_members), shared_passages(members, non_members, passage_tokens)
+    overlap = Overlap(
+        duplicates(members, non_members),
+        near_copies(members, non_members),
+        shared_passages(members, non_members, passage_tokens),
+    )
     return Checks(
         blind_auc=None if blind is None else Estimate(value=blind.auc, low=blind.low, high=blind.high),
         null_model=None
         if null_model is None
         else NullModel(name=null_model.name, strongest=null_model.strongest, p_value=null_model.strongest_p_value),
-        duplicates=repeated,
-        shared_passages=shared,
-        warnings=warnings_of(blind, repeated, shared, null_model),
+        duplicates=overlap.exact,
+        near_duplicates=overlap.near,
+        shared_passages=overlap.passages,
+        warnings=warnings_of(blind, overlap, null_model),
+        void=(blind is not None and blind.is_void) or overlap.is_void,
     )
 
 
@@ -125,29 +148,35 @@ def _digest(ids: TokenIds) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
-def warnings_of(
-    blind: BlindBaseline | None, repeated: float, shared: float, null_model: ModelAudit | None
-) -> list[str]:
+def warnings_of(blind: BlindBaseline | None, overlap: Overlap, null_model: ModelAudit | None) -> list[str]:
     """Return what makes an audit's figures doubtful.
 
     Args:
         blind: the bag of words' success, if there were enough documents.
-        repeated: of :func:`duplicates`.
-        shared: of :func:`shared_passages`.
+        overlap: of members and non-members.
         null_model: the audit of a model that saw no member, if there is one.
     """
     found = []
     if blind is not None and blind.is_void:
         found.append(
             f"void: a bag of words tells members from non-members without any model (AUC {blind.auc:.3f}, from "
-            f"{blind.low:.3f}): the two differ by themselves, and no attack's figure means anything; split at random"
+            f"{blind.low:.3f}): these lists differ by themselves, and no attack's figure means anything; split one at "
+            "random"
         )
-    if repeated > MOST_DUPLICATES:
-        found.append(f"{repeated:.1%} of the non-members are members word for word: run `dualtok prepare` on raw data")
-    if shared > MOST_SHARED:
+    if overlap.exact > MOST_DUPLICATES:
         found.append(
-            f"{shared:.1%} of the non-members share a passage of {PASSAGE_CHARACTERS} characters with a member: remove "
-            "near duplicates (data.near_duplicate_threshold)"
+            f"void: {overlap.exact:.1%} of the non-members are members word for word, so that no attack can tell them "
+            "apart: take them out of one list, or run `dualtok prepare` on raw data"
+        )
+    elif overlap.near > MOST_DUPLICATES:
+        found.append(
+            f"void: {overlap.near:.1%} of the non-members are nearly the same as a member: take near duplicates out of "
+            "one list, or run `dualtok prepare` on raw data"
+        )
+    if overlap.passages > MOST_SHARED:
+        found.append(
+            f"void: {overlap.passages:.1%} of the non-members share a passage of {PASSAGE_CHARACTERS} characters "
+            "with a member: remove near duplicates (data.near_duplicate_threshold)"
         )
     if null_model is not None and _finds(null_model):
         found.append(
@@ -179,7 +208,9 @@ def strongest_p_value(
     The statistic is the largest |AUC - 1/2| / widening of all attacks. Its null distribution comes from giving the
     membership labels to the documents anew, the same labels in every attack, so that attacks that agree are not counted
     twice (Westfall and Young 1993). Cross-fitted scores have learned from the labels, and would have to learn again
-    from every permutation; instead their deviation, which is larger than that of fixed scores, is divided by it.
+    from every permutation; instead their deviation, which is larger than that of fixed scores, is divided by it. Of
+    more than :data:`~dualtok.audit.statistics.resampling.MOST_DRAWN` documents the permuted figures are drawn from
+    their joint normal law.
 
     Args:
         scores: attack -> scores of members [n] and of non-members [m], the same documents in each.
@@ -202,6 +233,12 @@ def strongest_p_value(
     observed = strongest(truth)[0]
     draw = np.random.default_rng(seed)
     as_strong = 0
+    if total > MOST_DRAWN:
+        # Rank sums of so many documents are jointly normal under random labels, with these very covariances.
+        covariance = np.atleast_2d(np.cov(ranks)) * (pairings / total)
+        sums = draw.multivariate_normal(np.zeros(len(ranks)), covariance, permutations, method="eigh")
+        null = (np.abs(sums / pairings) / factors).max(axis=1)
+        return (int(np.count_nonzero(null >= observed - 1e-12)) + 1) / (permutations + 1)
     for start in range(0, permutations, BLOCK):
         labels = draw.permuted(np.repeat(truth, min(BLOCK, permutations - start), axis=0), axis=1)
         as_strong += int(np.count_nonzero(strongest(labels) >= observed - 1e-12))

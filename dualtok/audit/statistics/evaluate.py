@@ -7,47 +7,32 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.attacks.base import ATTACKS, AttackContext
+from dualtok.audit.attacks.base import AttackContext, attack_of
 from dualtok.audit.attacks.crossfit import FEWEST
-from dualtok.audit.attacks.registry import attack_scores
-from dualtok.audit.report.base import Estimate
-from dualtok.audit.report.data import (
-    AttackResult,
-    Collections,
-    ModelAudit,
-    RocPoints,
-    Strongest,
-    TokenHistogram,
-    TprAtFpr,
-)
+from dualtok.audit.attacks.registry import compare
+from dualtok.audit.report.data import Collections, ModelAudit
 from dualtok.audit.settings import AuditConfig
-from dualtok.audit.signals.ragged import ROUNDING
 from dualtok.audit.statistics.checks import strongest_p_value
 from dualtok.audit.statistics.collection import collection_tests, holm, learned_scores
-from dualtok.audit.statistics.metrics import (
-    FEW_FALSE_POSITIVES,
-    auc_of_counts,
-    bootstrap,
-    percentile_interval,
-    roc_auc,
-    roc_curve,
-    tpr_of_counts,
-    two_sided,
-    two_sided_interval,
-)
+from dualtok.audit.statistics.power import audit_power
+from dualtok.audit.statistics.regurgitation import ClassPassages, audit_regurgitation
+from dualtok.audit.statistics.results import attack_outcomes, strongest, strongest_tpr
+from dualtok.audit.statistics.summary import CALIBRATED_EDGES, ClassSummary, calibrated_histogram
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from dualtok.audit.attacks.base import PairOfScores
     from dualtok.audit.attacks.registry import Scored
     from dualtok.audit.signals.signals import Signals
+    from dualtok.audit.statistics.groups import DocumentGroups
 
-# The same bins for every model, in nats, so that panels can be compared; a bin's edge lies on 0, the threshold tau.
-CALIBRATED_EDGES = np.linspace(-8.0, 8.0, 65)
+    Part = tuple[Signals, AttackContext]
+    """Some documents of a class, and what the attacker has beside them."""
+
+__all__ = ["CALIBRATED_EDGES", "audit_model", "audit_parts", "choose_documents"]
 
 
 def choose_documents(documents: Sequence[int] | NDArray[np.int64], limit: int | None, seed: int) -> NDArray[np.int64]:
@@ -67,6 +52,8 @@ def audit_model(
     non_member_context: AttackContext | None = None,
     config: AuditConfig | None = None,
     step: int | None = None,
+    block_length: int | None = None,
+    groups: DocumentGroups | None = None,
 ) -> ModelAudit:
     """Run every attack of ``config`` on one model and state what it gives away.
 
@@ -78,59 +65,107 @@ def audit_model(
         non_member_context: the same for the non-members.
         config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
         step: training step of the model, if it is one of several.
+        block_length: tokens after which longer documents were cut, so that no passage reaches over a cut.
+        groups: whose each document is, for ``config.group_field``.
 
     Raises:
-        DataError: no document of a class can be scored, or a context does not fit the documents.
+        DataError: no document of a class can be scored, a context does not fit the documents, or groups cannot be
+            audited (:func:`.groups.require_groups`).
+    """
+    whole = [(members, member_context or AttackContext())], [(non_members, non_member_context or AttackContext())]
+    return audit_parts(name, *whole, config=config, step=step, block_length=block_length, groups=groups)
+
+
+def audit_parts(
+    name: str,
+    members: Iterable[Part],
+    non_members: Iterable[Part],
+    *,
+    config: AuditConfig | None = None,
+    step: int | None = None,
+    block_length: int | None = None,
+    groups: DocumentGroups | None = None,
+) -> ModelAudit:
+    """Do what :func:`audit_model` does with signals that come in parts, of which one at a time is in memory.
+
+    Args:
+        name: the row's name in the report.
+        members: signals of documents that the model was trained on, each part with what the attacker has beside them;
+            :func:`.summary.streamed_parts` reads them from files.
+        non_members: the same over documents that it was not trained on.
+        config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
+        step: training step of the model, if it is one of several.
+        block_length: tokens after which longer documents were cut, so that no passage reaches over a cut.
+        groups: whose each document is, for ``config.group_field``.
+
+    Raises:
+        DataError: no document of a class can be scored, a context does not fit the documents, or a part lacks what the
+            first of its class had.
     """
     config = config or AuditConfig()
-    targets = members.with_tokens(), non_members.with_tokens()
-    for target, kind in zip(targets, ("members", "non-members"), strict=True):
-        if target.n_documents == 0:
+    classes = ClassSummary(config, block_length), ClassSummary(config, block_length)
+    for summary, parts, kind in zip(classes, (members, non_members), ("members", "non-members"), strict=True):
+        for signals, context in parts:
+            summary.add(signals, _with_settings(context, config))
+        if summary.documents == 0:
             raise DataError(f"audit of {name!r}: no {kind} with at least two tokens; give more or longer documents")
-    contexts = _with_settings(member_context, config), _with_settings(non_member_context, config)
-    available = contexts[0].has & contexts[1].has
-    scored = attack_scores(targets, contexts, config.attacks, config.seed)
+    return _audit(name, step, classes, config, groups)
+
+
+def _audit(
+    name: str,
+    step: int | None,
+    classes: tuple[ClassSummary, ClassSummary],
+    config: AuditConfig,
+    groups: DocumentGroups | None,
+) -> ModelAudit:
+    """State what the scores of all documents say."""
+    contexts = classes[0].context or AttackContext(), classes[1].context or AttackContext()
+    enough = min(summary.documents for summary in classes)
+    judged = classes[0].judged(), classes[1].judged()
+    scored = compare(judged, contexts, config.attacks, config.seed, enough=enough)
     scores = scored.scores
     if not scores:
         raise DataError(f"audit of {name!r}: none of the attacks {list(config.attacks)} can run; add 'loss'")
-    outcomes = [_result(attack, pair, config, len(scores)) for attack, pair in scores.items()]
-    widening = {attack: ATTACKS[attack].widening for attack in scores}
+    outcomes = attack_outcomes(scores, config)
+    widening = {attack: attack_of(attack).widening for attack in scores}
+    has_reference = "reference" in contexts[0].has & contexts[1].has
     return ModelAudit(
         name=name,
         step=step,
-        n_members=targets[0].n_documents,
-        n_non_members=targets[1].n_documents,
-        members_left_out=members.n_documents - targets[0].n_documents,
-        non_members_left_out=non_members.n_documents - targets[1].n_documents,
-        perplexity_members=targets[0].perplexity,
-        perplexity_non_members=targets[1].perplexity,
-        loss_gap=_token_mean_loss(targets[1]) - _token_mean_loss(targets[0]),
-        attacks=[result for result, _ in outcomes],
+        n_members=classes[0].documents,
+        n_non_members=classes[1].documents,
+        members_left_out=classes[0].left_out,
+        non_members_left_out=classes[1].left_out,
+        perplexity_members=classes[0].perplexity,
+        perplexity_non_members=classes[1].perplexity,
+        loss_gap=classes[1].mean_loss - classes[0].mean_loss,
+        attacks=[outcome.result for outcome in outcomes],
         not_run=scored.not_run,
-        strongest=_strongest(outcomes),
+        strongest=strongest(outcomes),
+        strongest_tpr=strongest_tpr(outcomes),
         strongest_p_value=strongest_p_value(
             scores, permutations=config.permutations, seed=config.seed, widening=widening
         ),
+        power=audit_power(scores, widening, confidence=config.confidence, seed=config.seed),
         collections=_collections(scored, config),
-        calibrated=_calibrated(targets, contexts) if "reference" in available else None,
+        calibrated=calibrated_histogram(*classes) if has_reference else None,
+        regurgitation=audit_regurgitation(
+            ClassPassages.joined(classes[0].passages), ClassPassages.joined(classes[1].passages), config
+        ),
+        groups=None if groups is None else groups.audit(scores, (classes[0].ids(), classes[1].ids()), config),
     )
 
 
-def _with_settings(context: AttackContext | None, config: AuditConfig) -> AttackContext:
+def _with_settings(context: AttackContext, config: AuditConfig) -> AttackContext:
     """Return a context with the settings' shares in place of its own."""
-    return dataclasses.replace(
-        context or AttackContext(), min_k_share=config.min_k_share, con_recall_gamma=config.reruns.con_recall_gamma
-    )
-
-
-def _token_mean_loss(target: Signals) -> float:
-    return -float(np.mean(target.log_prob, dtype=np.float64))
+    return dataclasses.replace(context, min_k_share=config.min_k_share, con_recall_gamma=config.reruns.con_recall_gamma)
 
 
 def _collections(scored: Scored, config: AuditConfig) -> list[Collections]:
     """Test collections by the Ref attack (or the first there is), and by what was learned on half of the documents."""
     name = "ref" if "ref" in scored.scores else next(iter(scored.scores))
-    named = {ATTACKS[name].label: scored.scores[name]}
+    named = {attack_of(name).label: scored.scores[name]}
     if min(map(len, scored.features)) >= FEWEST:
         named["learned"] = learned_scores(*scored.features, config.seed)
     found = [
@@ -143,79 +178,3 @@ def _collections(scored: Scored, config: AuditConfig) -> list[Collections]:
         Collections(label=label, p_holm=p_holm, **dataclasses.asdict(test))
         for (label, test), p_holm in zip(found, together, strict=True)
     ]
-
-
-def _result(name: str, scores: PairOfScores, config: AuditConfig, n_attacks: int) -> tuple[AttackResult, Estimate]:
-    """Return an attack's result, and its two-sided AUC with the interval that holds for ``n_attacks`` at once."""
-    n_non_members = len(scores[1])
-    measurable = [fpr for fpr in config.fpr_targets if fpr * n_non_members >= 1 - ROUNDING]
-    draws = bootstrap(
-        *scores,
-        [auc_of_counts, *(tpr_of_counts(fpr) for fpr in measurable)],
-        resamples=config.bootstrap_resamples,
-        seed=config.seed,
-    )
-    auc = roc_auc(*scores)
-    widening = ATTACKS[name].widening
-    low, high = percentile_interval(draws[0], auc, config.confidence, widening=widening)
-    curve = roc_curve(*scores)
-    rates = []
-    for fpr in config.fpr_targets:
-        if fpr not in measurable:
-            note = f"n/a: {n_non_members} non-members, fewer than 1/{fpr:g}"
-            rates.append(TprAtFpr(target_fpr=fpr, note=note))
-            continue
-        tpr, attained = curve.tpr_within(fpr)
-        ends = percentile_interval(draws[1 + measurable.index(fpr)], tpr, config.confidence, widening=widening)
-        coarse = fpr * n_non_members < FEW_FALSE_POSITIVES - ROUNDING
-        rates.append(
-            TprAtFpr(
-                target_fpr=fpr,
-                tpr=Estimate(value=tpr, low=ends[0], high=ends[1]),
-                attained_fpr=attained,
-                note=f"coarse: fewer than {FEW_FALSE_POSITIVES} false positives are allowed" if coarse else "",
-            )
-        )
-    drawn = curve.thinned(keep=measurable)
-    result = AttackResult(
-        name=name,
-        label=ATTACKS[name].label,
-        auc=Estimate(value=auc, low=low, high=high),
-        auc_two_sided=_two_sided(auc, low, high),
-        tpr=rates,
-        roc=RocPoints(fpr=drawn.fpr.tolist(), tpr=drawn.tpr.tolist()),
-    )
-    corrected = percentile_interval(draws[0], auc, 1 - (1 - config.confidence) / n_attacks, widening=widening)
-    return result, _two_sided(auc, *corrected)
-
-
-def _two_sided(auc: float, low: float, high: float) -> Estimate:
-    ends = two_sided_interval(low, high)
-    return Estimate(value=two_sided(auc), low=ends[0], high=ends[1])
-
-
-def _strongest(outcomes: Sequence[tuple[AttackResult, Estimate]]) -> Strongest:
-    """Return the best attack; when all intervals hold at once, the maximum lies between their highest ends."""
-    best = max(outcomes, key=lambda outcome: outcome[1].value)
-    estimate = Estimate(
-        value=best[1].value,
-        low=max(corrected.low for _, corrected in outcomes),
-        high=max(corrected.high for _, corrected in outcomes),
-    )
-    return Strongest(label=best[0].label, auc_two_sided=estimate)
-
-
-def _calibrated(targets: tuple[Signals, Signals], contexts: tuple[AttackContext, AttackContext]) -> TokenHistogram:
-    counts, means = [], []
-    for target, context in zip(targets, contexts, strict=True):
-        s = context.reference_for(target).log_prob.astype(np.float64) - target.log_prob
-        inside = np.clip(s, CALIBRATED_EDGES[0], CALIBRATED_EDGES[-1])
-        counts.append(np.histogram(inside, CALIBRATED_EDGES)[0].tolist())
-        means.append(float(s.mean()))
-    return TokenHistogram(
-        edges=CALIBRATED_EDGES.tolist(),
-        members=counts[0],
-        non_members=counts[1],
-        mean_members=means[0],
-        mean_non_members=means[1],
-    )

@@ -18,6 +18,12 @@ PASSAGE_CHARACTERS = 200
 about 4 characters each."""
 MOST_SHARED = 0.1
 """Share of non-members with such a passage above which an audit is doubtful."""
+NEAR, NEAR_TOKENS = 0.8, 5
+"""Similarity from which two documents count as near copies, and tokens of the runs that are compared; the former is the
+default of ``data.near_duplicate_threshold``."""
+MOST_MEMBERS = 64
+COMPARED_AT_ONCE = 4096
+"""Non-members that are compared at a time."""
 BASE, MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 """Two odd 64-bit numbers of splitmix64 (Steele et al. 2014)."""
 
@@ -35,6 +41,51 @@ def shared_passages(members: Sequence[TokenIds], non_members: Sequence[TokenIds]
     asked = Passages(non_members, tokens)
     asked.find_in(members)
     return asked.share
+
+
+def near_copies(members: Sequence[TokenIds], non_members: Sequence[TokenIds]) -> float:
+    """Return the share of non-members whose set of 5-token runs is at least .8 alike (Jaccard) to that of a member.
+
+    Exact, but that runs which more than 64 members have are passed over: boilerplate makes no copy. Documents of fewer
+    than 5 tokens are left out.
+
+    Args:
+        members: token ids of each member.
+        non_members: token ids of each non-member.
+    """
+    if not members or not non_members:
+        return 0.0
+    known_hash, known_document = _distinct(members)
+    order = np.argsort(known_hash, kind="stable")
+    known_hash, known_document = known_hash[order], known_document[order]
+    first, end = (np.searchsorted(known_hash, known_hash, side=side) for side in ("left", "right"))
+    rare = end - first <= MOST_MEMBERS
+    known_hash, known_document = known_hash[rare], known_document[rare]
+    known_size = np.bincount(known_document, minlength=len(members))
+    copies = counted = 0
+    for start in range(0, len(non_members), COMPARED_AT_ONCE):
+        asked_hash, asked_document = _distinct(non_members[start : start + COMPARED_AT_ONCE])
+        first, end = (np.searchsorted(known_hash, asked_hash, side=side) for side in ("left", "right"))
+        times = end - first
+        position = np.repeat(first - np.concatenate([[0], np.cumsum(times)[:-1]]), times) + np.arange(times.sum())
+        pairs = np.repeat(asked_document, times) * len(members) + known_document[position]
+        pair, common = np.unique(pairs, return_counts=True)
+        size = np.bincount(asked_document, minlength=1)
+        asked, known = np.divmod(pair, len(members))
+        alike = common >= NEAR * (size[asked] + known_size[known] - common)
+        copies += len(np.unique(asked[alike]))
+        counted += int(np.count_nonzero(size))
+    return copies / max(1, counted)
+
+
+def _distinct(documents: Sequence[TokenIds]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return each document's distinct 5-token runs: their hashes, and the document's place in the list."""
+    hashes, document = _Runs(documents).of(NEAR_TOKENS)
+    order = np.lexsort((hashes, document))
+    hashes, document = hashes[order], document[order]
+    new = np.ones(len(hashes), dtype=bool)
+    new[1:] = (hashes[1:] != hashes[:-1]) | (document[1:] != document[:-1])
+    return hashes[new], document[new]
 
 
 class Passages:

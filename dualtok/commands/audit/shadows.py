@@ -138,9 +138,7 @@ def shadow_runs(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shadow
         raise ConfigError(
             "train.leave_out: the audited model did not learn all members; audit it without audit.shadows"
         )
-    members, others = (
-        split_entry(manifest, split, run.data.dir).blocks for split in (settings.members, settings.non_members)
-    )
+    members, others = (split_entry(manifest, split, run.data.dir).blocks for split in settings.splits)
     # A shadow learns half of both splits, so that as many passes over a document take this many steps.
     half = (members + others) / 2 / members
     steps = max(1, round(count_steps(train, members) * half))
@@ -191,8 +189,8 @@ def _note(run: RunConfig, manifest: Manifest, shadow: Shadow) -> dict[str, Any]:
     return {
         "number": shadow.number,
         "seed": run.seed,
-        "members": run.audit.members,
-        "non_members": run.audit.non_members,
+        "members": run.audit.splits[0],
+        "non_members": run.audit.splits[1],
         "blocks": blocks_digest(manifest),
     }
 
@@ -218,8 +216,8 @@ def _write_start(run: RunConfig, data: DataFolder, shadow: Shadow) -> None:
     settings, target = run.audit, shadow.folder / "data"
     if not is_written(target):
         wants = partial(in_shadow, shadow=shadow.number, seed=run.seed)
-        pool = Subset((settings.members, settings.non_members), wants)
-        subsets: dict[str, Subset] = {settings.members: pool, "validation": Subset(("validation",), _everything)}
+        pool = Subset(settings.splits, wants)
+        subsets: dict[str, Subset] = {settings.splits[0]: pool, "validation": Subset(("validation",), _everything)}
         write_subset(
             data,
             target,

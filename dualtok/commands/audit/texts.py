@@ -29,7 +29,7 @@ def attacker_frequencies(data: DataFolder, settings: AuditConfig) -> NDArray[np.
     That is the split ``attack_reference`` or, where the data has none or the audit is of it, ``reference``; None if
     neither will do.
     """
-    splits, audited = data.manifest.splits, (settings.members, settings.non_members)
+    splits, audited = data.manifest.splits, settings.splits
     split = next((s for s in ("attack_reference", "reference") if s in splits and s not in audited), None)
     if split is None or not splits[split].blocks:
         return None

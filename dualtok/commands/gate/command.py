@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dualtok.commands.one_process import refuse_launcher
+from dualtok.commands.processes import refuse_launcher
 
 # Imported where they are used, for what they take to load: dualtok's audit (numpy, scipy, matplotlib: 1 s).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from dualtok.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from dualtok.audit.report.data import AuditReport, Checks, ModelAudit
     from dualtok.audit.report.details import Compared, GateVerdict, Verdict

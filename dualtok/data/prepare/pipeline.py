@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,16 @@ from pydantic import TypeAdapter
 from dualtok.config.data import SPLITS, DataConfig, is_address
 from dualtok.config.old_names import with_new_names
 from dualtok.data.manifest import MANIFEST, Facts, Manifest, load_manifest, save_manifest
-from dualtok.data.prepare.assemble import DOCUMENT, TokenizerAt, pack_chunks, spelled_out, split_texts, write_splits
-from dualtok.data.prepare.canaries import Canary, assign_to_chunks, check_canaries, draw_canaries, write_canaries
+from dualtok.data.prepare.assemble import (
+    DOCUMENT,
+    TokenizerAt,
+    count_tokens,
+    pack_chunks,
+    spelled_out,
+    split_texts,
+    write_splits,
+)
+from dualtok.data.prepare.canaries import SAMPLED, assign_to_chunks, made_canaries, sampled_texts, write_canaries
 from dualtok.data.prepare.decide import Decisions, UnusableCorpusError, decide
 from dualtok.data.prepare.groups import find_groups, steps
 from dualtok.data.prepare.ingest import stage_part, staged_files
@@ -52,6 +61,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from dualtok.data.prepare.canaries import TextSampler
+
 __all__ = ["DOCUMENT", "finish", "prepare", "prepare_part", "summary"]
 STAGING = ".staging"
 DEFAULT_VOCABULARY = 4096
@@ -62,12 +73,13 @@ SCHEDULING = ("processes", "mix", "stream", "on_bad_shard")
 """Settings that do not change the result."""
 
 
-def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
+def prepare(config: DataConfig, *, progress: bool = True, sampler: TextSampler | None = None) -> Manifest:
     """Prepare ``config.source`` into ``config.dir``, or return at once if that was done with the same settings.
 
     Args:
         config: the ``data`` section of a run.
         progress: whether to show progress and a summary.
+        sampler: what samples the texts of ``data.canaries.kind: high_temperature``; the other kinds need nothing.
 
     Raises:
         DataError: the source or the tokenizer cannot be read, the corpus is empty, or a split is; another process
@@ -82,6 +94,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Manifest:
     kept_if_staged = _removed_if_hopeless(folder, ALONE.folder(staging))
     with _work_on(folder, settings), kept_if_staged, Workers(config.processes) as workers:
         _convert_tokenizer(config)
+        _sample_canaries(config, sampler)
         _stage(config, ALONE, settings, workers, progress=progress)
         return _finish(config, settings, ALONE.of, workers, progress=progress)
 
@@ -115,12 +128,13 @@ def prepare_part(config: DataConfig, part: Part, *, progress: bool = True) -> No
     _print(f"part {part} is complete in {mine}; when all are, run `dualtok prepare --finish`", active=progress)
 
 
-def finish(config: DataConfig, *, progress: bool = True) -> Manifest:
+def finish(config: DataConfig, *, progress: bool = True, sampler: TextSampler | None = None) -> Manifest:
     """Deduplicate, split, tokenize and pack what all parts staged: the same bytes as one process gives.
 
     Args:
         config: the ``data`` section of a run.
         progress: whether to show progress and a summary.
+        sampler: what samples the texts of ``data.canaries.kind: high_temperature``; the other kinds need nothing.
 
     Raises:
         DataError: parts are missing, incomplete or still running, or as :func:`prepare`.
@@ -134,6 +148,7 @@ def finish(config: DataConfig, *, progress: bool = True) -> Manifest:
     parts_stay = _removed_if_hopeless(folder, staging, keep_parts=True)
     with _work_on(folder, settings), parts_stay, Workers(config.processes) as workers:
         _convert_tokenizer(config)
+        _sample_canaries(config, sampler)
         return _finish(config, settings, of, workers, progress=progress)
 
 
@@ -163,7 +178,9 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     decisions.check(config)
     tokenizer = _keep_tokenizer(folder / "tokenizer", lambda: _trained_tokenizer(config, staged, decisions))
     tokenizer_at = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
-    canaries, canaries_of_chunk = _canaries(config, staged, decisions, tokenizer)
+    count = partial(count_tokens, config, staged, decisions.chunks, tokenizer_at, workers, progress=progress)
+    canaries, seen = made_canaries(config, staged, decisions.read, tokenizer, count)
+    canaries_of_chunk = {} if config.canaries is None else assign_to_chunks(canaries, config.canaries, decisions.chunks)
     with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
         pack_chunks(config, staged, decisions.chunks, tokenizer_at, workers, canaries=canaries_of_chunk, progress=bar)
     splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
@@ -190,7 +207,7 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
         too_short=decisions.count("too_short"),
         unused=decisions.count("unused"),
         splits=splits,
-        canaries=write_canaries(canaries, folder) if canaries else None,
+        canaries=write_canaries(canaries, folder, seen) if canaries else None,
         facts=facts,
     )
     _sweep(folder)  # a worker of a killed start may have outlived it for a moment
@@ -198,17 +215,6 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     shutil.rmtree(staging)
     _print(summary(manifest, unread), active=progress)
     return manifest
-
-
-def _canaries(
-    config: DataConfig, staged: Staged, decisions: Decisions, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Canary], dict[int, list[Canary]]]:
-    """Return the canaries, numbered after the source's documents, and those to pack with each chunk."""
-    if config.canaries is None:
-        return [], {}
-    canaries = draw_canaries(config.canaries, first_document=decisions.read)
-    check_canaries(canaries, config.canaries, staged, tokenizer, config.block_length)
-    return canaries, assign_to_chunks(canaries, config.canaries, decisions.chunks)
 
 
 def _prepared(folder: Path, settings: dict[str, Any], *, progress: bool, sweep: bool = True) -> Manifest | None:
@@ -270,6 +276,9 @@ def _result_settings(config: DataConfig) -> dict[str, Any]:
     if is_address(config.dir):
         raise ConfigError(f"data.dir: {config.dir}: data is prepared in a local folder; upload that in the end")
     values: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
+    if values["canaries"] is not None:
+        # Settings of another kind are left out, as in folders that are older than these settings.
+        values["canaries"] = {key: value for key, value in values["canaries"].items() if value is not None}
     return {key: value for key, value in values.items() if key not in (*SCHEDULING, "dir")}
 
 
@@ -280,8 +289,9 @@ def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
     earlier = with_new_names({"data": stored})[0]["data"]
-    for key in sorted(earlier):  # a setting that is younger than the folder is not held against it
-        if earlier[key] != settings.get(key):
+    # A setting that is younger than the folder is not held against it, but groups cannot be had from one without them.
+    for key in sorted({*earlier, "group_field"}):
+        if earlier.get(key) != settings.get(key):
             raise ConfigError(
                 f"data.{key}: {settings.get(key)!r}, but {folder} was prepared with {earlier.get(key)!r}; choose "
                 "another data.dir or remove the folder"
@@ -324,6 +334,12 @@ def _convert_tokenizer(config: DataConfig) -> None:
     """Load the tokenizer that was named, if any, before the corpus is read: it may be unusable."""
     if config.tokenizer is not None:
         _keep_tokenizer(Path(config.dir) / "tokenizer", lambda: load_tokenizer(str(config.tokenizer)))
+
+
+def _sample_canaries(config: DataConfig, sampler: TextSampler | None) -> None:
+    """Sample the canaries that a model makes, if any, before the corpus is read: the model may be unusable."""
+    if config.canaries is not None and config.canaries.kind == "high_temperature":
+        sampled_texts(config.canaries, sampler, Path(config.dir) / STAGING / SAMPLED)
 
 
 def _trained_tokenizer(config: DataConfig, staged: Staged, decisions: Decisions) -> PreTrainedTokenizerBase:

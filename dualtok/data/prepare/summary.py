@@ -38,6 +38,8 @@ def summary(manifest: Manifest, unread: Sequence[str] = ()) -> str:
     if manifest.canaries is not None:
         entry = manifest.canaries
         lines.append(f"  canaries: {entry.included:,} of {entry.count:,} are in train, as {CANARIES} tells")
+        if entry.seen is not None:
+            lines.append(f"  canaries' own tokens: each occurs at most {entry.seen:,} times in other documents")
     if manifest.facts is not None:
         lines += _fact_lines(manifest, manifest.facts)
     lines += [f"    {line}" for line in unread[:MOST_NAMED]]

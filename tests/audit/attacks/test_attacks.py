@@ -14,7 +14,8 @@ from dualtok.audit.signals.signals import Signals
 from dualtok.audit.statistics.metrics import roc_auc
 from dualtok.errors import DataError
 
-ONE_PASS = names_of("single_pass", "joint")
+ONE_PASS = tuple(name for name in names_of("single_pass", "joint") if ATTACKS[name].of_document is not None)
+"""Those that judge each document by itself; RMIA, which compares documents, has a file of its own."""
 
 MakeSignals = Callable[..., Signals]
 LENGTHS = (7, 3, 1, 12, 40)
@@ -25,7 +26,7 @@ KL = {
     document: np.random.default_rng(90 + document).gamma(2.0, size=n).astype(np.float32)
     for document, n in enumerate(LENGTHS)
 }
-DISCRETE = {"dc_pdd", "wbc", "error_zone"}
+DISCRETE = {"dc_pdd", "wbc", "error_zone", "ht_mia"}
 """Attacks that count or clip, so that a better prediction need not change them."""
 
 
@@ -75,6 +76,12 @@ def naive_error_zone(log_p: list[float], ref_log_p: list[float], top1: list[bool
     return gained / (gained + lost) if d else 1.0
 
 
+def naive_ht_mia(log_p: list[float], ref_log_p: list[float], k: int) -> float:
+    """Of the k tokens that the target finds least likely, the share that it finds likelier than the reference does."""
+    hard = sorted(range(len(log_p)), key=log_p.__getitem__)[:k]
+    return sum(math.exp(log_p[t]) > math.exp(ref_log_p[t]) for t in hard) / k
+
+
 def naive(attack: str, target: Signals, reference: Signals, share: float) -> list[float]:
     """Each document by itself, as in the papers."""
     scores = []
@@ -99,6 +106,7 @@ def naive(attack: str, target: Signals, reference: Signals, share: float) -> lis
                 "dc_pdd": naive_dc_pdd(log_p, TOKEN_IDS[int(document)].tolist()),
                 "wbc": naive_wbc(log_p, ref_log_p),
                 "error_zone": naive_error_zone(log_p, ref_log_p, top1),
+                "ht_mia": naive_ht_mia(log_p, ref_log_p, k),
                 "info_rmia": ref_loss - loss + sum(map(float, KL[int(document)])) / len(log_p),
             }[attack]
         )
@@ -152,12 +160,13 @@ def test_needs_are_declared_and_enforced(make_signals: MakeSignals) -> None:
         "dc_pdd": {"frequencies"},
         "wbc": {"reference"},
         "error_zone": {"reference"},
+        "ht_mia": {"reference"},
         "info_rmia": {"reference", "kl_from_reference"},
     }
     assert all(
         name == attack.name and attack.source and attack.label for name, attack in ATTACKS.items() if name in ONE_PASS
     )
-    for name in ("ref", "zlib", "dc_pdd", "wbc", "error_zone", "info_rmia"):
+    for name in ("ref", "zlib", "dc_pdd", "wbc", "error_zone", "ht_mia", "info_rmia"):
         with pytest.raises(DataError, match="this attack needs"):
             ATTACKS[name](target, AttackContext())
 
@@ -230,7 +239,7 @@ def test_windows_do_not_reach_into_the_next_document(make_signals: MakeSignals) 
 
 
 def test_the_error_zone_is_finite_where_nothing_was_lost(make_signals: MakeSignals) -> None:
-    target = replace(make_signals(lengths=(3, 3, 3)), top1=np.array([0, 0, 1, 0, 0, 1, 1, 1, 1], bool))
+    target = replace(make_signals(lengths=(3, 3, 3)), rank=np.array([2, 1, 0, 7, 1, 0, 0, 0, 0], np.int32))
     gain = np.array([1, 2, -9, -1, -2, 9, 5, -5, 5], np.float32)
     reference = replace(target, log_prob=target.log_prob - gain)
     scores = ATTACKS["error_zone"](target, AttackContext(reference=reference))
@@ -245,7 +254,34 @@ def test_documents_known_by_heart_are_members_to_the_error_zone(make_signals: Ma
     lengths = (9,) * 40
     signals = make_signals(lengths=lengths)
     known = np.repeat(np.arange(40) < 20, 9)
-    target = replace(signals, top1=known | (draw.random(360) < 0.5))
+    target = replace(signals, rank=np.where(known | (draw.random(360) < 0.5), 0, 4).astype(np.int32))
     gain = np.where(known, 3.0, draw.normal(0, 1, 360)).astype(np.float32)
     scores = ATTACKS["error_zone"](target, AttackContext(reference=replace(target, log_prob=target.log_prob - gain)))
     assert roc_auc(scores[:20], scores[20:]) > 0.9
+
+
+def test_ht_mia_counts_gains_at_the_hardest_tokens_alone(make_signals: MakeSignals) -> None:
+    """By hand: of ten tokens the two least likely count; a gain elsewhere, however large, and a draw do not."""
+    log_p = -np.array([1, 9, 2, 3, 8, 1, 2, 3, 1, 2] * 3, np.float32)
+    gain = np.zeros(30, np.float32)
+    gain[[1, 4]] = 0.1, 0.2  # the first document's hard tokens both gain
+    gain[[11, 14]] = -5, 0.1  # the second's: one of two
+    gain[20:30] = 4
+    gain[[21, 24]] = 0, -1  # the third gains everywhere else
+    target = replace(make_signals(lengths=(10, 10, 10)), log_prob=log_p)
+    context = AttackContext(reference=replace(target, log_prob=log_p - gain))
+    assert ATTACKS["ht_mia"](target, context).tolist() == [1.0, 0.5, 0.0]
+    assert ATTACKS["ht_mia"](target, replace(context, min_k_share=0.1)).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("planted", "low", "high"), [(0.8, 0.8, 1.0), (0.0, 0.38, 0.62)])
+def test_ht_mia_finds_gains_at_hard_tokens_and_nothing_else(
+    make_signals: MakeSignals, planted: float, low: float, high: float
+) -> None:
+    lengths, draw = [50] * 160, np.random.default_rng(8)
+    target = make_signals(3, lengths=lengths)
+    hard = target.log_prob < np.quantile(target.log_prob, 0.25)
+    gain = draw.normal(0, 1, target.n_tokens) + planted * (hard & (np.arange(target.n_tokens) < 80 * 50))
+    reference = replace(target, log_prob=(target.log_prob - gain).astype(np.float32))
+    scores = ATTACKS["ht_mia"](target, AttackContext(reference=reference))
+    assert low <= roc_auc(scores[:80], scores[80:]) <= high

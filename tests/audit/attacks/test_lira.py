@@ -135,7 +135,7 @@ def test_settings_of_shadows_are_checked(wrong: dict[str, Any], words: str) -> N
 
 def test_their_attacks_join_the_others_once() -> None:
     config = AuditConfig(shadows=2)
-    assert config.attacks == (*AuditConfig().attacks, "lira", "lira_offline")
+    assert config.attacks == (*AuditConfig().attacks, "lira", "lira_offline", "shadow_classifier")
     again = TypeAdapter(AuditConfig).validate_python(TypeAdapter(AuditConfig).dump_python(config))
     assert again == config
     assert AuditConfig(shadows=2, attacks=("loss", "lira")).attacks == ("loss", "lira")

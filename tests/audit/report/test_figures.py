@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import itertools
 import re
 from xml.etree import ElementTree
 
 import pytest
 
 from dualtok.audit.report.data import AuditReport, SelectionSeries
-from dualtok.audit.report.figures import histogram_figure, roc_figure, selection_figure, swatch, training_figure
+from dualtok.audit.report.figures import (
+    histogram_figure,
+    roc_figure,
+    selection_figure,
+    swatch,
+    trade_off_figure,
+    training_figure,
+)
 
 
 def all_figures(report: AuditReport) -> dict[str, str]:
@@ -17,6 +25,7 @@ def all_figures(report: AuditReport) -> dict[str, str]:
         "histogram": histogram_figure("plain <last>", histogram, "s"),
         "selection": selection_figure(report.selection[0], "sel"),
         "training": training_figure(report.training[:2], "gap"),
+        "trade-off": trade_off_figure(report.rows, "trade"),
     }
 
 
@@ -73,3 +82,21 @@ def test_swatches_repeat_the_colours(index: int) -> None:
     svg = ElementTree.fromstring(swatch(index))
     assert f"var(--series-{index % 8})" in svg[0].attrib["style"]
     assert ("stroke-dasharray" in svg[0].attrib) is (index % 8 != 0)
+
+
+def test_every_model_of_the_trade_off_is_named_and_no_name_covers_another(large_report: AuditReport) -> None:
+    crowded = [
+        row.model_copy(
+            update={"name": f"model {index}, of a name that is long", "strongest": large_report.rows[1].strongest}
+        )
+        for index, row in enumerate(large_report.rows)
+    ]
+    for rows in (large_report.rows, crowded, large_report.rows[:1]):
+        svg = trade_off_figure(rows, "t")
+        names = [row.name if len(row.name) <= 22 else f"{row.name[:21]}…" for row in rows]
+        heights = [
+            float(y) for y, name in re.findall(r'<text[^>]*? y="([\d.]+)"[^>]*>([^<]+)</text>', svg) if name in names
+        ]
+        assert len(heights) == len(rows)
+        assert all(after - before > 7 for before, after in itertools.pairwise(sorted(heights)))  # of a font of 9 points
+    assert "of a name that is long" in trade_off_figure(crowded, "t").partition(">")[0]

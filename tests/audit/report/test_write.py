@@ -10,13 +10,17 @@ import pytest
 
 from dualtok.audit.attacks.registry import ATTACKS, names_of
 from dualtok.audit.report.data import AuditReport
+from dualtok.audit.report.page import render_html
 from dualtok.audit.report.tables import interval, share
-from dualtok.audit.report.write import CSV_COLUMNS, load_report, render_csv, render_html, write_report
+from dualtok.audit.report.write import CSV_COLUMNS, load_report, render_csv, write_report
 from dualtok.errors import DataError
 from tests.audit.conftest import ATTACK_NAMES
+from tests.audit.report.test_tables import with_continuations
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from dualtok.audit.report.details import Regurgitation
 
 ONE_PASS = names_of("single_pass", "joint")
 KNOWING = names_of("knows_defence")
@@ -30,6 +34,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tables: list[list[list[str]]] = []
+        self.ids: list[str] = []
         self.captions: list[str] = []
         self.fetched: list[str] = []
         self.links: list[str] = []
@@ -52,6 +57,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
+            self.ids.append(values.get("id", values.get("class", "")))
             self.captions.append("")
         elif tag == "tr":
             self.tables[-1].append([])
@@ -71,6 +77,10 @@ class Page(HTMLParser):
             self.captions[-1] += data
         elif {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
+
+    def named(self, name: str) -> list[list[list[str]]]:
+        """Return the tables of an id, or of a class."""
+        return [table for table, own in zip(self.tables, self.ids, strict=True) if own == name]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +140,10 @@ def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report:
                 line = by_key.pop((row.name, f"{test.label}, {test.size} documents", f"collection_{metric}", ""))
                 assert float(line["value"]) == getattr(test, metric)
         assert float(by_key.pop((row.name, "", "strongest_p_value", ""))["value"]) == row.strongest_p_value
+        assert row.regurgitation is not None
+        for (label, metric), expected in regurgitation_figures(row.regurgitation).items():
+            line = by_key.pop((row.name, label, metric, ""))
+            assert [float(line[column] or "nan") for column in ("value", "low", "high")][: len(expected)] == expected
     assert report.checks is not None
     assert report.checks.blind_auc is not None
     assert float(by_key.pop(("", "", "blind_auc", ""))["high"]) == report.checks.blind_auc.high
@@ -138,10 +152,50 @@ def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report:
     assert by_key == {}
 
 
+def regurgitation_figures(own: Regurgitation) -> dict[tuple[str, str], list[float]]:
+    """(Attack, metric) of a line -> its value, and the ends of its interval where there is one."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for side, extracted, greedy, runs in (
+        ("members", own.extracted_members, own.greedy_members, own.runs_members),
+        ("non_members", own.extracted_non_members, own.greedy_non_members, own.runs_non_members),
+    ):
+        assert runs is not None
+        found["", f"extracted_{side}"] = [extracted.value, extracted.low, extracted.high]
+        found["", f"greedy_tokens_{side}"] = [greedy]
+        found["", f"greedy_run_{side}_median"] = [runs.median]
+        found["", f"greedy_run_{side}_largest"] = [runs.largest]
+        for cost in own.costs:
+            label, ours = f"passages of {cost.length} tokens", side == "members"
+            bits = cost.bits_members if ours else cost.bits_non_members
+            rate = cost.greedy_windows_members if ours else cost.greedy_windows_non_members
+            if bits is None or rate is None:
+                continue
+            found |= {(label, f"extraction_bits_{side}"): [bits], (label, f"extraction_greedy_windows_{side}"): [rate]}
+            for within in cost.within:
+                estimate = within.members if ours else within.non_members
+                assert estimate is not None
+                metric = f"within_{within.bits:g}_bits_{side}"
+                found[label, metric] = [estimate.value, estimate.low, estimate.high]
+    return found
+
+
+def test_csv_has_the_continuations(report: AuditReport) -> None:
+    rows = with_continuations(report.rows)
+    lines = list(csv.DictReader(render_csv(report.model_copy(update={"rows": rows})).splitlines()))
+    found = {line["metric"]: line for line in lines if line["model"] == rows[0].name}
+    whole = found["continued_whole_members"]
+    assert (float(whole["value"]), float(whole["high"])) == (1 / 3, 0.9057)
+    assert whole["note"] == "40 tokens after 50, 3 documents"
+    assert found["continued_run_members_largest"]["value"] == "40"
+    assert found["continued_run_non_members_median"]["value"] == "2.0"
+
+
 def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
     page = Page(html)
     assert page.open == []
-    auc, two_sided, adaptive, collections, *rates = page.tables[:6]  # two of the three targets can be measured
+    (auc,), (two_sided,), (adaptive,), (collections,) = map(page.named, ("auc", "two-sided", "adaptive", "collections"))
+    rates = page.named("tpr")  # two of the three targets can be measured
+    assert len(rates) == 2
     assert auc[0] == ["model", "held-out PPL", "training PPL", "loss gap", *(ATTACKS[name].label for name in ONE_PASS)]
     assert adaptive[0] == ["model", *(ATTACKS[name].label for name in KNOWING)]
     for index, row in enumerate(report.rows):
@@ -170,12 +224,13 @@ def test_tables_hold_the_input(report: AuditReport, html: str) -> None:
             assert two_sided[index + 1][3 + column] == cell
             assert [rate.tpr is None for rate in result.tpr] == [False, False, True]
             for table, rate in zip(rates, result.tpr, strict=False):
-                entry = table[index + 1][1 + column]
+                entry = table[index + 1][table[0].index(result.label)]
                 assert rate.tpr is not None
                 assert entry.replace("*", "").startswith(share(rate.tpr.value) + interval(rate.tpr))
                 assert entry.endswith(f" at {rate.attained_fpr:.3g}")
     assert all(page.captions)
-    assert len(page.captions) == len(page.tables) == 3 + 1 + 2 + 1
+    # Summary, requirements; AUC, two-sided, adaptive; collections; two rates; calibrated loss.
+    assert len(page.captions) == len(page.tables) == 2 + 3 + 1 + 2 + 1
 
 
 def test_an_n_a_says_why(html: str) -> None:
@@ -214,8 +269,8 @@ def test_conventions_are_stated(report: AuditReport, html: str) -> None:
 
 
 def test_figures_are_those_of_the_data(html: str) -> None:
-    # The attacks, s(t) of the two models with a reference, one run's selection, loss gap and Ref AUC.
-    assert Page(html).figures == len(ATTACK_NAMES) + 2 + 1 + 2
+    # The attacks, the trade-off, s(t) of the two models with a reference, one run's selection, loss gap and Ref AUC.
+    assert Page(html).figures == len(ATTACK_NAMES) + 1 + 2 + 1 + 2
     assert "Left out" not in html
 
 
@@ -226,7 +281,7 @@ def test_what_makes_the_figures_doubtful_comes_first(report: AuditReport) -> Non
     page = render_html(report.model_copy(update={"checks": warned}))
     assert "These figures are doubtful" in page
     assert "a bag of words &lt;tells&gt; them apart" in page
-    assert page.index("a bag of words &lt;tells") < page.index('<table id="auc">')
+    assert page.index("a bag of words &lt;tells") < page.index('<ul class="verdicts">') < page.index('<table id="auc">')
 
 
 def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport) -> None:
@@ -235,7 +290,7 @@ def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport
     page = Page(render_html(bare))
     html = render_html(bare)
     assert page.figures == len(row.attacks) == 4
-    assert len(page.tables) == 2 + 1 + 2
+    assert len(page.tables) == 2 + 2 + 1 + 2
     for sentence in (
         "Left out: no reference model was given to the audit.",
         "Left out: no training log with selected tokens was given.",
@@ -249,7 +304,40 @@ def test_sections_without_data_are_sentences_not_empty_plots(report: AuditReport
 def test_a_diverged_model_is_shown(report: AuditReport) -> None:
     row = report.rows[0].model_copy(update={"perplexity_members": float("inf")})
     page = Page(render_html(report.model_copy(update={"rows": [row]})))
-    assert page.tables[0][1][2] == "inf"
+    assert page.named("auc")[0][1][2] == "inf"
+    assert page.named("summary")[0][1][6].endswith("training inf")
+
+
+def test_the_first_table_has_one_row_per_model_and_says_what_was_not_tested(large_report: AuditReport) -> None:
+    whole = Page(render_html(large_report)).named("summary")[0]
+    assert [line[0] for line in whole[1:]] == [row.name for row in large_report.rows]
+    assert "not tested" not in str(whole)
+    first = large_report.rows[0]
+    assert whole[1][1:] == [
+        "Leak found" + "also: groups, passages, canaries, epsilon, collections",
+        ".95 [.91, 1.00]Ref",
+        "45\u00a0% [44, 46]Ref",
+        "1.00 [.92, 1.00]9f2c61d0, 14 documents",
+        "15\u00a0% of members0\u00a0% of non-members; 35\u00a0% of canaries' secrets",
+        f"{first.perplexity_non_members:.1f}training {first.perplexity_members:.1f}",
+    ]
+    bare: dict[str, object] = {"strongest_tpr": [], "groups": None, "regurgitation": None}
+    rows = [first.model_copy(update=bare), first.model_copy(update={**bare, "canaries": None, "name": "older"})]
+    table = Page(render_html(large_report.model_copy(update={"rows": rows}))).named("summary")[0]
+    assert [line[3:6] for line in table[1:]] == [
+        ["not tested", "not tested", "35\u00a0% of canaries' secrets"],
+        ["not tested", "not tested", "not tested"],
+    ]
+
+
+def test_hashes_versions_and_the_gate_are_shown(large_report: AuditReport) -> None:
+    page = render_html(large_report)
+    for name, digest in large_report.hashes.items():
+        assert f'<dt>SHA-256 of {name}</dt><dd class="hash">{digest}</dd>' in page
+    assert "torch 2.13.0" in page
+    assert "Gate not passed" in page
+    assert page.count("<td>above</td>") == len(large_report.rows)
+    assert "not recorded by the version" in render_html(large_report.model_copy(update={"hashes": {}}))
 
 
 def test_a_report_of_before_0_2_is_read_under_the_present_names(report: AuditReport, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_select_gives_documents_in_the_order_asked(order: list[int], size: int) 
     owner = np.repeat(np.arange(5), lengths)
     values = -(owner + np.arange(10) / 100).astype(np.float32)
     ids = np.array([40, 10, 30, 20, 50], dtype=np.int64)
-    signals = Signals(ids, offsets, values, values < -2, values, -values)
+    signals = Signals(ids, offsets, values, (values < -2).astype(np.int32), values, -values)
     wanted = ids[order[:size]]
     chosen = signals.select(wanted)
     assert chosen.document.tolist() == wanted.tolist()
@@ -75,10 +75,11 @@ def test_select_of_an_unknown_document_names_it(make_signals: MakeSignals, missi
         ({"offsets": np.array([0, 10, 7, 11, 23])}, "do not rise"),
         ({"offsets": np.array([0, 7, 10, 11, 22])}, "do not rise"),
         ({"offsets": np.array([1, 7, 10, 11, 23])}, "do not rise"),
-        ({"top1": np.zeros(22, bool)}, "top1 has 22 tokens"),
+        ({"rank": np.zeros(22, np.int32)}, "rank has 22 tokens"),
         ({"log_prob": np.zeros(23)}, "log_prob is float64"),
         ({"log_prob": np.zeros((23, 1), np.float32)}, "shape"),
-        ({"var_log_prob": np.full(23, -1, np.float32)}, "negative"),
+        ({"var_log_prob": np.full(23, -1, np.float32)}, "var_log_prob is negative"),
+        ({"rank": np.full(23, -1, np.int32)}, "rank is negative"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(make_signals: MakeSignals, change: dict[str, Any], message: str) -> None:
@@ -141,13 +142,13 @@ def test_load_names_the_file_that_is_wrong(make_signals: MakeSignals, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({b"dualtok.signals": b"3"}, "format 3, expected 2"),
+        ({b"dualtok.signals": b"2"}, "format 2, expected 3"),
         ({}, "format none"),
-        ({"top1": None}, "expected"),
+        ({"rank": None}, "expected"),
         ({"more": pa.array([[0.0]] * 4)}, "more"),
         ({"log_prob": pa.array([[-1.0] * n for n in (7, 3, 1, 12)])}, "list<element: double>"),
         ({"var_log_prob": pa.array([[1.0]] * 4, pa.list_(pa.float32()))}, "var_log_prob has gaps, or other lengths"),
-        ({"top1": pa.array([[True] * 7, None, [None], [True] * 12])}, "top1 has gaps"),
+        ({"rank": pa.array([[0] * 7, None, [None], [0] * 12], pa.list_(pa.int32()))}, "rank has gaps"),
         ({"document": pa.array([1, 2, 2, 3])}, "occurs twice"),
     ],
 )
@@ -195,7 +196,7 @@ def test_other_programs_read_one_row_per_document(make_signals: MakeSignals, tmp
     rows = pq.read_table(tmp_path / "signals.parquet").to_pylist()
     assert [row["document"] for row in rows] == [5, 6, 7, 8]
     assert rows[1]["log_prob"] == signals.log_prob[7:10].tolist()
-    assert rows[3]["top1"] == signals.top1[11:].tolist()
+    assert rows[3]["rank"] == signals.rank[11:].tolist()
 
 
 def test_no_documents_are_saved_and_read(make_signals: MakeSignals, tmp_path: Path) -> None:
@@ -233,7 +234,12 @@ def packed(seed: int, block: int = 8) -> tuple[list[Any], dict[int, np.ndarray],
             for document, start, length, column in row:
                 labels[r, column : column + length - 1] = 1
                 values[r, column : column + length] = -(document + torch.arange(start, start + length) / 100)
-        signals = {"log_prob": values, "top1": values < -105, "mean_log_prob": values * 2, "var_log_prob": -values * 3}
+        signals = {
+            "log_prob": values,
+            "rank": (values < -105) * 7,
+            "mean_log_prob": values * 2,
+            "var_log_prob": -values * 3,
+        }
         batches.append((signals, labels, chunk))
     return batches, expected, n_tokens
 
@@ -248,7 +254,7 @@ def test_builder_restores_documents_from_blocks_in_any_order(seed: int) -> None:
         own = slice(signals.offsets[position], signals.offsets[position + 1])
         np.testing.assert_array_equal(signals.log_prob[own], expected[document])
         np.testing.assert_array_equal(signals.mean_log_prob[own], 2 * expected[document])
-        np.testing.assert_array_equal(signals.top1[own], expected[document] < -105)
+        np.testing.assert_array_equal(signals.rank[own], (expected[document] < -105) * 7)
     again = collect(batches[::-1])
     np.testing.assert_array_equal(again.log_prob, signals.log_prob)
     np.testing.assert_array_equal(again.offsets, signals.offsets)
@@ -281,7 +287,7 @@ def test_builder_notices_missing_and_repeated_pieces() -> None:
         collect(batches[:-1], n_tokens)
     with pytest.raises(DataError, match=r"document \d+: its piece at token \d+ came twice"):
         collect([*batches, batches[0]], n_tokens)
-    zeros = {name: torch.zeros(1, 8, dtype=torch.bool if name == "top1" else torch.float32) for name in TOKEN_DTYPES}
+    zeros = {name: torch.zeros(1, 8, dtype=torch.int32 if name == "rank" else torch.float32) for name in TOKEN_DTYPES}
     labels = torch.tensor([[1, 1, 1, -100, 1, 1, 1, -100]])
     with pytest.raises(DataError, match="document 4: a piece starts at token 8, expected 4"):
         collect([(zeros, labels, [[PlacedSegment(4, 0, 4, 0), PlacedSegment(4, 8, 4, 4)]])])

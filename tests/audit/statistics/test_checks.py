@@ -11,9 +11,11 @@ from dualtok.audit.attacks.adaptive import logistic
 from dualtok.audit.attacks.crossfit import WIDENING, cross_fitted_scores
 from dualtok.audit.statistics.checks import (
     BlindBaseline,
+    Overlap,
     blind_baseline,
     check_audit,
     duplicates,
+    near_copies,
     shared_passages,
     strongest_p_value,
     warnings_of,
@@ -124,6 +126,25 @@ def test_the_p_value_holds_for_attacks_that_learned_from_the_labels() -> None:
     assert shares[1.0] > shares[WIDENING]
 
 
+def test_many_documents_permuted_figures_come_from_their_joint_normal_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against 9,999 drawn permutations, of attacks that agree in part, one of them with ties and one twice."""
+    gaps = []
+    for trial in range(6):
+        draw = np.random.default_rng(trial)
+        shared = draw.normal(size=(2, 60))
+        shared[0] += 0.04 * trial
+        scores = {f"a{i}": tuple(shared + draw.normal(size=(2, 60))) for i in range(4)}
+        scores |= {"tied": tuple(shared.round(0)), "twice": scores["a0"]}
+        widening = {"a1": WIDENING}
+        drawn = strongest_p_value(scores, permutations=9999, seed=trial, widening=widening)
+        with monkeypatch.context() as patch:
+            patch.setattr("dualtok.audit.statistics.checks.MOST_DRAWN", 0)
+            gaps.append(strongest_p_value(scores, permutations=9999, seed=trial, widening=widening) - drawn)
+    # Two shares of 9,999 draws differ by .007 in one deviation at most; 120 documents are not yet normal.
+    assert np.abs(gaps).max() < 0.03
+    assert any(gaps)
+
+
 def test_a_real_difference_has_the_smallest_p_value_there_is() -> None:
     draw = np.random.default_rng(0)
     scores = {
@@ -136,14 +157,51 @@ def test_a_real_difference_has_the_smallest_p_value_there_is() -> None:
 def test_warnings_name_what_is_wrong(model_rows: list[ModelAudit]) -> None:
     sound = BlindBaseline(0.52, 0.46, 0.58)
     knows, base = model_rows[0], model_rows[2]
-    assert warnings_of(sound, 0.0, 0.02, base) == warnings_of(None, 0.0, 0.0, None) == []
-    assert "bag of words" in warnings_of(BlindBaseline(0.7, 0.64, 0.76), 0.0, 0.0, None)[0]
-    assert "12.0% of the non-members share" in warnings_of(sound, 0.0, 0.12, None)[0]
-    assert "3.0% of the non-members are members" in warnings_of(sound, 0.03, 0.0, None)[0]
-    (line,) = warnings_of(sound, 0.0, 0.0, knows)
+    nothing = Overlap(0.0, 0.0, 0.0)
+    assert warnings_of(sound, Overlap(0.0, 0.0, 0.02), base) == warnings_of(None, nothing, None) == []
+    assert "lists differ by themselves" in warnings_of(BlindBaseline(0.7, 0.64, 0.76), nothing, None)[0]
+    assert "12.0% of the non-members share" in warnings_of(sound, Overlap(0.0, 0.0, 0.12), None)[0]
+    (line,) = warnings_of(sound, Overlap(0.03, 0.04, 0.0), None)
+    assert "3.0% of the non-members are members" in line, "equal ones are near copies too, and told once"
+    assert "4.0% of the non-members are nearly" in warnings_of(sound, Overlap(0.0, 0.04, 0.0), None)[0]
+    (line,) = warnings_of(sound, nothing, knows)
     assert "finds members in 'plain, last', which saw none" in line
     by_chance = knows.model_copy(update={"strongest_p_value": 0.06})
-    assert warnings_of(sound, 0.0, 0.0, by_chance) == []
+    assert warnings_of(sound, nothing, by_chance) == []
+
+
+def test_overlap_voids_from_just_above_one_percent() -> None:
+    assert not Overlap(0.01, 0.01, 0.1).is_void
+    assert Overlap(0.0, 0.011, 0.0).is_void
+    assert Overlap(0.011, 0.0, 0.0).is_void
+    assert Overlap(0.0, 0.0, 0.11).is_void
+
+
+def test_near_copies_are_those_of_a_slow_comparison() -> None:
+    draw = np.random.default_rng(0)
+    members = [draw.integers(0, 50, size=int(size)) for size in draw.integers(1, 60, size=80)]
+    others = [draw.integers(0, 50, size=int(size)) for size in draw.integers(1, 60, size=40)]
+    for edits, source in enumerate(members[:40]):  # copies with 0 to 7 changed tokens
+        copy = source.copy()
+        where = draw.choice(len(copy), size=min(edits % 8, len(copy)), replace=False)
+        copy[where] = draw.integers(0, 50, size=len(where))
+        others.append(copy)
+
+    def runs(ids: np.ndarray) -> set[tuple[int, ...]]:
+        return {tuple(ids[i : i + 5].tolist()) for i in range(len(ids) - 4)}
+
+    sets = [runs(ids) for ids in members]
+    asked = [own for ids in others if (own := runs(ids))]
+    alike = [any(len(own & other) >= 0.8 * len(own | other) for other in sets if other) for own in asked]
+    assert 4 < sum(alike) < len(asked) - 4
+    assert near_copies(members, others) == pytest.approx(sum(alike) / len(asked))
+
+
+def test_boilerplate_makes_no_near_copies() -> None:
+    same = np.arange(30)
+    assert near_copies([same] * 64, [same]) == 1.0
+    assert near_copies([same] * 65, [same]) == 0.0, "what more than 64 members have is passed over"
+    assert near_copies([], [same]) == near_copies([same], []) == near_copies([same], [same[:4]]) == 0.0
 
 
 def test_all_checks_of_an_audit(model_rows: list[ModelAudit]) -> None:

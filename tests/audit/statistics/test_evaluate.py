@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dualtok.audit.report.data import ModelAudit
 
 KNOWING = names_of("knows_defence")
-ONE_PASS = names_of("single_pass", "joint")
+ONE_PASS = [name for name in names_of("single_pass", "joint") if ATTACKS[name].of_document is not None]
+"""Those whose scores can be computed again one class at a time."""
 
 MakeSignals = Callable[..., Signals]
 LENGTHS = (9, 14, 30, 22, 11) * 6
@@ -90,6 +91,23 @@ def test_the_strongest_attack_is_corrected_for_the_number_of_attacks(make_signal
     ]
     assert len(scores) == len(CONFIG.attacks)
     assert (strongest.low, strongest.high) == (max(low for low, _ in ends), max(high for _, high in ends))
+    assert [best.target_fpr for best in row.strongest_tpr] == [0.5, 0.1]
+    for found, position in zip(row.strongest_tpr, (0, 1), strict=True):
+        rates = {attack.label: attack.tpr[position].tpr for attack in row.attacks}
+        assert found.tpr.value == max(rate.value for rate in rates.values() if rate is not None)
+        assert found.tpr.value == rates[found.label].value
+        ends = [
+            bootstrap_interval(
+                *values,
+                tpr_of_counts(found.target_fpr),
+                resamples=150,
+                seed=3,
+                confidence=corrected,
+                widening=ATTACKS[attack].widening,
+            )
+            for attack, values in scores.items()
+        ]
+        assert (found.tpr.low, found.tpr.high) == (max(low for low, _ in ends), max(high for _, high in ends))
     alone = audit_model(
         "plain", members, others, config=replace(CONFIG, attacks=(best.name,)), **contexts(make_signals)
     )
@@ -110,7 +128,8 @@ def test_attacks_without_what_they_need_are_named(make_signals: MakeSignals) -> 
     members, others = classes(make_signals)
     row = audit_model("base", members, others, config=CONFIG)
     assert [attack.name for attack in row.attacks] == ["loss", "min_k", "min_k_plus_plus", "surp"]
-    without = dict.fromkeys(["Ref", "WBC", "EZ", *(ATTACKS[name].label for name in KNOWING)], "needs reference")
+    comparing = ["Ref", "WBC", "EZ", "HT-MIA", "RMIA", *(ATTACKS[name].label for name in KNOWING)]
+    without = dict.fromkeys(comparing, "needs reference")
     assert row.not_run == {**without, "Zlib": "needs zlib", "DC-PDD": "needs frequencies"}
     assert row.calibrated is None
     assert row.attack("ref") is None

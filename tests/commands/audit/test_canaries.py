@@ -171,3 +171,59 @@ def test_canaries_stay_out_of_the_members_that_shadow_models_judge(data: dict[st
         manifest.canaries.included,
         COUNT - manifest.canaries.included,
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["new_tokens", "high_temperature"])
+def test_canaries_without_drawn_secrets_are_told_and_have_no_exposure(
+    data: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    tokenizer = Path(data["dir"]) / "tokenizer"
+    canaries: dict[str, Any] = {"count": 40, "kind": kind, "seed": 3}
+    if kind == "high_temperature":
+        sampling = save_model(tmp_path / "sampling", 6, vocab_size=400)
+        for path in tokenizer.iterdir():
+            (sampling / path.name).write_bytes(path.read_bytes())
+        canaries |= {"model": str(sampling), "tokens": 12}
+    section = {**data, "dir": str(tmp_path / "prepared"), "canaries": canaries}
+    model = {"config": tiny_llama_config(hidden_size=64, intermediate_size=128, vocab_size=400)}
+    train = {"precision": "fp32", "learning_rate": 5e-3, "batch_size": 16, "steps": 150, "evaluate_every": 1000}
+    run = write_run(tmp_path / "plain.yaml", section, objective="causal_lm", model=model, train=train)
+    assert "of 40 are in train" in succeed(dualtok("prepare", run))
+    succeed(dualtok("train", run))
+    succeed(dualtok("export", tmp_path / "plain", tmp_path / "learned", "--checkpoint", "latest"))
+    audit = {
+        "models": {"learned": str(tmp_path / "learned")},
+        "attacks": ["loss"],
+        "fpr_targets": [0.2],
+        "bootstrap_resamples": 100,
+    }
+    audited = write_run(tmp_path / "audit.yaml", {"dir": section["dir"]}, audit=audit)
+    shown = succeed(dualtok("audit", audited))
+    assert "Lower bounds on epsilon, by method" in shown
+    [row] = read_figures(tmp_path / "audit")["models"]
+    found = row["canaries"]
+    assert found["kind"] == kind
+    assert found["scores"][0]["auc"]["value"] > 0.9
+    assert [bound["method"] for bound in found["other_bounds"]] == [
+        "f_dp",
+        "f_dp",
+        "f_dp_gaussian",
+        "independent_gaussian",
+    ]
+    assert (found["candidates"], found["space_bits"]) == (0, 0)
+    assert found["ranked"] == found["extrapolated"] == {"included": [], "excluded": []}
+    assert (found["extracted_included"] is None) == (kind == "high_temperature")
+
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path / "learned").eval()
+    made = load_canaries(section["dir"], load_manifest(section["dir"]))
+    ids = encode(load_tokenizer(tokenizer), [canary.text for canary in made])
+    scores = [-loss / (len(row) - 1) for loss, row in zip(losses(direct, ids), ids, strict=True)]
+    if kind == "new_tokens":  # the token alone: what it adds to the loss of what is before it
+        whole, before = losses(direct, [row[:-1] for row in ids]), losses(direct, [row[:-2] for row in ids])
+        scores = [b - a for a, b in zip(whole, before, strict=True)]
+    coins = np.array([canary.included for canary in made])
+    auc = np.mean(np.array(scores)[coins][:, None] > np.array(scores)[~coins])
+    assert found["scores"][0]["auc"]["value"] == pytest.approx(auc, abs=0.002)
+    succeed(dualtok("report", audited))
+    assert "<h2>Canaries</h2>" in (tmp_path / "audit" / "report" / "report.html").read_text()

@@ -19,7 +19,7 @@ from dualtok.audit.settings import AuditConfig, RerunSettings
 from dualtok.audit.signals.reruns import RerunResult
 from dualtok.audit.signals.signals import Signals
 from dualtok.audit.statistics.evaluate import audit_model
-from dualtok.commands.audit.reruns import RerunResults, rerun_models
+from dualtok.commands.audit.passes.reruns import RerunResults, rerun_models
 from dualtok.commands.report import write_run_report
 from dualtok.config.data import DataConfig
 from dualtok.config.load import load_run
@@ -113,7 +113,7 @@ def scores(audited: tuple[RunConfig, RerunResults], attack: str, split: str) -> 
     context = reruns.known("one", split, AttackContext(con_recall_gamma=run.audit.reruns.con_recall_gamma))
     documents = next(iter(context.reruns.values())).document
     ones = np.ones(len(documents), dtype=np.float32)
-    target = Signals(documents, np.arange(len(documents) + 1), -ones, ones > 0, -ones, ones)
+    target = Signals(documents, np.arange(len(documents) + 1), -ones, np.zeros(len(ones), np.int32), -ones, ones)
     return dict(zip(documents.tolist(), ATTACKS[attack](target, context).tolist(), strict=True))
 
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_run_is_named_with_its_reason(audited: tuple[RunConfig, R
     reruns = rerun_all(replace(run, audit=sharded), tmp_path)
     assert reruns.results == {}
     ones = np.ones(4, dtype=np.float32)
-    target = Signals(np.arange(4), np.arange(5), -ones, ones > 0, -ones, ones)
+    target = Signals(np.arange(4), np.arange(5), -ones, np.zeros(len(ones), np.int32), -ones, ones)
     context = reruns.known("one", "train", AttackContext())
     row = audit_model("one", target, target, member_context=context, non_member_context=context, config=sharded)
     assert row.not_run == {"Grad norm": "needs the whole model on every rank, which audit.deepspeed shards"}

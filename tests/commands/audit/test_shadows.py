@@ -21,7 +21,7 @@ from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare.pipeline import prepare
 from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from dualtok.errors import ConfigError, DualtokError
-from tests.support import BLOCK_LENGTH, VOCABULARY, dualtok, succeed, tiny_llama_config, write_run
+from tests.support import BLOCK_LENGTH, VOCABULARY, dualtok, save_model, succeed, tiny_llama_config, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,8 +144,10 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
     target = write_run(tmp_path / "plain.yaml", data, **RECIPE)
     succeed(dualtok("train", target))
     export(target.with_suffix(""), tmp_path / "model", which="latest")
+    save_model(tmp_path / "reference", 5)
     audit = {
         "models": {"plain": str(tmp_path / "model")},
+        "attack_reference": str(tmp_path / "reference"),
         "shadow_checkpoint": "latest",
         "attacks": ["loss"],
         "bootstrap_resamples": 100,
@@ -166,6 +168,7 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
     shown = succeed(dualtok("audit", run, "--shadows", 4))
     assert "3 of 4 shadow models to train" in shown
     assert "LiRA out" in shown
+    assert "Shadow" in shown
     assert weights.read_bytes() == before
     assert len(times(folder)) == 4
     assert times(folder) | trained == times(folder), "a shadow was trained again"
@@ -173,8 +176,9 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
     found = json.loads((run.with_suffix("") / "audit" / "audit.json").read_text())
     assert found["settings"]["shadows"] == 4
     auc = {attack["name"]: attack["auc"]["value"] for attack in found["models"][0]["attacks"]}
-    assert list(auc) == ["loss", "lira", "lira_offline"]
+    assert list(auc) == ["loss", "lira", "lira_offline", "shadow_classifier"]
     assert min(auc["lira"], auc["lira_offline"]) > max(0.75, auc["loss"])
+    assert auc["shadow_classifier"] > 0.75
 
     all_there, once = load_run(run, ["audit.shadows=4"]), times(folder)
     assert train(all_there, folder, 1) == [folder / str(number) / "model-latest" for number in range(4)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +12,9 @@ from dualtok.commands.gate.run import find_report, parse_tpr
 from dualtok.errors import ConfigError, DataError
 from tests.audit.report.small import canaries, estimate, report, row
 from tests.support import dualtok, error_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

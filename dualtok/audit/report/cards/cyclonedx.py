@@ -77,12 +77,12 @@ def _component(number: int, row: ModelAudit, report: AuditReport) -> dict[str, A
 
 def _parameters(row: ModelAudit, report: AuditReport) -> dict[str, Any]:
     kinds = {
-        "members": (report.settings.members, row.n_members),
-        "non-members": (report.settings.non_members, row.n_non_members),
+        "members": (report.settings.sides_in_words[0], row.n_members),
+        "non-members": (report.settings.sides_in_words[1], row.n_non_members),
     }
     datasets = [
-        {"type": "dataset", "name": kind, "description": f"{count} documents that were audited as {kind} ({split})"}
-        for kind, (split, count) in kinds.items()
+        {"type": "dataset", "name": kind, "description": f"{count} documents that were audited as {kind} ({where})"}
+        for kind, (where, count) in kinds.items()
     ]
     return {
         "approach": {"type": "self-supervised"},

@@ -139,7 +139,7 @@ class _Work:
         *head, self._eos = encode(self._tokenizer, [""])[0]
         self._bos = head[0] if head else None
         self.lengths: dict[str, dict[int, int]] = {
-            split: self._lengths(split, left_out(split)) for split in (settings.members, settings.non_members)
+            split: self._lengths(split, left_out(split)) for split in settings.splits
         }
         """Split -> document -> its tokens in its first block; documents of one token are left out."""
         self._streams: dict[str, BlockStream] = {}
@@ -148,7 +148,7 @@ class _Work:
 
     def split_of(self, side: Side) -> str:
         """Return the split of a class."""
-        return self._settings.members if side == "members" else self._settings.non_members
+        return self._settings.splits[0 if side == "members" else 1]
 
     def prefix_documents(self, side: Side) -> list[int]:
         """Return the documents of a class that are put in front of others."""
@@ -168,7 +168,7 @@ class _Work:
     def key(self, model: str, each: Rerun) -> str:
         """Name a rerun by all it depends on beside the model's own name."""
         settings = {name: getattr(self._settings.reruns, name) for name in each.settings}
-        parts = [VERSION, model, settings, self._settings.members, self._settings.non_members]
+        parts = [VERSION, model, settings, *self._settings.splits]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
     def run(self, model: str, folder: Path, files: Mapping[tuple[str, str], Path], *, gradients: bool) -> None:

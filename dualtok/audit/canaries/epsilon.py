@@ -9,7 +9,7 @@ refute the epsilon.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import scipy.stats
@@ -24,11 +24,19 @@ PRECISION = 1e-14
 """Of epsilon: far below any digit that is printed."""
 
 
-class Bound(NamedTuple):
-    """A lower bound on epsilon and the guesses behind it."""
+class LowerBound(Protocol):
+    """The largest parameter that some guesses refute, e.g. :func:`epsilon_lower_bound` at one delta."""
 
-    epsilon: float
-    """0 where nothing is refuted."""
+    def __call__(self, canaries: int, guesses: int, correct: int, *, confidence: float) -> float:
+        """Return it; 0 where nothing is refuted."""
+        ...
+
+
+class Bound(NamedTuple):
+    """A lower bound and the guesses behind it."""
+
+    value: float
+    """Of epsilon, or of another parameter that grows as privacy shrinks; 0 where nothing is refuted."""
     guesses: int
     correct: int
 
@@ -121,8 +129,8 @@ def best_bound(
     scores: Sequence[ArrayLike],
     included: ArrayLike,
     guesses: Sequence[int],
+    lower_bound: LowerBound,
     *,
-    delta: float = 0.0,
     confidence: float = 0.95,
 ) -> tuple[int, Bound]:
     """Return the best bound over several scores and numbers of guesses, corrected for choosing it (Bonferroni).
@@ -131,7 +139,7 @@ def best_bound(
         scores: of the canaries, [m] each; higher says "included".
         included: how the coins fell, [m].
         guesses: numbers of guesses, fixed in advance.
-        delta: of the promise that is tested.
+        lower_bound: of what, and by which method.
         confidence: of the result: each of the tests is held to its share of what is left.
 
     Returns:
@@ -148,6 +156,5 @@ def best_bound(
     for which, values in enumerate(scores):
         for number in guesses:
             correct = int(np.count_nonzero(guess(values, number) == coins))
-            epsilon = epsilon_lower_bound(len(coins), number, correct, delta=delta, confidence=each)
-            found.append((which, Bound(epsilon, number, correct)))
-    return max(found, key=lambda item: item[1].epsilon)
+            found.append((which, Bound(lower_bound(len(coins), number, correct, confidence=each), number, correct)))
+    return max(found, key=lambda item: item[1].value)

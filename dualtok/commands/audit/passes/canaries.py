@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dualtok.audit.canaries.audit import CanaryTexts
 from dualtok.audit.signals.signals import PlacedSegment, SignalsBuilder, merged
-from dualtok.audit.statistics.canaries import CanaryTexts
 from dualtok.data.packing import model_inputs, pack_documents, pad_rows
 from dualtok.data.prepare.canaries import canary_config, candidates, load_canaries
 from dualtok.data.tokenizer import encode
@@ -21,6 +21,8 @@ from dualtok.objective.head import IGNORED_LABEL
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from numpy.typing import NDArray
 
     from dualtok.audit.settings import AuditConfig
     from dualtok.config.canaries import CanaryConfig
@@ -63,24 +65,30 @@ class CanarySource:
 
     def texts(self) -> CanaryTexts:
         """Return the canaries as the audited models see them."""
+        return CanaryTexts(
+            included=np.array([canary.included for canary in self.canaries]),
+            secret=None if self.settings.kind == "high_temperature" else self._secrets(),
+            candidates=self.count(attacker=False),
+            space=self.settings.space,
+            kind=self.settings.kind,
+            judged_by_secret=self.settings.kind == "new_tokens",
+        )
+
+    def _secrets(self) -> NDArray[np.int64]:
+        """Return the first token of each secret and one past its last."""
         prefixes = encode(self.data.tokenizer, [canary.prefix for canary in self.canaries])
         secrets = []
         for ids, prefix in zip(self.encoded, prefixes, strict=True):
             # A tokenizer may join the prefix's end with the secret's beginning: such a token is one of the secret.
             same = next(index for index, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b)
             secrets.append((max(1, same), len(ids) - 1))
-        return CanaryTexts(
-            included=np.array([canary.included for canary in self.canaries]),
-            secret=np.array(secrets, dtype=np.int64),
-            candidates=self.count(attacker=False),
-            space=self.settings.space,
-        )
+        return np.array(secrets, dtype=np.int64)
 
     def documents_to_read(self, *, attacker: bool) -> dict[int, list[int]]:
         """Return number -> token ids of each text that a model reads, numbered as in :class:`CanaryTexts`."""
         step = self.count(attacker=False) + 1
         own = {index * step: ids for index, ids in enumerate(self.encoded)}
-        if attacker:
+        if attacker or step == 1:
             return own
         others = [
             f"{canary.prefix} {secret}"

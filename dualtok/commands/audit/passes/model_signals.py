@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.signals.files import write_ragged
+from dualtok.audit.signals.files import FORMAT, write_ragged
 from dualtok.audit.signals.from_logits import token_signals
 from dualtok.audit.signals.signals import TOKEN_DTYPES, PlacedSegment, Signals, SignalsBuilder, merged
 from dualtok.audit.statistics.evaluate import choose_documents
-from dualtok.commands.audit.canaries import KIND, canary_pass
-from dualtok.commands.audit.joint import KL_DTYPES, joint_forward, read_divergences
+from dualtok.commands.audit.passes.canaries import KIND, canary_pass
+from dualtok.commands.audit.passes.joint import KL_DTYPES, joint_forward, read_divergences
 from dualtok.distributed.forward_only import build_forward_only
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import blocks_digest, weights_digest
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dualtok.audit.settings import AuditConfig
-    from dualtok.commands.audit.canaries import CanarySource
+    from dualtok.commands.audit.passes.canaries import CanarySource
     from dualtok.data.folder import DataFolder
     from dualtok.data.packing import Segment
     from dualtok.distributed.ranks import Ranks
@@ -48,15 +48,21 @@ class ModelPasses:
     ranks: Ranks
     canaries: CanarySource | None = None
     """Canaries among the members. They are not audited with the others, for canaries are trivially distinguishable."""
+    progress: bool = True
+    """Whether rank 0 shows how far a pass is."""
 
     digests: dict[Path, str] = field(default_factory=dict)
     """Model folder -> digest of the weights that :meth:`key` found in it."""
 
     def key(self, model: Path) -> str:
-        """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents."""
+        """Name signals by all they depend on: weights, blocks, tokenizer, precision and choice of documents.
+
+        And by their format, so that signals of an earlier version are computed again.
+        """
         settings = self.settings
         self.digests[model] = weights_digest(model)
         parts = [
+            str(FORMAT),
             self.digests[model],
             blocks_digest(self.data.manifest),
             self.data.manifest.tokenizer_fingerprint,
@@ -93,7 +99,7 @@ class ModelPasses:
                 if self.canaries is not None and kind == KIND:
                     builder = canary_pass(self.canaries, forward, title, self.ranks, attacker=attacker)
                 else:
-                    builder = self._pass(kind, forward, title)
+                    builder = self.over_split(kind, forward, title)
                 if builder is not None:
                     builder.build().save(file)
             self.ranks.barrier()
@@ -108,7 +114,7 @@ class ModelPasses:
         if not self._are_there(files):
             forward = joint_forward(model, reference, self.settings, self.ranks)
             for split, file in files.items():
-                builder = self._pass(split, forward, f"compare {name}, {split}", dtypes=KL_DTYPES)
+                builder = self.over_split(split, forward, f"compare {name}, {split}", dtypes=KL_DTYPES)
                 if builder is not None:
                     write_ragged(file, builder.build_ragged())
             self.ranks.barrier()
@@ -116,7 +122,7 @@ class ModelPasses:
 
     def _files(self, key: str) -> dict[str, Path]:
         """Return the file of each class' split for what a key names."""
-        return {split: self._file(f"{key}-{split}") for split in (self.settings.members, self.settings.non_members)}
+        return {split: self._file(f"{key}-{split}") for split in self.settings.splits}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.parquet"
@@ -124,7 +130,7 @@ class ModelPasses:
     def _are_there(self, files: dict[str, Path]) -> bool:
         return bool(self.ranks.from_first(all(file.is_file() for file in files.values())))
 
-    def _pass(
+    def over_split(
         self,
         split: str,
         forward: Callable[[Any], Any],
@@ -145,7 +151,8 @@ class ModelPasses:
         builder = SignalsBuilder({int(document): lengths[int(document)] for document in chosen}, dtypes)
         documents = None if settings.max_documents is None else chosen
         calls = stream.sequential_batches(settings.batch_size, ranks.world_size, documents=documents)
-        with RunProgress(title, calls, active=ranks.is_first, plain_every=max(1, calls // 4)) as progress:
+        shown = ranks.is_first and self.progress
+        with RunProgress(title, calls, active=shown, plain_every=max(1, calls // 4)) as progress:
             for batch, segments in stream.sequential(
                 settings.batch_size, ranks.rank, ranks.world_size, documents=documents
             ):

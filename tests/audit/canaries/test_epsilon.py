@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dualtok.audit.statistics.epsilon import best_bound, epsilon_lower_bound, guess, p_value
+from dualtok.audit.canaries.epsilon import best_bound, epsilon_lower_bound, guess, p_value
 
 cached_bound = lru_cache(maxsize=None)(epsilon_lower_bound)
 
@@ -101,15 +101,15 @@ def test_the_choice_of_guesses_and_scores_is_paid_for() -> None:
     for _ in range(300):
         coins, scores = rng.random(150) < 0.5, rng.normal(size=(3, 150))
         guesses = [15, 38, 75, 150]
-        corrected.append(best_bound(list(scores), coins, guesses)[1].epsilon > 0)
+        corrected.append(best_bound(list(scores), coins, guesses, cached_bound)[1].value > 0)
         facts = np.where(coins, 1, -1)
         each = [cached_bound(150, r, int((guess(row, r) == facts).sum())) > 0 for row in scores for r in guesses]
         uncorrected.append(any(each))
     assert np.mean(corrected) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
     assert np.mean(uncorrected) > 0.15
-    which, bound = best_bound([np.zeros(150), coins.astype(float)], coins, [60])
+    which, bound = best_bound([np.zeros(150), coins.astype(float)], coins, [60], cached_bound)
     assert (which, bound.correct, bound.guesses) == (1, 60, 60)
-    assert bound.epsilon == pytest.approx(epsilon_lower_bound(150, 60, 60, confidence=0.975))
+    assert bound.value == pytest.approx(epsilon_lower_bound(150, 60, 60, confidence=0.975))
 
 
 def test_guesses_are_of_the_ends_and_ties_keep_their_order() -> None:
@@ -129,4 +129,4 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="1 of them NaN"):
         guess([1.0, math.nan], 1)
     with pytest.raises(ValueError, match="at least one"):
-        best_bound([], [True], [1])
+        best_bound([], [True], [1], cached_bound)
