@@ -246,33 +246,29 @@ def _extractions(row: ModelAudit, limit: float) -> Iterator[_Found]:
 
 
 def _epsilons(row: ModelAudit, limit: float, confidence: float) -> Iterator[GateCheck]:
-    """Yield one check per delta: of the largest bound there is."""
+    """Yield one check per bound, of which there is one per delta."""
     canaries = row.canaries
     if canaries is None or not canaries.epsilon:
         note = "not measured: no canaries; `dualtok prepare --canaries N` adds them before training"
         yield _cannot(row.name, "epsilon", limit, note, "low")
         return
-    for delta in sorted({bound.delta for bound in canaries.epsilon}):
-        largest = max((b for b in canaries.epsilon if b.delta == delta), key=lambda bound: bound.epsilon)
-        name = f"epsilon, lower bound at delta {delta:g}"
-        reach = _largest_bound(largest, canaries.n_included + canaries.n_excluded, confidence)
-        if largest.epsilon > limit + ROUNDING:
-            yield GateCheck(
-                model=row.name, figure=name, limit=limit, value=largest.epsilon, verdict="above", compared="low"
-            )
-        elif reach <= limit:
+    for bound in canaries.epsilon:
+        name = f"epsilon, lower bound at delta {bound.delta:g}"
+        reach = _largest_bound(bound, canaries.n_included + canaries.n_excluded, confidence)
+        above = bound.epsilon > limit + ROUNDING
+        if reach <= limit and not above:
             note = f"too few canaries: with every coin guessed right the bound would be {reach:.3g}"
             yield _cannot(row.name, name, limit, note, "low")
-        else:
-            yield GateCheck(
-                model=row.name,
-                figure=name,
-                limit=limit,
-                value=largest.epsilon,
-                verdict="passed",
-                reason="a lower bound: no larger epsilon was shown, none was excluded",
-                compared="low",
-            )
+            continue
+        yield GateCheck(
+            model=row.name,
+            figure=name,
+            limit=limit,
+            value=bound.epsilon,
+            verdict="above" if above else "passed",
+            reason="" if above else "a lower bound: no larger epsilon was shown, none was excluded",
+            compared="low",
+        )
 
 
 def _largest_bound(bound: EpsilonBound, canaries: int, confidence: float) -> float:

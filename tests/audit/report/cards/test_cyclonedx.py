@@ -132,7 +132,7 @@ def test_no_path_and_no_configuration_is_in_it() -> None:
     assert "someone" not in render_cyclonedx(made)
 
 
-@pytest.mark.parametrize("created", ["now", "2025-01-02", "2025-01-02T03:04:05"])
+@pytest.mark.parametrize("created", ["now", "2025-01-02", "2025-01-02T03:04:05", "2025-01-02 03:04:05+00:00"])
 def test_a_time_that_the_format_does_not_take_is_left_out(created: str) -> None:
     made = small_report().model_copy(update={"created": created})
     assert "timestamp" not in bill_of_materials(made)["metadata"]
