@@ -284,7 +284,7 @@ def _excess(judged: _Judged, config: AuditConfig) -> float:
     n, side = judged.members.documents, judged.non_members
     z = judged.z[:, n:]
     found = _among(z, z[:, side.rows], side, design_effect(side.sizes, judged.rho)).max()
-    return max(1.0, float(found / np.median(_random_groups(z, side, config))))
+    return max(1.0, float(found / max(TINY, np.median(_random_groups(z, side, config)))))
 
 
 def _p_value(found: float, by_chance: Floats) -> float:
