@@ -47,7 +47,7 @@ class ReferenceRecipe:
     """Passes over the texts; as many as the audited model made. Unit: passes."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    """Peak learning rate."""
+    """Peak learning rate. Unit: none."""
 
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Blocks per optimizer step. Unit: blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 import yaml
 
 from dualtok.audit import audit_model
+from dualtok.audit.report.write import load_report
 from dualtok.audit.settings import AuditConfig
 from dualtok.errors import ConfigError, DataError
 from dualtok.objective.head import LossHead
 from tests.commands.audit.conftest import write_list
-from tests.support import dualtok, error_line, save_model, succeed
+from tests.support import ROOT, dualtok, error_line, save_model, succeed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,6 +111,47 @@ def test_the_function_finds_in_memory_what_a_slow_pass_finds(overfitted: Overfit
     page = result.to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == page
     assert json.loads(result.to_json())["rows"][0]["name"] == "model"
+
+
+def test_the_example_of_the_guide_runs(overfitted: Overfitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    page = (ROOT / "docs" / "audit-any-model.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len([line for line in example.splitlines() if line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "model": AutoModelForCausalLM.from_pretrained(overfitted.folder),
+        "tokenizer": AutoTokenizer.from_pretrained(overfitted.folder),
+        "seen": overfitted.members,
+        "unseen": overfitted.non_members,
+        "base": str(overfitted.base),
+    }
+    exec(compile(example, "docs/audit-any-model.md", "exec"), given)
+    assert given["result"].model.strongest.auc_two_sided.value > 0.97
+    assert (tmp_path / "audit.html").is_file()
+    assert load_report(tmp_path / "audit.json").rows == given["result"].figures.models
+
+
+def test_groups_of_texts_are_audited_as_a_whole(overfitted: Overfitted) -> None:
+    persons = [f"person {number // 4}" for number in range(40)]
+    others = [f"other {number // 4}" for number in range(40)]
+    result = audit_model(
+        overfitted.folder,
+        None,
+        overfitted.members,
+        overfitted.non_members,
+        member_groups=persons,
+        non_member_groups=others,
+        bootstrap_resamples=100,
+        attacks=("loss", "zlib"),
+    )
+    groups = result.model.groups
+    assert groups is not None
+    assert (groups.member_groups, groups.non_member_groups) == (10, 10)
+    assert groups.strongest.value > 0.97
+    assert groups.worst.documents == 4
+    assert "person" not in groups.worst.name, "names are hidden unless they are asked for"
 
 
 def test_texts_longer_than_the_context_are_cut(overfitted: Overfitted) -> None:
