@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 FEWEST_GROUPS = 5
 """Member groups, and non-member groups, below which nothing can be said."""
-MOST_CELLS = 4 * 10**9
+MOST_CELLS = 10**9
 """Scores that are dealt to random groups at most; with more documents and attacks there are fewer random draws."""
 FEWEST_DRAWS = 199
 TINY = 1e-12

@@ -121,6 +121,41 @@ def test_whole_groups_are_scored_by_mean_and_size() -> None:
     assert found.strongest_p_value <= 0.05
 
 
+def naive_largest(z: np.ndarray, names: np.ndarray, rest: np.ndarray, among: bool) -> float:
+    """Return the largest deviation of a group from the rest, or from all: of independent documents."""
+    largest = 0.0
+    for scores in z:
+        for name in set(names) - {""}:
+            own = scores[names == name]
+            other = -1 / len(rest) if among else 1 / rest.sum()
+            compared = scores if among else scores[rest]
+            error = compared.std(ddof=1) * np.sqrt(1 / len(own) + other)
+            largest = max(largest, abs(own.mean() - compared.mean()) / error)
+    return largest
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_p_values_are_those_of_naive_random_groups_over_all_groups_and_attacks(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualtok.audit.statistics.groups.likeness", lambda sides: np.zeros(len(FIXED)))
+    monkeypatch.setattr("dualtok.audit.statistics.groups._excess", lambda judged, config: 1.0)
+    scores, members, others = drawn(seed, persons=6, planted=0.8)
+    found = audited(scores, members, others, permutations=499).worst
+    z = normal_scores(*(np.stack([pair[side] for pair in scores.values()]) for side in (0, 1)))
+    n, names = len(members), np.array(members + [""] * len(others))
+    rest = np.arange(z.shape[1]) >= n
+    rng = np.random.default_rng(99)
+    observed = naive_largest(z, names, rest, among=False)
+    draws = [naive_largest(z[:, rng.permutation(z.shape[1])], names, rest, among=False) for _ in range(499)]
+    assert found.p_value == pytest.approx(np.mean([draw >= observed for draw in draws]), abs=0.09)
+    # The group is the one that differs most from the non-members; among members its deviation in that attack counts.
+    row, own = [ATTACKS[name].label for name in FIXED].index(found.label), names[:n] == found.name
+    alone = naive_largest(z[[row], :n], np.where(own, found.name, ""), rest[:n], among=True)
+    draws = [naive_largest(z[:, rng.permutation(n)], names[:n], rest[:n], among=True) for _ in range(499)]
+    assert found.p_value_among_members == pytest.approx(np.mean([draw >= alone for draw in draws]), abs=0.09)
+
+
 @pytest.mark.parametrize("style", [0.0, 0.3])
 def test_where_nothing_is_given_away_at_most_one_audit_of_twenty_finds_a_worst_group(style: float) -> None:
     trials = 60
