@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dualtok.audit.attacks.base import AttackContext
-from dualtok.audit.signals.signals import Signals
+from dualtok.audit.signals.signals import TOKEN_DTYPES, Signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,14 +67,15 @@ def parts(documents: int, *, members: bool, tokens: int) -> Iterator[Part]:
 def _signals(
     draw: np.random.Generator, document: NDArray[np.int64], offsets: NDArray[np.int64], loss: NDArray[np.float64]
 ) -> Signals:
-    return Signals(
-        document=document,
-        offsets=offsets,
-        log_prob=-loss.astype(np.float32),
-        top1=draw.random(len(loss)) < np.exp(-loss),
-        mean_log_prob=-draw.uniform(1, 6, len(loss)).astype(np.float32),
-        var_log_prob=draw.uniform(0.5, 4, len(loss)).astype(np.float32),
-    )
+    first = draw.random(len(loss)) < np.exp(-loss)
+    values = {
+        "log_prob": -loss.astype(np.float32),
+        "rank": np.where(first, 0, draw.geometric(0.05, len(loss))).astype(np.int32),
+        "top1": first,  # in place of the rank up to version 0.2.0, which bench_audit_statistics.py compares with
+        "mean_log_prob": -draw.uniform(1, 6, len(loss)).astype(np.float32),
+        "var_log_prob": draw.uniform(0.5, 4, len(loss)).astype(np.float32),
+    }
+    return Signals(document=document, offsets=offsets, **{name: values[name] for name in TOKEN_DTYPES})
 
 
 def _context(draw: np.random.Generator, target: Signals, reference: Signals) -> AttackContext:

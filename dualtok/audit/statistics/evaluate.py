@@ -91,7 +91,7 @@ def audit_parts(
     Args:
         name: the row's name in the report.
         members: signals of documents that the model was trained on, each part with what the attacker has beside them;
-            :func:`.summary.streamed_parts` reads them from files.
+            :meth:`.signals.Signals.stream_pairs` reads them from files.
         non_members: the same over documents that it was not trained on.
         config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
         step: training step of the model, if it is one of several.

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.stats
 
 from dualtok.audit.report.details import Power
+from dualtok.audit.statistics.metrics import corrected_deviations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +50,7 @@ def audit_power(scores: Mapping[str, Pair], widening: Mapping[str, float], *, co
         non_members,
         len(members),
         len(non_members),
-        deviations=widest * float(scipy.stats.norm.isf((1 - confidence) / len(scores) / 2)),
+        deviations=widest * corrected_deviations(confidence, len(scores), min(len(members), len(non_members))),
         seed=seed,
     )
     return Power(auc=auc, probability=PROBABILITY, simulations=SIMULATIONS)

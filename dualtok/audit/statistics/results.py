@@ -60,15 +60,16 @@ def attack_outcomes(scores: Mapping[str, PairOfScores], config: AuditConfig) -> 
 def _outcome(
     name: str, scores: PairOfScores, draws: Floats, measurable: Sequence[float], *, config: AuditConfig, n_attacks: int
 ) -> Outcome:
-    n_non_members, widening = len(scores[1]), attack_of(name).widening
-    together = 1 - (1 - config.confidence) / n_attacks
+    n_non_members, widening, fewest = len(scores[1]), attack_of(name).widening, min(map(len, scores))
 
-    def estimate(values: Floats, value: float, confidence: float) -> Estimate:
-        low, high = percentile_interval(values, value, confidence, widening=widening)
+    def estimate(values: Floats, value: float, tests: int) -> Estimate:
+        low, high = percentile_interval(
+            values, value, config.confidence, widening=widening, tests=tests, documents=fewest
+        )
         return Estimate(value=value, low=low, high=high)
 
     auc = roc_auc(*scores)
-    own, corrected = (estimate(draws[0], auc, confidence) for confidence in (config.confidence, together))
+    own, corrected = (estimate(draws[0], auc, tests) for tests in (1, n_attacks))
     curve = roc_curve(*scores)
     rates, corrected_rates = [], {}
     for fpr in config.fpr_targets:
@@ -80,9 +81,9 @@ def _outcome(
         values = draws[1 + measurable.index(fpr)]
         coarse = fpr * n_non_members < FEW_FALSE_POSITIVES - ROUNDING
         note = f"coarse: fewer than {FEW_FALSE_POSITIVES} false positives are allowed" if coarse else ""
-        interval = estimate(values, tpr, config.confidence)
+        interval = estimate(values, tpr, 1)
         rates.append(TprAtFpr(target_fpr=fpr, tpr=interval, attained_fpr=attained, note=note))
-        corrected_rates[fpr] = estimate(values, tpr, together)
+        corrected_rates[fpr] = estimate(values, tpr, n_attacks)
     drawn = curve.thinned(keep=measurable)
     result = AttackResult(
         name=name,

@@ -82,10 +82,9 @@ def test_the_strongest_attack_is_corrected_for_the_number_of_attacks(make_signal
     assert (row.strongest.label, strongest.value) == (best.label, best.auc_two_sided.value)
     pair = tuple(replace(context, min_k_share=0.3) for context in contexts(make_signals).values())
     scores = attack_scores((members, others), (pair[0], pair[1]), CONFIG.attacks, CONFIG.seed).scores
-    corrected = 1 - 0.05 / len(scores)
     ends = [
         two_sided_interval(
-            *bootstrap_interval(*values, resamples=150, seed=3, confidence=corrected, widening=ATTACKS[attack].widening)
+            *bootstrap_interval(*values, resamples=150, seed=3, tests=len(scores), widening=ATTACKS[attack].widening)
         )
         for attack, values in scores.items()
     ]
@@ -102,7 +101,7 @@ def test_the_strongest_attack_is_corrected_for_the_number_of_attacks(make_signal
                 tpr_of_counts(found.target_fpr),
                 resamples=150,
                 seed=3,
-                confidence=corrected,
+                tests=len(scores),
                 widening=ATTACKS[attack].widening,
             )
             for attack, values in scores.items()

@@ -14,6 +14,8 @@ from dualtok.audit.statistics.metrics import (
     auc_of_counts,
     bootstrap,
     bootstrap_interval,
+    corrected_deviations,
+    percentile_interval,
     roc_auc,
     roc_curve,
     tpr_at_fpr,
@@ -270,3 +272,40 @@ def test_a_thinned_curve_is_short_keeps_its_ends_and_lies_on_the_whole_one() -> 
     gaps = [curve.tpr_within(fpr)[0] - thin.tpr_within(fpr)[0] for fpr in grid]
     assert min(gaps) >= 0
     assert max(gaps) < 0.02
+
+
+def test_beyond_an_end_that_is_corrected_for_many_tests_lies_the_share_it_says() -> None:
+    """On average over samples of 400 resamples; for 200 tests the end lies beyond all of them."""
+    draw, estimate, deviation = np.random.default_rng(0), 0.5, 0.05
+    for tests in (2, 5, 15, 200):
+        tail = 0.025 / tests
+        beyond = []
+        for _ in range(3000):
+            low, high = percentile_interval(draw.normal(estimate, deviation, 400), estimate, 0.95, tests=tests)
+            ends = (low - estimate) / deviation, (estimate - high) / deviation
+            beyond += [scipy.stats.norm.cdf(end) for end in ends]
+        # Stretched ends move the mean of so skew a share more than it should; they must not be too close, by much.
+        assert 0.9 * tail < np.mean(beyond) < (1.1 if tests < 10 else 1.6) * tail, tests
+    values = draw.normal(estimate, deviation, 400)
+    assert percentile_interval(values, estimate, 0.95, tests=1) == percentile_interval(values, estimate, 0.95)
+    low, high = percentile_interval(values, estimate, 0.95, tests=15)
+    wide = percentile_interval(values, estimate, 0.95, tests=15, widening=2.0)
+    assert wide == pytest.approx((2 * low - estimate, 2 * high - estimate))
+
+
+def test_ends_of_few_documents_lie_as_far_out_as_students_t_says() -> None:
+    """The mean of 12 normal values, 15 tests: the usual ends leave out the truth more than twice as often."""
+    n, tests, trials = 12, 15, 4000
+    x = np.random.default_rng(0).normal(0.5, 0.02, (trials, n))
+    resamples = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), 600) / n
+    missed = {None: 0, n: 0}
+    for row, values in zip(x, x @ resamples.T, strict=True):
+        for documents in missed:
+            low, high = percentile_interval(values, row.mean(), 0.95, tests=tests, documents=documents)
+            missed[documents] += not low <= 0.5 <= high
+    # Still too often: the bootstrap's tails are short, and the fewer the documents, the shorter.
+    assert missed[None] / trials > 2.5 * missed[n] / trials
+    assert missed[n] / trials < 2.5 * 0.05 / tests
+    assert corrected_deviations(0.95, 15, 10**6) == pytest.approx(corrected_deviations(0.95, 15), rel=1e-4)
+    assert corrected_deviations(0.95, 1, 5) == pytest.approx(1.959964)
+    assert percentile_interval(np.array([0.5, 0.6]), 0.55, 0.95, tests=15, documents=1) == (0.0, 1.0)

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from dualtok.audit.attacks.crossfit import WIDENING
-from dualtok.audit.statistics.metrics import percentile_interval, roc_auc
+from dualtok.audit.statistics.metrics import corrected_deviations, percentile_interval, roc_auc
 from dualtok.audit.statistics.power import PROBABILITY, SIMULATIONS, audit_power, smallest_auc
 from dualtok.audit.statistics.resampling import resampled_figures
 
@@ -19,15 +19,14 @@ DEVIATIONS = float(scipy.stats.norm.isf(0.025))
 def test_audits_of_a_leak_that_large_see_it_in_four_of_five(attacks: int, widening: float) -> None:
     """300 audits, whose intervals come from the bootstrap and know nothing of the formula."""
     draw, n, m, audits = np.random.default_rng(0), 70, 90, 300
-    confidence = 1 - 0.05 / attacks
-    deviations = widening * float(scipy.stats.norm.isf((1 - confidence) / 2))
+    deviations = widening * corrected_deviations(0.95, attacks, n)
     auc = smallest_auc(draw.normal(size=2000), n, m, deviations=deviations, seed=1)
     shift = np.sqrt(2) * scipy.stats.norm.ppf(auc)
     seen = 0
     for seed in range(audits):
         pair = draw.normal(shift, 1, n), draw.normal(size=m)
         ((values,),) = resampled_figures([pair], [], resamples=400 if attacks == 1 else 1000, seed=seed)
-        low, _ = percentile_interval(values, roc_auc(*pair), confidence, widening=widening)
+        low, _ = percentile_interval(values, roc_auc(*pair), 0.95, widening=widening, tests=attacks, documents=n)
         seen += low > 0.5
     # Three deviations of the audits', and of the simulations' own share.
     slack = 3 * np.sqrt(PROBABILITY * (1 - PROBABILITY) * (1 / audits + 1 / SIMULATIONS))

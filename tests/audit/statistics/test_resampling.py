@@ -106,3 +106,10 @@ def test_a_rate_that_no_non_member_exceeds_finds_all_members() -> None:
     pair = normal(0, 40, 40)
     for most_drawn in (0, 100):
         assert (resampled_figures([pair], [1.0], resamples=5, seed=0, most_drawn=most_drawn)[0, 1] == 1).all()
+
+
+def test_a_threshold_far_down_is_found() -> None:
+    """Rows are looked at from the top; more of them where a resample has none of the first ones."""
+    counts = np.zeros((400, 3), dtype=np.int32)
+    counts[390:, 0], counts[0, 1] = 1, 9
+    assert resampling._first_beyond(counts, 5).tolist() == [395, 0, 400]

@@ -83,7 +83,7 @@ def test_files_of_two_models_are_read_side_by_side(
     np.testing.assert_array_equal(np.concatenate([own.log_prob for own, _ in pairs]), signals.log_prob)
     np.testing.assert_array_equal(np.concatenate([other.top1 for _, other in pairs]), context.reference.top1)
     signals.take(np.arange(9)).save(tmp_path / "fewer")
-    make_signals(1, lengths=LENGTHS[::-1]).save(tmp_path / "other lengths")
+    make_signals(1, lengths=(14, 9, *LENGTHS[2:])).save(tmp_path / "other lengths")
     for wrong in ("fewer", "other lengths"):
         with pytest.raises(DataError, match=f"model and .*{wrong} are of other documents or lengths"):
             list(Signals.stream_pairs(tmp_path / "model", tmp_path / wrong))
