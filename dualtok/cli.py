@@ -11,11 +11,15 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dualtok import __version__
+from dualtok.commands.audit.command import audit
+from dualtok.commands.gate.command import gate
+from dualtok.commands.processes import is_first_rank
+from dualtok.commands.processes import refuse_launcher as _refuse_launcher
 from dualtok.commands.quiet import quiet_libraries
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
@@ -182,77 +186,7 @@ def retreat(run_file: RunFile, target: Path, overrides: Overrides = None) -> Non
     interpolate(run_file, target, overrides)
 
 
-@app.command()
-def audit(
-    run_file: Annotated[Path | None, typer.Argument(help="The run's YAML file; or give --model.")] = None,
-    overrides: Overrides = None,
-    shadows: Annotated[
-        int | None, typer.Option(metavar="N", help="Train N shadow models by the run's recipe, for LiRA.")
-    ] = None,
-    extract: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Let each model continue the beginnings of N members and N non-members."),
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Ranks that share each shadow's training.")] = 1,
-    *,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]MODEL", help="Model to audit: folder, hub name or peft adapter; repeatable."),
-    ] = None,
-    members: Annotated[str | None, typer.Option(metavar="A", help="Texts it was trained on: file, folder.")] = None,
-    non_members: Annotated[str | None, typer.Option(metavar="B", help="Texts like them that it never saw.")] = None,
-    field: Annotated[str | None, typer.Option(help="Key or column that holds the text; default: text.")] = None,
-    attack_reference: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]R", help="The attacker's reference: a model, or train:FILE to train one; repeatable."
-        ),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model before fine-tuning; the attacker's reference if there is no other.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(metavar="D", help="Peft adapter to add to the model.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where everything is written; runs/audit.")] = None,
-) -> None:
-    """Attack models with membership inference and measure their perplexity: those of a run, or any with --model."""
-    given: dict[str, Any] = {
-        "members": members,
-        "non_members": non_members,
-        "field": field,
-        "attack_reference": attack_reference,
-        "base": base,
-        "adapter": adapter,
-        "out": out,
-    }
-    short = {"shadows": shadows, "extract": extract}
-    short_forms = [f"audit.{key}={value}" for key, value in short.items() if value is not None]
-    if model:
-        changes = [*([] if run_file is None else [str(run_file)]), *(overrides or []), *short_forms]
-        from dualtok.commands.audit.flags import run_of_flags
-
-        run = run_of_flags(model, changes, **given)
-    elif run_file is None:
-        raise ConfigError("audit: give a run's YAML file, or --model, --members and --non-members")
-    else:
-        extra = next((name for name, value in given.items() if value is not None), None)
-        if extra is not None:
-            raise ConfigError(f"--{extra.replace('_', '-')}: only together with --model; a run's file has its own")
-        run = _load(run_file, [*(overrides or []), *short_forms])
-    if processes > 1 and run.audit.shadows is None:
-        raise ConfigError("--processes: has no effect without --shadows; to share the audit itself, use a launcher")
-    quiet_libraries()
-    from dualtok.commands.audit.run import audit as run_audit
-    from dualtok.commands.audit.run import print_figures
-
-    figures = run_audit(run, processes=processes)
-    if is_first_rank():
-        print_figures(figures)
-        if model:
-            from dualtok.commands.audit.flags import keep_run
-            from dualtok.commands.report import write_run_report
-
-            _print(f"wrote {write_run_report(run)}")
-            _print(f"the same again, or with other settings: dualtok audit {keep_run(run)}")
+app.command()(audit)
 
 
 @app.command()
@@ -263,6 +197,9 @@ def report(run_file: RunFile, overrides: Overrides = None) -> None:
     from dualtok.commands.report import write_run_report
 
     _print(f"wrote {write_run_report(run)}")
+
+
+app.command()(gate)
 
 
 @app.command()
@@ -368,21 +305,10 @@ def _load(run_file: Path, overrides: list[str] | None) -> RunConfig:
     return load_run(run_file, overrides or [])
 
 
-def _refuse_launcher(verb: str) -> None:
-    """Keep the ranks of a launcher from doing the work of one process at once, in one folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"`dualtok {verb}` is one process; start it without a launcher")
-
-
 def _print(text: str) -> None:
     """Print a result on the first rank only."""
     if is_first_rank():
         print(text, flush=True)
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is the one that talks to the terminal."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _leave_ranks(status: int = 0) -> None:

@@ -23,7 +23,7 @@ from benchmark_support import llama_config, paired, prepared_corpus, print_ratio
 
 from dualtok.audit.signals.from_logits import token_signals
 from dualtok.audit.signals.signals import SignalsBuilder
-from dualtok.commands.audit.model_signals import with_columns
+from dualtok.commands.audit.passes.model_signals import with_columns
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.distributed.forward_only import build_forward_only

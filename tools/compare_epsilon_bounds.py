@@ -20,8 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dualtok.audit.statistics.epsilon import epsilon_lower_bound, guess
-from dualtok.audit.statistics.f_dp import fdp_epsilon_bound, fdp_mu_bound, gaussian_epsilon, independent_mu_bound
+from dualtok.audit.canaries.epsilon import epsilon_lower_bound, guess
+from dualtok.audit.canaries.f_dp import fdp_epsilon_bound, fdp_mu_bound, gaussian_epsilon, independent_mu_bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable

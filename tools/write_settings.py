@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -87,7 +88,7 @@ class Setting:
 def settings_of(section: Any, prefix: str = "") -> list[Setting]:
     """Return the settings of a section, without those of the sections in it."""
     hints = get_type_hints(section, include_extras=True)
-    docs = _field_docs(section)
+    docs = field_docs(section)
     found = []
     for field in dataclasses.fields(section):
         doc = docs.get(field.name, "")
@@ -116,9 +117,9 @@ def pages() -> dict[str, str]:
     top = settings_of(RunConfig)
     sections = [setting for setting in top if setting.section is not None]
     index = [INDEX, "| section | what it holds |", "|---|---|", "| [the run itself](run.md) | what every verb needs |"]
-    index += [f"| [`{setting.key}`]({setting.key}.md) | {_text(setting.doc)} |" for setting in sections]
-    index += ["", NAMES, *(f"* {note}" for note in map(_text, _old_names().values()))]
-    run = ["# The run itself", "", _doc_of(RunConfig), ""]
+    index += [f"| [`{setting.key}`]({setting.key}.md) | {text_of(setting.doc)} |" for setting in sections]
+    index += ["", NAMES, *(f"* {note}" for note in map(text_of, _old_names().values()))]
+    run = ["# The run itself", "", doc_of(RunConfig), ""]
     run += [line for setting in top if setting.section is None for line in _entry(setting, 2)]
     written = {"index.md": index, "run.md": run}
     for setting in sections:
@@ -139,7 +140,7 @@ def _inside(section: Setting, level: int) -> list[str]:
 
 
 def _section(section: Setting, level: int) -> list[str]:
-    lines = [_doc_of(section.section), ""]
+    lines = [doc_of(section.section), ""]
     return lines if level > 1 else [*lines, f"{_default_line(section).capitalize()}.", "", *_notes(section.key)]
 
 
@@ -148,7 +149,7 @@ def _entry(setting: Setting, level: int) -> list[str]:
     if setting.is_number:
         facts.append("no unit" if setting.unit == "none" else f"unit: {setting.unit}")
     heading = f"{'#' * level} `{setting.key}` {{ #{setting.key} }}"
-    return [heading, "", " · ".join(facts), "", _text(setting.doc), "", *_notes(setting.key)]
+    return [heading, "", " · ".join(facts), "", text_of(setting.doc), "", *_notes(setting.key)]
 
 
 def _notes(key: str) -> list[str]:
@@ -159,7 +160,7 @@ def _notes(key: str) -> list[str]:
         modes = [mode for mode, used in USED.items() if name in used]
         if len(modes) < len(USED):
             notes.append(f"Has an effect with `reference.mode`: {', '.join(f'`{mode}`' for mode in modes)}.")
-    notes += [_text(note) + "." for old, note in _old_names().items() if _owner(old) == key]
+    notes += [text_of(note) + "." for old, note in _old_names().items() if _owner(old) == key]
     notes += [f"Refused: `` {error} ``" for error in _errors().get(key, ())]
     return [*(f"* {note}" for note in notes), ""] if notes else []
 
@@ -302,9 +303,9 @@ def _placeholder(part: ast.expr) -> str:
 
 
 @cache
-def _field_docs(section: Any) -> dict[str, str]:
+def field_docs(section: Any) -> dict[str, str]:
     """Return the string below each field of a class."""
-    (tree,) = ast.parse(inspect.cleandoc(inspect.getsource(section))).body
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(tree, ast.ClassDef)
     docs = {}
     for field, text in zip(tree.body, tree.body[1:], strict=False):
@@ -313,11 +314,12 @@ def _field_docs(section: Any) -> dict[str, str]:
     return docs
 
 
-def _doc_of(section: Any) -> str:
-    return _text(inspect.getdoc(section) or "")
+def doc_of(section: Any) -> str:
+    """Return the docstring of a class as Markdown."""
+    return text_of(inspect.getdoc(section) or "")
 
 
-def _text(doc: str) -> str:
+def text_of(doc: str) -> str:
     """Return a docstring as Markdown, each paragraph on one line."""
     doc = re.sub(r":\w+:`~?\.?(?:\w+\.)*(\w+)`", r"`\1`", doc.replace("``", "`"))
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in doc.split("\n\n"))

@@ -16,7 +16,7 @@ __all__ = ["AuditResult", "audit_model"]
 def __getattr__(name: str) -> Any:
     """Load the door for other programs when it is first used: it stands above this room, and takes torch (1 s)."""
     if name in __all__:
-        from dualtok.commands.audit import any_model
+        from dualtok.commands.audit import any_model  # torch and transformers, which settings do without
 
         return getattr(any_model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

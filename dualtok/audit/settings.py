@@ -47,7 +47,7 @@ class ReferenceRecipe:
     """Passes over the texts; as many as the audited model made. Unit: passes."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    """Peak learning rate."""
+    """Peak learning rate. Unit: none."""
 
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Blocks per optimizer step. Unit: blocks."""
@@ -107,15 +107,16 @@ class AuditConfig:
     counts tokens in the split ``attack_reference``, or ``reference`` if there is none. Not run unless named:
     ``info_rmia``, which needs each model and the attacker's reference together, and ``lowercase``, ``recall``,
     ``con_recall``, ``neighborhood`` and ``gradient_norm``, which run each model again. ``shadows`` adds ``lira``,
-    ``lira_offline`` and ``shadow_classifier``; the last needs the attacker's reference model, too."""
+    ``lira_offline`` and ``shadow_classifier``, and allows ``lt_mia``, which must be named; the last two need the
+    attacker's reference model, too."""
 
     reruns: RerunSettings = dataclasses.field(default_factory=RerunSettings)
     """Settings of the attacks that run each model again."""
 
     shadows: Annotated[int, Field(ge=2)] | None = None
-    """Shadow models for ``lira``, ``lira_offline`` and ``shadow_classifier``, an even number: each is a training run
-    like that of the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of members and
-    non-members. Unit: models."""
+    """Shadow models for ``lira``, ``lira_offline``, ``shadow_classifier`` and ``lt_mia``, an even number: each is a
+    training run like that of the sections ``model``, ``train``, ``objective`` and ``reference``, on its own half of
+    members and non-members. Unit: models."""
 
     shadow_checkpoint: Literal["best", "latest"] = "best"
     """Checkpoint of each shadow that is run: the one that was exported of the audited models."""
@@ -125,7 +126,18 @@ class AuditConfig:
     Unit: documents."""
 
     permutations: Annotated[int, Field(ge=99)] = 999
-    """Permutations of the membership labels behind the p-value of the strongest attack. Unit: permutations."""
+    """Permutations of the membership labels behind the p-value of the strongest attack, and random groups behind that
+    of the worst group. Unit: permutations."""
+
+    group_field: str | None = None
+    """Field that says whose a document is, e.g. ``person``: the audit then also attacks all documents of a group
+    together and names the worst group. Prepared data needs it as ``data.group_field``, too."""
+
+    min_group_documents: Annotated[int, Field(ge=2)] = 2
+    """Groups with fewer audited documents are left out of the figures by group, and counted. Unit: documents."""
+
+    show_group_names: bool = False
+    """Name groups in the report as in the data. By default it has hashes of the names, which are personal data."""
 
     null_model: str | None = None
     """Key of a model in ``models`` that has seen no member, e.g. ``base``: attacks must find nothing in it, or the
@@ -199,6 +211,7 @@ class AuditConfig:
                 raise ValueError(
                     f"audit.reruns.{field.name}: has no effect without {' or '.join(using)} in audit.attacks"
                 )
+        self._check_groups()
         if not self.canary_guesses:
             raise ValueError("audit.canary_guesses: give at least one share of the canaries")
         if not self.fpr_targets or len(set(self.fpr_targets)) < len(self.fpr_targets):
@@ -220,11 +233,18 @@ class AuditConfig:
         """The splits of members and of non-members.
 
         Raises:
-            ValueError: they are texts; see :func:`dualtok.commands.audit.texts.with_splits`.
+            ValueError: they are texts; a job of :mod:`dualtok.commands.audit.text_jobs` has splits.
         """
         if not isinstance(self.members, str) or not isinstance(self.non_members, str):
             raise ValueError("audit.members: texts, which have no split yet")
         return self.members, self.non_members
+
+    @property
+    def sides_in_words(self) -> tuple[str, str]:
+        """Where members and non-members are from, e.g. "split train" or "texts of seen.jsonl"."""
+        sides = self.members, self.non_members
+        members, others = (f"split {own}" if isinstance(own, str) else f"texts of {own.source}" for own in sides)
+        return members, others
 
     def _check_classes(self) -> None:
         """Refuse a class compared with itself, a split with texts, and settings of the one kind with the other."""
@@ -253,6 +273,12 @@ class AuditConfig:
                 "audit.extract: greedy decoding needs the whole model on every rank, which audit.deepspeed shards; "
                 "leave one of them out (extraction from the ranks of one forward pass is reported in any case)"
             )
+
+    def _check_groups(self) -> None:
+        """Refuse settings of groups without a field."""
+        for name, default in (("min_group_documents", 2), ("show_group_names", False)):
+            if self.group_field is None and getattr(self, name) != default:
+                raise ValueError(f"audit.{name}: has no effect without audit.group_field; remove it")
 
     def _check_shadows(self) -> None:
         """Refuse odd numbers and settings without effect, and let the shadows' attacks join the others."""

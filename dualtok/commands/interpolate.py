@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dualtok.audit.statistics.metrics import roc_auc
-from dualtok.commands.audit.model_signals import ModelPasses
+from dualtok.commands.audit.passes.model_signals import ModelPasses
 from dualtok.commands.export import export
 from dualtok.commands.model_card import note_interpolation
 from dualtok.data.folder import DataFolder

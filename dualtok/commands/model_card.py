@@ -7,10 +7,15 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
 
+from dualtok.audit.report.cards.hugging_face import markdown_table, model_index
 from dualtok.audit.report.data import AuditFigures
+from dualtok.audit.report.gate import verdict_line
+from dualtok.audit.report.write import load_report
+from dualtok.commands.output import AUDIT_FILE, audit_folder
+from dualtok.errors import ConfigError, DataError
 from dualtok.files import write_text
+from dualtok.reference.fingerprint import weights_digest
 from dualtok.train.engines.dp_account import stated
 from dualtok.train.folder import FACTS_FILE, START_FOLDER
 
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
     from dualtok.audit.report.data import ModelAudit
 
 CARD = "README.md"
+MODEL_INDEX = "model-index"
+NO_ROW = "\nNone of the rows is known to be of exactly this model's weights.\n"
 PIPELINE = "text-generation"
 DIGITS = 16
 """Of a digest that a card shows."""
@@ -40,15 +47,19 @@ def write_card(run_dir: Path, run: dict[str, Any], step: int, folder: Path, *, a
     """
     path = run_dir / START_FOLDER / FACTS_FILE
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    figures = _figures(run_dir)
+    row = None if figures is None else _own_row(folder, figures)
     named = {
         "base_model": facts.get("base"),
         "license": facts.get("license"),
         "pipeline_tag": PIPELINE,
         "library_name": "peft" if adapter else "transformers",
         "tags": ["dualtok"],
+        MODEL_INDEX: None if figures is None or row is None else model_index(run_dir.name, row, figures),
     }
     head = yaml.safe_dump({key: value for key, value in named.items() if value}, sort_keys=False)
-    write_text(folder / CARD, f"---\n{head}---\n\n{''.join(_paragraphs(run_dir, run, facts, step, adapter=adapter))}")
+    told = [*_paragraphs(run_dir, run, facts, step, adapter=adapter), *_audit(run_dir, figures, row)]
+    write_text(folder / CARD, f"---\n{head}---\n\n{''.join(told)}")
 
 
 def note_interpolation(folder: Path, w: float) -> None:
@@ -63,7 +74,18 @@ def note_interpolation(folder: Path, w: float) -> None:
     if "with dualtok\n" in card:
         line = f"* interpolated towards its reference: {w:.3f} of the way from the reference to the trained model\n"
         head, objective, rest = card.replace(NOT_INTERPOLATED, "").partition("with dualtok\n")
-        write_text(path, f"{head}{objective}{line}{rest}")
+        rest = re.sub(r"\nThis model's weights are those of the row .*\n", NO_ROW, rest)
+        write_text(path, f"{_without_figures(head)}{objective}{line}{rest}")
+
+
+def _without_figures(head: str) -> str:
+    """Return the beginning of a card without the metadata that are figures of the trained weights."""
+    _, values, rest = head.split("---\n", 2)
+    metadata = yaml.safe_load(values)
+    if MODEL_INDEX not in metadata:
+        return head
+    kept = {key: value for key, value in metadata.items() if key != MODEL_INDEX}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n{rest}"
 
 
 def trained_on(blocks: str) -> str:
@@ -115,28 +137,47 @@ def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step:
         paragraphs.append(NOT_INTERPOLATED)
     if (privacy := stated(run_dir)) is not None:
         paragraphs.append(f"* differential privacy: {privacy}\n")
-    return [*paragraphs, "\n## Audit\n\n", *_audit(run_dir)]
+    return [*paragraphs, "\n## Audit\n\n"]
 
 
-def _audit(run_dir: Path) -> list[str]:
-    """Return what an audit in the same folder has found; it may be of further models."""
-    file = run_dir / "audit" / "audit.json"
-    if not file.is_file():
-        return ["Not audited when it was exported: nothing is known of what it gives away about its documents.\n"]
+def _figures(run_dir: Path) -> AuditFigures | None:
+    """Return what an audit in the same folder has found, if there is one that can be read."""
     try:
-        figures = AuditFigures.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, ValidationError):
-        return [f"`{file.name}` of the run cannot be read.\n"]
-    sides = " against ".join(
-        sides if isinstance(sides, str) else sides.source
-        for sides in (figures.settings.members, figures.settings.non_members)
-    )
+        return AuditFigures.model_validate_json((audit_folder(run_dir) / AUDIT_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _own_row(folder: Path, figures: AuditFigures) -> ModelAudit | None:
+    """Return the figures of the very weights in a folder, if they are among those that were audited."""
+    try:
+        digest = weights_digest(folder)
+    except (ConfigError, OSError):  # an adapter alone
+        return None
+    return next((row for row in figures.models if figures.hashes.get(f"model {row.name}") == digest), None)
+
+
+def _audit(run_dir: Path, figures: AuditFigures | None, row: ModelAudit | None) -> list[str]:
+    """Return what an audit in the same folder has found; it may be of further models."""
+    if figures is None:
+        if (audit_folder(run_dir) / AUDIT_FILE).is_file():
+            return [f"`{AUDIT_FILE}` of the run cannot be read.\n"]
+        return ["Not audited when it was exported: nothing is known of what it gives away about its documents.\n"]
+    settings = figures.settings
     return [
-        f"Attacks on membership ({sides}), strongest of those tried, two-sided AUC; .5 is guessing:\n\n",
-        *map(_line, figures.models),
+        f"Attacks on membership ({' against '.join(settings.sides_in_words)}), strongest of those tried, with ",
+        f"{100 * settings.confidence:g} % intervals; an AUC of .5 is guessing:\n\n",
+        markdown_table(figures.models),
+        f"\nThis model's weights are those of the row `{row.name}`.\n" if row is not None else NO_ROW,
+        *_gate(run_dir, figures),
     ]
 
 
-def _line(model: ModelAudit) -> str:
-    found = model.strongest.auc_two_sided
-    return f"* {model.name}: {found.value:.3f} [{found.low:.3f}, {found.high:.3f}] ({model.strongest.label})\n"
+def _gate(run_dir: Path, figures: AuditFigures) -> list[str]:
+    """Return what a gate has said of these figures, if it was asked."""
+    path = run_dir / "report" / "report.json"
+    try:
+        report = load_report(path)
+    except DataError:
+        return []
+    return [f"\n{verdict_line(report.gate)}\n"] if report.gate is not None and report.rows == figures.models else []

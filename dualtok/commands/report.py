@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dualtok.audit.report.data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
 from dualtok.audit.report.write import write_report
-from dualtok.commands.audit.run import AUDIT_FILE, audit_folder
+from dualtok.commands.output import AUDIT_FILE, audit_folder
 from dualtok.config.run import RECIPES
 from dualtok.errors import DataError
 from dualtok.objective.settings import NEEDS_REFERENCE
@@ -20,7 +20,6 @@ from dualtok.train.history import read_history
 from dualtok.versions import installed_versions
 
 if TYPE_CHECKING:
-    from dualtok.audit.settings import TextSource
     from dualtok.config.run import RunConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "scikit-learn")
@@ -40,8 +39,8 @@ def write_run_report(run: RunConfig) -> Path:
         created=datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         identity={
             **({} if figures.settings.of_texts else {"data": run.data.dir}),
-            "members": described(figures.settings.members),
-            "non-members": described(figures.settings.non_members),
+            "members": figures.settings.sides_in_words[0],
+            "non-members": figures.settings.sides_in_words[1],
             "attacker's reference": ", ".join(figures.settings.references.values()) or "none",
             **{f"privacy of {name}": told for name, folder in run.audit.runs.items() if (told := stated(Path(folder)))},
             **{
@@ -62,11 +61,6 @@ def write_run_report(run: RunConfig) -> Path:
         hashes=figures.hashes,
     )
     return write_report(report, Path(run.output_dir) / "report")
-
-
-def described(documents: str | TextSource) -> str:
-    """Return in words where a class's documents are from."""
-    return f"split {documents}" if isinstance(documents, str) else f"texts of {documents.source}"
 
 
 def read_figures(output_dir: str) -> AuditFigures:

@@ -148,6 +148,12 @@ class DataConfig:
     field: str = "text"
     """Key or column that holds the text; .txt files have none."""
 
+    group_field: str | None = None
+    """Key or column that says whose a document is, e.g. ``person``: a text or a whole number, empty for nobody's. All
+    documents of a group go to one split, so that members and non-members share no person, and ``shares`` hold for
+    groups: with few or large ones a split's share of the documents is only about as given. The audit needs it for
+    ``audit.group_field``."""
+
     txt_documents: Literal["file", "paragraph"] = "file"
     """Whether a .txt file is one document, or each of its paragraphs (separated by blank lines) is one."""
 
@@ -165,7 +171,7 @@ class DataConfig:
 
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = dataclasses.field(default_factory=default_shares)
     """Share of the documents in each split; together at most 1, the rest is left out. A document's split depends on its
-    own text and ``seed`` alone. Unit: share, 0 to 1."""
+    own text and ``seed`` alone (or its group's name, see ``group_field``). Unit: share, 0 to 1."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split: with the document's own text it decides which split a document is in. Unit: none."""
@@ -231,6 +237,8 @@ class DataConfig:
                 raise ValueError(
                     f"data.shares: no split {name!r}{did_you_mean(name, SPLITS)}; splits are {', '.join(SPLITS)}"
                 )
+        if self.group_field == self.field:
+            raise ValueError(f"data.group_field: {self.field!r} is also data.field, which holds the text")
         total = sum(self.shares.values())
         if total > 1 + ROUNDING:
             raise ValueError(f"data.shares: sum to {total:g}, above 1")

@@ -99,7 +99,8 @@ class DataFolder:
         return BlockStream(self.location, self.manifest, split, seed=seed, **options)
 
     def documents(self, split: str) -> pa.Table:
-        """Return one row per document of a split: doc, sha256 (of its text), n_tokens, n_characters, zlib_bytes.
+        """Return one row per document of a split: doc, sha256 (of its text), n_tokens, n_characters, zlib_bytes, and
+        group where the data was prepared with ``data.group_field``.
 
         Raises:
             DataError: the split does not exist, or the table is missing or altered.

@@ -31,7 +31,7 @@ def test_defaults_run_every_attack_that_needs_no_more_than_one_pass() -> None:
         "rmia",
     )
     reruns = {"lowercase", "recall", "con_recall", "neighborhood", "gradient_norm"}
-    costly = {"info_rmia", *reruns, "lira", "lira_offline", "shadow_classifier"}
+    costly = {"info_rmia", *reruns, "lira", "lira_offline", "shadow_classifier", "lt_mia"}
     assert set(ATTACKS) - set(config.attacks) == costly == set(names_of("joint", "rerun", "shadows"))
     assert (config.bootstrap_resamples, config.confidence, config.min_k_share) == (1000, 0.95, 0.2)
     assert config.fpr_targets == [0.1, 0.01, 0.001]

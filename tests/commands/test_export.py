@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from dualtok.commands.model_card import note_interpolation
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.data.tokenizer import load_tokenizer
@@ -268,10 +270,35 @@ def test_a_model_card_tells_where_a_model_comes_from(small_corpus: dict[str, Any
     )
     succeed(dualtok("audit", audit))
     succeed(dualtok("export", folder, tmp_path / "again"))
-    found = json.loads((folder / "audit" / "audit.json").read_text())["models"][0]["strongest"]["auc_two_sided"][
-        "value"
-    ]
-    assert f"* mine: {found:.3f} [" in (tmp_path / "again" / "README.md").read_text()
+    strongest = json.loads((folder / "audit" / "audit.json").read_text())["models"][0]["strongest"]["auc_two_sided"]
+    card = (tmp_path / "again" / "README.md").read_text()
+    found = [f"{strongest[part]:.3f}".removeprefix("0") for part in ("value", "low", "high")]
+    assert f"| mine | {found[0]} [{found[1]}, {found[2]}] (Loss) |" in card
+    assert "gate" not in card
+    [index] = yaml.safe_load(card.split("---")[1])["model-index"]
+    metric = index["results"][0]["metrics"][0]
+    assert (index["name"], metric["name"]) == (folder.name, "membership inference AUC (strongest of 1)")
+    assert metric["value"] == round(strongest["value"], 4)
+    assert metric["args"]["high"] == round(strongest["high"], 4)
+    assert "This model's weights are those of the row `mine`." in card
+    shutil.copytree(tmp_path / "again", tmp_path / "interpolated")
+    note_interpolation(tmp_path / "interpolated", 0.5)
+    mixed = (tmp_path / "interpolated" / "README.md").read_text()
+    assert "model-index" not in mixed
+    assert yaml.safe_load(mixed.split("---")[1])["license"] == "apache-2.0"
+    assert "None of the rows is known" in mixed
+    assert "0.500 of the way" in mixed
+    assert "those of the row" not in mixed
+
+    # Figures of other weights are told as such alone; what a gate said of the figures is told.
+    succeed(dualtok("report", audit))
+    assert "gate passed" in succeed(dualtok("gate", folder, "--max-strongest-auc", "1"))
+    succeed(dualtok("export", folder, tmp_path / "half", "--precision", "bf16"))
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert f"| mine | {found[0]} [" in card
+    assert "model-index" not in card
+    assert "None of the rows is known to be of exactly this model's weights." in card
+    assert "gate passed: 1 figure of 1 model" in card
 
 
 @pytest.mark.slow

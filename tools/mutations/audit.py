@@ -11,9 +11,9 @@ ATTACKS, CHECKS, COLLECTION = (
     "dualtok/audit/statistics/collection.py",
 )
 EPSILON, EVALUATE, EXPOSURE = (
-    "dualtok/audit/statistics/epsilon.py",
+    "dualtok/audit/canaries/epsilon.py",
     "dualtok/audit/statistics/evaluate.py",
-    "dualtok/audit/statistics/exposure.py",
+    "dualtok/audit/canaries/exposure.py",
 )
 LIRA, METRICS, RAGGED = (
     "dualtok/audit/attacks/lira.py",
@@ -244,6 +244,30 @@ AUDIT: tuple[Fault, ...] = (
         "np.where(target.top1, _gain(target, context), 0.0)",
         "tokens that the model gets right are looked at",
         OF_ATTACKS,
+    ),
+    Fault(
+        "rank-of-equals",
+        "dualtok/audit/signals/from_logits.py",
+        "torch.gt(z, true[:, None], out=product)",
+        "torch.ge(z, true[:, None], out=product)",
+        "the true token and its equals count as likelier",
+        (f"{TESTS}/signals/test_from_logits.py",),
+    ),
+    Fault(
+        "passages-over-cuts",
+        "dualtok/audit/statistics/regurgitation.py",
+        "inside % (block_length - 1)",
+        "inside % block_length",
+        "passages reach over the cuts of documents",
+        (f"{TESTS}/statistics/test_regurgitation.py",),
+    ),
+    Fault(
+        "cost-of-rank-0",
+        "dualtok/audit/statistics/regurgitation.py",
+        "np.log2(ranks + np.float64(1))",
+        "np.log2(ranks + np.float64(2))",
+        "the likeliest token costs a bit",
+        (f"{TESTS}/statistics/test_regurgitation.py",),
     ),
     Fault(
         "lira-normalization",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -298,3 +298,18 @@ def _enter(made: Attack) -> None:
     if made.name in ATTACKS:
         raise ValueError(f"two attacks are called {made.name!r}")
     ATTACKS[made.name] = made
+
+
+def attack_of(score: str) -> Attack:
+    """Return the attack behind a score's name: ``ref``, or ``ref@strong`` with the attacker's reference ``strong``."""
+    name, _, reference = score.partition("@")
+    made = ATTACKS[name]
+    return replace(made, name=score, label=f"{made.label} ({reference})") if reference else made
+
+
+def takes_references(made: Attack) -> bool:
+    """Return whether an attack is run once for each of the attacker's references.
+
+    Those that need shadow models or a pass of both models together are run with the first alone.
+    """
+    return "reference" in made.needs and made.kind in ("single_pass", "knows_defence")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Labels = NDArray[np.bool_]
 
 CLASSIFIER = "shadow_classifier"
+ENCODER = "lt_mia"
 MOST_ROWS = 20_000
 """Documents of all shadows together that a classifier learns from; of more, that many are drawn."""
 
@@ -45,6 +46,20 @@ MOST_ROWS = 20_000
 def shadow_classifier_score(target: Signals, context: AttackContext) -> Scores:
     """Probability of a member by a classifier of :func:`.adaptive.features` that learned from shadow models."""
     return context.learned_for(target, CLASSIFIER)
+
+
+@attack(
+    ENCODER,
+    "LT-MIA",
+    "a small transformer over a document's tokens under model and reference, learned from shadow models (Ilić et al. "
+    "2026, arXiv 2604.03199)",
+    kind="shadows",
+    needs=("reference", "shadows"),
+    on_demand=True,
+)
+def lt_mia_score(target: Signals, context: AttackContext) -> Scores:
+    """Logit of a member by :class:`.encoder.Encoder`, which learned from shadow models."""
+    return context.learned_for(target, ENCODER)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dualtok.audit.attacks.adaptive import features, scores_of
-from dualtok.audit.attacks.base import ATTACKS
+from dualtok.audit.attacks.base import ATTACKS, attack_of, takes_references
 from dualtok.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dualtok.audit.signals.signals import Signals
 
 
-__all__ = ["ATTACKS", "Scored", "attack_scores", "default_attacks", "names_of", "require_attacks"]
+__all__ = ["ATTACKS", "Scored", "attack_of", "attack_scores", "default_attacks", "names_of", "require_attacks"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Judged:
     """Name of an attack -> scores [n], higher = member."""
     features: Scores | None
     """:func:`.adaptive.features` [n, f]; None without the attacker's reference."""
+    further: dict[str, Scores] = field(default_factory=dict)
+    """Name of each further reference of the attacker's -> the features with it [n, f]."""
 
     @classmethod
     def joined(cls, parts: Sequence[Judged]) -> Judged:
@@ -66,7 +68,8 @@ class Judged:
             return parts[0]
         scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
         blocks = [part.features for part in parts if part.features is not None]
-        return cls(scores, np.concatenate(blocks) if blocks else None)
+        further = {name: np.concatenate([part.further[name] for part in parts]) for name in parts[0].further}
+        return cls(scores, np.concatenate(blocks) if blocks else None, further)
 
 
 def judge(target: Signals, context: AttackContext, names: Sequence[str]) -> Judged:
@@ -83,7 +86,16 @@ def judge(target: Signals, context: AttackContext, names: Sequence[str]) -> Judg
         if made.of_document is not None and made.needs <= context.has:
             scores[name] = made(target, context)
     with_reference = "reference" in context.has
-    return Judged(scores, features(target, context.reference_for(target)) if with_reference else None)
+    own = features(target, context.reference_for(target)) if with_reference else None
+    further = {}
+    for reference, signals in context.further_references.items():
+        other = replace(context, reference=signals)
+        further[reference] = features(target, other.reference_for(target))
+        for name in names:
+            made = ATTACKS[name]
+            if made.of_document is not None and takes_references(made) and made.needs <= other.has:
+                scores[f"{name}@{reference}"] = made(target, other)
+    return Judged(scores, own, further)
 
 
 def attack_scores(
@@ -142,6 +154,15 @@ def compare(
         found |= scores_of(members, non_members, seed, on_features)
         blocks = [np.concatenate(pair, axis=1) for pair in zip(blocks, (members, non_members), strict=True)]
     ordered: dict[str, PairOfScores] = {name: found[name] for name in names if name in found}
+    for reference, first in judged[0].further.items():
+        again = [name for name in on_features if takes_references(ATTACKS[name])]
+        learned = scores_of(first, judged[1].further[reference], seed, again)
+        for name in names:
+            score = f"{name}@{reference}"
+            if name in learned:
+                ordered[score] = learned[name]
+            elif score in judged[0].scores:
+                ordered[score] = judged[0].scores[score], judged[1].scores[score]
     return Scored(scores=ordered, not_run=not_run, features=(blocks[0], blocks[1]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,10 @@ from dualtok.audit.report.base import Count, Estimate, Record, Share
 from dualtok.audit.report.details import AttackReference, GateVerdict, GroupAudit, Power, Regurgitation
 from dualtok.audit.report.old_names import with_new_names
 from dualtok.audit.settings import AuditConfig
+
+REPORT_FORMAT: Final = "dualtok-report/1"
+"""Name and version of the format of ``report.json``; ``docs/schema`` has a JSON schema of each. A field that is added,
+renamed or removed after a release makes a new version."""
 
 
 class TprAtFpr(Record):
@@ -87,7 +91,7 @@ class CanaryScore(Record):
 
 
 BoundMethod = Literal["steinke", "f_dp", "f_dp_gaussian", "independent_gaussian"]
-"""How a lower bound on epsilon is computed from the guesses: :mod:`dualtok.audit.statistics.bounds`."""
+"""How a lower bound on epsilon is computed from the guesses: :mod:`dualtok.audit.canaries.bounds`."""
 
 
 class EpsilonBound(Record):
@@ -291,6 +295,8 @@ class TrainingSeries(Record):
 class AuditReport(Record):
     """Everything that ``report.html``, ``report.json`` and ``report.csv`` are made of."""
 
+    format: Literal["dualtok-report/1"] = REPORT_FORMAT
+    """Of the file; reports without it are of version 0.2.0 or earlier."""
     title: str
     created: str
     """Time of the audit, ISO 8601 with its offset."""
@@ -315,6 +321,9 @@ class AuditReport(Record):
     @model_validator(mode="before")
     @classmethod
     def _names(cls, content: Any) -> Any:
+        found = content.get("format", REPORT_FORMAT) if isinstance(content, dict) else REPORT_FORMAT
+        if found != REPORT_FORMAT:
+            raise ValueError(f"its format is {found!r}, this version of dualtok reads {REPORT_FORMAT!r}")
         return with_new_names(content)
 
     @model_validator(mode="after")

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from dualtok.audit.report.base import Count, Estimate, Record, Share
 
+Verdict = Literal["passed", "above", "cannot be said"]
+Compared = Literal["value", "low", "high"]
+
 
 class Power(Record):
     """The smallest leak that an audit of so many documents would have seen."""
@@ -117,9 +120,12 @@ class Group(Record):
     label: str
     """The attack that tells most about it."""
     auc: Estimate
-    """Of its documents against the non-members; the interval is corrected for choosing the group and the attack."""
+    """Two-sided, of its documents against the non-members; the interval is corrected for choosing the group and the
+    attack, and counts that the documents of a group are alike."""
     p_value: Share
-    """Against random groups of the same sizes."""
+    """Against random groups of the same sizes, of members and non-members: is it told from non-members?"""
+    p_value_among_members: Share
+    """Against random groups of the same sizes, of members: is it told better than other members?"""
 
 
 class GroupAudit(Record):
@@ -127,11 +133,23 @@ class GroupAudit(Record):
 
     field: str
     """Field of the documents that names the group."""
+    min_documents: Count
+    """Documents of the smallest groups that were looked at."""
+    attacks: Count
+    """Attacks that were run, and that the figures are corrected for; those that learn on the documents are not."""
     member_groups: Count
     non_member_groups: Count
+    members_without_group: Count
+    """Members for which the field is empty: they are no group."""
+    non_members_without_group: Count
+    small_member_groups: Count
+    """Groups left out for having fewer than ``min_documents``."""
+    small_non_member_groups: Count
     strongest_label: str
     strongest: Estimate
     """Two-sided AUC of the strongest attack on whole groups; the interval is corrected for the number of attacks."""
+    strongest_p_value: Share
+    """Of that, by permuting the labels of groups in all attacks alike."""
     worst: Group
     """The group that is told from the non-members best."""
 
@@ -141,16 +159,24 @@ class GateCheck(Record):
 
     model: str
     figure: str
-    """E.g. "strongest AUC" or "TPR at 1 %"."""
+    """E.g. "strongest AUC" or "TPR at 1 % FPR"."""
     limit: float
     value: float | None
     """The figure that was compared, by default the upper end of an interval; None if it cannot be said."""
-    verdict: Literal["passed", "above", "cannot be said"]
+    verdict: Verdict
     reason: str = ""
+    """Why it cannot be said, or what is to be known about the comparison."""
+    compared: Compared = "high"
+    """Whether ``value`` is the figure itself or an end of its interval."""
 
 
 class GateVerdict(Record):
     """What a gate said of a report."""
 
-    verdict: Literal["passed", "above", "cannot be said"]
+    verdict: Verdict
+    """The worst of the checks: one above its limit counts first, then one of which it cannot be said."""
     checks: list[GateCheck] = Field(default_factory=list)
+    compare: Compared = "high"
+    """What was asked to be compared."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Model that no limit was put on -> why."""

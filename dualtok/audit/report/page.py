@@ -69,10 +69,10 @@ def render_html(report: AuditReport) -> str:
         scope=scope,
         measured=measured,
         attacks=attacks,
-        published={name: label for name, label in attacks.items() if name not in tables.KNOWS_DEFENCE},
-        adaptive={name: label for name, label in attacks.items() if name in tables.KNOWS_DEFENCE},
+        published={name: label for name, label in attacks.items() if tables.plain(name) not in tables.KNOWS_DEFENCE},
+        adaptive={name: label for name, label in attacks.items() if tables.plain(name) in tables.KNOWS_DEFENCE},
         tests=list(dict.fromkeys((test.label, test.size) for row in report.rows for test in row.collections)),
-        sources={name: ATTACKS[name].source for name in attacks if name in ATTACKS},
+        sources={name: ATTACKS[tables.plain(name)].source for name in attacks if tables.plain(name) in ATTACKS},
         with_canaries=[row for row in report.rows if row.canaries is not None],
         **_figures(report),
     )

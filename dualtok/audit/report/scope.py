@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dualtok.audit.attacks.base import ATTACKS
-from dualtok.audit.report.tables import attack_columns, perplexity
+from dualtok.audit.report.tables import attack_columns, perplexity, plain
 from dualtok.audit.report.verdict import FALSE_ALARMS, percent, tpr_at
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def attackers(report: AuditReport) -> list[Attackers]:
     """Return the kinds of attacks that ran on any model, in the registry's order."""
     kinds: dict[str, list[str]] = {}
     for name, label in attack_columns(report.rows).items():
-        kinds.setdefault(ATTACKS[name].kind if name in ATTACKS else "others", []).append(label)
+        kinds.setdefault(ATTACKS[plain(name)].kind if plain(name) in ATTACKS else "others", []).append(label)
     other = ("Others", "what another version of dualtok describes")
     found = []
     for kind, labels in kinds.items():

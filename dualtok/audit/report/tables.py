@@ -27,7 +27,21 @@ def attack_columns(rows: Sequence[ModelAudit]) -> dict[str, str]:
     """Return name -> label of every attack that any of the rows ran, in the order of the registry."""
     ran = {attack.name: attack.label for row in rows for attack in row.attacks}
     order = {name: position for position, name in enumerate(ATTACKS)}
-    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(name, len(order)))}
+    return {name: ran[name] for name in sorted(ran, key=lambda name: order.get(plain(name), len(order)))}
+
+
+def plain(score: str) -> str:
+    """Return the name of an attack without that of the attacker's reference it was run with, if it has one."""
+    return score.partition("@")[0]
+
+
+def reference_tables(rows: Sequence[ModelAudit]) -> list[Table]:
+    """Return one table per further reference of the attacker's: AUC of the attacks with it; see :func:`_aucs`."""
+    by_reference: dict[str, list[str]] = {}
+    for name in attack_columns(rows):
+        if reference := name.partition("@")[2]:
+            by_reference.setdefault(reference, []).append(name)
+    return [_aucs(rows, f"Attacks with the reference {name}", scores) for name, scores in by_reference.items()]
 
 
 def share(value: float, digits: int = 3) -> str:
@@ -151,6 +165,45 @@ def regurgitation_table(rows: Sequence[ModelAudit], title: str = "Regurgitation"
 def _both(pair: Sequence[float | None], form: str) -> str:
     """Return the figures of members and non-members, one below the other."""
     return " /\n".join("n/a" if value is None else format(value, form) for value in pair)
+
+
+def group_table(rows: Sequence[ModelAudit], title: str = "Groups of documents") -> Table:
+    """Return one line per model audited by groups: the strongest attack on whole groups, and the worst group."""
+    found = [(row.name, row.groups) for row in rows if row.groups is not None]
+    caption = (
+        "whole groups: strongest attack on all documents of a group, two-sided AUC; worst group: the members that "
+        "differ most from non-members; intervals and p corrected for all attacks and groups; p among members: "
+        "does it differ more than other members?"
+    )
+    columns = [
+        "groups",
+        "left out",
+        "whole groups",
+        "p",
+        "worst group",
+        "documents",
+        "its AUC",
+        "p",
+        "p among\nmembers",
+    ]
+    table = _by_model(title, caption, columns)
+    for name, groups in found:
+        worst = groups.worst
+        small = groups.small_member_groups + groups.small_non_member_groups
+        single = groups.members_without_group + groups.non_members_without_group
+        table.add_row(
+            escape(name),
+            f"{groups.member_groups} members\n{groups.non_member_groups} others",
+            f"{small} small\n{single} documents",
+            _cell(groups.strongest, f" {groups.strongest_label}"),
+            share(groups.strongest_p_value),
+            escape(worst.name),
+            str(worst.documents),
+            _cell(worst.auc, f" {worst.label}"),
+            share(worst.p_value),
+            share(worst.p_value_among_members),
+        )
+    return table
 
 
 def canary_table(rows: Sequence[ModelAudit], title: str = "Canaries") -> Table:

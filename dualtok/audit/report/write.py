@@ -1,4 +1,4 @@
-"""Writes an audit as a page to read (HTML), as data (JSON) and as a table (CSV)."""
+"""Writes an audit as a page to read (HTML), as data (JSON, CycloneDX) and as a table (CSV)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtok.audit.report.base import Estimate
+from dualtok.audit.report.cards.cyclonedx import render_cyclonedx
 from dualtok.audit.report.data import AuditReport, CanaryAudit, Checks
 from dualtok.audit.report.details import Regurgitation, RunLengths
 from dualtok.audit.report.page import render_html
@@ -18,11 +19,13 @@ from dualtok.files import write_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dualtok.audit.report.details import GroupAudit
+
 CSV_COLUMNS = ("model", "step", "attack", "metric", "value", "low", "high", "target_fpr", "attained_fpr", "note")
 
 
 def write_report(report: AuditReport, folder: str | Path) -> Path:
-    """Write ``report.json``, ``report.csv`` and ``report.html`` into ``folder`` and return the path of the last.
+    """Write ``report.json``, ``.csv``, ``.cdx.json`` and ``.html`` into ``folder`` and return the path of the last.
 
     The page is one file: no script, nothing is fetched when it is opened. Each file is written whole or not at all.
     """
@@ -30,6 +33,7 @@ def write_report(report: AuditReport, folder: str | Path) -> Path:
     page = render_html(report)
     write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
     write_text(folder / "report.csv", render_csv(report))
+    write_text(folder / "report.cdx.json", render_cyclonedx(report))
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
@@ -79,6 +83,8 @@ def csv_rows(report: AuditReport) -> Iterator[dict[str, Any]]:
             yield collection | {"metric": "collection_rejected", "value": test.rejected} | ends
         if row.regurgitation is not None:
             yield from (model | line for line in _regurgitation_rows(row.regurgitation))
+        if row.groups is not None:
+            yield from (model | line for line in _group_rows(row.groups))
         if row.canaries is not None:
             yield from (model | line for line in _canary_rows(row.canaries))
         if row.strongest_p_value is not None:
@@ -119,6 +125,22 @@ def _run_rows(metric: str, runs: RunLengths | None) -> Iterator[dict[str, Any]]:
     if runs is not None:
         yield {"metric": f"{metric}_median", "value": runs.median}
         yield {"metric": f"{metric}_largest", "value": runs.largest}
+
+
+def _group_rows(groups: GroupAudit) -> Iterator[dict[str, Any]]:
+    for metric in (
+        *(f"{side}_groups" for side in ("member", "non_member", "small_member", "small_non_member")),
+        *(f"{side}_without_group" for side in ("members", "non_members")),
+    ):
+        yield {"metric": f"group_{metric}", "value": getattr(groups, metric)}
+    whole = {"note": groups.strongest_label}
+    yield {"metric": "group_strongest_auc_two_sided"} | whole | _cells(groups.strongest)
+    yield {"metric": "group_strongest_p_value", "value": groups.strongest_p_value} | whole
+    worst = groups.worst
+    note = {"note": f"{worst.name}, {worst.documents} documents, {worst.label}"}
+    yield {"metric": "worst_group_auc_two_sided"} | note | _cells(worst.auc)
+    for metric in ("p_value", "p_value_among_members"):
+        yield {"metric": f"worst_group_{metric}", "value": getattr(worst, metric)} | note
 
 
 def _canary_rows(canaries: CanaryAudit) -> Iterator[dict[str, Any]]:

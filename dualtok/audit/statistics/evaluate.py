@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualtok.audit.attacks.base import ATTACKS, AttackContext
+from dualtok.audit.attacks.base import AttackContext, attack_of
 from dualtok.audit.attacks.crossfit import FEWEST
 from dualtok.audit.attacks.registry import compare
 from dualtok.audit.report.data import Collections, ModelAudit
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from dualtok.audit.attacks.registry import Scored
     from dualtok.audit.signals.signals import Signals
+    from dualtok.audit.statistics.groups import DocumentGroups
 
     Part = tuple[Signals, AttackContext]
     """Some documents of a class, and what the attacker has beside them."""
@@ -52,6 +53,7 @@ def audit_model(
     config: AuditConfig | None = None,
     step: int | None = None,
     block_length: int | None = None,
+    groups: DocumentGroups | None = None,
 ) -> ModelAudit:
     """Run every attack of ``config`` on one model and state what it gives away.
 
@@ -64,12 +66,14 @@ def audit_model(
         config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
         step: training step of the model, if it is one of several.
         block_length: tokens after which longer documents were cut, so that no passage reaches over a cut.
+        groups: whose each document is, for ``config.group_field``.
 
     Raises:
-        DataError: no document of a class can be scored, or a context does not fit the documents.
+        DataError: no document of a class can be scored, a context does not fit the documents, or groups cannot be
+            audited (:func:`.groups.require_groups`).
     """
     whole = [(members, member_context or AttackContext())], [(non_members, non_member_context or AttackContext())]
-    return audit_parts(name, *whole, config=config, step=step, block_length=block_length)
+    return audit_parts(name, *whole, config=config, step=step, block_length=block_length, groups=groups)
 
 
 def audit_parts(
@@ -80,6 +84,7 @@ def audit_parts(
     config: AuditConfig | None = None,
     step: int | None = None,
     block_length: int | None = None,
+    groups: DocumentGroups | None = None,
 ) -> ModelAudit:
     """Do what :func:`audit_model` does with signals that come in parts, of which one at a time is in memory.
 
@@ -91,6 +96,7 @@ def audit_parts(
         config: settings; its ``min_k_share`` and ``con_recall_gamma`` take the place of the contexts'.
         step: training step of the model, if it is one of several.
         block_length: tokens after which longer documents were cut, so that no passage reaches over a cut.
+        groups: whose each document is, for ``config.group_field``.
 
     Raises:
         DataError: no document of a class can be scored, a context does not fit the documents, or a part lacks what the
@@ -103,10 +109,16 @@ def audit_parts(
             summary.add(signals, _with_settings(context, config))
         if summary.documents == 0:
             raise DataError(f"audit of {name!r}: no {kind} with at least two tokens; give more or longer documents")
-    return _audit(name, step, classes, config)
+    return _audit(name, step, classes, config, groups)
 
 
-def _audit(name: str, step: int | None, classes: tuple[ClassSummary, ClassSummary], config: AuditConfig) -> ModelAudit:
+def _audit(
+    name: str,
+    step: int | None,
+    classes: tuple[ClassSummary, ClassSummary],
+    config: AuditConfig,
+    groups: DocumentGroups | None,
+) -> ModelAudit:
     """State what the scores of all documents say."""
     contexts = classes[0].context or AttackContext(), classes[1].context or AttackContext()
     enough = min(summary.documents for summary in classes)
@@ -116,7 +128,7 @@ def _audit(name: str, step: int | None, classes: tuple[ClassSummary, ClassSummar
     if not scores:
         raise DataError(f"audit of {name!r}: none of the attacks {list(config.attacks)} can run; add 'loss'")
     outcomes = attack_outcomes(scores, config)
-    widening = {attack: ATTACKS[attack].widening for attack in scores}
+    widening = {attack: attack_of(attack).widening for attack in scores}
     has_reference = "reference" in contexts[0].has & contexts[1].has
     return ModelAudit(
         name=name,
@@ -141,6 +153,7 @@ def _audit(name: str, step: int | None, classes: tuple[ClassSummary, ClassSummar
         regurgitation=audit_regurgitation(
             ClassPassages.joined(classes[0].passages), ClassPassages.joined(classes[1].passages), config
         ),
+        groups=None if groups is None else groups.audit(scores, (classes[0].ids(), classes[1].ids()), config),
     )
 
 
@@ -152,7 +165,7 @@ def _with_settings(context: AttackContext, config: AuditConfig) -> AttackContext
 def _collections(scored: Scored, config: AuditConfig) -> list[Collections]:
     """Test collections by the Ref attack (or the first there is), and by what was learned on half of the documents."""
     name = "ref" if "ref" in scored.scores else next(iter(scored.scores))
-    named = {ATTACKS[name].label: scored.scores[name]}
+    named = {attack_of(name).label: scored.scores[name]}
     if min(map(len, scored.features)) >= FEWEST:
         named["learned"] = learned_scores(*scored.features, config.seed)
     found = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dualtok.audit.attacks.base import ATTACKS
+from dualtok.audit.attacks.base import attack_of
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import AttackResult, RocPoints, Strongest, StrongestTpr, TprAtFpr
 from dualtok.audit.signals.ragged import ROUNDING
@@ -60,7 +60,7 @@ def attack_outcomes(scores: Mapping[str, PairOfScores], config: AuditConfig) -> 
 def _outcome(
     name: str, scores: PairOfScores, draws: Floats, measurable: Sequence[float], *, config: AuditConfig, n_attacks: int
 ) -> Outcome:
-    n_non_members, widening = len(scores[1]), ATTACKS[name].widening
+    n_non_members, widening = len(scores[1]), attack_of(name).widening
     together = 1 - (1 - config.confidence) / n_attacks
 
     def estimate(values: Floats, value: float, confidence: float) -> Estimate:
@@ -86,7 +86,7 @@ def _outcome(
     drawn = curve.thinned(keep=measurable)
     result = AttackResult(
         name=name,
-        label=ATTACKS[name].label,
+        label=attack_of(name).label,
         auc=own,
         auc_two_sided=_two_sided(own),
         tpr=rates,

@@ -47,6 +47,8 @@ class ClassSummary:
     context: AttackContext | None = None
     """What the attacker had beside the first part."""
     parts: list[Judged] = field(default_factory=list)
+    document: list[NDArray[np.int64]] = field(default_factory=list)
+    """Ids of the documents, part by part."""
     passages: list[ClassPassages] = field(default_factory=list)
 
     def add(self, signals: Signals, context: AttackContext) -> None:
@@ -70,6 +72,7 @@ class ClassSummary:
             self.context = context
         usable = [name for name in self.config.attacks if ATTACKS[name].needs <= first.has]
         self.parts.append(judge(target, context, usable))
+        self.document.append(target.document)
         self.passages.append(class_passages(target, self.config, self.block_length))
         self.documents += target.n_documents
         self.tokens += target.n_tokens
@@ -85,6 +88,10 @@ class ClassSummary:
         whole = Judged.joined(self.parts)
         self.parts = []
         return whole
+
+    def ids(self) -> NDArray[np.int64]:
+        """Return the ids of all documents, in the order of their scores."""
+        return np.concatenate(self.document)
 
     @property
     def mean_loss(self) -> float:

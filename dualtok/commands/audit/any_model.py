@@ -19,9 +19,9 @@ from dualtok.audit.report.page import render_html
 from dualtok.audit.report.write import csv_rows
 from dualtok.audit.settings import ATTACKER, AuditConfig
 from dualtok.audit.signals.from_logits import token_signals
-from dualtok.commands.audit.model_signals import ModelPasses
-from dualtok.commands.audit.reruns import RerunResults
-from dualtok.commands.audit.run import attack_all
+from dualtok.commands.audit.attack import Seen, attack_all
+from dualtok.commands.audit.groups import document_groups
+from dualtok.commands.audit.passes.model_signals import ModelPasses
 from dualtok.commands.audit.text_jobs import LONGEST_BLOCK, MEMBERS, NON_MEMBERS
 from dualtok.data.text_lists import TextList, pack_texts
 from dualtok.data.tokenizer import load_tokenizer
@@ -151,26 +151,52 @@ def audit_model(
         attack_reference=None if reference is None else "in memory",
         members=MEMBERS,
         non_members=NON_MEMBERS,
+        group_field=None if member_groups is None and non_member_groups is None else "group",
         **_split_off(settings),
     )
     needing = [attack for attack in config.attacks if attack not in default_attacks()]
     if needing:
         raise ConfigError(f"audit_model: the attack {needing[0]!r} needs `dualtok audit`, which runs a model again")
-    if tokenizer is None:
-        if not isinstance(model, str | Path):
-            raise ConfigError("audit_model: give the model's tokenizer")
-        tokenizer = load_tokenizer(model)
-    loaded = {name: _loaded(model, config)} | ({} if reference is None else {ATTACKER: _loaded(reference, config)})
-    lists = {MEMBERS: TextList(members, member_groups), NON_MEMBERS: TextList(non_members, non_member_groups)}
-    limits = [settings.get("block_length") or LONGEST_BLOCK, *map(_context, loaded.values())]
-    with TemporaryDirectory(prefix="dualtok-audit-") as folder:
-        data = pack_texts(Path(folder), lists, tokenizer, most_tokens=min(limits))
+    lists = {
+        MEMBERS: _text_list(members, member_groups, config),
+        NON_MEMBERS: _text_list(non_members, non_member_groups, config),
+    }
+    models = {name: model} | ({} if reference is None else {ATTACKER: reference})
+    longest = settings.get("block_length") or LONGEST_BLOCK
+    return AuditResult(_figures(config, models, tokenizer or _own_tokenizer(model), lists, longest, progress=progress))
+
+
+def _figures(
+    config: AuditConfig,
+    models: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    lists: dict[str, TextList],
+    longest: int,
+    *,
+    progress: bool,
+) -> AuditFigures:
+    """Run the models over the texts and attack what they give away."""
+    loaded = {name: _loaded(own, config) for name, own in models.items()}
+    with TemporaryDirectory(prefix="dualtok-audit-") as temporary:
+        folder = Path(temporary)
+        data = pack_texts(folder, lists, tokenizer, most_tokens=min([longest, *map(_context, loaded.values())]))
         signals = {
-            name: _signals(own, data, config, Path(folder), title=name, progress=progress)
-            for name, own in loaded.items()
+            name: _signals(own, data, config, folder, title=name, progress=progress) for name, own in loaded.items()
         }
-        figures = attack_all(config, data, signals, divergences={}, reruns=RerunResults())
-    return AuditResult(figures)
+        return attack_all(config, data, Seen(signals, groups=document_groups(config, data, folder)))
+
+
+def _own_tokenizer(model: Any) -> PreTrainedTokenizerBase:
+    if not isinstance(model, str | Path):
+        raise ConfigError("audit_model: give the model's tokenizer")
+    return load_tokenizer(model)
+
+
+def _text_list(texts: Sequence[str], groups: Sequence[str | None] | None, config: AuditConfig) -> TextList:
+    """Return a list with its groups, or nobody's where the other list alone has some."""
+    if config.group_field is None:
+        return TextList(texts)
+    return TextList(texts, [None] * len(texts) if groups is None else groups)
 
 
 def _split_off(settings: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _trained(run: RunConfig, name: str, source: str, root: Path, processes: int)
         "seed": run.seed,
         "objective": "causal_lm",
         "model": {"path": str(folder), "trust_remote_code": run.audit.trust_remote_code},
-        "train": recipe,
+        "train": {**recipe, "batch_size": min(recipe["batch_size"], data.entry(PREPARED[0]).blocks)},
     }
     own = parse_run(tree, source=f"attack reference {name}")
     file = target / "run.yaml"

@@ -6,17 +6,11 @@ next model and attacks can be run again without a model.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import pyarrow.compute as pc
 from rich.console import Console
 
-from dualtok.audit.attacks.base import AttackContext
-from dualtok.audit.report.data import AuditFigures
-from dualtok.audit.report.details import AttackReference
 from dualtok.audit.report.scope import weak_references
 from dualtok.audit.report.tables import (
     adaptive_table,
@@ -24,51 +18,41 @@ from dualtok.audit.report.tables import (
     canary_table,
     collection_table,
     comparison_table,
+    group_table,
+    reference_tables,
     regurgitation_table,
     rerun_table,
     token_table,
 )
-from dualtok.audit.settings import TextSource
-from dualtok.audit.statistics.canaries import audit_canaries
-from dualtok.audit.statistics.checks import check_audit
-from dualtok.audit.statistics.evaluate import audit_model
-from dualtok.audit.statistics.passages import PASSAGE_CHARACTERS
+from dualtok.audit.settings import ATTACKER, TextSource
+from dualtok.commands.audit.attack import Seen, attack_all
 from dualtok.commands.audit.attackers import train_references
-from dualtok.commands.audit.canaries import KIND, open_canaries
-from dualtok.commands.audit.continuations import choose_samples, continue_models, with_continuations
-from dualtok.commands.audit.model_signals import ModelPasses
-from dualtok.commands.audit.reruns import rerun_models
+from dualtok.commands.audit.groups import check_groups, document_groups
+from dualtok.commands.audit.passes.canaries import open_canaries
+from dualtok.commands.audit.passes.continuations import choose_samples, continue_models
+from dualtok.commands.audit.passes.model_signals import ModelPasses
+from dualtok.commands.audit.passes.reruns import rerun_models
 from dualtok.commands.audit.shadow_signals import ShadowSignals
 from dualtok.commands.audit.shadows import train_shadows
 from dualtok.commands.audit.text_jobs import MEMBERS, NON_MEMBERS, Job, read_texts, text_jobs
-from dualtok.commands.audit.texts import attacker_frequencies, predicted_ids
 from dualtok.commands.audit.whole_model import whole_model
-from dualtok.commands.model_card import split_of_card, split_of_run
+from dualtok.commands.output import AUDIT_FILE, audit_folder
 from dualtok.data.folder import DataFolder
-from dualtok.data.stream.documents import document_pieces
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
 from dualtok.model.check import check_model
-from dualtok.model.folder.weights import model_folder
 from dualtok.reference.fingerprint import blocks_digest
 from dualtok.versions import code_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dualtok.audit.report.data import Checks, ModelAudit
+    from dualtok.audit.report.data import AuditFigures
     from dualtok.audit.settings import AuditConfig
-    from dualtok.audit.signals.signals import Signals
-    from dualtok.commands.audit.canaries import CanarySource
-    from dualtok.commands.audit.continuations import Found
-    from dualtok.commands.audit.model_signals import Divergences
-    from dualtok.commands.audit.reruns import RerunResults
-    from dualtok.commands.audit.texts import Pieces
     from dualtok.config.run import RunConfig
     from dualtok.distributed.ranks import Ranks
 
-AUDIT_FILE = "audit.json"
 TABLE_WIDTH = 120
 TABLES = (
     comparison_table,
@@ -76,6 +60,7 @@ TABLES = (
     rerun_table,
     adaptive_table,
     collection_table,
+    group_table,
     regurgitation_table,
     canary_table,
     bound_table,
@@ -92,8 +77,10 @@ def audit(run: RunConfig, *, processes: int = 1) -> AuditFigures:
         processes: ranks that share the training of each of ``audit.shadows``.
 
     Raises:
-        ConfigError: no models are named, or one does not fit the blocks; or shadow models cannot be trained.
-        DataError: a shard is missing or altered, or a class has no documents.
+        ConfigError: no models are named, or one does not fit the blocks; or shadow models cannot be trained; or the
+            data was prepared without the groups of ``audit.group_field``.
+        DataError: a shard is missing or altered, or a class has no documents; or a group is on both sides, or there
+            are too few.
     """
     settings = run.audit
     if not settings.models:
@@ -143,8 +130,8 @@ def _jobs_of_texts(settings: AuditConfig, folders: dict[str, Path], references: 
     assert isinstance(settings.members, TextSource)
     assert isinstance(settings.non_members, TextSource)
     lists = {
-        MEMBERS: read_texts(settings.members, "audit.members"),
-        NON_MEMBERS: read_texts(settings.non_members, "audit.non_members"),
+        MEMBERS: read_texts(settings.members, "audit.members", settings.group_field),
+        NON_MEMBERS: read_texts(settings.non_members, "audit.non_members", settings.group_field),
     }
     return text_jobs(settings, lists, folders, references, kept / "texts")
 
@@ -164,6 +151,7 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
     canaries = ranks.together(lambda: open_canaries(settings, data))
     models = ModelPasses(settings, data, kept / "signals", ranks, canaries)
     samples = ranks.together(lambda: choose_samples(settings, data, models.left_out))
+    ranks.together(lambda: check_groups(settings, data, models.left_out))
 
     def key_of(folder: Path) -> str:
         key: str = ranks.first_does(lambda: models.key(folder))
@@ -191,16 +179,8 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
     def attack() -> AuditFigures:
         found = reruns.without_prefixes(signals)
         hashes = _hashes(settings, data, {name: models.digests[folder] for name, folder in folders.items()})
-        attacked = attack_all(
-            settings,
-            data,
-            found,
-            divergences=divergences,
-            reruns=reruns,
-            of_shadows=of_shadows,
-            canaries=canaries,
-            written=written,
-        )
+        seen = Seen(found, divergences, reruns, of_shadows, canaries, written, document_groups(settings, data, kept))
+        attacked = attack_all(settings, data, seen)
         return attacked.model_copy(update={"hashes": hashes})
 
     figures: AuditFigures = ranks.first_does(attack)
@@ -214,6 +194,8 @@ def print_figures(figures: AuditFigures) -> None:
     for table in TABLES:
         if (lines := table(figures.models)).row_count:
             console.print(lines)
+    for lines in reference_tables(figures.models):
+        console.print(lines)
     checks = figures.checks
     for warning in checks.warnings if checks is not None else ():
         console.print(f"warning: {warning}", markup=False)
@@ -225,11 +207,6 @@ def print_figures(figures: AuditFigures) -> None:
             "reference may find more, so that the figures of attacks with one are a lower bound",
             markup=False,
         )
-
-
-def audit_folder(output_dir: str) -> Path:
-    """Return where a run's audit is kept."""
-    return Path(output_dir) / "audit"
 
 
 def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Path]) -> None:
@@ -260,125 +237,9 @@ def _compared(settings: AuditConfig, folders: Iterable[str]) -> str | None:
     return next((name for name in settings.references if name in folders), None)
 
 
-def attack_all(
-    settings: AuditConfig,
-    data: DataFolder,
-    signals: dict[str, dict[str, Signals]],
-    *,
-    divergences: dict[str, dict[str, Divergences]],
-    reruns: RerunResults,
-    of_shadows: ShadowSignals | None = None,
-    canaries: CanarySource | None = None,
-    written: Found | None = None,
-) -> AuditFigures:
-    """Attack every model, on rank 0.
-
-    Args:
-        settings: with splits as members and non-members.
-        data: the documents.
-        signals: name of each model, and of the attacker's reference -> split -> its signals.
-        divergences: name of each model -> split -> document -> what the joint pass left, if it was made.
-        reruns: what the reruns left.
-        of_shadows: what shadow models give to the documents.
-        canaries: canaries among the members.
-        written: what models wrote after the beginnings of documents.
-    """
-    contexts: dict[str, AttackContext] = {}
-    texts: dict[str, dict[int, Pieces]] = {}
-    frequencies = attacker_frequencies(data, settings) if "dc_pdd" in settings.attacks else None
-    audited = next(iter(settings.models))
-    attackers = [name for name in settings.references if name in signals]
-    of_shadows = of_shadows or ShadowSignals(settings, 0, None)
-    fit, learned = of_shadows.fit(), of_shadows.learn()
-    for split in settings.splits:
-        stream = data.open(split, verify=False)
-        texts[split] = document_pieces(stream, signals[audited][split].document, settings.batch_size)
-        table = data.documents(split)
-        sizes = dict(zip(table["doc"].to_pylist(), table["zlib_bytes"].to_pylist(), strict=True))
-        contexts[split] = AttackContext(
-            reference=signals[attackers[0]][split] if attackers else None,
-            further_references={name: signals[name][split] for name in attackers[1:]},
-            zlib_bytes=sizes,
-            token_ids=predicted_ids(texts[split]),
-            frequencies=frequencies,
-            shadows=fit,
-            learned=learned,
-        )
-
-    def known(name: str, split: str) -> AttackContext:
-        context = replace(contexts[split], kl_from_reference=divergences.get(name, {}).get(split))
-        return reruns.known(name, split, context)
-
-    audits = [
-        audit_model(
-            name,
-            *(signals[name][split] for split in settings.splits),
-            member_context=known(name, settings.splits[0]),
-            non_member_context=known(name, settings.splits[1]),
-            config=settings,
-            block_length=data.manifest.block_length,
-        )
-        for name in settings.models
-    ]
-    audits = [with_continuations(model, written or {}, settings) for model in audits]
-    if canaries is not None:
-        made_up, reference = canaries.texts(), signals[attackers[0]][KIND] if attackers else None
-        found = [audit_canaries(signals[model.name][KIND], made_up, settings, reference) for model in audits]
-        audits = [model.model_copy(update={"canaries": one}) for model, one in zip(audits, found, strict=True)]
-    return AuditFigures(
-        settings=settings,
-        models=audits,
-        checks=_check(settings, data, audits, texts),
-        references=[_strength(name, [signals[name][split] for split in settings.splits]) for name in attackers],
-        prefix_documents=reruns.prefixes,
-    )
-
-
-def _strength(name: str, sides: list[Signals]) -> AttackReference:
-    """Return how well one of the attacker's references predicts members and non-members."""
-    members, non_members = sides
-    return AttackReference(
-        name=name, perplexity_members=members.perplexity, perplexity_non_members=non_members.perplexity
-    )
-
-
 def _hashes(settings: AuditConfig, data: DataFolder, weights: dict[str, str]) -> dict[str, str]:
     """Return the digests of all that an audit's figures depend on, for the report."""
-    names = {name: f"model {name}" if name in settings.models else f"attacker's {name}" for name in weights}
+    attackers = {name: f"attacker's reference {name}" for name in settings.references}
+    names = attackers | {ATTACKER: "attacker's reference"} | {name: f"model {name}" for name in settings.models}
     models = {names[name]: digest for name, digest in weights.items()}
     return {"data": blocks_digest(data.manifest), "code": code_digest(), **models}
-
-
-def _check(
-    settings: AuditConfig, data: DataFolder, audits: list[ModelAudit], texts: dict[str, dict[int, Pieces]]
-) -> Checks:
-    """Look for differences between members and non-members that no model is needed to see."""
-    members, non_members = ([np.concatenate(pieces) for pieces in texts[split].values()] for split in settings.splits)
-    table = data.documents(settings.splits[0])
-    tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
-    passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
-    null = next((model for model in audits if model.name == settings.null_model), None)
-    found = check_audit(members, non_members, passage_tokens=passage, null_model=null, seed=settings.seed)
-    return found.model_copy(update={"unproven": _unproven(settings, data)})
-
-
-def _unproven(settings: AuditConfig, data: DataFolder) -> dict[str, str]:
-    """Return model -> why nothing shows that it was trained on the members, for the splits of prepared data.
-
-    What shows it is the card of ``dualtok export``, or a training run of ``audit.runs`` that has the model's name.
-    """
-    if set(settings.splits) == {MEMBERS, NON_MEMBERS}:
-        return {}  # lists of texts: whoever gives them says so
-    blocks = blocks_digest(data.manifest)
-    found = {}
-    for name, path in settings.models.items():
-        if name == settings.null_model:
-            continue
-        split = split_of_card(model_folder(path), blocks)
-        run = settings.runs.get(name)
-        split = split or (None if run is None else split_of_run(Path(run), blocks))
-        if split is None:
-            found[name] = f"neither its card nor a run of audit.runs says that it learned {data}"
-        elif split != settings.members:
-            found[name] = f"it has learned the split {split!r}, not {settings.members!r}"
-    return found

@@ -9,7 +9,8 @@ import numpy as np
 
 from dualtok.audit.attacks.adaptive import features
 from dualtok.audit.attacks.base import AttackContext
-from dualtok.audit.attacks.learned import CLASSIFIER, MOST_ROWS, choose_rows, fit_shadow_classifier
+from dualtok.audit.attacks.encoder import MOST_SEQUENCES, fit_encoder, windows
+from dualtok.audit.attacks.learned import CLASSIFIER, ENCODER, MOST_ROWS, choose_rows, fit_shadow_classifier
 from dualtok.commands.audit.shadows import document_losses, fit_losses
 from dualtok.data.folds import in_shadow
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dualtok.audit.attacks.base import Learned, ShadowFit
+    from dualtok.audit.attacks.encoder import Windows
     from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
     from dualtok.commands.audit.shadows import DocumentLosses
@@ -38,6 +40,8 @@ class ShadowSignals:
     """Split -> signals of the attacker's reference, if there is one."""
     losses: list[DocumentLosses] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
+    windows: list[tuple[Windows, NDArray[np.bool_]]] = field(default_factory=list)
+    """The same for the encoder of LT-MIA."""
 
     def add(self, number: int, signals: Mapping[str, Signals]) -> None:
         """Take what is needed of one shadow's signals over members and non-members; numbers are given in their order.
@@ -48,19 +52,28 @@ class ShadowSignals:
         if not signals:
             return
         self.losses.append(document_losses(signals.values()))
-        if CLASSIFIER in self.settings.attacks and self.reference is not None:
-            pairs = list(self._chosen(number, signals, self.reference))
-            inside = in_shadow(np.concatenate([target.document for target, _ in pairs]), number, self.seed)
-            self.rows.append((np.concatenate([features(*pair) for pair in pairs]), inside))
+        if self.reference is None:
+            return
+        if CLASSIFIER in self.settings.attacks:
+            pairs = list(self._chosen(number, signals, self.reference, MOST_ROWS))
+            self.rows.append((np.concatenate([features(*pair) for pair in pairs]), self._inside(pairs, number)))
+        if ENCODER in self.settings.attacks:
+            pairs = list(self._chosen(number, signals, self.reference, MOST_SEQUENCES))
+            parts = [windows(*pair) for pair in pairs]
+            x, mask = np.concatenate([x for x, _ in parts]), np.concatenate([mask for _, mask in parts])
+            self.windows.append(((x, mask), self._inside(pairs, number)))
+
+    def _inside(self, pairs: list[tuple[Signals, Signals]], number: int) -> NDArray[np.bool_]:
+        return in_shadow(np.concatenate([target.document for target, _ in pairs]), number, self.seed)
 
     def _chosen(
-        self, number: int, signals: Mapping[str, Signals], reference: Mapping[str, Signals]
+        self, number: int, signals: Mapping[str, Signals], reference: Mapping[str, Signals], most: int
     ) -> Iterator[tuple[Signals, Signals]]:
         """Yield the documents of each split that attacks learn from, under the shadow and under the reference."""
         sides = {split: side.with_tokens() for split, side in signals.items()}
         assert self.settings.shadows is not None
         documents = sum(side.n_documents for side in sides.values())
-        chosen = choose_rows(documents, self.settings.shadows, number, self.settings.seed, MOST_ROWS)
+        chosen = choose_rows(documents, self.settings.shadows, number, self.settings.seed, most)
         first = 0
         for split, side in sides.items():
             own = chosen[(chosen >= first) & (chosen < first + side.n_documents)] - first
@@ -74,4 +87,9 @@ class ShadowSignals:
 
     def learn(self) -> dict[str, Learned]:
         """Return what attacks learned: those of ``audit.attacks`` that the shadows and the reference suffice for."""
-        return {CLASSIFIER: fit_shadow_classifier(self.rows, self.settings.seed)} if self.rows else {}
+        found: dict[str, Learned] = {}
+        if self.rows:
+            found[CLASSIFIER] = fit_shadow_classifier(self.rows, self.settings.seed)
+        if self.windows:
+            found[ENCODER] = fit_encoder(self.windows, self.settings.seed)
+        return found

@@ -39,12 +39,13 @@ class Job:
     """Name of each model and of the attacker's reference -> its folder."""
 
 
-def read_texts(source: TextSource, key: str) -> TextList:
+def read_texts(source: TextSource, key: str, group_field: str | None = None) -> TextList:
     """Read a list of texts.
 
     Args:
         source: where they are.
         key: names the list in errors, e.g. ``audit.members``.
+        group_field: key or column that says whose each text is.
 
     Raises:
         DataError: it cannot be read, or has no text.
@@ -56,16 +57,19 @@ def read_texts(source: TextSource, key: str) -> TextList:
         txt_documents=source.txt_documents,
         dataset_config=source.dataset_config,
         dataset_split=source.dataset_split,
+        group_field=group_field,
         tokenizer="of the model",
         shares={"train": 1.0},
     )
     try:
-        texts = [document.text for document in read_documents(config)]
+        documents = list(read_documents(config))
     except DataError as error:
-        raise DataError(f"{key}: {str(error).replace('data.source', f'{key}.source')}") from None
-    if not texts:
+        reason = str(error).replace("data.source", f"{key}.source").replace("data.group_field", "audit.group_field")
+        raise DataError(f"{key}: {reason}") from None
+    if not documents:
         raise DataError(f"{key}: {source.source}: no documents")
-    return TextList(texts)
+    groups = None if group_field is None else [document.group for document in documents]
+    return TextList([document.text for document in documents], groups)
 
 
 def text_jobs(

@@ -16,7 +16,7 @@ from dualtok.data.manifest import DOCUMENTS, ShardEntry, SplitEntry
 from dualtok.data.packing import pack_documents
 from dualtok.data.prepare.decide import decisions_path
 from dualtok.data.prepare.splits import content_digest
-from dualtok.data.prepare.staged import Chunk, Staged, StagedAt, read_staged, staged_at
+from dualtok.data.prepare.staged import GROUP, Chunk, Staged, StagedAt, read_staged, staged_at
 from dualtok.data.shards import blocks_table, describe_shard, schema, shard_name, write_shard
 from dualtok.data.tokenizer import encode, load_tokenizer, vocabulary_size
 from dualtok.data.tokenizer_check import SpelledOut
@@ -49,7 +49,7 @@ DOCUMENT = pa.schema(
 )
 
 
-TO_PACK = pa.schema([("doc", pa.int64()), ("sha256", pa.binary(32)), ("text", pa.large_string())])
+TO_PACK = pa.schema([("doc", pa.int64()), ("sha256", pa.binary(32)), ("text", pa.large_string()), (GROUP, pa.string())])
 
 
 class TokenizerAt(NamedTuple):
@@ -107,6 +107,7 @@ def pack_chunks(
         tokenizer_at=tokenizer,
         block_length=config.block_length,
         special=config.special_tokens_in_text == "encode",
+        grouped=config.group_field is not None,
     )
     for _ in workers.map(work, [_PackTask(chunk, canaries.get(chunk.number, [])) for chunk in chunks]):
         progress.advance(1)
@@ -156,7 +157,12 @@ def write_splits(
             entries[task.split].append(entry)
             bar.advance(1)
     return {
-        split: _split_entry(folder / split, [_packed_path(staging, chunk, split, "table") for chunk in chunks], shards)
+        split: _split_entry(
+            folder / split,
+            [_packed_path(staging, chunk, split, "table") for chunk in chunks],
+            shards,
+            document_schema(grouped=config.group_field is not None),
+        )
         for split, shards in entries.items()
     }
 
@@ -173,7 +179,14 @@ def _tokenizer_of_process(at: TokenizerAt) -> tuple[PreTrainedTokenizerBase, Spe
     return tokenizer, SpelledOut(tokenizer)
 
 
-def _pack_chunk(task: _PackTask, *, at: StagedAt, tokenizer_at: TokenizerAt, block_length: int, special: bool) -> None:
+def document_schema(*, grouped: bool) -> pa.Schema:
+    """Return the columns of a split's table of documents, with ``group`` or without."""
+    return DOCUMENT.append(pa.field(GROUP, pa.string())) if grouped else DOCUMENT
+
+
+def _pack_chunk(
+    task: _PackTask, *, at: StagedAt, tokenizer_at: TokenizerAt, block_length: int, special: bool, grouped: bool
+) -> None:
     """Tokenise and pack one chunk, split by split; runs in a worker process."""
     chunk = task.chunk
     done = _done_path(at.folder, chunk)
@@ -182,7 +195,7 @@ def _pack_chunk(task: _PackTask, *, at: StagedAt, tokenizer_at: TokenizerAt, blo
     staged, (tokenizer, spelled) = staged_at(at), _tokenizer_of_process(tokenizer_at)
     with_special = 0
     for split in SPLITS:
-        table = _split_of(staged, chunk, split)
+        table = _split_of(staged, chunk, split, grouped=grouped)
         if split == "train" and task.canaries:
             table = pa.concat_tables([table, _as_documents(task.canaries)])
         if not table.num_rows:
@@ -198,8 +211,9 @@ def _pack_chunk(task: _PackTask, *, at: StagedAt, tokenizer_at: TokenizerAt, blo
                 pa.array([len(row) for row in ids], pa.int64()),
                 pa.array([len(text) for text in texts], pa.int64()),
                 pa.array([len(zlib.compress(text.encode("utf-8"))) for text in texts], pa.int64()),
+                *([table[GROUP].combine_chunks()] if grouped else []),
             ],
-            schema=DOCUMENT,
+            schema=document_schema(grouped=grouped),
         )
         _write_table(_packed_path(at.folder, chunk, split, "blocks"), blocks_table(blocks, block_length))
         _write_table(_packed_path(at.folder, chunk, split, "table"), documents)
@@ -213,26 +227,29 @@ def _count_chunk(
     staged, (tokenizer, _) = staged_at(at), _tokenizer_of_process(tokenizer_at)
     counts = np.zeros(vocabulary, dtype=np.int64)
     for split in SPLITS:
-        for ids in _encoded(tokenizer, _split_of(staged, chunk, split)["text"].to_pylist(), special=special):
+        for ids in _encoded(
+            tokenizer, _split_of(staged, chunk, split, grouped=False)["text"].to_pylist(), special=special
+        ):
             counts += np.bincount(ids, minlength=vocabulary)
     return counts
 
 
-def _split_of(staged: Staged, chunk: Chunk, split: str) -> pa.Table:
-    """Return number, digest and text of a split's documents in a chunk."""
+def _split_of(staged: Staged, chunk: Chunk, split: str, *, grouped: bool) -> pa.Table:
+    """Return number, digest, text and group of a split's documents in a chunk."""
     docs = _documents(staged, chunk, split)
     if not len(docs):
         return TO_PACK.empty_table()
-    return staged.take(docs, ["sha256", "text"]).add_column(0, TO_PACK.field("doc"), pa.array(docs)).cast(TO_PACK)
+    found = staged.take(docs, ["sha256", "text", *([GROUP] if grouped else [])])
+    if not grouped:
+        found = found.append_column(TO_PACK.field(GROUP), pa.nulls(len(docs), pa.string()))
+    return found.add_column(0, TO_PACK.field("doc"), pa.array(docs)).cast(TO_PACK)
 
 
 def _as_documents(canaries: list[Canary]) -> pa.Table:
     docs, texts = [canary.doc for canary in canaries], [canary.text for canary in canaries]
+    digests, nobodys = [content_digest(text) for text in texts], [None] * len(texts)
     return pa.Table.from_arrays(
-        [
-            pa.array(column, field.type)
-            for column, field in zip((docs, [content_digest(text) for text in texts], texts), TO_PACK, strict=True)
-        ],
+        [pa.array(column, field.type) for column, field in zip((docs, digests, texts, nobodys), TO_PACK, strict=True)],
         schema=TO_PACK,
     )
 
@@ -294,11 +311,11 @@ def _write_lane_shard(task: _ShardTask, *, folder: Path, block_length: int) -> S
     return write_shard(target, task.lane, task.number, pa.concat_tables(parts).cast(schema(block_length)))
 
 
-def _split_entry(folder: Path, tables: list[Path], shards: list[ShardEntry]) -> SplitEntry:
+def _split_entry(folder: Path, tables: list[Path], shards: list[ShardEntry], columns: pa.Schema) -> SplitEntry:
     """Write a split's table of documents, chunk by chunk, and return its manifest entry."""
     documents = tokens = 0
     path = folder / DOCUMENTS
-    with atomic_file(path) as stream, pa.ipc.new_file(stream, DOCUMENT) as writer:
+    with atomic_file(path) as stream, pa.ipc.new_file(stream, columns) as writer:
         for part in tables:
             if part.is_file():
                 table = read_staged(part)

@@ -235,7 +235,7 @@ def secret_of(index: int, config: CanaryConfig) -> str:
 
 
 def candidates(canary: Canary, config: CanaryConfig, count: int) -> list[str]:
-    """Return secrets that a canary might have had instead, without its own.
+    """Return secrets that a canary of the kinds ``digits`` and ``words`` might have had instead, without its own.
 
     Args:
         canary: the canary.

@@ -10,8 +10,8 @@ import numpy as np
 
 from dualtok.config.data import SPLITS
 from dualtok.data.prepare.groups import Groups, Membership, is_short
-from dualtok.data.prepare.splits import assign_split
-from dualtok.data.prepare.staged import Chunk, Staged, fixed_width, is_full
+from dualtok.data.prepare.splits import assign_split, dealt_by
+from dualtok.data.prepare.staged import GROUP, Chunk, Staged, fixed_width, is_full
 from dualtok.errors import DataError
 from dualtok.files import atomic_file
 
@@ -44,6 +44,8 @@ class Decisions:
     """Length of the split ``reference``, on which a tokenizer is trained."""
     compared_by_characters: int = 0
     """Documents whose n-grams are of characters."""
+    in_groups: int = 0
+    """Documents that have a group."""
 
     def count(self, decision: str) -> int:
         """Return how many documents were decided so."""
@@ -65,6 +67,11 @@ class Decisions:
             raise UnusableCorpusError(
                 f"{config.source}: empty corpus: {self.read} documents read, {self.count('too_short')} too short, "
                 "none left"
+            )
+        if config.group_field is not None and not self.in_groups:
+            raise UnusableCorpusError(
+                f"{config.source}: no document has a field {config.group_field!r} that names its group "
+                "(data.group_field); correct the name, or leave it out"
             )
         for split, share in config.shares.items():
             if not self.count(split):
@@ -97,8 +104,10 @@ def decide(config: DataConfig, staged: Staged, groups: Groups, progress: RunProg
                 np.save(stream, decisions)
         result.chunks.append(chunk)
         result.counts += np.bincount(decisions, minlength=len(DECISIONS))
-        of_characters = staged.take(np.arange(chunk.first, chunk.end), ["of_characters"])["of_characters"]
-        result.compared_by_characters += int(of_characters.to_numpy().sum())
+        columns = ["of_characters"] if config.group_field is None else ["of_characters", GROUP]
+        table = staged.take(np.arange(chunk.first, chunk.end), columns)
+        result.compared_by_characters += int(table["of_characters"].to_numpy().sum())
+        result.in_groups += 0 if config.group_field is None else len(table) - table[GROUP].null_count
         reference = np.flatnonzero(decisions == SPLITS.index("reference"))
         if len(reference):
             lengths = staged.take(chunk.first + reference, ["n_characters"])["n_characters"].to_numpy()
@@ -140,7 +149,9 @@ class _Decider:
     def decisions(self, chunk: Chunk, members: dict[int, list[Membership]]) -> NDArray[np.uint8]:
         """Return the decisions about a chunk's documents."""
         config = self._config
-        table = self._staged.take(np.arange(chunk.first, chunk.end), ["sha256", "n_characters", "blank"])
+        columns = ["sha256", "n_characters", "blank", *([] if config.group_field is None else [GROUP])]
+        table = self._staged.take(np.arange(chunk.first, chunk.end), columns)
+        groups = [None] * len(table) if config.group_field is None else table[GROUP].to_pylist()
         short = is_short(table, config)
         sketches = _Sketches(self._staged, config, self._needed(members))
         decisions = np.empty(chunk.end - chunk.first, dtype=np.uint8)
@@ -153,7 +164,7 @@ class _Decider:
             elif (duplicate := sketches.duplicate(doc, sorted(candidates))) is not None:
                 decisions[position] = duplicate
             else:
-                split = assign_split(digest, config.shares, config.seed)
+                split = assign_split(dealt_by(digest, groups[position]), config.shares, config.seed)
                 decisions[position] = UNUSED if split is None else DECISIONS.index(split)
             self.remember(doc, memberships, kept=decisions[position] <= UNUSED)
         return decisions

@@ -17,7 +17,7 @@ import pyarrow as pa
 from dualtok.data.prepare.deduplicate import EXACT_BYTES, sketch
 from dualtok.data.prepare.parts import COMPLETE, PartReader
 from dualtok.data.prepare.splits import content_digest
-from dualtok.data.prepare.staged import is_full, read_staged
+from dualtok.data.prepare.staged import GROUP, is_full, read_staged
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, write_text
 
@@ -59,10 +59,11 @@ def stage_part(
     documents = iter(reader)
     chain = _pass_over(documents, sum(rows), folder, config)
     work = partial(_prepare_text, config=config)
-    for texts in _chunks(documents):
+    for some in _chunks(documents):
+        texts, groups = [document.text for document in some], [document.group for document in some]
         prepared = list(workers.map(work, texts, batch=64))
-        for document in prepared:
-            chain = _chained(chain, document.digest)
+        for document, group in zip(prepared, groups, strict=True):
+            chain = _chained(chain, document.digest, group)
         columns = [
             pa.array([document.digest for document in prepared], schema.field("sha256").type),
             pa.array([document.exact for document in prepared], schema.field("exact").type),
@@ -71,6 +72,7 @@ def stage_part(
             pa.array([document.blank for document in prepared], pa.bool_()),
             pa.array([document.of_characters for document in prepared], pa.bool_()),
             pa.array(texts, pa.large_string()),
+            *([] if config.group_field is None else [pa.array(groups, pa.string())]),
         ]
         path = folder / f"documents-{len(rows):06d}.arrow"
         table = pa.Table.from_arrays(columns, schema=schema.with_metadata({CHAIN: chain.encode()}))
@@ -93,6 +95,7 @@ def staged_schema(config: DataConfig) -> pa.Schema:
             ("blank", pa.bool_()),
             ("of_characters", pa.bool_()),
             ("text", pa.large_string()),
+            *([] if config.group_field is None else [(GROUP, pa.string())]),
         ]
     )
 
@@ -101,7 +104,7 @@ def _pass_over(documents: Iterator[Document], count: int, folder: Path, config: 
     """Read again what is staged, and return the chained digest of it; refuse other texts than then."""
     chain = ""
     for document in islice(documents, count):
-        chain = _chained(chain, content_digest(document.text))
+        chain = _chained(chain, content_digest(document.text), document.group)
     if count:
         known = read_staged(staged_files(folder)[-1]).schema.metadata[CHAIN].decode()
         if chain != known:
@@ -112,22 +115,22 @@ def _pass_over(documents: Iterator[Document], count: int, folder: Path, config: 
     return chain
 
 
-def _chained(digest: str, content: bytes) -> str:
-    return hashlib.sha256(digest.encode() + content).hexdigest()
+def _chained(digest: str, content: bytes, group: str | None) -> str:
+    return hashlib.sha256(digest.encode() + content + (b"" if group is None else group.encode())).hexdigest()
 
 
-def _chunks(documents: Iterator[Document]) -> Iterator[list[str]]:
+def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Cut the documents into chunks, bounded in number and in characters."""
-    texts: list[str] = []
+    some: list[Document] = []
     characters = 0
     for document in documents:
-        texts.append(document.text)
-        characters += len(texts[-1])
-        if is_full(len(texts), characters):
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
+        some.append(document)
+        characters += len(document.text)
+        if is_full(len(some), characters):
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
 
 
 def _prepare_text(text: str, *, config: DataConfig) -> _Prepared:

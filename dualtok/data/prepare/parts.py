@@ -28,6 +28,7 @@ BEGUN, COMPLETE, LOCK = "part.json", "complete.json", "lock"
 READING = (
     "source",
     "field",
+    "group_field",
     "txt_documents",
     "dataset_config",
     "dataset_split",

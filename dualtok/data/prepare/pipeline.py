@@ -289,8 +289,9 @@ def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
     earlier = with_new_names({"data": stored})[0]["data"]
-    for key in sorted(earlier):  # a setting that is younger than the folder is not held against it
-        if earlier[key] != settings.get(key):
+    # A setting that is younger than the folder is not held against it, but groups cannot be had from one without them.
+    for key in sorted({*earlier, "group_field"}):
+        if earlier.get(key) != settings.get(key):
             raise ConfigError(
                 f"data.{key}: {settings.get(key)!r}, but {folder} was prepared with {earlier.get(key)!r}; choose "
                 "another data.dir or remove the folder"

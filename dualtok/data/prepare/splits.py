@@ -1,4 +1,4 @@
-"""Which split a document belongs to: a function of the seed and its own text alone.
+"""Which split a document belongs to: a function of the seed and its own text alone, or of its group's name.
 
 It depends neither on the order of the corpus nor on what else is in it, so that adding documents never moves one from
 the held-out split into training.
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 def content_digest(text: str) -> bytes:
     """Return the SHA-256 of a document's text."""
     return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+def dealt_by(digest: bytes, group: str | None) -> bytes:
+    """Return the digest that decides a document's split: of its text, or of its group, which stays together."""
+    return digest if group is None else content_digest(group)
 
 
 def uniform(seed: int, digest: bytes) -> float:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Number = TypeVar("Number", bound=np.generic)
+GROUP = "group"
+"""Column, of staged files and of a split's table of documents, that says whose each document is; there with
+``data.group_field`` alone."""
 CHUNK_DOCUMENTS = 4096
 CHUNK_CHARACTERS = 1 << 25
 

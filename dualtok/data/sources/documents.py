@@ -17,11 +17,11 @@ from dualtok.data.sources.formats import (
     SUFFIXES_IN_WORDS,
     Document,
     Wanted,
+    document_of,
     kind_of,
-    no_field,
     read_parquet,
     reason_of,
-    text_of,
+    require_fields,
 )
 from dualtok.errors import DataError
 
@@ -188,13 +188,13 @@ def _stream_dataset(config: DataConfig, wanted: Wanted) -> Iterator[Document | N
         raise DataError(
             f"{name}: neither a file, a folder nor a dataset that can be read: {reason_of(error)}"
         ) from None
-    if columns is not None and config.field not in columns:
-        raise DataError(no_field(config.field, columns, name))
+    if columns is not None:
+        require_fields(config, columns, name)
     number = 0
     try:
         for number, row in enumerate(dataset):
             origin = f"{name}: row {number}"
-            yield Document(text_of(row, config.field, origin), origin) if wanted(number) else None
+            yield document_of(row, config, origin) if wanted(number) else None
     except DataError:
         raise
     except Exception as error:

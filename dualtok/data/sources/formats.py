@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import re
 import sys
 import zlib
@@ -55,6 +56,8 @@ class Document(NamedTuple):
 
     text: str
     origin: str
+    group: str | None = None
+    """Whose it is, by ``data.group_field``; None for nobody's."""
 
 
 Wanted = Callable[[int], bool]
@@ -131,6 +134,11 @@ def _split_at_returns(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _read_txt(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    if config.group_field is not None:
+        raise DataError(
+            f"{path}: a text file has no field {config.group_field!r} (data.group_field); give JSON, CSV or Parquet, "
+            "or leave data.group_field out"
+        )
     if config.txt_documents == "file":
         if not wanted(0):
             yield None
@@ -165,7 +173,7 @@ def _read_jsonl(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Docu
         if _is_blank(raw, origin):
             continue
         count += 1
-        yield _json_document(_decode(raw, origin), config.field, origin) if wanted(count - 1) else None
+        yield _json_document(_decode(raw, origin), config, origin) if wanted(count - 1) else None
 
 
 def _is_blank(raw: bytes, origin: str) -> bool:
@@ -175,16 +183,17 @@ def _is_blank(raw: bytes, origin: str) -> bool:
     return not _decode(raw, origin).strip()  # other white space than ASCII's
 
 
-def _json_document(text: str, field: str, origin: str) -> Document:
+def _json_document(text: str, config: DataConfig, origin: str) -> Document:
+    field = config.field
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError):  # a number or a nesting beyond Python's limits, in whatever field
-        row = only_field(text, field, origin)
+        row = only_field(text, field, origin, config.group_field)
     if not isinstance(row, dict):
         raise DataError(f"{origin}: a line must be a JSON object with the field {field!r}")
-    return Document(text_of(row, field, origin), origin)
+    return document_of(row, config, origin)
 
 
 def _read_json(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
@@ -214,7 +223,7 @@ def _read_json(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Docum
         elif item.startswith('"'):
             yield Document(_require_text(_string(decoder, item, origin), config.field, origin), origin)
         else:
-            yield _json_document(item, config.field, origin)
+            yield _json_document(item, config, origin)
         number += 1
 
 
@@ -231,20 +240,24 @@ def _read_csv(path: Path, config: DataConfig, wanted: Wanted, delimiter: str = "
     with _opened(path) as stream:
         rows = csv.reader(_decoded_lines(stream, path), delimiter=delimiter, strict=True)
         header: list[str] | None = None
+        columns: list[str] = []
         number = 0
         try:
             for row in rows:
                 if header is None:
                     header = row
-                    if config.field not in header:
-                        raise DataError(no_field(config.field, header, str(path)))
+                    columns = require_fields(config, header, str(path))
                     continue
                 if not row:  # a blank line
                     continue
                 origin = f"{path}: row {number}"
                 if len(row) != len(header):
                     raise DataError(f"{origin}: {len(row)} cells, but the first row names {len(header)} columns")
-                yield Document(row[header.index(config.field)], origin) if wanted(number) else None
+                yield (
+                    document_of({name: row[header.index(name)] for name in columns}, config, origin)
+                    if wanted(number)
+                    else None
+                )
                 number += 1
         except csv.Error as error:
             raise DataError(f"{path}: row {number}: not valid CSV: {error}") from None
@@ -268,19 +281,19 @@ def read_parquet(
     row = 0
     try:
         file = pq.ParquetFile(path)
-        if config.field not in file.schema_arrow.names:
-            raise DataError(no_field(config.field, file.schema_arrow.names, str(path)))
+        columns = require_fields(config, file.schema_arrow.names, str(path))
         first = sum(file.metadata.row_group(group).num_rows for group in range(row_group or 0))
         groups = None if row_group is None else [row_group]
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=groups, columns=[config.field]):
-            column = batch.column(0)
-            for position in range(len(column)):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=groups, columns=columns):
+            names = batch.schema.names
+            for position in range(batch.num_rows):
                 origin = f"{path}: row {first + row}"
-                yield (
-                    Document(_require_text(column[position].as_py(), config.field, origin), origin)
+                values = (
+                    {name: batch.column(names.index(name))[position].as_py() for name in columns}
                     if wanted(row)
                     else None
                 )
+                yield None if values is None else document_of(values, config, origin)
                 row += 1
     except UnicodeDecodeError:
         raise DataError(f"{path}: row {row}: not UTF-8; convert the file to UTF-8") from None
@@ -307,6 +320,48 @@ def _decode(raw: bytes, origin: str) -> str:
         newlines = raw.count(b"\n", 0, error.start)
         line = "" if re.search(r":\d+$", origin) else f" (line {newlines + 1})"
         raise DataError(f"{origin}: not UTF-8 at byte {error.start}{line}; convert the file to UTF-8") from None
+
+
+def document_of(row: dict[str, object], config: DataConfig, origin: str) -> Document:
+    """Return the document of one object or row.
+
+    Raises:
+        DataError: it has no text, or its group is neither a text nor a whole number nor missing.
+    """
+    group = None if config.group_field is None else _group(row.get(config.group_field), config.group_field, origin)
+    return Document(text_of(row, config.field, origin), origin, group)
+
+
+def require_fields(config: DataConfig, known: list[str], origin: str) -> list[str]:
+    """Return the columns of a table that are to be read.
+
+    Raises:
+        DataError: it lacks one.
+    """
+    wanted = {"field": config.field, "group_field": config.group_field}
+    columns = {setting: name for setting, name in wanted.items() if name is not None}
+    for setting, name in columns.items():
+        if name not in known:
+            raise DataError(no_field(name, known, origin, setting))
+    return list(columns.values())
+
+
+def _group(value: object, field: str, origin: str) -> str | None:
+    """Return a group's name; an empty text, null and NaN, which tables have for null, are no group."""
+    if isinstance(value, float) and not isinstance(value, bool):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value  # whole numbers become such where a table has nulls
+    if value is None or value == "":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{origin}: field {field!r} holds {type(value).__name__}, not the name of a group: a text or a whole "
+            "number (data.group_field)"
+        )
+    return _require_text(value, field, origin)
 
 
 def text_of(row: dict[str, object], field: str, origin: str) -> str:
@@ -336,10 +391,10 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def no_field(field: str, known: list[str], origin: str) -> str:
+def no_field(field: str, known: list[str], origin: str, setting: str = "field") -> str:
     """Return the error for a field that is not there."""
     # A JSON object may have texts for keys, which no message must repeat.
     names = [name for name in map(str, known) if NAME.fullmatch(name)]
     others = len(known) - len(names)
     fields = ", ".join([*names, *([f"{others} that are no names"] if others else [])])
-    return f"{origin}: no field {field!r}{did_you_mean(field, names)}; fields are {fields} (data.field)"
+    return f"{origin}: no field {field!r}{did_you_mean(field, names)}; fields are {fields} (data.{setting})"

@@ -9,10 +9,11 @@ from dualtok.errors import DataError
 
 WHITE = re.compile(r"[ \t\r\n]*")
 NEXT_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+MOST_DIGITS = 20
 PLAIN_VALUE = re.compile(r"[^\s,\]}]+")
 
 
-def only_field(text: str, field: str, origin: str) -> dict[str, object]:
+def only_field(text: str, field: str, origin: str, group_field: str | None = None) -> dict[str, object]:
     """Return an object's fields by name, those that are not the text's passed over unread.
 
     For objects with a number or a nesting beyond Python's limits in another field, which :mod:`json` refuses.
@@ -21,6 +22,7 @@ def only_field(text: str, field: str, origin: str) -> dict[str, object]:
         text: one line.
         field: the field to read.
         origin: file and line, for the error.
+        group_field: another field to read: a text, a number of at most 20 digits, or null.
 
     Raises:
         DataError: it is no JSON object.
@@ -38,7 +40,7 @@ def only_field(text: str, field: str, origin: str) -> dict[str, object]:
             if not isinstance(key, str) or text[position : position + 1] != ":":
                 raise ValueError("no name and value")
             position = after_white(text, position + 1)
-            if key == field and text[position] == '"':
+            if _is_read(text, position, key, field, group_field):
                 found[key], position = decoder.raw_decode(text, position)
             else:
                 found[key], position = _Unread(), after_value(text, position)
@@ -52,6 +54,14 @@ def only_field(text: str, field: str, origin: str) -> dict[str, object]:
     if after_white(text, position + 1) != len(text):
         raise DataError(f"{origin}: not valid JSON: more follows at column {position + 2}")
     return found
+
+
+def _is_read(text: str, position: int, key: str, field: str, group_field: str | None) -> bool:
+    """Return whether a field is one of those to read, and short enough to be read without fear."""
+    if key in (field, group_field) and text[position] == '"':
+        return True
+    plain = PLAIN_VALUE.match(text, position)
+    return key == group_field and text[position] not in "[{" and plain is not None and len(plain[0]) <= MOST_DIGITS
 
 
 class _Unread:

@@ -65,3 +65,29 @@ def test_a_forest_finds_nothing_where_there_is_nothing() -> None:
     aucs = [audit_of_nothing(forest(0), trial, 40, 8)[0] for trial in range(8)]
     deviation = np.sqrt((2 * 40 + 1) / (12 * 40 * 40)) * WIDENING
     assert abs(np.mean(aucs) - 0.5) < 4 * deviation / np.sqrt(len(aucs))
+
+
+class Counting(BaseEstimator, ClassifierMixin):
+    """Judges by the first feature, and asserts how many documents it learned from."""
+
+    def fit(self, x: Any, y: Any) -> Counting:
+        assert len(x) == 30
+        assert 5 < np.count_nonzero(y) < 25
+        self.classes_ = np.array([False, True])
+        return self
+
+    def predict_proba(self, x: Any) -> Any:
+        return np.stack([1 - x[:, 0], x[:, 0]], axis=1)
+
+
+def test_a_sample_is_learned_from_and_all_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).random((200, 2))
+    scores = cross_fitted_scores(Counting(), x, 100, seed=0, most_learned=30)
+    assert [len(side) for side in scores] == [100, 100]
+    fold = folds(100, 100, seed=0)
+    for number in range(2):
+        here = fold == number
+        np.testing.assert_allclose(np.concatenate(scores)[here], scipy.stats.rankdata(x[here, 0]) / (here.sum() + 1))
+    monkeypatch.setattr("dualtok.audit.attacks.crossfit.PART", 7)
+    for one, other in zip(scores, cross_fitted_scores(Counting(), x, 100, seed=0, most_learned=30), strict=True):
+        np.testing.assert_array_equal(one, other)

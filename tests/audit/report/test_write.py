@@ -88,10 +88,11 @@ def html(report: AuditReport) -> str:
     return render_html(report)
 
 
-def test_the_three_files_are_written_and_read_back(report: AuditReport, tmp_path: Path) -> None:
+def test_the_files_are_written_and_read_back(report: AuditReport, tmp_path: Path) -> None:
     page = write_report(report, tmp_path / "audit")
     assert page == tmp_path / "audit" / "report.html"
-    assert sorted(file.name for file in page.parent.iterdir()) == ["report.csv", "report.html", "report.json"]
+    written = ["report.cdx.json", "report.csv", "report.html", "report.json"]
+    assert sorted(file.name for file in page.parent.iterdir()) == written
     assert load_report(page.with_suffix(".json")) == report
     assert page.read_text(encoding="utf-8") == render_html(report)
     assert page.with_suffix(".csv").read_text(encoding="utf-8") == render_csv(report)
@@ -105,6 +106,9 @@ def test_a_report_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"report\.json: not a readable audit report .*title") as caught:
         load_report(path)
     assert "\n" not in str(caught.value)
+    path.write_text('{"format": "dualtok-report/2"}')
+    with pytest.raises(DataError, match="its format is 'dualtok-report/2', this version of dualtok reads"):
+        load_report(path)
 
 
 def test_csv_has_one_line_per_model_attack_and_metric_equal_to_the_input(report: AuditReport) -> None:

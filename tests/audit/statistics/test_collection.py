@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dualtok.audit.statistics.collection import collection_tests, holm, learned_scores
+from dualtok.audit.statistics.collection import collection_tests, holm, learned_scores, mean_difference_p_value
 
 TRIALS = 300
 
@@ -81,3 +81,33 @@ def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("digits", [0, 12])
+@pytest.mark.parametrize("sizes", [(10, 10), (4, 9), (40, 25), (6, 6), (2, 2)])
+def test_a_p_value_is_that_of_scipys_permutation_test(sizes: tuple[int, int], digits: int) -> None:
+    """To the digit, from the same draws; few documents are permuted in all ways."""
+
+    def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean(x, axis=axis) - np.mean(y, axis=axis)
+
+    for seed in range(5):
+        draw = np.random.default_rng(seed)
+        pair = [draw.normal(size=size).round(digits) for size in sizes]
+        ours, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
+        for _ in range(2):  # the second begins where the first left the generator
+            expected = scipy.stats.permutation_test(pair, difference, n_resamples=999, vectorized=True, rng=theirs)
+            assert mean_difference_p_value(*pair, 999, ours) == expected.pvalue
+
+
+def test_a_sample_of_many_documents_is_learned_from_and_the_rest_is_still_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = np.random.default_rng(0)
+    members, others = draw.normal(0.5, 1, (300, 3)), draw.normal(size=(300, 3))
+    every = learned_scores(members, others, seed=0)
+    monkeypatch.setattr("dualtok.audit.statistics.collection.MOST_LEARNED", 60)
+    few = learned_scores(members, others, seed=0)
+    assert [len(scores) for scores in few] == [len(scores) for scores in every] == [150, 150]
+    assert (few[0] != every[0]).all()
+    assert scipy.stats.ttest_ind(*few).pvalue < 1e-6

@@ -91,6 +91,23 @@ def test_the_strongest_attack_is_corrected_for_the_number_of_attacks(make_signal
     ]
     assert len(scores) == len(CONFIG.attacks)
     assert (strongest.low, strongest.high) == (max(low for low, _ in ends), max(high for _, high in ends))
+    assert [best.target_fpr for best in row.strongest_tpr] == [0.5, 0.1]
+    for found, position in zip(row.strongest_tpr, (0, 1), strict=True):
+        rates = {attack.label: attack.tpr[position].tpr for attack in row.attacks}
+        assert found.tpr.value == max(rate.value for rate in rates.values() if rate is not None)
+        assert found.tpr.value == rates[found.label].value
+        ends = [
+            bootstrap_interval(
+                *values,
+                tpr_of_counts(found.target_fpr),
+                resamples=150,
+                seed=3,
+                confidence=corrected,
+                widening=ATTACKS[attack].widening,
+            )
+            for attack, values in scores.items()
+        ]
+        assert (found.tpr.low, found.tpr.high) == (max(low for low, _ in ends), max(high for _, high in ends))
     alone = audit_model(
         "plain", members, others, config=replace(CONFIG, attacks=(best.name,)), **contexts(make_signals)
     )

@@ -98,24 +98,24 @@ def test_windows_and_runs_are_those_of_plain_loops(
 
 
 def test_the_figures_of_a_model_are_counted_by_hand() -> None:
-    # Of 12 tokens each; 10 in a row count. The fourth document is too short to have a passage.
-    members = [[0] * 12, [0] * 10 + [1, 7], [3] + [0] * 9 + [1, 5], [0] * 9, [7] * 12]
+    # Of 12 tokens, but the first; 10 in a row count. The fourth document is too short to have a passage.
+    members = [[0] * 13, [0] * 10 + [1, 7], [3] + [0] * 9 + [1, 5], [0] * 9, [7] * 12]
     others = [[1] * 12, [0] * 4 + [1] * 8]
     found = both(signals(members), signals(others, 9), AuditConfig(extract_tokens=10))
     assert found is not None
     assert found.length == 10
     assert found.extracted_members.value == 2 / 4
     assert found.extracted_non_members.value == 0
-    assert found.greedy_members == (12 + 10 + 9 + 9) / 57
+    assert found.greedy_members == (13 + 10 + 9 + 9) / 58
     assert found.greedy_non_members == 4 / 24
     assert found.runs_members is not None
     assert found.runs_non_members is not None
-    assert (found.runs_members.median, found.runs_members.largest) == (9, 12)
+    assert (found.runs_members.median, found.runs_members.largest) == (9, 13)
     assert (found.runs_non_members.median, found.runs_non_members.largest) == (2, 4)
     (cost,) = found.costs
     assert (cost.length, cost.n_members, cost.n_non_members) == (10, 4, 2)
     assert (cost.bits_members, cost.bits_non_members) == (0, 6)
-    assert cost.greedy_windows_members == (3 + 1) / (3 * 4)
+    assert cost.greedy_windows_members == (4 + 1) / (4 + 3 * 3)
     assert cost.greedy_windows_non_members == 0
     # Cheapest passages: 0, 0, log2(2) = 1 and 10 log2(8) = 30 bits; others 10 and 6 bits.
     shares = {within.bits: (within.members, within.non_members) for within in cost.within}

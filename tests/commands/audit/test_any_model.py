@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 import yaml
 
 from dualtok.audit import audit_model
+from dualtok.audit.report.write import load_report
 from dualtok.audit.settings import AuditConfig
 from dualtok.errors import ConfigError, DataError
 from dualtok.objective.head import LossHead
 from tests.commands.audit.conftest import write_list
-from tests.support import dualtok, error_line, save_model, succeed
+from tests.support import ROOT, dualtok, error_line, save_model, succeed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,6 +113,47 @@ def test_the_function_finds_in_memory_what_a_slow_pass_finds(overfitted: Overfit
     assert json.loads(result.to_json())["rows"][0]["name"] == "model"
 
 
+def test_the_example_of_the_guide_runs(overfitted: Overfitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    page = (ROOT / "docs" / "audit-any-model.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len([line for line in example.splitlines() if line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "model": AutoModelForCausalLM.from_pretrained(overfitted.folder),
+        "tokenizer": AutoTokenizer.from_pretrained(overfitted.folder),
+        "seen": overfitted.members,
+        "unseen": overfitted.non_members,
+        "base": str(overfitted.base),
+    }
+    exec(compile(example, "docs/audit-any-model.md", "exec"), given)
+    assert given["result"].model.strongest.auc_two_sided.value > 0.97
+    assert (tmp_path / "audit.html").is_file()
+    assert load_report(tmp_path / "audit.json").rows == given["result"].figures.models
+
+
+def test_groups_of_texts_are_audited_as_a_whole(overfitted: Overfitted) -> None:
+    persons = [f"person {number // 4}" for number in range(40)]
+    others = [f"other {number // 4}" for number in range(40)]
+    result = audit_model(
+        overfitted.folder,
+        None,
+        overfitted.members,
+        overfitted.non_members,
+        member_groups=persons,
+        non_member_groups=others,
+        bootstrap_resamples=100,
+        attacks=("loss", "zlib"),
+    )
+    groups = result.model.groups
+    assert groups is not None
+    assert (groups.member_groups, groups.non_member_groups) == (10, 10)
+    assert groups.strongest.value > 0.97
+    assert groups.worst.documents == 4
+    assert "person" not in groups.worst.name, "names are hidden unless they are asked for"
+
+
 def test_texts_longer_than_the_context_are_cut(overfitted: Overfitted) -> None:
     quick: dict[str, Any] = {"attacks": ("loss",), "bootstrap_resamples": 100, "permutations": 99}
     long = [" ".join(overfitted.non_members[i : i + 4]) for i in range(0, 40, 4)]
@@ -148,6 +191,42 @@ def _lists(overfitted: Overfitted) -> tuple[Any, list[str], list[str]]:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(overfitted.folder), overfitted.members, overfitted.non_members
+
+
+@pytest.mark.slow
+def test_several_references_count_together_and_one_is_trained_on_the_way(
+    overfitted: Overfitted, tmp_path: Path
+) -> None:
+    others = write_list(tmp_path / "others.jsonl", overfitted.non_members[8:])
+    out = tmp_path / "out"
+    flags = ["--model", f"mine={overfitted.folder}", "--members", overfitted.members_file, "--non-members", others]
+    references = ["--attack-reference", f"weak={overfitted.base}"]
+    learned = write_list(tmp_path / "read.jsonl", overfitted.non_members[:8])
+    references += ["--attack-reference", f"strong=train:{learned}", "--base", overfitted.base]
+    quick = [*QUICK, "audit.attacks=[loss,ref,wbc,rmia,ref_distance]"]
+    recipe = ["audit.reference_recipe.epochs=20", "audit.reference_recipe.learning_rate=5e-3"]
+    shown = succeed(dualtok("audit", *flags, *references, "--out", out, *quick, *recipe))
+    (row,) = rows(out).values()
+    names = [attack["name"] for attack in row["attacks"]]
+    alone = ["loss", "ref", "wbc", "rmia", "ref_distance"]
+    assert names == [*alone, *(f"{name}@strong" for name in alone[1:])]
+    assert "Attacks with the reference strong" in shown
+    figures = json.loads((out / "audit" / "audit.json").read_text())
+    weak, strong = figures["references"]
+    assert (weak["name"], strong["name"]) == ("weak", "strong")
+    assert strong["perplexity_non_members"] < weak["perplexity_non_members"], "it was trained"
+    # The interval of the strongest holds for all nine: it is wider than that of the five with the first alone.
+    succeed(dualtok("audit", *flags, *references[:2], "--out", tmp_path / "one", *quick))
+    (few,) = rows(tmp_path / "one").values()
+    assert {a["name"]: a["auc"] for a in few["attacks"]} == {
+        a["name"]: a["auc"] for a in row["attacks"] if "@" not in a["name"]
+    }
+    # Trained once: the same call again trains nothing.
+    trained = sorted((out / "audit" / "references").glob("*/model/model.safetensors"))
+    times = [file.stat().st_mtime_ns for file in trained]
+    assert len(times) == 1
+    succeed(dualtok("audit", out / "audit.yaml"))
+    assert [file.stat().st_mtime_ns for file in trained] == times
 
 
 def test_lists_that_overlap_or_differ_by_themselves_are_void(overfitted: Overfitted) -> None:

@@ -179,7 +179,7 @@ def test_canaries_without_drawn_secrets_are_told_and_have_no_exposure(
     data: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
     tokenizer = Path(data["dir"]) / "tokenizer"
-    canaries: dict[str, Any] = {"count": 60, "kind": kind, "seed": 3}
+    canaries: dict[str, Any] = {"count": 40, "kind": kind, "seed": 3}
     if kind == "high_temperature":
         sampling = save_model(tmp_path / "sampling", 6, vocab_size=400)
         for path in tokenizer.iterdir():
@@ -189,7 +189,7 @@ def test_canaries_without_drawn_secrets_are_told_and_have_no_exposure(
     model = {"config": tiny_llama_config(hidden_size=64, intermediate_size=128, vocab_size=400)}
     train = {"precision": "fp32", "learning_rate": 5e-3, "batch_size": 16, "steps": 150, "evaluate_every": 1000}
     run = write_run(tmp_path / "plain.yaml", section, objective="causal_lm", model=model, train=train)
-    assert "of 60 are in train" in succeed(dualtok("prepare", run))
+    assert "of 40 are in train" in succeed(dualtok("prepare", run))
     succeed(dualtok("train", run))
     succeed(dualtok("export", tmp_path / "plain", tmp_path / "learned", "--checkpoint", "latest"))
     audit = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dualtok.audit.settings import AuditConfig
 from dualtok.audit.signals.signals import Signals
-from dualtok.commands.audit.continuations import choose_samples, continue_models
+from dualtok.commands.audit.passes.continuations import choose_samples, continue_models
 from dualtok.config.data import DataConfig
 from dualtok.data.folder import DataFolder
 from dualtok.data.prepare.pipeline import prepare

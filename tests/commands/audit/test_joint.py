@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from dualtok.audit.settings import AuditConfig
 from dualtok.audit.signals.files import Ragged, read_ragged, write_ragged
 from dualtok.audit.signals.signals import Signals
-from dualtok.commands.audit.joint import KL, KL_DTYPES, joint_forward, read_divergences
+from dualtok.commands.audit.passes.joint import KL, KL_DTYPES, joint_forward, read_divergences
 from dualtok.data.folder import DataFolder
 from dualtok.distributed.ranks import Ranks
 from tests.commands.audit.test_run import audit_run, figures

@@ -19,7 +19,7 @@ from dualtok.audit.settings import AuditConfig, RerunSettings
 from dualtok.audit.signals.reruns import RerunResult
 from dualtok.audit.signals.signals import Signals
 from dualtok.audit.statistics.evaluate import audit_model
-from dualtok.commands.audit.reruns import RerunResults, rerun_models
+from dualtok.commands.audit.passes.reruns import RerunResults, rerun_models
 from dualtok.commands.report import write_run_report
 from dualtok.config.data import DataConfig
 from dualtok.config.load import load_run

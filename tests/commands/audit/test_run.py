@@ -98,3 +98,8 @@ def test_signals_are_kept_and_the_report_has_the_settings_of_its_figures(
     assert {row["model"] for row in rows} == {"one", ""}, "the model, and the audit's own checks"
     assert [row["metric"] for row in rows if not row["model"]] == ["blind_auc", "duplicates", "shared_passages"]
     assert "<html" in (report / "report.html").read_text()
+    assert "none above its limit" in succeed(dualtok("gate", run.with_suffix(""), "--max-strongest-auc", "1"))
+    assert json.loads((report / "report.json").read_text())["gate"]["verdict"] == "passed"
+    succeed(dualtok("audit", run, "audit.fpr_targets=[0.3]"))
+    stale = dualtok("gate", run.with_suffix(""), "--max-strongest-auc", "1")
+    assert "run `dualtok report` again" in error_line(stale)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dualtok.audit.attacks.adaptive import features
-from dualtok.audit.attacks.learned import CLASSIFIER
+from dualtok.audit.attacks.encoder import windows
+from dualtok.audit.attacks.learned import CLASSIFIER, ENCODER
 from dualtok.audit.settings import AuditConfig
 from dualtok.audit.signals.signals import Signals
 from dualtok.commands.audit import shadow_signals
@@ -89,6 +90,19 @@ def test_of_many_documents_only_some_are_looked_at(monkeypatch: pytest.MonkeyPat
     assert [len(inside) for _, inside in shadows.rows] == [2, 2]
     assert all(len(rows) == 2 for rows, _ in shadows.rows)
     assert [len(documents) for documents, _ in shadows.losses] == [6, 6], "LiRA has all of them"
+
+
+def test_the_encoder_has_its_windows_of_the_same_documents() -> None:
+    reference = made(9)
+    shadows = collected(reference, replace(SETTINGS, attacks=("loss", ENCODER)))
+    assert shadows.rows == []
+    for number, ((x, mask), inside) in enumerate(shadows.windows):
+        shadow = made(number)
+        own = [(shadow[split].with_tokens(), reference[split].with_tokens()) for split in ("train", "held_out")]
+        np.testing.assert_array_equal(x, np.concatenate([windows(*pair)[0] for pair in own]))
+        assert mask.sum(axis=1).tolist() == [6, 9, 4, 6, 9, 4]
+        assert inside.tolist() == in_shadow(np.array([0, 2, 3, 10, 12, 13]), number, SEED).tolist()
+    assert list(shadows.learn()) == [ENCODER]
 
 
 def test_nothing_is_learned_without_a_reference_or_without_the_attack() -> None:

@@ -180,6 +180,11 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
     assert min(auc["lira"], auc["lira_offline"]) > max(0.75, auc["loss"])
     assert auc["shadow_classifier"] > 0.75
 
+    succeed(dualtok("audit", run, "--shadows", 4, "audit.attacks=[loss,lt_mia]"))
+    (again,) = json.loads((run.with_suffix("") / "audit" / "audit.json").read_text())["models"]
+    assert [attack["name"] for attack in again["attacks"]] == ["loss", "lt_mia"]
+    assert again["not_run"] == {}
+
     all_there, once = load_run(run, ["audit.shadows=4"]), times(folder)
     assert train(all_there, folder, 1) == [folder / str(number) / "model-latest" for number in range(4)]
     assert times(folder) == once

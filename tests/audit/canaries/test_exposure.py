@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dualtok.audit.statistics.exposure import (
-    extrapolated_exposure,
-    fit_skew_normal,
-    ranked_exposure,
-    skew_normal_log_cdf,
-)
+from dualtok.audit.canaries.exposure import extrapolated_exposure, fit_skew_normal, ranked_exposure, skew_normal_log_cdf
 
 
 def test_with_all_secrets_it_is_the_definition() -> None:

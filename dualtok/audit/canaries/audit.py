@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dualtok.audit.canaries.bounds import CHOSEN, canary_bounds
+from dualtok.audit.canaries.exposure import extrapolated_exposure, ranked_exposure
 from dualtok.audit.report.base import Estimate
 from dualtok.audit.report.data import CanaryAudit, CanaryScore, Exposures
 from dualtok.audit.signals.ragged import segment_sum
-from dualtok.audit.statistics.bounds import CHOSEN, canary_bounds
-from dualtok.audit.statistics.exposure import extrapolated_exposure, ranked_exposure
 from dualtok.audit.statistics.metrics import bootstrap_interval, roc_auc
 from dualtok.audit.statistics.regurgitation import exact_share
 

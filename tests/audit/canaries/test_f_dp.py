@@ -11,9 +11,9 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from dualtok.audit.statistics.bounds import canary_bounds
-from dualtok.audit.statistics.epsilon import epsilon_lower_bound, guess
-from dualtok.audit.statistics.f_dp import (
+from dualtok.audit.canaries.bounds import canary_bounds
+from dualtok.audit.canaries.epsilon import epsilon_lower_bound, guess
+from dualtok.audit.canaries.f_dp import (
     epsilon_delta_curve,
     fdp_epsilon_bound,
     fdp_mu_bound,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from dualtok.audit.canaries.epsilon import best_bound, epsilon_lower_bound
+from dualtok.audit.canaries.f_dp import fdp_epsilon_bound, fdp_mu_bound, gaussian_epsilon, independent_mu_bound
 from dualtok.audit.report.data import EpsilonBound
-from dualtok.audit.statistics.epsilon import best_bound, epsilon_lower_bound
-from dualtok.audit.statistics.f_dp import fdp_epsilon_bound, fdp_mu_bound, gaussian_epsilon, independent_mu_bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dualtok.audit.canaries.epsilon import Bound, LowerBound
     from dualtok.audit.report.data import BoundMethod
-    from dualtok.audit.statistics.epsilon import Bound, LowerBound
 
 CHOSEN: BoundMethod = "steinke"
 OF_EPSILON: dict[BoundMethod, Callable[..., float]] = {"steinke": epsilon_lower_bound, "f_dp": fdp_epsilon_bound}

@@ -11,13 +11,13 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
+from dualtok.audit.canaries.audit import CanaryTexts, audit_canaries, extractions
 from dualtok.audit.report.data import AuditReport, CanaryAudit, ModelAudit
 from dualtok.audit.report.page import render_html
-from dualtok.audit.report.tables import canary_table
+from dualtok.audit.report.tables import bound_table, canary_table
 from dualtok.audit.report.write import render_csv
 from dualtok.audit.settings import AuditConfig
 from dualtok.audit.signals.signals import Signals
-from dualtok.audit.statistics.canaries import CanaryTexts, audit_canaries, extractions
 
 COUNT, CANDIDATES, TOKENS = 40, 30, 9
 CONFIG = AuditConfig(bootstrap_resamples=100, canary_guesses=(0.5, 1.0))
@@ -96,6 +96,56 @@ def test_coins_that_all_fell_alike_leave_no_comparison() -> None:
     assert alone.scores[0].auc is None
     assert alone.extracted_excluded is None
     assert alone.ranked.excluded == []
+
+
+def without_candidates(included: np.ndarray, secret: np.ndarray | None, *, judged_by_secret: bool) -> CanaryAudit:
+    """Audit canaries of which the included ones are known by their last token alone."""
+    target = signals(np.arange(COUNT), np.full(COUNT, 3.0))
+    target.log_prob.reshape(COUNT, TOKENS)[:, -2] = np.where(included, -2.9, -3.1)
+    texts = CanaryTexts(included, secret, 0, 1, kind="some", judged_by_secret=judged_by_secret)
+    return audit_canaries(target, texts, CONFIG)
+
+
+def test_canaries_without_candidates_have_no_exposure_and_break_no_table(
+    report: AuditReport, included: np.ndarray
+) -> None:
+    spans = np.tile([TOKENS - 1, TOKENS], (COUNT, 1))
+    by_token = without_candidates(included, spans, judged_by_secret=True)
+    whole = without_candidates(included, None, judged_by_secret=False)
+    aucs = [found.scores[0].auc for found in (by_token, whole)]
+    assert aucs[0] is not None
+    assert aucs[0].value == 1
+    assert aucs[1] is not None
+    assert aucs[1].value < 0.95
+    assert (whole.kind, whole.candidates, whole.space_bits) == ("some", 0, 0)
+    assert whole.ranked.included == whole.extrapolated.excluded == []
+    assert whole.extracted_included is whole.extracted_excluded is None
+    assert by_token.extracted_included is not None
+    rows = [row.model_copy(update={"canaries": whole}) for row in report.rows]
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(canary_table(rows))
+    assert "n/a / n/a" in console.file.getvalue()  # type: ignore[attr-defined]
+    shown = report.model_copy(update={"rows": rows})
+    assert "<h2>Canaries</h2>" in render_html(shown)
+    assert "canary_exposure" not in render_csv(shown)
+
+
+def test_the_bounds_of_all_methods_stand_side_by_side(report: AuditReport, found: CanaryAudit) -> None:
+    rows = [report.rows[0].model_copy(update={"canaries": found}), *report.rows[1:]]
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(bound_table(rows))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for bound in (*found.epsilon, *found.other_bounds):
+        assert f"{bound.epsilon:.2f}" in text
+        assert bound.mu is None or f"mu {bound.mu:.2f}" in text
+    lines = {
+        line["metric"]: line
+        for line in csv.DictReader(io.StringIO(render_csv(report.model_copy(update={"rows": rows}))))
+    }
+    gaussian = found.other_bounds[-1]
+    assert float(lines["canary_mu_independent_gaussian"]["value"]) == gaussian.mu
+    assert float(lines["canary_epsilon_independent_gaussian"]["value"]) == gaussian.epsilon
+    assert bound_table(report.rows).row_count == 0
 
 
 def test_a_secret_is_extracted_if_each_of_its_tokens_is_the_likeliest() -> None:

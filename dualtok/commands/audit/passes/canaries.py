@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dualtok.audit.canaries.audit import CanaryTexts
 from dualtok.audit.signals.signals import PlacedSegment, SignalsBuilder, merged
-from dualtok.audit.statistics.canaries import CanaryTexts
 from dualtok.data.packing import model_inputs, pack_documents, pad_rows
 from dualtok.data.prepare.canaries import canary_config, candidates, load_canaries
 from dualtok.data.tokenizer import encode
@@ -88,7 +88,7 @@ class CanarySource:
         """Return number -> token ids of each text that a model reads, numbered as in :class:`CanaryTexts`."""
         step = self.count(attacker=False) + 1
         own = {index * step: ids for index, ids in enumerate(self.encoded)}
-        if attacker:
+        if attacker or step == 1:
             return own
         others = [
             f"{canary.prefix} {secret}"

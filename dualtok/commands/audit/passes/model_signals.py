@@ -15,8 +15,8 @@ from dualtok.audit.signals.files import FORMAT, write_ragged
 from dualtok.audit.signals.from_logits import token_signals
 from dualtok.audit.signals.signals import TOKEN_DTYPES, PlacedSegment, Signals, SignalsBuilder, merged
 from dualtok.audit.statistics.evaluate import choose_documents
-from dualtok.commands.audit.canaries import KIND, canary_pass
-from dualtok.commands.audit.joint import KL_DTYPES, joint_forward, read_divergences
+from dualtok.commands.audit.passes.canaries import KIND, canary_pass
+from dualtok.commands.audit.passes.joint import KL_DTYPES, joint_forward, read_divergences
 from dualtok.distributed.forward_only import build_forward_only
 from dualtok.monitor.progress import RunProgress
 from dualtok.reference.fingerprint import blocks_digest, weights_digest
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dualtok.audit.settings import AuditConfig
-    from dualtok.commands.audit.canaries import CanarySource
+    from dualtok.commands.audit.passes.canaries import CanarySource
     from dualtok.data.folder import DataFolder
     from dualtok.data.packing import Segment
     from dualtok.distributed.ranks import Ranks

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dualtok.audit.statistics.epsilon import best_bound, epsilon_lower_bound, guess, p_value
+from dualtok.audit.canaries.epsilon import best_bound, epsilon_lower_bound, guess, p_value
 
 cached_bound = lru_cache(maxsize=None)(epsilon_lower_bound)
 

@@ -1,0 +1,1 @@
+"""An audit's figures in the formats of others: CycloneDX, and model cards of Hugging Face."""

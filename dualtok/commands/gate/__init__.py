@@ -1,0 +1,1 @@
+"""``dualtok gate``: whether a report keeps to limits."""
