@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dualtok.errors import DualtokError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+    from types import FrameType
 
 
 def launch(arguments: list[str], processes: int, log: Path) -> None:
@@ -22,7 +26,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> None:
     """
     command = torchrun(["--standalone"], processes, "dualtok", arguments)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as copy:
+    with log.open("w", encoding="utf-8") as copy, _ended_by_sigterm():
         process = subprocess.Popen(
             command,
             env=rank_environment(processes),
@@ -49,6 +53,23 @@ def launch(arguments: list[str], processes: int, log: Path) -> None:
     if status:
         reason = last_error or f"exit status {status}"
         raise DualtokError(f"`dualtok {' '.join(arguments)}` failed: {reason} (log: {log})")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process by an exception, so that it ends its ranks first; by itself it would leave them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def torchrun(where: list[str], processes: int, module: str, arguments: list[str]) -> list[str]:

@@ -104,11 +104,14 @@ def _aucs(rows: Sequence[ModelAudit], title: str, names: Sequence[str]) -> Table
 
 
 def adaptive_table(rows: Sequence[ModelAudit], title: str = "Attacks that know the defence") -> Table:
-    """Return one line per model: AUC of the attacks that know the defence, and the p-value of all attacks."""
+    """Return one line per model: AUC of the attacks that know the defence, and the p-value of all attacks.
+
+    Without a line if none of them ran.
+    """
     caption = "AUC one-sided, with intervals; p: of the strongest attack of all, permuting the labels"
     columns = {name: label for name, label in attack_columns(rows).items() if name in KNOWS_DEFENCE}
     table = _by_model(title, caption, [*columns.values(), "p"])
-    for row in rows:
+    for row in rows if columns else ():
         cells = ["n/a" if (result := row.attack(name)) is None else _cell(result.auc) for name in columns]
         p_value = "n/a" if row.strongest_p_value is None else share(row.strongest_p_value)
         table.add_row(escape(row.name), *cells, p_value)

@@ -24,6 +24,7 @@ from dualtok.audit.report.tables import (
     rerun_table,
     token_table,
 )
+from dualtok.audit.report.verdict import verdict_of
 from dualtok.audit.settings import ATTACKER, TextSource
 from dualtok.commands.audit.attack import Seen, attack_all
 from dualtok.commands.audit.attackers import train_references
@@ -188,14 +189,14 @@ def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: in
 
 
 def print_figures(figures: AuditFigures) -> None:
-    """Print the tables and warnings; where there is no terminal, as wide as they need to be."""
+    """Print the tables, the warnings and a sentence per model; without a terminal, as wide as they need to be."""
     console = Console()
     console = console if console.is_terminal else Console(width=TABLE_WIDTH)
-    for table in TABLES:
-        if (lines := table(figures.models)).row_count:
-            console.print(lines)
-    for lines in reference_tables(figures.models):
+    every = [table(figures.models) for table in TABLES]
+    for lines in (*(table for table in every if table.row_count), *reference_tables(figures.models)):
+        caption, lines.caption = lines.caption, None  # below a narrow table it would be a column of words
         console.print(lines)
+        console.print(caption, markup=False, style="dim")
     checks = figures.checks
     for warning in checks.warnings if checks is not None else ():
         console.print(f"warning: {warning}", markup=False)
@@ -207,6 +208,8 @@ def print_figures(figures: AuditFigures) -> None:
             "reference may find more, so that the figures of attacks with one are a lower bound",
             markup=False,
         )
+    for model in figures.models:
+        console.print(f"{model.name}: {verdict_of(model, checks).sentence}", markup=False, style="bold")
 
 
 def _check_models(settings: AuditConfig, data: DataFolder, folders: dict[str, Path]) -> None:
