@@ -37,7 +37,7 @@ def made(seed: int, *, shift: float = 0.0, lengths: tuple[int, ...] = (6, 0, 9, 
             document=np.arange(len(lengths)) + 10 * place,
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             log_prob=(-draw.gamma(3, size=k) - shift).astype(np.float32),
-            top1=draw.random(k) < 0.3,
+            rank=draw.integers(0, 4, size=k).astype(np.int32),
             mean_log_prob=-draw.gamma(3, size=k).astype(np.float32),
             var_log_prob=draw.gamma(3, size=k).astype(np.float32),
         )
