@@ -197,7 +197,7 @@ BORDERS: tuple[Fault, ...] = (
     Fault(
         "later-text-ignored",
         "dualtok/data/sources/json_fields.py",
-        "if key == field and text[position] == '\"':",
+        "if key in (field, group_field) and text[position] == '\"':",
         "if False:",
         "the text of an object beyond the limits is lost",
         OF_FORMATS,

@@ -168,7 +168,7 @@ def _unproven(settings: AuditConfig, data: DataFolder) -> dict[str, str]:
         run = settings.runs.get(name)
         split = split or (None if run is None else split_of_run(Path(run), blocks))
         if split is None:
-            found[name] = f"neither its card nor a run of audit.runs says that it learned {data}"
+            found[name] = "neither its card nor a run of audit.runs says that it has learned these data"
         elif split != settings.members:
             found[name] = f"it has learned the split {split!r}, not {settings.members!r}"
     return found

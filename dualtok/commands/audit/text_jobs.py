@@ -119,6 +119,7 @@ def _settings_of(settings: AuditConfig, models: list[str]) -> AuditConfig:
         null_model=settings.null_model if settings.null_model in models else None,
         members=MEMBERS,
         non_members=NON_MEMBERS,
+        attack_reference=settings.references or None,
         base=None,
         block_length=None,
     )
