@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dualtok.audit.report.data import AuditReport, ModelAudit
-    from dualtok.audit.report.details import AttackReference
+    from dualtok.audit.report.details import AttackReference, GroupAudit
 
 CLEARLY_WORSE = 1.25
 """Factor between a reference's and a model's perplexity on the non-members above which the reference is called weak."""
@@ -141,6 +141,8 @@ def _parts_missing(report: AuditReport) -> list[Gap]:
         if without:
             names = "" if len(without) == len(report.rows) else f" of {', '.join(row.name for row in without)}"
             gaps.append(Gap(what + names, why))
+    if grouped := next((row.groups for row in report.rows if row.groups is not None), None):
+        gaps += _groups_left_out(grouped)
     rare = [row for row in report.rows if tpr_at(row) is None]
     if rare:
         few = max(row.n_non_members for row in rare) * FALSE_ALARMS < 1
@@ -150,6 +152,18 @@ def _parts_missing(report: AuditReport) -> list[Gap]:
         gaps.append(Gap("Whether members and non-members differ by themselves", "the checks were not run"))
     elif report.checks.null_model is None:
         gaps.append(Gap("The attacks on a model that saw no member", "audit.null_model names no model"))
+    return gaps
+
+
+def _groups_left_out(groups: GroupAudit) -> list[Gap]:
+    """Return the members that are in no group that was looked at; they are the same for all models."""
+    gaps = []
+    if groups.members_without_group:
+        what = f"Groups of {groups.members_without_group} members"
+        gaps.append(Gap(what, f"their field {groups.field} is empty"))
+    if groups.small_member_groups:
+        what = f"{groups.small_member_groups} small groups of members"
+        gaps.append(Gap(what, f"fewer than {groups.min_documents} documents each"))
     return gaps
 
 

@@ -83,12 +83,22 @@ def regurgitation(value: float, high: float) -> Regurgitation:
     return Regurgitation(length=50, extracted_members=share, extracted_non_members=share)
 
 
+COUNTS_OF_GROUPS = (
+    "min_documents",
+    "members_without_group",
+    "non_members_without_group",
+    "small_member_groups",
+    "small_non_member_groups",
+)
+
+
 def groups_of(worst: float, strongest: float) -> GroupAudit:
-    group = Group(name="a", documents=9, label="Ref", auc=estimate(0.5, 0.4, max(worst, 0.5)), p_value=0.5)
+    p_values = {"p_value": 0.5, "p_value_among_members": 0.5}
+    group = Group(name="a", documents=9, label="Ref", auc=estimate(0.5, 0.4, max(worst, 0.5)), **p_values)
     whole = estimate(0.5, 0.5, max(strongest, 0.5))
-    return GroupAudit(
-        field="person", member_groups=9, non_member_groups=9, strongest_label="Ref", strongest=whole, worst=group
-    )
+    counts = dict.fromkeys(COUNTS_OF_GROUPS, 0) | {"member_groups": 9, "non_member_groups": 9, "attacks": 1}
+    found = {"strongest_label": "Ref", "strongest": whole, "strongest_p_value": 0.5, "worst": group}
+    return GroupAudit(field="person", **counts, **found)
 
 
 def full_report() -> AuditReport:

@@ -80,6 +80,16 @@ def test_a_gap_of_some_models_names_them(large_report: AuditReport) -> None:
     assert "audit.fpr_targets" in rate  # 418 non-members would have been enough
 
 
+def test_members_in_no_group_are_a_gap(large_report: AuditReport) -> None:
+    first = large_report.rows[0]
+    assert first.groups is not None
+    left_out = {"members_without_group": 7, "small_member_groups": 3, "min_documents": 5}
+    row = first.model_copy(update={"groups": first.groups.model_copy(update=left_out)})
+    gaps = {gap.what: gap.why for gap in not_tested(large_report.model_copy(update={"rows": [row]}))}
+    assert gaps["Groups of 7 members"] == "their field person is empty"
+    assert gaps["3 small groups of members"] == "fewer than 5 documents each"
+
+
 def test_requirements_say_what_is_not_answered(small_report: AuditReport, large_report: AuditReport) -> None:
     of_small, of_large = (
         {one.source: one.answer for one in requirements(report)} for report in (small_report, large_report)

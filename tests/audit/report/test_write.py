@@ -337,7 +337,7 @@ def test_what_other_tests_found_is_in_their_tables(large_report: AuditReport) ->
         page.named, ("groups", "regurgitation", "costs", "continuations", "bounds")
     )
     assert groups[1][:4] == [first.name, "80", "80", ".951 Ref[.851, 1.000]"]
-    assert groups[1][4:7] == ["9f2c61d0", "14", "1.000 Ref[.910, 1.000]"]
+    assert groups[1][4:] == ["9f2c61d0", "14", "1.000 Ref[.910, 1.000]", ".010", ".200"]
     assert passages[1] == [first.name, "50", ".151[.131, .200]", ".000[.000, .009]"]
     assert costs[1:3] == [
         [first.name, "20", "418", "1.0", "418", "n/a"],
