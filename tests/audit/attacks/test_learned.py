@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.ensemble import ExtraTreesClassifier
 
-from dualtok.audit.attacks.adaptive import TREES, features
+from dualtok.audit.attacks.adaptive import features
 from dualtok.audit.attacks.base import ATTACKS, AttackContext, ShadowFit
 from dualtok.audit.attacks.learned import CLASSIFIER, choose_rows, fit_shadow_classifier
 from dualtok.audit.report.tables import adaptive_table
@@ -60,7 +60,7 @@ def test_scores_are_those_of_trees_that_never_saw_the_audited_model(make_signals
         for document in range(40):
             x.append(rows[document])
             y.append(bool(inside[document]))
-    trees = ExtraTreesClassifier(n_estimators=TREES, min_samples_leaf=5, random_state=3).fit(x, y)
+    trees = ExtraTreesClassifier(n_estimators=100, min_samples_leaf=5, random_state=3).fit(x, y)
     expected = [trees.predict_proba([row])[0][1] for row in features(target, reference)]
     np.testing.assert_allclose(ATTACKS[CLASSIFIER](target, context), expected, rtol=1e-12)
     order = np.random.default_rng(0).permutation(40)
