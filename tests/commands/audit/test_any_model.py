@@ -170,10 +170,15 @@ def test_an_adapter_is_audited_as_the_model_that_it_makes(overfitted: Overfitted
 
     base = AutoModelForCausalLM.from_pretrained(overfitted.base)
     torch.manual_seed(0)
-    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    settings = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(base, settings)
     wrapped.save_pretrained(tmp_path / "adapter")
+    in_wrapping = audit_model(wrapped, *_lists(overfitted), attacks=("loss",), bootstrap_resamples=100)
     merged = wrapped.merge_and_unload()
     expected = audit_model(merged, *_lists(overfitted), attacks=("loss",), bootstrap_resamples=100)
+    assert in_wrapping.model.perplexity_members == pytest.approx(expected.model.perplexity_members, rel=1e-5)
+    bare = audit_model(overfitted.base, *_lists(overfitted), attacks=("loss",), bootstrap_resamples=100)
+    assert abs(bare.model.perplexity_members - expected.model.perplexity_members) > 1, "the adapter does something"
     lists = ["--members", overfitted.members_file, "--non-members", overfitted.non_members_file]
     quick = [*QUICK, "audit.attacks=[loss,ref]"]
     for number, model in enumerate(
