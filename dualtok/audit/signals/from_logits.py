@@ -113,14 +113,14 @@ def _chunk_signals(logits_mv: torch.Tensor, labels_m: torch.Tensor, buffers: tor
     Memory that is given again and again stays in the cache. New memory for each step took a quarter longer.
     """
     z, p, product = buffers
-    z.copy_(logits_mv)
-    top = z.amax(dim=-1)
-    true = z.gather(1, labels_m[:, None]).squeeze(1)
+    exact = logits_mv if logits_mv.dtype == torch.float32 else z.copy_(logits_mv)
+    top = exact.amax(dim=-1)
+    true = exact.gather(1, labels_m[:, None]).squeeze(1)
     # Ones and zeros as float32 are compared and summed by vector instructions: a fifth of what a sum of Booleans takes.
     # A sum of fewer than 2^24 ones is exact.
-    rank = torch.gt(z, true[:, None], out=product).sum(dim=-1)
+    rank = torch.gt(exact, true[:, None], out=product).sum(dim=-1)
     # p log p -> 0 as p -> 0, but 0 * -inf is NaN: models mask unused rows of the vocabulary with -inf.
-    z.sub_(top[:, None]).clamp_(min=NO_PROBABILITY)
+    torch.sub(exact, top[:, None], out=z).clamp_(min=NO_PROBABILITY)
     torch.exp(z, out=p)  # not yet divided by its sum
     total = p.sum(dim=-1)
     mean = torch.mul(p, z, out=product).sum(dim=-1) / total
