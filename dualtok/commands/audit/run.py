@@ -143,7 +143,8 @@ def _together(settings: AuditConfig, parts: list[AuditFigures]) -> AuditFigures:
     whole = parts[0].model_copy(update={"settings": settings, "models": [rows[name] for name in settings.models]})
     with_null = next((part for part in parts if part.checks is not None and part.checks.null_model), parts[0])
     hashes = {key: digest for part in parts for key, digest in part.hashes.items()}
-    return whole.model_copy(update={"checks": with_null.checks, "hashes": hashes})
+    references = list({reference.name: reference for part in parts for reference in part.references}.values())
+    return whole.model_copy(update={"checks": with_null.checks, "hashes": hashes, "references": references})
 
 
 def _audit_job(job: Job, kept: Path, ranks: Ranks, shadows: list[Path], seed: int) -> AuditFigures:

@@ -14,6 +14,7 @@ import yaml
 from dualtok.audit import audit_model
 from dualtok.audit.report.write import load_report
 from dualtok.audit.settings import AuditConfig
+from dualtok.data.tokenizer import train_tokenizer
 from dualtok.errors import ConfigError, DataError
 from dualtok.objective.head import LossHead
 from tests.commands.audit.conftest import write_list
@@ -161,6 +162,26 @@ def test_texts_longer_than_the_context_are_cut(overfitted: Overfitted) -> None:
     short = audit_model(overfitted.folder, None, overfitted.members, long, block_length=64, **quick)
     assert whole.model.n_non_members == short.model.n_non_members == 10
     assert whole.model.perplexity_non_members != short.model.perplexity_non_members
+
+
+@pytest.mark.slow
+def test_models_of_two_tokenizers_stand_in_one_report(overfitted: Overfitted, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", 5, vocab_size=400)
+    train_tokenizer(overfitted.members, 400).save_pretrained(other)
+    lists = ["--members", overfitted.members_file, "--non-members", overfitted.non_members_file]
+    models = ["--model", f"other={other}", "--model", f"mine={overfitted.folder}", "--base", overfitted.base]
+    quick = [*QUICK, "audit.attacks=[loss,ref]"]
+    succeed(dualtok("audit", *models, *lists, "--out", tmp_path / "out", *quick))
+    found = rows(tmp_path / "out")
+    assert list(found) == ["other", "mine"], "as they were given"
+    assert auc(found["mine"], "ref") > 0.97
+    assert [attack["name"] for attack in found["other"]["attacks"]] == ["loss"], "the base has another tokenizer"
+    assert found["other"]["not_run"] == {"Ref": "needs reference"}
+    figures = json.loads((tmp_path / "out" / "audit" / "audit.json").read_text())
+    assert [reference["name"] for reference in figures["references"]] == ["attack_reference"]
+    assert len(list((tmp_path / "out" / "audit" / "texts").iterdir())) == 2
+    alone = [*lists, "--base", overfitted.base, "--out", tmp_path / "alone", *quick]
+    assert "another tokenizer than every audited model" in error_line(dualtok("audit", "--model", other, *alone))
 
 
 @pytest.mark.slow
