@@ -254,8 +254,8 @@ AUDIT: tuple[Fault, ...] = (
     Fault(
         "rank-of-equals",
         "dualtok/audit/signals/from_logits.py",
-        "torch.gt(z, true[:, None], out=product)",
-        "torch.ge(z, true[:, None], out=product)",
+        "torch.gt(exact, true[:, None], out=product)",
+        "torch.ge(exact, true[:, None], out=product)",
         "the true token and its equals count as likelier",
         (f"{TESTS}/signals/test_from_logits.py",),
     ),

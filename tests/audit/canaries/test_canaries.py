@@ -174,7 +174,8 @@ def test_table_page_json_and_csv_show_it(report: AuditReport, found: CanaryAudit
     assert f"{bound.correct} of {bound.guesses}" in text
     assert "1.00 / .00" in text
     page = render_html(shown)
-    section = page[page.index("<h2>Canaries</h2>") : page.index("<h2>True-positive rates")]
+    start = page.index('id="canary-tests"')
+    section = page[start : page.index('<details class="fold"', start)]
     assert section.count("<svg") == 2
     assert f"<b>{bound.epsilon:.2f}</b><small>39 of 40, Loss</small>" in section
     assert "<h2>Canaries</h2>" not in render_html(report)
