@@ -125,6 +125,31 @@ CONTINUATIONS = Continuations(
 )
 
 
+def groups_of(auc: float) -> GroupAudit:
+    return GroupAudit(
+        field="person",
+        min_documents=2,
+        attacks=20,
+        members_without_group=0,
+        non_members_without_group=0,
+        small_member_groups=0,
+        small_non_member_groups=0,
+        strongest_p_value=0.01,
+        member_groups=80,
+        non_member_groups=80,
+        strongest_label="Ref",
+        strongest=Estimate(value=auc, low=max(0.5, auc - 0.1), high=min(1, auc + 0.1)),
+        worst=Group(
+            name="9f2c61d0",
+            documents=14,
+            label="Ref",
+            auc=around(min(auc + 0.05, 1), 0.09),
+            p_value=0.01,
+            p_value_among_members=0.2,
+        ),
+    )
+
+
 def model(name: str, auc: float, names: dict[str, str], perplexity: float) -> ModelAudit:
     rng = np.random.default_rng(len(name))
     aucs = {one: 0.5 + (auc - 0.5) * float(rng.uniform(-0.2, 0.9)) for one in names} | {"ref": auc}
@@ -172,28 +197,7 @@ def model(name: str, auc: float, names: dict[str, str], perplexity: float) -> Mo
             costs=[cost(length, auc) for length in (20, 50)],
             continuations=CONTINUATIONS,
         ),
-        groups=GroupAudit(
-            field="person",
-            min_documents=2,
-            attacks=20,
-            members_without_group=0,
-            non_members_without_group=0,
-            small_member_groups=0,
-            small_non_member_groups=0,
-            strongest_p_value=0.01,
-            member_groups=80,
-            non_member_groups=80,
-            strongest_label="Ref",
-            strongest=Estimate(value=auc, low=max(0.5, auc - 0.1), high=min(1, auc + 0.1)),
-            worst=Group(
-                name="9f2c61d0",
-                documents=14,
-                label="Ref",
-                auc=around(min(auc + 0.05, 1), 0.09),
-                p_value=0.01,
-                p_value_among_members=0.2,
-            ),
-        ),
+        groups=groups_of(auc),
     )
 
 

@@ -253,8 +253,10 @@ def test_limits_out_of_range_are_refused(limits: dict[str, Any], word: str) -> N
 
 
 def test_limits_at_the_ends_of_their_range_are_taken() -> None:
-    GateLimits(strongest_auc=0.5, tpr=(TprLimit(0.01, 0.01), TprLimit(1, 0.1)), extraction=0, group_auc=1, epsilon=0)
-    GateLimits(extraction=1)
+    tpr = (TprLimit(0.01, 0.01), TprLimit(1, 0.1))
+    limits = GateLimits(strongest_auc=0.5, tpr=tpr, extraction=0, group_auc=1, epsilon=0)
+    assert (limits.strongest_auc, limits.tpr, limits.extraction, limits.group_auc) == (0.5, tpr, 0, 1)
+    assert GateLimits(extraction=1).extraction == 1
 
 
 def test_what_is_compared_must_be_known() -> None:

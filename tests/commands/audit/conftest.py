@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from dualtok.config.data import DataConfig
+from dualtok.data.prepare.pipeline import prepare
+from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from tests.support import save_model
 
 
@@ -21,6 +25,23 @@ class Overfitted(NamedTuple):
     non_members: list[str]
     members_file: Path
     non_members_file: Path
+
+
+def short_corpus(folder: Path, passages: int, shares: dict[str, float], **changes: Any) -> dict[str, Any]:
+    """Prepare the beginnings of some passages, each in one block of 64 tokens, and return the section ``data``."""
+    texts = [passage[:120] for passage in islice(sotu_passages(), passages)]
+    section: dict[str, Any] = {
+        "dir": str(folder / "prepared"),
+        "source": str(write_jsonl(texts, folder / "short.jsonl")),
+        "block_length": 64,
+        "lanes": 4,
+        "vocab_size": 400,
+        "processes": 1,
+        "shares": shares,
+        **changes,
+    }
+    prepare(DataConfig(**section), progress=False)
+    return section
 
 
 def write_list(path: Path, texts: list[str]) -> Path:

@@ -12,12 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dualtok.config.data import DataConfig
 from dualtok.data.manifest import load_manifest
 from dualtok.data.prepare.canaries import Canary, canary_config, candidates, load_canaries
-from dualtok.data.prepare.pipeline import prepare
-from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from dualtok.data.tokenizer import encode, load_tokenizer
+from tests.commands.audit.conftest import short_corpus
 from tests.support import dualtok, partitioned_json, save_model, succeed, tiny_llama_config, write_run
 
 COUNT = 120
@@ -27,19 +25,8 @@ COUNT = 120
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the section of a folder with few and short documents and 120 canaries."""
     folder = tmp_path_factory.mktemp("canaries")
-    passages = [next(passages)[:120] for passages in [sotu_passages()] for _ in range(140)]
-    section: dict[str, Any] = {
-        "dir": str(folder / "prepared"),
-        "source": str(write_jsonl(passages, folder / "short.jsonl")),
-        "block_length": 64,
-        "lanes": 4,
-        "vocab_size": 400,
-        "processes": 1,
-        "shares": {"train": 0.2, "reference": 0.3, "attack_reference": 0.1, "validation": 0.1, "held_out": 0.3},
-        "canaries": {"count": COUNT, "length": 4, "seed": 3},
-    }
-    prepare(DataConfig(**section), progress=False)
-    return section
+    shares = {"train": 0.2, "reference": 0.3, "attack_reference": 0.1, "validation": 0.1, "held_out": 0.3}
+    return short_corpus(folder, 140, shares, canaries={"count": COUNT, "length": 4, "seed": 3})
 
 
 def losses(model: Any, rows: list[list[int]]) -> list[float]:

@@ -13,12 +13,10 @@ from transformers import AutoModelForCausalLM
 from dualtok.audit.settings import AuditConfig
 from dualtok.audit.signals.signals import Signals
 from dualtok.commands.audit.passes.continuations import choose_samples, continue_models
-from dualtok.config.data import DataConfig
 from dualtok.data.folder import DataFolder
-from dualtok.data.prepare.pipeline import prepare
-from dualtok.data.sources.corpora import sotu_passages, write_jsonl
 from dualtok.distributed.ranks import ALONE
 from dualtok.errors import ConfigError
+from tests.commands.audit.conftest import short_corpus
 from tests.support import dualtok, error_line, save_model, succeed, write_run
 
 PREFIX, TOKENS = 8, 20
@@ -29,18 +27,8 @@ SPLITS = ("train", "held_out")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the section of a folder of short documents, each in one block."""
     folder = tmp_path_factory.mktemp("continuations")
-    passages = [next(passages)[:120] for passages in [sotu_passages()] for _ in range(100)]
-    section: dict[str, Any] = {
-        "dir": str(folder / "prepared"),
-        "source": str(write_jsonl(passages, folder / "short.jsonl")),
-        "block_length": 64,
-        "lanes": 4,
-        "vocab_size": 400,
-        "processes": 1,
-        "shares": {"train": 0.25, "reference": 0.3, "attack_reference": 0.1, "validation": 0.1, "held_out": 0.25},
-    }
-    prepare(DataConfig(**section), progress=False)
-    return section
+    shares = {"train": 0.25, "reference": 0.3, "attack_reference": 0.1, "validation": 0.1, "held_out": 0.25}
+    return short_corpus(folder, 100, shares)
 
 
 def texts(data: dict[str, Any], split: str) -> dict[int, list[int]]:
