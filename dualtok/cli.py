@@ -164,13 +164,16 @@ def interpolate(
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
     overrides: Overrides = None,
 ) -> None:
-    """Interpolate a trained model towards its reference, until the Ref attack's expected AUC is interpolate.auc."""
+    """Interpolate a trained model towards its reference, or choose a checkpoint, within the limit interpolate.auc."""
     run = _load(run_file, overrides)
     quiet_libraries()
     from dualtok.commands.interpolate import interpolate as run_interpolate
 
     kept = run_interpolate(run, target)
-    _print(f"wrote {target}: {kept.w:.3f} of the way from the reference to the model")
+    what = f"the checkpoint of step {kept.step}"
+    if kept.step is None:
+        what = f"{kept.w:.3f} of the way from the reference to the model"
+    _print(f"wrote {target}: {what}")
     if kept.w:
         _print(
             "keep the reference secret: an attacker who has it reaches an AUC of "

@@ -3,6 +3,7 @@
     python tools/reproduce_paper.py --scale smoke --folder runs/paper-smoke      # minutes: a test of the tool
     python tools/reproduce_paper.py --scale cpu --folder runs/paper              # headline rows, 3 seeds x 2 corpora
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts plus frontier known  # dual_plus
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts baselines  # other defences
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts further --cells sotu-0 wikipedia-0
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps private ablations longer lora lira
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts dynamics backdoor auxiliary pretraining
@@ -11,8 +12,9 @@
 A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with its own run file in
 the cell's folder, and is done once: when started again, the tool continues where it stopped. A part is run with the
 steps that it needs, and nothing else. The tables are written after each finished audit, to ``results.md`` and
-``results.json``. All parts but ``headline``, ``plus``, ``frontier``, ``known`` and ``further`` are for the first corpus
-and seed. ``tools/paper/parts.py`` says what is in each part, ``tools/paper/scales.py`` how large it is.
+``results.json``. The parts ``headline``, ``plus``, ``frontier``, ``known``, ``further`` and ``baselines`` are for every
+cell, the others for the first corpus and seed. ``tools/paper/parts.py`` says what is in each part,
+``tools/paper/scales.py`` how large it is.
 
 The scale ``gpu`` needs a data hub, a model hub and a GPU; it has not been run.
 """
@@ -32,7 +34,7 @@ from paper.tables import write_results
 
 from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_jsonl
 
-EVERY_CELL = ("headline", "plus", "frontier", "known", "further")
+EVERY_CELL = ("headline", "plus", "frontier", "known", "further", "baselines")
 PARTS = (*CELL_PARTS, *OWN_DATA)
 
 

@@ -110,10 +110,15 @@ def _merge(folder: Path, run: dict[str, Any], run_dir: Path, precision: str, sha
     for name in MODEL_FILES:
         if (run_dir / START_FOLDER / name).is_file():
             shutil.copyfile(run_dir / START_FOLDER / name, folder / name)
-    _set_dtype(folder, precision)
+    # DP-SGD gives the head a weight of its own, which no adapter changes: the whole model is tied as its base is.
+    _set_dtype(folder, precision, tied=base.config.tie_word_embeddings)
 
 
-def _set_dtype(folder: Path, precision: str) -> None:
+def _set_dtype(folder: Path, precision: str, *, tied: bool | None = None) -> None:
+    """Note the precision of the weights in a model's config.json, and, where it is given, whether they are tied."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # its older name
+    for part in (config, config.get("text_config")):
+        if tied is not None and isinstance(part, dict) and "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = tied
     write_config({**config, "dtype": str(DTYPES[precision]).removeprefix("torch.")}, folder)

@@ -1,6 +1,7 @@
 """``dualtok interpolate``: the model between a reference and a trained one at which members can hardly be told.
 
-Trials run over members and non-members like an audit, on all ranks together.
+The models that are tried lie on the straight line between the two, or they are the checkpoints of a run. Trials run
+over members and non-members like an audit, on all ranks together.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from dualtok.audit.statistics.metrics import roc_auc
 from dualtok.commands.audit.passes.model_signals import ModelPasses
 from dualtok.commands.export import export
-from dualtok.commands.model_card import note_interpolation
+from dualtok.commands.model_card import note_limit
 from dualtok.data.folder import DataFolder
 from dualtok.distributed.ranks import join_ranks
 from dualtok.errors import ConfigError
@@ -26,6 +27,9 @@ from dualtok.model.check import check_model
 from dualtok.model.folder.interpolate import write_interpolation
 from dualtok.model.folder.weights import model_folder
 from dualtok.reference.interpolation import expected_auc, largest_weight
+from dualtok.train.checkpoints.manifest import step_of, tag_of
+from dualtok.train.checkpoints.writer import complete_checkpoints
+from dualtok.train.folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from dualtok.audit.settings import AuditConfig
@@ -38,20 +42,26 @@ FILE = "interpolate.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """A model between the reference (w = 0) and the trained one (w = 1)."""
+    """A model between the reference (w = 0) and the trained one (w = 1), or a checkpoint on the way to it."""
 
     w: float
+    """Of a checkpoint 1."""
     auc: float
     """Expected of an attacker with a reference of their own; what ``interpolate.auc`` limits."""
     auc_with_reference: float
     """One-sided, of Ref on ``interpolate.members`` and ``non_members``, by an attacker who has the defender's reference
     itself; as measured, without an upper end."""
+    loss: float
+    """Mean over the non-members of their mean loss. Unit: nats per token."""
+    step: int | None = None
+    """Of the checkpoint; None for a model on the line."""
 
 
 def interpolate(run: RunConfig, target: Path) -> Trial:
     """Write the model of the largest weight that keeps to ``interpolate.auc`` as a Hugging Face folder.
 
-    ``<target>/interpolate.json`` holds w and what every trial gave.
+    Along a run it is the checkpoint with the lowest loss on the non-members of those that keep to it, and the
+    reference if none does. ``<target>/interpolate.json`` holds w, the step and what every trial gave.
 
     Raises:
         CheckpointError: the run's own model is asked for, and it has no complete checkpoint.
@@ -75,6 +85,7 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     if settings.model is None:
         ranks.first_does(lambda: _export(run, own_model))
     folders["model"] = model_folder(settings.model or own_model)
+    candidate = work / "trial"
     data = DataFolder.of_run(run.data)
     ranks.first_does(lambda: _check_models(audit, data, folders | surrogates))
     models = ModelPasses(audit, data, work / "signals", ranks)
@@ -83,29 +94,45 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     by_class = zip(*(_losses(models, name, folder) for name, folder in surrogates.items()), strict=True)
     surrogate = [np.mean(found, axis=0) for found in by_class]
     trials: list[Trial] = []
-    candidate = work / "trial"
 
-    def auc_at(w: float) -> float:
-        folder = folders["model"]
-        if w < 1:
-            ranks.first_does(lambda: str(write_interpolation(folders["reference"], folders["model"], w, candidate)))
-            folder = candidate
-        found = _losses(models, f"w = {w:.3f}", folder)
-        seen = _judge(w, found, reference, surrogate, settings.confidence) if ranks.is_first else None
+    def judged(folder: Path, w: float, step: int | None = None) -> float:
+        found = _losses(models, f"w = {w:.3f}" if step is None else f"step {step}", folder)
+        seen = _judge(w, step, (found, reference, surrogate), settings.confidence) if ranks.is_first else None
         trial: Trial = ranks.from_first(seen)
         trials.append(trial)
         return trial.auc
 
-    w = largest_weight(auc_at, settings.auc)
-    # Brent's method ends within its resolution of the limit, on either side: take the largest weight that keeps to it.
-    within = [trial for trial in trials if trial.auc <= settings.auc]
-    kept = max(within, key=lambda trial: trial.w, default=Trial(0.0, 0.5, 0.5))
+    def auc_at(w: float) -> float:
+        if w == 1:
+            return judged(folders["model"], w)
+        ranks.first_does(lambda: str(write_interpolation(folders["reference"], folders["model"], w, candidate)))
+        return judged(candidate, w)
+
+    root = None
+    if settings.along == "run":
+        for tag in ranks.first_does(lambda: complete_checkpoints(Path(run.output_dir) / CHECKPOINTS)):
+            ranks.first_does(lambda tag=tag: _export(run, candidate, tag))
+            judged(candidate, 1.0, step_of(tag))
+    else:
+        root = largest_weight(auc_at, settings.auc)
+    kept: Trial = ranks.first_does(lambda: _within(trials, settings.auc, reference))
     tried = [dataclasses.asdict(trial) for trial in trials]
-    facts = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(kept), "root": w, "trials": tried}
-    ranks.first_does(lambda: _write(folders, kept.w, target, facts))
+    facts = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(kept), "root": root, "trials": tried}
+    ranks.first_does(lambda: _write(run, folders, kept, target, facts))
     for folder in (candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept
+
+
+def _within(trials: list[Trial], limit: float, reference: list[Floats]) -> Trial:
+    """Return the best of the models that keep to the limit: along the line the farthest, along a run by its loss.
+
+    Brent's method ends within its resolution of the limit, on either side of it.
+    """
+    within = [trial for trial in trials if trial.auc <= limit]
+    if not within:
+        return Trial(0.0, 0.5, 0.5, float(np.mean(reference[1])))
+    return max(within, key=lambda trial: (trial.w, -trial.loss))
 
 
 def _check_models(audit: AuditConfig, data: DataFolder, folders: dict[str, Path]) -> None:
@@ -126,11 +153,19 @@ def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:
     return [signals[split].with_tokens().mean_loss for split in splits]
 
 
-def _judge(w: float, model: list[Floats], reference: list[Floats], surrogate: list[Floats], confidence: float) -> Trial:
-    """Return what attackers find in a model, from each model's mean losses of [members, non-members]."""
-    members, non_members = zip(model, reference, surrogate, strict=True)
+def _judge(w: float, step: int | None, losses: tuple[list[Floats], ...], confidence: float) -> Trial:
+    """Return what attackers find in a model.
+
+    Args:
+        w: of the model.
+        step: of the model, where it is a checkpoint.
+        losses: mean losses of [members, non-members] under the model, the reference and its surrogate.
+        confidence: ``interpolate.confidence``.
+    """
+    members, non_members = zip(*losses, strict=True)
     auc = expected_auc(members, non_members, confidence)
-    return Trial(w, auc, roc_auc(*(side[1] - side[0] for side in (members, non_members))))
+    auc_with_reference = roc_auc(*(side[1] - side[0] for side in (members, non_members)))
+    return Trial(w, auc, auc_with_reference, float(np.mean(losses[0][1])), step)
 
 
 def _require_own_members(train: TrainConfig | None, members: str) -> None:
@@ -147,13 +182,20 @@ def _require_own_members(train: TrainConfig | None, members: str) -> None:
         )
 
 
-def _export(run: RunConfig, target: Path) -> None:
-    """Write the run's latest checkpoint as a whole model; what a killed call has left there is removed."""
+def _export(run: RunConfig, target: Path, which: str = "latest") -> None:
+    """Write a checkpoint of the run as a whole model; what a killed call has left there is removed."""
     shutil.rmtree(target, ignore_errors=True)
-    export(Path(run.output_dir), target, which="latest", merge=run.model is not None and run.model.lora is not None)
+    export(Path(run.output_dir), target, which=which, merge=run.model is not None and run.model.lora is not None)
 
 
-def _write(folders: dict[str, Path], w: float, target: Path, facts: dict[str, object]) -> None:
-    write_interpolation(folders["reference"], folders["model"], w, target)
-    note_interpolation(target, w)
+def _write(run: RunConfig, folders: dict[str, Path], kept: Trial, target: Path, facts: dict[str, object]) -> None:
+    if kept.step is None:
+        write_interpolation(folders["reference"], folders["model"], kept.w, target)
+        note_limit(
+            target,
+            f"interpolated towards its reference: {kept.w:.3f} of the way from the reference to the trained model",
+        )
+    else:
+        _export(run, target, tag_of(kept.step))
+        note_limit(target, f"stopped early, after step {kept.step}, to keep to an expected AUC of the attack Ref")
     write_text(target / FILE, json.dumps(facts, indent=1))

@@ -62,17 +62,17 @@ def write_card(run_dir: Path, run: dict[str, Any], step: int, folder: Path, *, a
     write_text(folder / CARD, f"---\n{head}---\n\n{''.join(told)}")
 
 
-def note_interpolation(folder: Path, w: float) -> None:
-    """Say in the card of an interpolated model, if it has one of dualtok's, how far it is from its reference.
+def note_limit(folder: Path, how: str) -> None:
+    """Say in the card of a model of ``dualtok interpolate``, if it has one of dualtok's, how the limit was kept to.
 
     Args:
         folder: the model's.
-        w: weight of the trained model, 0 for the reference.
+        how: in words.
     """
     path = folder / CARD
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     if "with dualtok\n" in card:
-        line = f"* interpolated towards its reference: {w:.3f} of the way from the reference to the trained model\n"
+        line = f"* {how}\n"
         head, objective, rest = card.replace(NOT_INTERPOLATED, "").partition("with dualtok\n")
         rest = re.sub(r"\nThis model's weights are those of the row .*\n", NO_ROW, rest)
         write_text(path, f"{_without_figures(head)}{objective}{line}{rest}")

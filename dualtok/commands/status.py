@@ -17,7 +17,7 @@ import yaml
 from dualtok.config.load import load_run
 from dualtok.distributed.job_record import read_ends, read_started
 from dualtok.errors import CheckpointError, ConfigError
-from dualtok.train.checkpoints.manifest import BEST, COMPLETE, read_manifest, tag_of
+from dualtok.train.checkpoints.manifest import BEST, COMPLETE, read_manifest, step_of, tag_of
 from dualtok.train.folder import CHECKPOINTS, RUN_FILE
 from dualtok.train.history import StepMetrics, read_history
 
@@ -108,7 +108,7 @@ def read_status(path: Path) -> RunStatus:
         steps_left_out=sum(bool(row.get("left_out")) for row in metrics),
         skipped_blocks=sum(row.get("skipped_blocks", 0) for row in metrics),
         checkpoint=None if complete is None else complete.name,
-        checkpoint_step=None if complete is None else int(complete.name.removeprefix("step-")),
+        checkpoint_step=None if complete is None else step_of(complete.name),
         best_checkpoint=best.read_text(encoding="utf-8").strip() if best.is_file() else None,
         torn_checkpoints=tuple(torn),
         events=len(list((folder / "events").glob("*tfevents*"))),

@@ -25,7 +25,7 @@ from dualtok.distributed.layout import build_layout
 from dualtok.distributed.preemption import PreemptionNotice
 from dualtok.distributed.ranks import join_ranks
 from dualtok.distributed.watchdog import Watchdog
-from dualtok.errors import CheckpointError, ConfigError
+from dualtok.errors import CheckpointError, ConfigError, print_to_stderr
 from dualtok.model.adapters import prepare_adapters
 from dualtok.model.load import starting_config
 from dualtok.objective.loss import build_objective
@@ -36,7 +36,7 @@ from dualtok.train.checkpoints.manifest import COMPLETE
 from dualtok.train.checkpoints.writer import find_checkpoint
 from dualtok.train.checks import changes, count_steps, require_reference
 from dualtok.train.engines.build import build_engine
-from dualtok.train.engines.dp_account import PrivacyAccount
+from dualtok.train.engines.dp_account import PrivacyAccount, slowness
 from dualtok.train.folder import CHECKPOINTS, RUN_FILE, START_FOLDER
 from dualtok.train.live_reference import build_reference, check_reference
 from dualtok.train.loop import LoopState, TrainingLoop
@@ -131,7 +131,7 @@ def _train(
     folder = write_start_folder(run, model, sources, adapters, ranks, resumed=saved is not None)
     record.begin(total_steps)
     reference = _frozen_reference(run.reference, reference_folder, layout)
-    account = _privacy_account(run.privacy, stream, total_steps)
+    account = _privacy_account(run.privacy, stream, total_steps, ranks)
     engine = build_engine(
         folder,
         model,
@@ -177,10 +177,14 @@ def _adapter_reference(engine: TrainingEngine, adapters: Adapters | None) -> Liv
     return AdapterReference(engine.token_losses, lambda: adapters.as_reference(module))
 
 
-def _privacy_account(privacy: PrivacyConfig | None, stream: TrainingStream, total_steps: int) -> PrivacyAccount | None:
+def _privacy_account(
+    privacy: PrivacyConfig | None, stream: TrainingStream, total_steps: int, ranks: Ranks
+) -> PrivacyAccount | None:
     """Return noise and clipping of DP-SGD, planned for the run's budget; None for other engines."""
     if privacy is None or not isinstance(stream, PoissonDocuments):
         return None
+    if ranks.is_first and (note := slowness(privacy)):
+        print_to_stderr(f"dualtok: {note}")
     return PrivacyAccount.plan(
         privacy, rate=stream.rate, steps=total_steps, documents=len(stream), truncated=stream.truncated
     )

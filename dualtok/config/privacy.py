@@ -26,7 +26,8 @@ class PrivacyConfig:
     """Norm that each document's gradient is clipped to. Unit: none."""
 
     accountant: Literal["prv", "rdp"] = "prv"
-    """Opacus' accountant: ``prv`` (tight) or ``rdp``."""
+    """Opacus' accountant: ``prv`` (tight; from an epsilon of some hundred on it takes minutes and gigabytes) or
+    ``rdp``."""
 
     secret_seed: bool = False
     """Draw documents and noise from a seed that is never written down. Without it they follow from ``seed``, so that a

@@ -125,6 +125,11 @@ class InterpolateConfig:
     model: str | None = None
     """Folder or hub name of the trained model. None: what this run itself has trained, its latest checkpoint."""
 
+    along: Literal["line", "run"] = "line"
+    """Which models are tried: those on the straight line from the reference to the trained model (``line``), or the
+    run's own checkpoints (``run``: early stopping with a limit), of which the one with the lowest loss on
+    ``non_members`` is taken among those within the limit. ``train.checkpoint_keep`` says how many there are."""
+
     auc: Annotated[float, Field(gt=0.5, lt=1)] = 0.53
     """Largest AUC that the Ref attack with the surrogate reference is expected to reach. Unit: none."""
 
@@ -139,7 +144,12 @@ class InterpolateConfig:
     """Split that none of the three models has seen."""
 
     def __post_init__(self) -> None:
-        """Refuse a class compared with itself."""
+        """Refuse a class compared with itself, and checkpoints of a model that is no run."""
+        if self.along == "run" and self.model is not None:
+            raise ValueError(
+                "interpolate.model: has no effect with interpolate.along=run, which tries this run's own checkpoints; "
+                "remove it"
+            )
         if self.members == self.non_members:
             raise ValueError(
                 f"interpolate.members: {self.members!r} is also interpolate.non_members; choose two splits"

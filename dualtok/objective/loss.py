@@ -37,7 +37,8 @@ def dual_loss(
     token the loss is 0 with a zero gradient. What stands in masked positions, NaN and infinity included, touches
     neither the value nor the gradient. A NaN in the ``token_loss`` of a predicted token, selected or not, makes the
     loss NaN: training has broken down, and the caller must handle it. A NaN in its ``reference_loss``
-    alone leaves the token out.
+    alone leaves the token out. With ``selection.unlearn: confidence`` the gradient is that of mean CE over T_h +
+    alpha * mean probability over T_m, while the value stays a weighted sum of token losses.
 
     Args:
         token_loss: CE(theta; t) with gradient, nats, any shape, any float dtype; summed in float32.

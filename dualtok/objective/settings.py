@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 Normalize = Literal["per_set", "per_share"]
 Scope = Literal["micro_batch", "local", "step"]
+Unlearn = Literal["ascent", "confidence"]
 ObjectiveName = Literal["dual", "selective", "goldfish", "causal_lm"]
 NEEDS_REFERENCE: tuple[ObjectiveName, ...] = ("dual", "selective")
 """Objectives whose batches must have ``reference_loss``; the others only report s(t) when it is there."""
@@ -43,6 +44,12 @@ class SelectionConfig:
     nearly empty T_m cannot give a few tokens a huge weight. The paper does not say; ``per_set`` is dualtok's reading of
     it."""
 
+    unlearn: Unlearn = "ascent"
+    """How T_m is unlearned: its mean CE is raised (``ascent``, paper), without a bound; or its mean probability is
+    lowered (``confidence``): the gradient of each token is that of its CE times the probability that the model gives
+    it, and so ends by itself as the token is unlearned. The idea of an ascent in proportion to the model's confidence
+    is from CATNIP (Yang et al. 2026, arXiv 2602.02824); this is its simplest form, not that paper's loss."""
+
     scope: Scope = "micro_batch"
     """Tokens that are ranked together: one micro-batch over all data-parallel ranks (``micro_batch``); this rank's part
     of it alone (``local``: no communication, but results depend on the number of ranks); or all micro-batches of an
@@ -55,6 +62,7 @@ class SelectionConfig:
         check_alpha(self.alpha)
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_choice("scope", self.scope, get_args(Scope))
+        check_choice("unlearn", self.unlearn, get_args(Unlearn))
         if not math.isfinite(self.tau):
             raise ValueError(f"selection.tau: must be finite, got {self.tau}")
 

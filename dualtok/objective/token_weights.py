@@ -119,9 +119,10 @@ def dual_weights(
     unlearned = selection.alpha * _one_over(
         selection.memorized_share * counts.tokens if per_share else counts.memorized
     )
+    by_confidence = selection.unlearn == "confidence"
     return [
         TokenWeights(
-            factors=means * (learned * hard.float() - unlearned * memorized.float()),
+            factors=means * (learned * hard.float() - unlearned * _strength(losses, memorized, by_confidence)),
             predicted=mask,
             hard=hard,
             memorized=memorized,
@@ -167,6 +168,13 @@ def mean_weights(
         counts=SelectionCounts(tokens, kept, 0),
         totals=_totals(token_loss, learned, nothing, predicted),
     )
+
+
+def _strength(token_loss: torch.Tensor, memorized: torch.Tensor, by_confidence: bool) -> torch.Tensor:
+    """Return how strongly each token of T_m is unlearned: with 1, or with its probability; 0 for all others."""
+    if not by_confidence:
+        return memorized.float()
+    return torch.where(memorized, (-token_loss.float()).exp(), 0.0)
 
 
 def _one_over(size: float) -> float:

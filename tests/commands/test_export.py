@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 
-from dualtok.commands.model_card import note_interpolation
+from dualtok.commands.model_card import note_limit
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import load_manifest
 from dualtok.data.tokenizer import load_tokenizer
+from dualtok.model.check import check_model
 from dualtok.model.load import load_causal_lm
 from tests.support import (
     deepspeed_json,
@@ -23,6 +24,7 @@ from tests.support import (
     error_line,
     read_weights,
     relative_distance,
+    save_model,
     succeed,
     tiny_llama_config,
     write_run,
@@ -282,7 +284,7 @@ def test_a_model_card_tells_where_a_model_comes_from(small_corpus: dict[str, Any
     assert metric["args"]["high"] == round(strongest["high"], 4)
     assert "This model's weights are those of the row `mine`." in card
     shutil.copytree(tmp_path / "again", tmp_path / "interpolated")
-    note_interpolation(tmp_path / "interpolated", 0.5)
+    note_limit(tmp_path / "interpolated", "interpolated towards its reference: 0.500 of the way")
     mixed = (tmp_path / "interpolated" / "README.md").read_text()
     assert "model-index" not in mixed
     assert yaml.safe_load(mixed.split("---")[1])["license"] == "apache-2.0"
@@ -328,6 +330,28 @@ def test_tokens_that_a_run_gives_its_fresh_model_are_kept(small_corpus: dict[str
     folder = short_run(tmp_path / "run.yaml", small_corpus, {"config": tiny_llama_config(eos_token_id=7)})
     config = json.loads((folder / "start" / "config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"]) == (7, None)
+
+
+@pytest.mark.slow
+def test_a_private_lora_run_is_merged_into_a_model_that_is_tied_as_its_base(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    """DP-SGD trains with a head of its own, which no adapter changes."""
+    base = save_model(tmp_path / "base", 1, tie_word_embeddings=True)
+    run = write_run(
+        tmp_path / "run.yaml",
+        {"dir": small_corpus["dir"]},
+        objective="causal_lm",
+        model={"path": str(base), "lora": {"rank": 4}},
+        privacy={"noise_multiplier": 0.5},
+        train={"learning_rate": 2e-2, "batch_size": 8, "steps": 2, "precision": "fp32", "engine": "opacus"},
+    )
+    succeed(dualtok("train", run))
+    succeed(dualtok("export", tmp_path / "run", tmp_path / "merged", "--checkpoint", "latest", "--merge"))
+    check_model(tmp_path / "merged", DataFolder(small_corpus["dir"]), origin="merged")
+    start, merged = read_weights(base), read_weights(tmp_path / "merged")
+    assert start.keys() == merged.keys()
+    assert {name for name in start if not torch.equal(start[name], merged[name])} == {n for n in start if "proj" in n}
 
 
 @pytest.mark.slow

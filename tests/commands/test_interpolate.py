@@ -106,6 +106,60 @@ def test_a_run_with_objective_dual_plus_is_interpolated_from_what_it_has_trained
     assert f"* interpolated towards its reference: {w:.3f} of the way" in cards[1]
 
 
+@pytest.mark.slow
+def test_along_a_run_the_best_checkpoint_within_the_limit_is_taken(
+    small_corpus: dict[str, Any], tmp_path: Path
+) -> None:
+    """Early stopping, where the limit of the attack says when to stop."""
+    reference, surrogate = (
+        save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("surrogate_reference", 2))
+    )
+    run = write_run(
+        tmp_path / "plain.yaml",
+        small_corpus,
+        objective="causal_lm",
+        model={"path": str(reference)},
+        train={
+            "learning_rate": 5e-3,
+            "batch_size": 8,
+            "steps": 240,
+            "precision": "fp32",
+            "checkpoint_every": 40,
+            "checkpoint_keep": 100,
+        },
+        interpolate={"reference": str(reference), "surrogate_reference": str(surrogate), "along": "run", "auc": 0.9999},
+    )
+    succeed(dualtok("train", run))
+    kept = sorted(path.name for path in (run.with_suffix("") / "checkpoints").glob("step-*"))
+
+    def made(name: str, *overrides: str) -> tuple[dict[str, Any], str]:
+        shown = succeed(dualtok("interpolate", run, tmp_path / name, *overrides))
+        return json.loads((tmp_path / name / "interpolate.json").read_text()), shown
+
+    facts, _ = made("any")
+    trials = facts["trials"]
+    assert [f"step-{trial['step']:08d}" for trial in trials] == kept
+    assert facts["step"] == min(trials, key=lambda trial: trial["loss"])["step"]
+    aucs = sorted(trial["auc"] for trial in trials)
+    assert aucs[0] < aucs[2] < aucs[3] < aucs[-1], "the limit decides nothing"
+    limit = (aucs[2] + aucs[3]) / 2
+    facts, shown = made("within", f"interpolate.auc={limit}")
+    best = min((trial for trial in trials if trial["auc"] < limit), key=lambda trial: trial["loss"])["step"]
+    assert facts["step"] == best
+    assert f"wrote {tmp_path / 'within'}: the checkpoint of step {best}" in shown
+    assert f"* stopped early, after step {best}, to keep to" in (tmp_path / "within" / "README.md").read_text()
+    succeed(dualtok("export", run.with_suffix(""), tmp_path / "exported", "--checkpoint", f"step-{best:08d}"))
+    within, exported = (read_weights(tmp_path / name) for name in ("within", "exported"))
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in within.items())
+
+    facts, _ = made("none", "interpolate.auc=0.5001")
+    assert (facts["step"], facts["w"]) == (None, 0)
+    near = read_weights(reference)
+    assert all(torch.equal(tensor, near[name]) for name, tensor in read_weights(tmp_path / "none").items())
+    line = error_line(dualtok("interpolate", run, tmp_path / "never", f"interpolate.model={reference}"))
+    assert "interpolate.model: has no effect with interpolate.along=run" in line
+
+
 def test_without_its_section_there_is_nothing_to_do(small_corpus: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run.yaml", {"dir": small_corpus["dir"]})
     assert "interpolate" in error_line(dualtok("interpolate", run, tmp_path / "made"))

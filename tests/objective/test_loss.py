@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -229,9 +230,30 @@ def test_the_totals_are_sums_and_sizes_of_the_sets() -> None:
     assert outcome.weights.plain_loss.item() == pytest.approx(values[mask.numpy()].mean())
 
 
-@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"alpha": NAN}, {"normalize": "mean"}, {"hard_share": 0.9}])
+@pytest.mark.parametrize("normalize", ["per_set", "per_share"])
+def test_by_confidence_the_gradient_is_that_of_the_mean_probability(normalize: Any) -> None:
+    """Against autograd through exp(-CE) of the tokens that the plain dual loss unlearns."""
+    token_loss, reference_loss = random_losses(3, (4, 32))
+    selection = SelectionConfig(normalize=normalize, alpha=1.3, unlearn="confidence")
+    outcome = dual_loss(token_loss, reference_loss, selection=selection)
+    ascent = dual_loss(token_loss, reference_loss, selection=replace(selection, unlearn="ascent"))
+    assert torch.equal(outcome.weights.memorized, ascent.weights.memorized)
+    count = int(outcome.weights.memorized.sum())
+    assert count > 0
+    gradient = backward(outcome, token_loss)
+    again = token_loss.detach().clone().requires_grad_()
+    divisor = count if normalize == "per_set" else 0.2 * again.numel()
+    probability = (-again[outcome.weights.memorized]).exp().sum() / divisor
+    (again[outcome.weights.hard].mean() + 1.3 * probability).backward()
+    torch.testing.assert_close(gradient, again.grad)
+    assert gradient[outcome.weights.memorized].abs().max() < 1.3 / divisor
+
+
+@pytest.mark.parametrize(
+    "bad", [{"alpha": -1.0}, {"unlearn": "none"}, {"alpha": NAN}, {"normalize": "mean"}, {"hard_share": 0.9}]
+)
 def test_impossible_settings_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"alpha|normalize|above 1"):
+    with pytest.raises(ValueError, match=r"alpha|normalize|above 1|unlearn"):
         dual_loss(torch.zeros(3), torch.zeros(3), selection=SelectionConfig(**bad))
 
 

@@ -47,7 +47,10 @@ ALL_AUXILIARY = {
     "dual, cross-fitted",
 }
 INTERPOLATED = {"dual_plus", "dual_plus, limit 0.55", "plain, interpolated"}
-PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *INTERPOLATED}
+STOPPED_BY_LIMIT = {
+    f"{row}, stopped by the limit {limit}" for row in (f"plain, {FROM}", "dual, cross-fitted") for limit in (0.53, 0.55)
+}
+PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *INTERPOLATED, *STOPPED_BY_LIMIT}
 FURTHER = {f"{row}, further attacks" for row in KINDS | INTERPOLATED}
 PRETRAINED = {f"{row}, from scratch" for row in ("reference alone", "plain", "dual")}
 Module = Callable[[str], Any]
@@ -99,6 +102,16 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     assert "## sotu-0, tokens of the dual run" in table
     assert "## sotu-0-pretraining, time of the steps" in table
     assert (tmp_path / "trade-off-sotu.svg").stat().st_size > 1000
+    assert "| strongest attack with a reference, two-sided AUC | the first | more |" in table
+    assert re.search(r"\| sotu-0, headline \| as_many [\d.]+, more [\d.]+ \|", table)
+    own = json.loads((tmp_path / "sotu-0" / "attacker-1" / "manifest.json").read_text())["splits"]
+    split = json.loads((tmp_path / "sotu-0" / "data" / "manifest.json").read_text())["splits"]
+    assert own["attack_reference"]["documents"] == split["train"]["documents"]
+
+    taken = [json.loads(mark.read_text()) for mark in tmp_path.glob("*/done/*")]
+    assert all(step["processor"] > 0 for step in taken)
+    trainings = [step["processor"] for step in taken if step["verb"] == "train"]
+    assert f"| train | {len(trainings)} | {sum(trainings) / 60:.1f} |" in table
 
     steps = len(list(tmp_path.glob("*/done/*")))
     (tmp_path / "sotu-0-pretraining" / "done" / "audit-pretraining").unlink()  # as if it had been stopped there
@@ -120,7 +133,7 @@ def test_a_failed_step_ends_the_tool_with_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "model", "steps"),
-    [("smoke", None, 166), ("cpu", None, 511), ("gpu", "gpt2", 505), ("gpu", "llama-2-7b-lora", 505)],
+    [("smoke", None, 206), ("cpu", None, 773), ("gpu", "gpt2", 717), ("gpu", "llama-2-7b-lora", 717)],
 )
 def test_the_steps_of_every_part_have_sound_settings_and_needs(
     module: Module, tmp_path: Path, scale: str, model: str | None, steps: int
@@ -136,7 +149,7 @@ def test_the_steps_of_every_part_have_sound_settings_and_needs(
     names = {step.name for step in planned}
     assert {need for step in planned for need in step.needs if need not in names} == set()
     assert len(names) == steps
-    scripts = {"tools/paper/dynamics.py", "tools/paper/mix.py"}
+    scripts = {f"tools/paper/{name}.py" for name in ("distil", "dynamics", "mix", "subset")}
     assert {step.arguments[0] for step in planned} == {
         "audit",
         "export",
@@ -155,7 +168,7 @@ def test_a_part_alone_is_planned_with_what_it_needs_and_nothing_else(module: Mod
     tool = module("reproduce_paper")
     planned = tool.plan(tool.SCALES["cpu"], tmp_path, ["longer"], ["sotu-0", "sotu-1"])[1]
     trained = {step.name for step in planned if step.arguments[0] == "train"}
-    models = ("reference", "attack_reference", "longer plain", "longer dual")
+    models = ("reference", *tool.SCALES["cpu"].attackers, "longer plain", "longer dual")
     assert trained == {"base-sotu/train", *(f"sotu-0/train {model}" for model in models)}
     assert [step.name for step in planned if step.arguments[0] == "audit"] == ["sotu-0/audit-longer"]
     planned = tool.plan(tool.SCALES["cpu"], tmp_path, ["frontier"], ["sotu-0"])[1]
@@ -308,6 +321,27 @@ def test_a_row_has_the_better_of_both_tests_of_collections_and_both_sides_of_lir
         "| dual_plus | 0.030 | 0.300 | 1.000 | 0.000 |",
         "| dual | n/a | n/a | n/a | n/a |",
     ]
+
+
+def test_the_strongest_attack_is_shown_with_each_of_the_attackers_references(module: Module) -> None:
+    values = {"loss": 0.9, "ref": 0.4, "ref_forest": 0.55, "lira": 0.95, "ref@many": 0.7, "ref_forest@many": 0.2}
+    attacks = [{"name": name, "auc": {"value": auc}, "tpr": []} for name, auc in values.items()]
+    entry = {
+        "seed": 0,
+        "perplexity_non_members": 9.0,
+        "strongest": {"auc_two_sided": {"value": 0.95}},
+        "loss_gap": 0.1,
+        "collections": [],
+        "attacks": attacks,
+    }
+    row = module("paper.figures").figures_of([entry])
+    assert list(module("paper.tables").by_reference({"plain": row})) == [
+        "| strongest attack with a reference, two-sided AUC | the first | many |",
+        "|---|---|---|",
+        "| plain | 0.600 | 0.800 |",
+    ]
+    entry["attacks"] = attacks[:4]
+    assert list(module("paper.tables").by_reference({"plain": module("paper.figures").figures_of([entry])})) == []
 
 
 def test_rows_of_old_folders_have_the_present_names(module: Module, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ SHARED = "DUALTOK_TESTS_WARM"
 """Variable with the address of a server that test processes share, and the tree whose modules it has imported."""
 TEST_PROCESS = "PYTEST_XDIST_WORKER"
 """Variable with the name of the test process that has started something."""
+NOTED = "DUALTOK_TESTS_NOTED"
+"""Variable with a file in which the server notes the seconds of the processors that ended forks with it have used."""
 PACKAGES = "DUALTOK_TESTS_PACKAGES"
 """Variable with a folder in which a fork looks for packages first: what it has not imported, and versions."""
 PROGRAMS = {
@@ -100,14 +102,14 @@ def seconds_of_forks() -> float:
     if address is None or test_process is None:
         return 0.0
     try:
-        return float(account(address, test_process).read_text())
+        return float(Path(account(address, test_process)).read_text())
     except FileNotFoundError:
         return 0.0
 
 
-def account(address: str, test_process: str) -> Path:
-    """Return the file in which a server notes what it has used for a test process."""
-    return Path(address).with_name(f"used-{test_process}")
+def account(address: str, test_process: str) -> str:
+    """Return the file in which a server notes what its forks have used for a test process."""
+    return f"{address}-used-{test_process}"
 
 
 @cache

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tests.warm import PACKAGES, TEST_PROCESS, account
+from tests.warm import NOTED, PACKAGES, TEST_PROCESS, account
 from tests.warm.client import HANDED_ON
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Server:
         self._listener.listen(64)
         self._address = address
         self._alive: dict[int, socket.socket] = {}
-        self._started_by: dict[int, str] = {}
-        """Fork -> the test process it is for."""
+        self._accounts: dict[int, list[str]] = {}
+        """Fork -> the files in which its seconds are noted."""
         self._used: Counter[str] = Counter()
         self._watch(self._listener.fileno(), self._accept)
         self._watch(sys.stdin.fileno(), self._end)
@@ -110,8 +110,10 @@ class Server:
         for file in files:
             os.close(file)
         self._alive[process] = connection
-        if TEST_PROCESS in request["variables"]:
-            self._started_by[process] = request["variables"][TEST_PROCESS]
+        variables = request["variables"]
+        self._accounts[process] = [variables[NOTED]] if NOTED in variables else []
+        if TEST_PROCESS in variables:
+            self._accounts[process].append(account(self._address, variables[TEST_PROCESS]))
         with contextlib.suppress(OSError):
             connection.send(str(process).encode())
         end = os.pidfd_open(process)
@@ -122,11 +124,11 @@ class Server:
         self._selector.unregister(end)
         os.close(end)
         _, status, usage = os.wait4(process, 0)
-        if test_process := self._started_by.pop(process, ""):
-            self._used[test_process] += usage.ru_utime + usage.ru_stime
-            noted = account(self._address, test_process)
-            noted.with_suffix(".new").write_text(str(self._used[test_process]))
-            noted.with_suffix(".new").replace(noted)
+        for noted in self._accounts.pop(process):
+            self._used[noted] += usage.ru_utime + usage.ru_stime
+            written = Path(f"{noted}.new")
+            written.write_text(str(self._used[noted]))
+            written.replace(noted)
         connection = self._alive.pop(process)
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection.fileno())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Run = dict[str, Any]
 ATTACKER = "attack_reference"
-"""The attacker's reference model, and the split that it is trained on."""
+"""The split that the attacker's references are trained on."""
 
 
 class Cell:
@@ -106,6 +106,10 @@ class Cell:
         """Return the section ``reference`` that names a model of this cell."""
         return {"reference": {"model": str(self.model(name)), "batch_size": 16, **changes}}
 
+    def references(self, names: Sequence[str]) -> Run:
+        """Return the setting of the section ``audit`` that gives the attacker these models as references."""
+        return {"attack_reference": {name.replace(" ", "_"): str(self.model(name)) for name in names}}
+
     def add(self, name: str, arguments: Sequence[str], needs: Sequence[str] = ()) -> str:
         """Add a step and return its full name."""
         step = Step(f"{self.name}/{name}", self.folder, tuple(arguments), tuple(needs))
@@ -152,20 +156,31 @@ class Cell:
         self._models[row] = model
         self._exported.append(exported)
 
-    def audit(self, part: str, attacker: str, attacker_exported: str, **settings: Any) -> None:
-        """Add the attacks on all models since the last audit, by an attacker with the reference model ``attacker``."""
+    def exported(self, name: str) -> str:
+        """Return the step that exports a model."""
+        return f"{self.name}/export {name}"
+
+    def audit(self, part: str, attackers: Sequence[str] | None = None, **settings: Any) -> None:
+        """Add the attacks on all models since the last audit.
+
+        Args:
+            part: its name.
+            attackers: models that the attacker has as references; without them those of the scale.
+            **settings: of the section ``audit``.
+        """
+        attackers = list(self.scale.attackers) if attackers is None else attackers
         run = {
             "data": self.data,
             "output_dir": str(self.folder / f"audit-{part}"),
             "audit": {
                 "models": {row: str(model) for row, model in self._models.items()},
-                "attack_reference": str(self.model(attacker)),
+                **self.references(attackers),
                 "batch_size": 16,
                 **settings,
             },
         }
         name = f"audit-{part}"
-        self.add(name, ["audit", self.write(name, run)], [*self._exported, attacker_exported])
+        self.add(name, ["audit", self.write(name, run)], [*self._exported, *map(self.exported, attackers)])
         self._models, self._exported = {}, []
 
 

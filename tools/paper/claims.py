@@ -17,7 +17,12 @@ QUIET = 0.58
 LEVEL = 0.05
 DUAL = ("dual", "dual, reference then auxiliary", "dual, from reference then auxiliary")
 PLUS = ("dual_plus", "dual_plus, limit 0.55")
-DEFENDED = (*DUAL, *PLUS, "plain, interpolated")
+STOPPED_BY_LIMIT = {
+    "dual_plus": "plain, from reference then auxiliary, stopped by the limit 0.53",
+    "dual_plus, limit 0.55": "plain, from reference then auxiliary, stopped by the limit 0.55",
+}
+"""Row -> plain training whose best checkpoint keeps to the same limit."""
+DEFENDED = (*DUAL, *PLUS, "plain, interpolated", *STOPPED_BY_LIMIT.values())
 REFERENCE = "reference, then auxiliary"
 STOPPED = {"plain": "base", "plain, from reference then auxiliary": REFERENCE}
 """Plain training that may stop early -> where it starts."""
@@ -53,6 +58,8 @@ def claims(table: Table) -> Iterator[str]:
         for other in (*DUAL, *NO_MEMBER_SEEN):
             if row != other:
                 yield from better(table, row, other)
+    for row, other in STOPPED_BY_LIMIT.items():
+        yield from better(table, row, other)
     yield from _stopped_early(table)
 
 

@@ -8,6 +8,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dualtok.audit.attacks.base import ATTACKS, takes_references
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -46,7 +48,8 @@ class Figure:
 
 Row = dict[str, Figure]
 """Name of a figure -> the figure: ``perplexity``, ``gap``, ``strongest``, the AUC under each attack's name, its TPR
-under ``tpr NAME``, and ``collections SIZE`` and ``rejected SIZE``."""
+under ``tpr NAME``, ``collections SIZE`` and ``rejected SIZE``, and ``strongest@REFERENCE``: the largest two-sided AUC
+of the attacks that compare with one of the attacker's references, without a name for the first."""
 Table = dict[str, Row]
 Entries = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]
 """Corpus -> part -> row -> one entry per finished cell."""
@@ -100,10 +103,35 @@ def figures_of(entries: Sequence[dict[str, Any]]) -> Row:
     for size in SIZES:  # of the two scores that collections are tested by, the one that gives more away
         found[f"collections {size}"] = over(lambda entry, size=size: min(tests(entry, size, "p_holm"), default=None))
         found[f"rejected {size}"] = over(lambda entry, size=size: max(tests(entry, size, "rejected"), default=None))
+    for reference in ("", *further_references(entries)):
+        found[f"strongest@{reference}"] = over(
+            lambda entry, reference=reference: max(
+                (
+                    max(a["auc"]["value"], 1 - a["auc"]["value"])
+                    for a in entry["attacks"]
+                    if _reference_of(a["name"]) == reference
+                ),
+                default=None,
+            )
+        )
     for name in dict.fromkeys(a["name"] for entry in entries for a in entry["attacks"]):
         found[name] = over(lambda entry, name=name: (a := attack(entry, name)) and a["auc"]["value"])
         found[f"tpr {name}"] = over(lambda entry, name=name: (a := attack(entry, name)) and _tpr(a))
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def further_references(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the attacker's references behind the first, in the order of the attacks."""
+    named = (a["name"].partition("@")[2] for entry in entries for a in entry["attacks"])
+    return [name for name in dict.fromkeys(named) if name]
+
+
+def _reference_of(attack: str) -> str | None:
+    """Return the reference that an attack compares with: "" for the first, None if it needs none."""
+    name, _, reference = attack.partition("@")
+    if reference:
+        return reference
+    return "" if name in ATTACKS and takes_references(ATTACKS[name]) else None
 
 
 def _tpr(attack: dict[str, Any], rate: float = 0.01) -> float | None:

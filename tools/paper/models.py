@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paper.cell import ATTACKER
+
 from dualtok.config.reference import InterpolateConfig
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ INTERPOLATED = {
     "plain, interpolated": ("plain from all", 0.53),
 }
 """Row -> the trained model that is interpolated, and ``interpolate.auc``."""
+STOPPED_BY_LIMIT = {"plain from all": "plain, from reference then auxiliary", "cross-fitted": "dual, cross-fitted"}
+"""Run whose best checkpoint within the limit is attacked -> its row."""
+LIMITS = (InterpolateConfig.auc, 0.55)
+"""``interpolate.auc`` of these."""
 ALL_AUXILIARY = "reference auxiliary"
 """The model that is fine-tuned on the split ``reference``, then on the split ``auxiliary``."""
 
@@ -46,8 +52,7 @@ def of_all_auxiliary(cell: Cell) -> list[Made]:
         ("dual from all", "dual, from reference then auxiliary"),
     ):
         made[name] = row, cell.train(name, duals[name], [scored])
-    kept = {"checkpoint_every": min(steps_from_all(cell)), "checkpoint_keep": 100}
-    run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, train=kept)
+    run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, **_limited(cell))
     made["plain from all"] = "plain, from reference then auxiliary", cell.train("plain from all", run, [reference])
     made["cross-fitted"] = "dual, cross-fitted", cross_fitted(cell, reference)
     surrogate = reference_model(cell, "auxiliary", ready)
@@ -67,6 +72,16 @@ def of_all_auxiliary(cell: Cell) -> list[Made]:
             [surrogate, reference, f"{cell.name}/export {name}"],
         )
         made[back] = row, step
+    for name, row in STOPPED_BY_LIMIT.items():
+        for limit in LIMITS:
+            stopped = f"limit-{name} {limit:g}"
+            path = str(cell.folder / f"{name.replace(' ', '_')}.yaml")
+            step = cell.add(
+                f"interpolate {stopped}",
+                ["interpolate", path, str(cell.model(stopped)), f"interpolate.auc={limit:g}"],
+                [surrogate, reference, cell.exported(name)],
+            )
+            made[stopped] = f"{row}, stopped by the limit {limit:g}", step
     return [(row, cell.model(name), step) for name, (row, step) in made.items()]
 
 
@@ -106,19 +121,41 @@ def reference_model(cell: Cell, split: str, ready: str, *, row: str | None = Non
     return cell.train(split, run, [ready], row=row, which="best")
 
 
+def attackers(cell: Cell, ready: str) -> None:
+    """Add the attacker's references: the base, trained by the recipe of plain training on documents of their own."""
+    for name, attacker in cell.scale.attackers.items():
+        folder = cell.folder / f"attacker-{attacker.times:g}"
+        documents = ["--of", "train", "--times", f"{attacker.times:g}"]
+        drawn = cell.add(
+            f"documents of {folder.name}",
+            ["tools/paper/subset.py", cell.data["dir"], ATTACKER, str(folder), *documents],
+            [ready],
+        )
+        run = cell.run(name, "causal_lm", train={"epochs": attacker.epochs, "split": ATTACKER})
+        run["data"] = {**cell.data, "dir": str(folder)}
+        cell.train(name, run, [drawn])
+
+
 def reference_training(cell: Cell) -> Run:
     """Return the section ``train`` of references."""
     return {"epochs": cell.scale.reference_epochs, "evaluate_every": 10}
 
 
 def private_model(cell: Cell, epsilon: float, ready: str, changes: Run | None = None, what: str = "") -> None:
-    """Add a DP-SGD run; ``changes`` in its sections are named by ``what``."""
+    """Add a DP-SGD run; ``changes`` in its sections, and another ``base``, are named by ``what``."""
     changes = changes or {}
     train = {**cell.scale.private, "engine": "opacus", "precision": "fp32", **changes.get("train", {})}
     privacy = changes.get("privacy", {"epsilon": epsilon, "delta": DELTA})
     name = f"dp-sgd {epsilon:g}{what.replace(',', '')}"
-    run = cell.run(name.replace(" ", "-"), "causal_lm", train=train, privacy=privacy)
-    row = f"DP-SGD ({epsilon:g}, {DELTA:g}){what}" if "privacy" not in changes else f"DP-SGD{what}"
+    run = cell.run(
+        name.replace(" ", "-"),
+        "causal_lm",
+        base=changes.get("base", "base"),
+        model=changes.get("model", {}),
+        train=train,
+        privacy=privacy,
+    )
+    row = f"DP-SGD ({epsilon:g}, {DELTA:g}){what}" if "epsilon" in privacy else f"DP-SGD{what}"
     cell.train(name, run, [ready], row=row)
 
 
@@ -130,9 +167,24 @@ def cross_fitted(cell: Cell, reference: str) -> str:
         run = cell.run(f"fold-{fold}", "causal_lm", base=ALL_AUXILIARY, train=train)
         folds.append(cell.train(f"fold {fold}", run, [reference], which="best"))
     models = [str(cell.model(f"fold {fold}")) for fold in (0, 1)]
-    run = cell.run("cross-fitted", "dual", base=ALL_AUXILIARY, reference={"folds": models, "batch_size": 16})
+    run = cell.run(
+        "cross-fitted", "dual", base=ALL_AUXILIARY, reference={"folds": models, "batch_size": 16}, **_limited(cell)
+    )
     scored = cell.add("score folds", ["score", cell.write("cross-fitted", run)], folds)
     return cell.train("cross-fitted", run, [scored])
+
+
+def _limited(cell: Cell) -> Run:
+    """Return the sections of a run whose checkpoints are kept, to be tried by ``dualtok interpolate``."""
+    return {
+        "train": {"checkpoint_every": min(steps_from_all(cell)), "checkpoint_keep": 100},
+        "audit": {"batch_size": 16},
+        "interpolate": {
+            "along": "run",
+            "reference": str(cell.model(ALL_AUXILIARY)),
+            "surrogate_reference": str(cell.model("auxiliary")),
+        },
+    }
 
 
 def headline_steps(cell: Cell) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from paper.baselines import baselines
 from paper.cell import ATTACKER, Cell, Run
 from paper.models import (
     ALL_AUXILIARY,
@@ -17,6 +18,7 @@ from paper.models import (
     Made,
     attack_plain_stopped,
     attack_stopped,
+    attackers,
     headline_steps,
     of_all_auxiliary,
     private_model,
@@ -41,7 +43,7 @@ def headline(cell: Cell) -> None:
     ready = cell.prepare()
     cell.attack("base", cell.model("base"), ready)
     reference = reference_model(cell, "reference", ready, row="reference alone")
-    attacker = reference_model(cell, ATTACKER, ready)
+    attackers(cell, ready)
     run = cell.run("plain", "causal_lm", train={"evaluate_every": cell.scale.early, "checkpoint_keep": 100})
     cell.train("plain", run, [ready], row="plain")
     attack_plain_stopped(cell)
@@ -52,7 +54,7 @@ def headline(cell: Cell) -> None:
     dual = cell.run("dual", "dual", **cell.reference())
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
     cell.train("dual", dual, [scored], row="dual")
-    cell.audit("headline", ATTACKER, attacker, null_model="base")
+    cell.audit("headline", null_model="base")
 
 
 def sweeps(cell: Cell) -> None:
@@ -74,7 +76,7 @@ def sweeps(cell: Cell) -> None:
             name = f"dual {setting} {value:g}"
             run = cell.run(name.replace(" ", "-"), "dual", selection=selection, **cell.reference())
             cell.train(name, run, [scored], row=name)
-    cell.audit("sweeps", ATTACKER, f"{cell.name}/export {ATTACKER}")
+    cell.audit("sweeps")
 
 
 def private(cell: Cell) -> None:
@@ -84,7 +86,7 @@ def private(cell: Cell) -> None:
         [(setting, value)] = change.items()
         private_model(cell, 8, ready, {"train": change}, f", {setting} {value:g}")
     private_model(cell, 8, ready, {"privacy": {"noise_multiplier": 0.0, "delta": DELTA}}, ", clipped without noise")
-    cell.audit("private", ATTACKER, f"{cell.name}/export {ATTACKER}")
+    cell.audit("private")
 
 
 def longer(cell: Cell) -> None:
@@ -94,7 +96,7 @@ def longer(cell: Cell) -> None:
     for name, objective, sections in (("plain", "causal_lm", {}), ("dual", "dual", cell.reference())):
         run = cell.run(f"longer-{name}", objective, train={"epochs": epochs}, **sections)
         cell.train(f"longer {name}", run, [ready if name == "plain" else scored], row=f"{name}, {epochs:g} epochs")
-    cell.audit("longer", ATTACKER, f"{cell.name}/export {ATTACKER}")
+    cell.audit("longer")
 
 
 def ablations(cell: Cell) -> None:
@@ -119,7 +121,7 @@ def ablations(cell: Cell) -> None:
     cell.train("dual no reference", run, [scored], row=f"dual, no reference (s = CE, tau = {guess:.2f})")
     run = cell.run("dual-no-reference-0", "dual", selection={"tau": -guess}, **cell.reference("blank"))
     cell.train("dual no reference 0", run, [scored], row="dual, no reference (s = CE, tau = 0)")
-    cell.audit("ablations", ATTACKER, f"{cell.name}/export {ATTACKER}")
+    cell.audit("ablations")
 
 
 def lora(cell: Cell) -> None:
@@ -129,7 +131,7 @@ def lora(cell: Cell) -> None:
     cell.train("lora plain", cell.run("lora-plain", "causal_lm", model=model, train=train), [ready], row="LoRA, plain")
     run = cell.run("lora-dual", "dual", model=model, train=train, **cell.reference())
     cell.train("lora dual", run, [scored], row="LoRA, dual")
-    cell.audit("lora", ATTACKER, f"{cell.name}/export {ATTACKER}")
+    cell.audit("lora")
 
 
 def lira(cell: Cell) -> None:
@@ -159,14 +161,14 @@ def _judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[
         "attacks": ["loss", "ref", "min_k", "zlib"],
         "batch_size": 16,
         "shadow_checkpoint": "latest",
-        "attack_reference": str(cell.model(ATTACKER)),
+        **cell.references(list(cell.scale.attackers)),
         "shadows": shadows,
     }
     needs = [step for _, step in models.values()]
     cell.add(
         f"audit-lira-{name}",
         ["audit", cell.write(f"audit-lira-{name}", run)],
-        [*needs, f"{cell.name}/export {ATTACKER}"],
+        [*needs, *map(cell.exported, cell.scale.attackers)],
     )
 
 
@@ -195,27 +197,28 @@ def backdoor(cell: Cell) -> None:
     The weights were first trained on the attacker's own documents, so that what is learned later is easier to see.
     """
     _, scored = headline_steps(cell)
-    warmed = f"{cell.name}/export {ATTACKER}"
+    attacker = next(iter(cell.scale.attackers))
+    warmed = cell.exported(attacker)
     cell.train(
         "backdoor plain",
-        cell.run("backdoor-plain", "causal_lm", base=ATTACKER),
+        cell.run("backdoor-plain", "causal_lm", base=attacker),
         [warmed],
         row="plain, from the attacker's weights",
     )
-    run = cell.run("backdoor-dual", "dual", base=ATTACKER, **cell.reference())
+    run = cell.run("backdoor-dual", "dual", base=attacker, **cell.reference())
     cell.train("backdoor dual", run, [warmed, scored], row="dual, from the attacker's weights")
-    cell.audit("backdoor", ATTACKER, warmed)
+    cell.audit("backdoor")
 
 
 def auxiliary(cell: Cell) -> None:
     """One size of the auxiliary set: reference alone and dual. The cell's shares say how large it is."""
     ready = cell.prepare()
     reference = reference_model(cell, "reference", ready, row=f"reference alone, {cell.variant}")
-    attacker = reference_model(cell, ATTACKER, ready)
+    attackers(cell, ready)
     dual = cell.run("dual", "dual", **cell.reference())
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
     cell.train("dual", dual, [scored], row=f"dual, {cell.variant}")
-    cell.audit("auxiliary", ATTACKER, attacker)
+    cell.audit("auxiliary")
 
 
 def pretraining(cell: Cell) -> None:
@@ -235,12 +238,12 @@ def pretraining(cell: Cell) -> None:
         [ready],
         row="reference alone, from scratch",
     )
-    attacker = cell.train(ATTACKER, run(ATTACKER, "causal_lm", train={"split": ATTACKER}), [ready])
+    cell.train(ATTACKER, run(ATTACKER, "causal_lm", train={"split": ATTACKER}), [ready])
     cell.train("plain", run("plain", "causal_lm"), [ready], row="plain, from scratch")
     dual = run("dual", "dual", **cell.reference())
     scored = cell.add("score reference", ["score", cell.write("dual", dual)], [reference])
     cell.train("dual", dual, [scored], row="dual, from scratch")
-    cell.audit("pretraining", ATTACKER, attacker)
+    cell.audit("pretraining", [ATTACKER])
 
 
 def dynamics(cell: Cell) -> None:
@@ -267,7 +270,7 @@ def plus(cell: Cell) -> None:
     for row, model, step in of_all_auxiliary(cell):
         cell.attack(row, model, step)
     attack_stopped(cell, "plain from all", steps_from_all(cell), row="plain, from reference then auxiliary")
-    cell.audit("plus", ATTACKER, f"{cell.name}/export {ATTACKER}")
+    cell.audit("plus")
 
 
 def frontier(cell: Cell) -> None:
@@ -275,18 +278,18 @@ def frontier(cell: Cell) -> None:
     of_all_auxiliary(cell)
     for row, model, step in _mixed(cell):
         cell.attack(row, model, step)
-    cell.audit("frontier", ATTACKER, f"{cell.name}/export {ATTACKER}")
+    cell.audit("frontier")
 
 
 def known(cell: Cell) -> None:
     """The attacker's reference is the defender's own: how well each defence does when that model leaks."""
     for name in ("plain", "dual"):
         cell.attack(f"{name}, reference known", cell.model(name), f"{cell.name}/export {name}")
-    cell.audit("known", "reference", f"{cell.name}/export reference")
-    (_, _, reference), *models = of_all_auxiliary(cell)
+    cell.audit("known", ["reference"])
+    _, *models = of_all_auxiliary(cell)
     for row, model, step in models:
         cell.attack(f"{row}, reference known", model, step)
-    cell.audit("known-plus", ALL_AUXILIARY, reference)
+    cell.audit("known-plus", [ALL_AUXILIARY])
 
 
 def further(cell: Cell) -> None:
@@ -303,13 +306,7 @@ def further(cell: Cell) -> None:
     for row, model, step in (*models, *interpolated):
         cell.attack(f"{row}, further attacks", model, step)
     attacks = [*default_attacks(), *names_of("joint", "rerun")]
-    cell.audit(
-        "further",
-        ATTACKER,
-        f"{cell.name}/export {ATTACKER}",
-        attacks=attacks,
-        reruns={"neighbors": cell.scale.neighbors},
-    )
+    cell.audit("further", attacks=attacks, reruns={"neighbors": cell.scale.neighbors})
 
 
 CELL_PARTS: dict[str, Part] = {
@@ -318,6 +315,7 @@ CELL_PARTS: dict[str, Part] = {
     "frontier": frontier,
     "known": known,
     "further": further,
+    "baselines": baselines,
     "sweeps": sweeps,
     "private": private,
     "ablations": ablations,

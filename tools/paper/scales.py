@@ -9,6 +9,15 @@ from paper.published import GPT_2, LLAMA, PYTHIA
 
 
 @dataclass(frozen=True)
+class Attacker:
+    """A reference model of the attacker's: the base, trained plainly on documents of the split ``attack_reference``."""
+
+    times: float
+    """Documents that it learns, over those of ``train``; at most all of the split."""
+    epochs: float
+
+
+@dataclass(frozen=True)
 class Scale:
     """Models, data and lengths of one scale."""
 
@@ -29,6 +38,8 @@ class Scale:
     """Steps between evaluations. Plain training is also judged as stopped after one, two and three times as many, and
     plain training from a reference after one to six times a third of as many."""
     reference_epochs: float
+    attackers: dict[str, Attacker]
+    """By name. The attacks of the first have no reference's name behind their own; the strongest of all counts."""
     model: dict[str, Any]
     """Section ``model`` of the base model."""
     pretraining_shares: dict[str, float] = field(default_factory=dict)
@@ -69,10 +80,10 @@ def resized(shares: dict[str, float], factor: float) -> dict[str, float]:
     return {**shares, "reference": shares["reference"] * factor}
 
 
-def _shares(*, train: float, auxiliary: float, held_out: float) -> dict[str, float]:
+def _shares(*, train: float, auxiliary: float, held_out: float, attacker: float) -> dict[str, float]:
     """Return ``data.shares``; the auxiliary splits are equal, at most a quarter of `train`."""
-    small = dict.fromkeys(("reference", "attack_reference", "auxiliary", "validation"), auxiliary)
-    return {"train": train, **small, "held_out": held_out}
+    small = dict.fromkeys(("reference", "auxiliary", "validation"), auxiliary)
+    return {"train": train, **small, "attack_reference": attacker, "held_out": held_out}
 
 
 _CPU_OPTIMIZER = {"precision": "fp32", "batch_size": 16}
@@ -84,9 +95,9 @@ SCALES = {
         block_length=64,
         vocabulary=512,
         model=llama(32, 2, 64),
-        shares={"sotu": _shares(train=0.004, auxiliary=0.002, held_out=0.004)},
+        shares={"sotu": _shares(train=0.004, auxiliary=0.002, held_out=0.004, attacker=0.006)},
         pretraining_shares={"train": 0.01, "reference": 0.02, "validation": 0.002},
-        from_scratch=_shares(train=0.005, auxiliary=0.0015, held_out=0.005),
+        from_scratch=_shares(train=0.005, auxiliary=0.0015, held_out=0.005, attacker=0.006),
         auxiliary=(2,),
         shadows=2,
         neighbors=2,
@@ -95,6 +106,7 @@ SCALES = {
         private={"batch_size": 8},
         early=2,
         reference_epochs=1,
+        attackers={"as_many": Attacker(1, 1), "more": Attacker(10, 1)},
     ),
     "cpu": Scale(
         name="cpu",
@@ -104,11 +116,11 @@ SCALES = {
         vocabulary=2048,
         model=llama(128, 3, 256),
         shares={
-            "sotu": _shares(train=0.039, auxiliary=0.0095, held_out=0.044),
-            "wikipedia": _shares(train=0.1, auxiliary=0.025, held_out=0.1),
+            "sotu": _shares(train=0.039, auxiliary=0.0095, held_out=0.044, attacker=0.39),
+            "wikipedia": _shares(train=0.1, auxiliary=0.025, held_out=0.1, attacker=0.5),
         },
         pretraining_shares={"train": 0.3, "reference": 0.2, "validation": 0.02},
-        from_scratch=_shares(train=0.2, auxiliary=0.02, held_out=0.04),
+        from_scratch=_shares(train=0.2, auxiliary=0.02, held_out=0.04, attacker=0.4),
         pretraining={
             **_CPU_OPTIMIZER,
             "learning_rate": 3e-3,
@@ -126,6 +138,11 @@ SCALES = {
         private={"batch_size": 128, "epochs": 6, "learning_rate": 2e-3, "warmup_steps": 2},
         early=12,
         reference_epochs=6,
+        attackers={
+            "as_many_read_3_times": Attacker(1, 3),
+            "many_read_once": Attacker(10, 1),
+            "many_read_3_times": Attacker(10, 3),
+        },
     ),
     "gpu": Scale(
         name="gpu",
@@ -135,17 +152,18 @@ SCALES = {
         vocabulary=50257,
         model={"path": "openai-community/gpt2"},
         pretraining={"precision": "bf16", "batch_size": 32, "learning_rate": 6e-4, "steps": 2000, "warmup_steps": 100},
-        from_scratch=_shares(train=0.6, auxiliary=0.06, held_out=0.1),
+        from_scratch=_shares(train=0.5, auxiliary=0.05, held_out=0.1, attacker=0.25),
         # The paper: 3,000 training documents per data set.
-        shares=dict.fromkeys(("wikipedia", "cc_news"), _shares(train=0.25, auxiliary=0.0625, held_out=0.25)),
+        shares=dict.fromkeys(("wikipedia", "cc_news"), _shares(train=0.2, auxiliary=0.05, held_out=0.2, attacker=0.2)),
         fine_tuning={"precision": "bf16", "batch_size": 16, "learning_rate": 5e-5, "epochs": 5, "warmup_steps": 20},
         private={"batch_size": 512, "gradient_accumulation": 16, "epochs": 10, "learning_rate": 2e-4},
         early=100,
         reference_epochs=5,
+        attackers={"as_many": Attacker(1, 5)},
         neighbors=25,
         sources={
-            "wikipedia": {"source": "wikimedia/wikipedia", "dataset_config": "20231101.en", "max_documents": 12_000},
-            "cc_news": {"source": "vblagoje/cc_news", "max_documents": 12_000},
+            "wikipedia": {"source": "wikimedia/wikipedia", "dataset_config": "20231101.en", "max_documents": 15_000},
+            "cc_news": {"source": "vblagoje/cc_news", "max_documents": 15_000},
         },
     ),
 }

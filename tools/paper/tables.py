@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from paper.claims import claims
 from paper.figures import SIZES, STRONGER, audits, collect
 from paper.published import CORPUS, SAYS, published
+from paper.steps import time_of
 
 from dualtok.audit.attacks.registry import ATTACKS
 from dualtok.files import write_text
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
     from paper.cell import Cell
     from paper.figures import Row, Table
+    from paper.steps import StepTime
 
 PAPERS = ("loss", "ref", "min_k", "zlib")
 """The attacks of the paper's tables."""
+WITH = "strongest@"
+"""Goes before the name of a reference of the attacker's."""
 
 
 def write_results(cells: Sequence[Cell], root: Path) -> None:
@@ -52,14 +56,17 @@ def write_results(cells: Sequence[Cell], root: Path) -> None:
                 "",
                 *all_attacks(table),
                 "",
+                *by_reference(table),
+                "",
                 *collections(table),
                 "",
             ]
         lines += [f"## {corpus}, claims", "", *claims(everything), ""]
         trade_off(everything, root / f"trade-off-{corpus}.svg")
-    lines += [*_checks(cells), *_privacy(cells), *_durations(cells)]
+    lines += [*_checks(cells), *_attackers(cells), *_privacy(cells), *_durations(cells)]
     for cell in cells:
         lines += [*_gaps(cell), *_dynamics(cell)]
+    lines += _times(cells)
     write_text(root / "results.json", json.dumps(plain, indent=1))
     write_text(root / "results.md", "\n".join(lines))
 
@@ -101,6 +108,21 @@ def all_attacks(table: Table) -> Iterator[str]:
     yield "|---" * (len(names) + 1) + "|"
     for row, figures in table.items():
         yield f"| {row} | {' | '.join(str(figures.get(name, 'n/a')) for name in names)} |"
+
+
+def by_reference(table: Table) -> Iterator[str]:
+    """Yield the strongest attack with each of the attacker's references, where there are several."""
+    names = [
+        name.removeprefix(WITH)
+        for name in dict.fromkeys(name for figures in table.values() for name in figures)
+        if name.startswith(WITH)
+    ]
+    if len(names) < 2:
+        return
+    yield f"| strongest attack with a reference, two-sided AUC | {' | '.join(name or 'the first' for name in names)} |"
+    yield "|---" * (len(names) + 1) + "|"
+    for row, figures in table.items():
+        yield f"| {row} | {' | '.join(str(figures.get(WITH + name, 'n/a')) for name in names)} |"
 
 
 def collections(table: Table) -> Iterator[str]:
@@ -155,6 +177,31 @@ def _checks(cells: Sequence[Cell]) -> Iterator[str]:
             null = f"{found['strongest']['auc_two_sided']['value']:.3f}, p = {found['p_value']:.3f}"
         yield f"| {cell.name}, {part} | {blind} | {null} | {'; '.join(checks['warnings']) or 'none'} |"
     yield ""
+
+
+def _attackers(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield the perplexity of the attacker's references on the non-members of each audit."""
+    yield from ("## The attacker's references", "", "| audit | perplexity on the non-members |", "|---|---|")
+    for cell, part, figures in audits(cells):
+        known = figures.get("references", ())
+        shown = [f"{reference['name']} {reference['perplexity_non_members']:.1f}" for reference in known]
+        yield f"| {cell.name}, {part} | {', '.join(shown) or 'not noted'} |"
+    yield ""
+
+
+def _times(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield what the steps of the cells took, by what they did."""
+    spent: dict[str, list[StepTime]] = {}
+    for cell in cells:
+        for mark in sorted((cell.folder / "done").glob("*")):
+            if (taken := time_of(mark)) is not None:
+                spent.setdefault(taken.verb, []).append(taken)
+    if spent:
+        yield from ("## Time", "", "| command | runs | minutes of the processor | minutes |", "|---|---|---|---|")
+        for verb, times in sorted(spent.items(), key=lambda item: -sum(taken.processor for taken in item[1])):
+            processor, wall = sum(taken.processor for taken in times), sum(taken.wall for taken in times)
+            yield f"| {verb} | {len(times)} | {processor / 60:.1f} | {wall / 60:.1f} |"
+        yield ""
 
 
 def _privacy(cells: Sequence[Cell]) -> Iterator[str]:

@@ -86,3 +86,8 @@ BEST = "best"
 def tag_of(step: int) -> str:
     """Return the folder name of a step's checkpoint."""
     return f"step-{step:08d}"
+
+
+def step_of(tag: str) -> int:
+    """Return the step of a checkpoint, from its folder name."""
+    return int(tag.removeprefix("step-"))

@@ -136,9 +136,14 @@ def point(root: Path, name: str, tag: str) -> None:
     write_text(root / name, tag)
 
 
+def complete_checkpoints(root: Path) -> list[str]:
+    """Return the tags of all complete checkpoints, the oldest first."""
+    return sorted(folder.name for folder in root.glob("step-*") if (folder / COMPLETE).is_file())
+
+
 def prune(root: Path, keep: int = 1) -> None:
     """Remove all checkpoints but the last ``keep`` complete ones and those that ``latest`` and ``best`` name."""
-    complete = sorted(folder.name for folder in root.glob("step-*") if (folder / COMPLETE).is_file())
+    complete = complete_checkpoints(root)
     kept = {_pointed(root, LATEST), _pointed(root, BEST), *complete[-keep:]}
     for folder in root.glob("step-*"):
         if folder.name not in kept:

@@ -21,7 +21,7 @@ from dualtok.objective.head import IGNORED_LABEL
 from dualtok.objective.loss import CausalLM
 from dualtok.train.engines import dp_sgd as private
 from dualtok.train.engines.build import build_engine
-from dualtok.train.engines.dp_account import PrivacyAccount, stated
+from dualtok.train.engines.dp_account import PrivacyAccount, slowness, stated
 from dualtok.train.engines.dp_sgd import PrivateEngine
 from tests.support import tiny_llama_config
 
@@ -193,6 +193,14 @@ def test_epsilon_is_opacus_own(accountant: Any) -> None:
     assert account.epsilon(50) == pytest.approx(theirs.get_epsilon(1e-5), rel=1e-6)
     assert account.epsilon(0) == 0.0
     assert 0 < account.epsilon(10) < account.epsilon(50)
+
+
+def test_a_long_search_for_the_noise_is_announced() -> None:
+    note = slowness(PrivacyConfig(epsilon=1000.0))
+    assert note is not None
+    assert "takes minutes, and gigabytes, to find the noise for 1000; privacy.accountant=rdp" in note
+    quick = (PrivacyConfig(epsilon=1000.0, accountant="rdp"), PrivacyConfig(noise_multiplier=0.1))
+    assert [slowness(privacy) for privacy in (*quick, PrivacyConfig(epsilon=100.0))] == [None] * 3
 
 
 @pytest.mark.parametrize(("accountant", "epsilon"), [("prv", 1e-4), ("rdp", 1e-4), ("rdp", 0.01)])
