@@ -24,7 +24,7 @@ from tests.support import ROOT, environment, python
 if TYPE_CHECKING:
     from pathlib import Path
 
-PARTS = ("headline", "plus", "further", "dynamics", "pretraining")
+PARTS = ("headline", "plus", "further", "baselines", "dynamics", "pretraining")
 STOPS = {"plain, step 2", "plain, step 4", "plain, step 6"}
 HEADLINE = {
     "base",
@@ -51,6 +51,23 @@ STOPPED_BY_LIMIT = {
     f"{row}, stopped by the limit {limit}" for row in (f"plain, {FROM}", "dual, cross-fitted") for limit in (0.53, 0.55)
 }
 PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *INTERPOLATED, *STOPPED_BY_LIMIT}
+BASELINES = {
+    "plain, one epoch",
+    f"plain, one epoch, {FROM}",
+    "plain, weight_decay 1",
+    "plain, learning_rate 0.0003",
+    "LoRA, plain, dropout 0",
+    "LoRA, plain, dropout 0.3",
+    "DP-SGD (100, 1e-05)",
+    "DP-SGD (1000, 1e-05)",
+    "DP-SGD, clipped without noise",
+    f"DP-SGD (8, 1e-05), {FROM}",
+    "DP-SGD (8, 1e-05), LoRA",
+    "selective, base as reference (ssToken's loss part)",
+    f"dual, unlearned by confidence, {FROM}",
+    f"cross-fitted soft labels, {FROM}",
+    f"public student of plain, {FROM}",
+}
 FURTHER = {f"{row}, further attacks" for row in KINDS | INTERPOLATED}
 PRETRAINED = {f"{row}, from scratch" for row in ("reference alone", "plain", "dual")}
 Module = Callable[[str], Any]
@@ -82,7 +99,7 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     first = reproduce(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     results = json.loads((tmp_path / "results.json").read_text())["sotu"]
-    assert results.keys() == HEADLINE | PLUS | FURTHER | PRETRAINED
+    assert results.keys() == HEADLINE | PLUS | FURTHER | BASELINES | PRETRAINED
     for row in results.values():
         assert {"perplexity", "strongest", "loss", "ref", "min_k", "zlib", "ref_classifier", "ref_forest"} <= row.keys()
     for row in FURTHER:
