@@ -73,15 +73,16 @@ def of_all_auxiliary(cell: Cell) -> list[Made]:
         )
         made[back] = row, step
     for name, row in STOPPED_BY_LIMIT.items():
+        before = cell.exported(name)  # one after the other: both keep what they measure in the run's folder
         for limit in LIMITS:
             stopped = f"limit-{name} {limit:g}"
             path = str(cell.folder / f"{name.replace(' ', '_')}.yaml")
             step = cell.add(
                 f"interpolate {stopped}",
                 ["interpolate", path, str(cell.model(stopped)), f"interpolate.auc={limit:g}"],
-                [surrogate, reference, cell.exported(name)],
+                [surrogate, reference, before],
             )
-            made[stopped] = f"{row}, stopped by the limit {limit:g}", step
+            made[stopped], before = (f"{row}, stopped by the limit {limit:g}", step), step
     return [(row, cell.model(name), step) for name, (row, step) in made.items()]
 
 

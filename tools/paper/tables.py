@@ -190,10 +190,10 @@ def _attackers(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _times(cells: Sequence[Cell]) -> Iterator[str]:
-    """Yield what the steps of the cells took, by what they did."""
+    """Yield what the steps of the cells and of their base models took, by what they did."""
     spent: dict[str, list[StepTime]] = {}
-    for cell in cells:
-        for mark in sorted((cell.folder / "done").glob("*")):
+    for folder in dict.fromkeys(folder for cell in cells for folder in (cell.base_folder, cell.folder)):
+        for mark in sorted((folder / "done").glob("*")):
             if (taken := time_of(mark)) is not None:
                 spent.setdefault(taken.verb, []).append(taken)
     if spent:
