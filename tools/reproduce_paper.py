@@ -7,6 +7,7 @@
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts further --cells sotu-0 wikipedia-0
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps private ablations longer lora lira
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts dynamics backdoor auxiliary pretraining
+    python tools/reproduce_paper.py --scale pretrained --folder runs/smollm2 --cells sotu-0  # SmolLM2-135M, adapters
     python tools/reproduce_paper.py --scale gpu --model pythia-1.4b --folder runs/pythia  # the paper's models and data
 
 A cell is one corpus under one seed: its split, its models, its audits. Every step is a command with its own run file in
@@ -16,7 +17,7 @@ steps that it needs, and nothing else. The tables are written after each finishe
 cell, the others for the first corpus and seed. ``tools/paper/parts.py`` says what is in each part,
 ``tools/paper/scales.py`` how large it is.
 
-The scale ``gpu`` needs a data hub, a model hub and a GPU; it has not been run.
+The scale ``gpu`` needs a data hub, a model hub and a GPU; neither it nor ``pretrained`` has been run.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from __future__ import annotations
 import argparse
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from paper.cell import Cell, base_model
 from paper.parts import CELL_PARTS, OWN_DATA, Part
-from paper.scales import BY_MODEL, SCALES, Scale, resized, with_model
+from paper.scales import BY_MODEL, SCALES, Scale, resized, with_model, without_adapters
 from paper.steps import Step, carry_out
 from paper.tables import write_results
 
 from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_jsonl
+from dualtok.model.folder.packaged import write_smollm2
 
 EVERY_CELL = ("headline", "plus", "frontier", "known", "further", "baselines")
 PARTS = (*CELL_PARTS, *OWN_DATA)
@@ -104,9 +107,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at once")
     parser.add_argument("--cells", nargs="+", default=None, help="e.g. sotu-0 wikipedia-2; without it all")
     parser.add_argument("--model", choices=BY_MODEL, default=None, help="of the scale gpu; without it gpt2")
+    parser.add_argument("--full", action="store_true", help="at the scale pretrained: train all weights, not adapters")
     options = parser.parse_args()
     if options.model is not None and options.scale != "gpu":
         parser.error("--model: has no effect without --scale gpu")
+    if options.full and options.scale != "pretrained":
+        parser.error("--full: has no effect without --scale pretrained")
     scale, root = SCALES[options.scale], options.folder.resolve()
     names = [f"{corpus}-{seed}" for seed in scale.seeds for corpus in scale.corpora]
     unknown = [name for name in options.cells or () if name not in names]
@@ -117,6 +123,10 @@ def main() -> None:
         parser.error(f"--parts: {idle[0]} is for the cell {names[0]} alone, which --cells leaves out")
     if options.model is not None:
         scale = with_model(scale, options.model)
+    if options.full:
+        scale = without_adapters(scale)
+    if scale.packaged:
+        scale = replace(scale, model={"path": str(write_smollm2(root / scale.model["path"]))})
     for name, texts in {"sotu": sotu_passages, "wikipedia": wikipedia_leads}.items():
         file = root / "corpora" / f"{name}.jsonl"
         if not scale.sources and not file.is_file():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,43 +85,75 @@ def interpolate(run: RunConfig, target: Path) -> Trial:
     if settings.model is None:
         ranks.first_does(lambda: _export(run, own_model))
     folders["model"] = model_folder(settings.model or own_model)
-    candidate = work / "trial"
     data = DataFolder.of_run(run.data)
     ranks.first_does(lambda: _check_models(audit, data, folders | surrogates))
     models = ModelPasses(audit, data, work / "signals", ranks)
 
     reference = _losses(models, "reference", folders["reference"])
     by_class = zip(*(_losses(models, name, folder) for name, folder in surrogates.items()), strict=True)
-    surrogate = [np.mean(found, axis=0) for found in by_class]
-    trials: list[Trial] = []
-
-    def judged(folder: Path, w: float, step: int | None = None) -> float:
-        found = _losses(models, f"w = {w:.3f}" if step is None else f"step {step}", folder)
-        seen = _judge(w, step, (found, reference, surrogate), settings.confidence) if ranks.is_first else None
-        trial: Trial = ranks.from_first(seen)
-        trials.append(trial)
-        return trial.auc
-
-    def auc_at(w: float) -> float:
-        if w == 1:
-            return judged(folders["model"], w)
-        ranks.first_does(lambda: str(write_interpolation(folders["reference"], folders["model"], w, candidate)))
-        return judged(candidate, w)
-
+    search = _Search(models, folders, work / "trial", reference, [np.mean(found, axis=0) for found in by_class])
     root = None
     if settings.along == "run":
-        for tag in ranks.first_does(lambda: complete_checkpoints(Path(run.output_dir) / CHECKPOINTS)):
-            ranks.first_does(lambda tag=tag: _export(run, candidate, tag))
-            judged(candidate, 1.0, step_of(tag))
+        search.along(run)
     else:
-        root = largest_weight(auc_at, settings.auc)
-    kept: Trial = ranks.first_does(lambda: _within(trials, settings.auc, reference))
-    tried = [dataclasses.asdict(trial) for trial in trials]
+        root = largest_weight(lambda w: search.between(w, settings.confidence), settings.auc)
+    kept: Trial = ranks.first_does(lambda: _within(search.trials, settings.auc, reference))
+    tried = [dataclasses.asdict(trial) for trial in search.trials]
     facts = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(kept), "root": root, "trials": tried}
     ranks.first_does(lambda: _write(run, folders, kept, target, facts))
-    for folder in (candidate, own_model):
+    for folder in (search.candidate, own_model):
         ranks.first_does(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
     return kept
+
+
+@dataclass
+class _Search:
+    """Models that are tried, one after the other, on all ranks together."""
+
+    models: ModelPasses
+    folders: dict[str, Path]
+    candidate: Path
+    """Where a model is written to be tried."""
+    reference: list[Floats]
+    """Mean loss of each of [members, non-members] under the reference; empty but on rank 0."""
+    surrogate: list[Floats]
+    """The same under the surrogate of the attacker's reference."""
+    trials: list[Trial] = field(default_factory=list)
+
+    def between(self, w: float, confidence: float) -> float:
+        """Try the model at w on the line; returns the AUC."""
+        folder = self.folders["model"]
+        if w < 1:
+            ends = self.folders["reference"], self.folders["model"]
+            self.models.ranks.first_does(lambda: str(write_interpolation(*ends, w, self.candidate)))
+            folder = self.candidate
+        return self._judge(folder, w, None, confidence)
+
+    def along(self, run: RunConfig) -> None:
+        """Try all checkpoints of a run."""
+        assert run.interpolate is not None
+        ranks = self.models.ranks
+        for tag in ranks.first_does(lambda: complete_checkpoints(Path(run.output_dir) / CHECKPOINTS)):
+            ranks.first_does(lambda tag=tag: _export(run, self.candidate, tag))
+            self._judge(self.candidate, 1.0, step_of(tag), run.interpolate.confidence)
+
+    def _judge(self, folder: Path, w: float, step: int | None, confidence: float) -> float:
+        """Add a trial: what attackers find in a model."""
+        ranks = self.models.ranks
+        found = _losses(self.models, f"w = {w:.3f}" if step is None else f"step {step}", folder)
+        seen = None
+        if ranks.is_first:
+            members, non_members = zip(found, self.reference, self.surrogate, strict=True)
+            seen = Trial(
+                w,
+                expected_auc(members, non_members, confidence),
+                roc_auc(*(side[1] - side[0] for side in (members, non_members))),
+                float(np.mean(found[1])),
+                step,
+            )
+        trial: Trial = ranks.from_first(seen)
+        self.trials.append(trial)
+        return trial.auc
 
 
 def _within(trials: list[Trial], limit: float, reference: list[Floats]) -> Trial:
@@ -151,21 +183,6 @@ def _losses(models: ModelPasses, name: str, folder: Path) -> list[Floats]:
     signals = models.signals(name, folder, models.ranks.first_does(lambda: models.key(folder)))
     splits = models.settings.splits if signals else ()
     return [signals[split].with_tokens().mean_loss for split in splits]
-
-
-def _judge(w: float, step: int | None, losses: tuple[list[Floats], ...], confidence: float) -> Trial:
-    """Return what attackers find in a model.
-
-    Args:
-        w: of the model.
-        step: of the model, where it is a checkpoint.
-        losses: mean losses of [members, non-members] under the model, the reference and its surrogate.
-        confidence: ``interpolate.confidence``.
-    """
-    members, non_members = zip(*losses, strict=True)
-    auc = expected_auc(members, non_members, confidence)
-    auc_with_reference = roc_auc(*(side[1] - side[0] for side in (members, non_members)))
-    return Trial(w, auc, auc_with_reference, float(np.mean(losses[0][1])), step)
 
 
 def _require_own_members(train: TrainConfig | None, members: str) -> None:

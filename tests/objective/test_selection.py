@@ -309,6 +309,7 @@ def test_the_defaults_are_the_papers() -> None:
         "tau": 0.0,
         "alpha": 0.8,
         "normalize": "per_set",
+        "unlearn": "ascent",
         "scope": "micro_batch",
     }
 

@@ -150,7 +150,13 @@ def test_a_failed_step_ends_the_tool_with_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "model", "steps"),
-    [("smoke", None, 206), ("cpu", None, 773), ("gpu", "gpt2", 717), ("gpu", "llama-2-7b-lora", 717)],
+    [
+        ("smoke", None, 206),
+        ("cpu", None, 773),
+        ("pretrained", "smollm2", 717),
+        ("gpu", "gpt2", 717),
+        ("gpu", "llama-2-7b-lora", 717),
+    ],
 )
 def test_the_steps_of_every_part_have_sound_settings_and_needs(
     module: Module, tmp_path: Path, scale: str, model: str | None, steps: int
@@ -161,7 +167,8 @@ def test_the_steps_of_every_part_have_sound_settings_and_needs(
     if model is not None:  # a folder with a configuration, for there may be no hub
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "vocab_size": 32000}')
-        chosen = dataclasses.replace(tool.with_model(chosen, model), model={"path": str(tmp_path / "model")})
+        chosen = tool.with_model(chosen, model) if scale == "gpu" else chosen
+        chosen = dataclasses.replace(chosen, model={"path": str(tmp_path / "model")})
     planned = tool.plan(chosen, tmp_path / "runs", list(tool.PARTS), None)[1]
     names = {step.name for step in planned}
     assert {need for step in planned for need in step.needs if need not in names} == set()
@@ -209,6 +216,7 @@ def test_what_was_planned_is_not_planned_anew_with_other_settings(module: Module
     ("arguments", "said"),
     [
         (["--cells", "sotu-9"], "--cells: no cell 'sotu-9'; there are sotu-0, wikipedia-0"),
+        (["--full"], "--full: has no effect without --scale pretrained"),
         (["--parts", "longer", "--cells", "sotu-1"], "--parts: longer is for the cell sotu-0 alone"),
     ],
 )

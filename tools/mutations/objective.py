@@ -116,8 +116,8 @@ OBJECTIVE: tuple[Fault, ...] = (
     Fault(
         "alpha-sign",
         PLAN,
-        "hard.float() - unlearned * memorized.float()",
-        "hard.float() + unlearned * memorized.float()",
+        "hard.float() - unlearned * _strength",
+        "hard.float() + unlearned * _strength",
         "memorized tokens are learned",
         OF_LOSS,
     ),

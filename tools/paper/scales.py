@@ -55,6 +55,8 @@ class Scale:
     """What ``model`` of every fine-tuning has beside its weights: LoRA."""
     neighbors: int = 10
     """Changed texts per document in the part ``further``."""
+    packaged: bool = False
+    """Whether ``model.path``, within the tool's folder, is a model that comes as a package."""
     paper_model: str = GPT_2
     """The paper's model whose figures stand beside ours."""
 
@@ -144,6 +146,35 @@ SCALES = {
             "many_read_3_times": Attacker(10, 3),
         },
     ),
+    "pretrained": Scale(
+        name="pretrained",
+        corpora=("sotu", "wikipedia"),
+        seeds=(0, 1, 2),
+        block_length=256,
+        vocabulary=49152,
+        model={"path": "models/smollm2"},
+        packaged=True,
+        shares={
+            "sotu": _shares(train=0.04, auxiliary=0.01, held_out=0.04, attacker=0.04),
+            "wikipedia": _shares(train=0.05, auxiliary=0.0125, held_out=0.05, attacker=0.05),
+        },
+        from_scratch=_shares(train=0.04, auxiliary=0.01, held_out=0.04, attacker=0.04),
+        adapters={"lora": {"rank": 16, "alpha": 32}},
+        pretraining={"precision": "bf16", "batch_size": 8, "learning_rate": 1e-3, "steps": 100, "warmup_steps": 5},
+        fine_tuning={
+            "precision": "bf16",
+            "batch_size": 8,
+            "learning_rate": 5e-4,
+            "epochs": 3,
+            "warmup_steps": 5,
+            "evaluation_blocks": 64,
+        },
+        private={"batch_size": 64, "epochs": 6, "learning_rate": 1e-3, "warmup_steps": 2},
+        early=12,
+        reference_epochs=3,
+        attackers={"as_many_read_3_times": Attacker(1, 3)},
+        paper_model=GPT_2,
+    ),
     "gpu": Scale(
         name="gpu",
         corpora=("wikipedia", "cc_news"),
@@ -180,6 +211,19 @@ BY_MODEL: dict[str, dict[str, Any]] = {
 """The paper's models -> what they change in the scale ``gpu``."""
 LEARNING_RATES = {"llama-2-7b-lora": 2e-4}
 """Of fine-tuning, where it is not the scale's; the paper's are not known here."""
+
+
+FULL_RATE = 0.1
+"""Learning rate of training all weights over that of adapters."""
+
+
+def without_adapters(scale: Scale) -> Scale:
+    """Return a scale whose fine-tuning trains all weights."""
+    rates = {
+        name: {**section, "learning_rate": FULL_RATE * section["learning_rate"]}
+        for name, section in (("fine_tuning", scale.fine_tuning), ("private", scale.private))
+    }
+    return replace(scale, adapters={}, **rates)
 
 
 def with_model(scale: Scale, name: str) -> Scale:
