@@ -29,7 +29,7 @@ def slowness(privacy: PrivacyConfig) -> str | None:
         return None
     return (
         "privacy.epsilon: the accountant 'prv' takes minutes, and gigabytes, to find the noise for "
-        f"{privacy.epsilon:g}; privacy.accountant=rdp finds it at once, and asks for a little more noise"
+        f"{privacy.epsilon:g}; privacy.accountant=rdp finds it at once, and asks for more noise"
     )
 
 
