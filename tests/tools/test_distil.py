@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,17 +14,18 @@ from safetensors.torch import save_file
 from dualtok.data.folder import DataFolder
 from dualtok.data.folds import fold_of
 from dualtok.model.load import load_causal_lm
-from tests.support import ROOT, read_weights, save_model, write_run
+from tests.support import read_weights, save_model, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.tools.conftest import Module
+
 
 @pytest.fixture
-def distil(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the script as a module; its folder is no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("paper.distil")
+def distil(module: Module) -> Any:
+    """Return the script as a module."""
+    return module("paper.distil")
 
 
 def test_the_gradient_is_the_difference_of_the_two_distributions(distil: Any) -> None:
