@@ -7,6 +7,7 @@
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts further --cells sotu-0 wikipedia-0
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps private ablations longer lora lira
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts dynamics backdoor auxiliary pretraining
+    python tools/reproduce_paper.py --scale cpu --folder runs/map --parts map  # where the method pays: hours
     python tools/reproduce_paper.py --scale pretrained --folder runs/smollm2 --cells sotu-0  # SmolLM2-135M, adapters
     python tools/reproduce_paper.py --scale gpu --model pythia-1.4b --folder runs/pythia  # the paper's models and data
 
@@ -26,9 +27,11 @@ import argparse
 import os
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from paper.cell import Cell, base_model
+from paper.grid import cell_of, measure
 from paper.parts import CELL_PARTS, OWN_DATA, Part
 from paper.scales import BY_MODEL, SCALES, Scale, resized, with_model, without_adapters
 from paper.steps import Step, carry_out
@@ -38,7 +41,7 @@ from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_j
 from dualtok.model.folder.packaged import write_smollm2
 
 EVERY_CELL = ("headline", "plus", "frontier", "known", "further", "baselines")
-PARTS = (*CELL_PARTS, *OWN_DATA)
+PARTS = (*CELL_PARTS, *OWN_DATA, "map")
 
 
 def plan(scale: Scale, root: Path, parts: list[str], chosen: list[str] | None) -> tuple[list[Cell], list[Step]]:
@@ -61,7 +64,7 @@ def plan(scale: Scale, root: Path, parts: list[str], chosen: list[str] | None) -
             cells.append(cell)
             if chosen is not None and cell.name not in chosen:
                 continue
-            known.update({step.name: step for step in base_model(scale, corpus, root)})
+            known.update({step.name: step for step in base_model(cell)})
             first = len(cells) == 1
             for name, part in CELL_PARTS.items():
                 asked = name in parts and (first or name in EVERY_CELL)
@@ -81,9 +84,15 @@ def plan(scale: Scale, root: Path, parts: list[str], chosen: list[str] | None) -
     for name, variants in kinds.items():
         cells += variants
         if name in parts:
-            known.update({step.name: step for step in base_model(scale, corpus, root)})
             for cell in variants:
+                known.update({step.name: step for step in base_model(cell)})
                 add(cell, OWN_DATA[name], asked=True)
+    for point in scale.points:
+        cell = cell_of(scale, point, root)
+        cells.append(cell)
+        if "map" in parts and (chosen is None or cell.name in chosen):
+            known.update({step.name: step for step in base_model(cell, point.seed)})
+            add(cell, partial(measure, point=point), asked=True)
     return cells, with_needs(wanted, known)
 
 
@@ -115,6 +124,7 @@ def main() -> None:
         parser.error("--full: has no effect without --scale pretrained")
     scale, root = SCALES[options.scale], options.folder.resolve()
     names = [f"{corpus}-{seed}" for seed in scale.seeds for corpus in scale.corpora]
+    names += [cell_of(scale, point, root).name for point in scale.points]
     unknown = [name for name in options.cells or () if name not in names]
     if unknown:
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(names)}")

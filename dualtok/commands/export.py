@@ -12,7 +12,7 @@ import yaml
 from dualtok.commands.model_card import write_card
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import atomic_folder
-from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
+from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, trained_norms, write_adapter
 from dualtok.model.folder.save import write_config, write_weights
 from dualtok.model.load import DTYPES, load_causal_lm, read_model_config
 from dualtok.train.checkpoints.writer import find_checkpoint
@@ -36,7 +36,7 @@ def export(
     shard_size: str = "900MB",
     merge: bool = False,
 ) -> Path:
-    """Write a checkpoint's weights, config and tokenizer as a Hugging Face folder; for LoRA, a peft adapter folder.
+    """Write a checkpoint's weights, config and tokenizer as a Hugging Face folder; adapters as a folder of peft's.
 
     Args:
         run_dir: a run's ``output_dir``.
@@ -44,7 +44,7 @@ def export(
         which: ``best``, ``latest`` or a checkpoint's tag.
         precision: ``fp32`` (the master weights) or ``bf16``.
         shard_size: largest weight file (a larger parameter has one to itself), and so the memory that is needed.
-        merge: of a run with LoRA adapters, write the whole model with the adapters added to its weights.
+        merge: of a run with adapters, write the whole model with the adapters merged into its weights.
 
     Returns:
         The folder.
@@ -63,7 +63,7 @@ def export(
         )
     adapter = start / ADAPTER_FOLDER if (start / ADAPTER_FOLDER).is_dir() else None
     if merge and adapter is None:
-        raise ConfigError(f"--merge: has no effect, as {run_dir} trained the whole model (no model.lora)")
+        raise ConfigError(f"--merge: has no effect, as {run_dir} trained the whole model (no model.lora or model.ia3)")
     run = yaml.safe_load((run_dir / RUN_FILE).read_text(encoding="utf-8"))
     with atomic_folder(target) as folder:
         for file in start.iterdir():
@@ -80,7 +80,8 @@ def export(
             write_weights(config, shapes, reader.whole, folder, dtype=DTYPES[precision], shard_size=shard_size)
             _set_dtype(folder, precision)
         else:
-            found = adapter_weights({name: reader.whole(name) for name in reader.parameters})
+            state = {name: reader.whole(name) for name in reader.parameters}
+            found = adapter_weights(state, norms=trained_norms(adapter))
             write_adapter({name: value.to(DTYPES[precision]) for name, value in found.items()}, adapter, folder)
         if merge:
             _merge(folder, run, run_dir, precision, shard_size)

@@ -202,7 +202,7 @@ def _require_own_members(train: TrainConfig | None, members: str) -> None:
 def _export(run: RunConfig, target: Path, which: str = "latest") -> None:
     """Write a checkpoint of the run as a whole model; what a killed call has left there is removed."""
     shutil.rmtree(target, ignore_errors=True)
-    export(Path(run.output_dir), target, which=which, merge=run.model is not None and run.model.lora is not None)
+    export(Path(run.output_dir), target, which=which, merge=run.model is not None and run.model.adapter is not None)
 
 
 def _write(run: RunConfig, folders: dict[str, Path], kept: Trial, target: Path, facts: dict[str, object]) -> None:

@@ -122,7 +122,8 @@ def split_of_run(run_dir: Path, blocks: str) -> str | None:
 
 def _paragraphs(run_dir: Path, run: dict[str, Any], facts: dict[str, Any], step: int, *, adapter: bool) -> list[str]:
     base = facts.get("base")
-    what = "A LoRA adapter for" if adapter else "Fine-tuned from"
+    kind = "A LoRA" if run["model"].get("lora") else "An IA3"
+    what = f"{kind} adapter for" if adapter else "Fine-tuned from"
     origin = f"{what} `{base}`." if base else "Trained from scratch."
     licence = f" The base's licence: {facts['license']}." if facts.get("license") else ""
     told = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens" if "documents" in facts else "not recorded"

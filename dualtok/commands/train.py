@@ -274,19 +274,20 @@ def _check_reference(reference: ReferenceConfig | None, data: DataFolder, ranks:
 def _prepare_adapters(
     run: RunConfig, model: ModelConfig, data: DataFolder, deepspeed_config: Json, ranks: Ranks
 ) -> Adapters | None:
-    """Check the run's LoRA adapters against its base model."""
-    if model.lora is None:
+    """Check the run's adapters against its base model."""
+    kind = model.adapter
+    if kind is None:
         return None
     if model.quantize is not None and zero_stage(deepspeed_config) == 3:
         raise ConfigError(
             "model.quantize: ZeRO stage 3 cannot partition weights in 4 bits; use a DeepSpeed JSON of stage 0 to 2"
         )
-    lora, adapter = model.lora, run.reference.adapter if run.reference is not None else None
+    adapter = run.reference.adapter if run.reference is not None else None
     base = model.path or str(Path(run.output_dir) / START_FOLDER)
 
     def prepare() -> Adapters:
         vocabulary = vocabulary_size(data.tokenizer)
-        return prepare_adapters(lora, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
+        return prepare_adapters(kind, starting_config(model, vocabulary), seed=run.seed, base=base, reference=adapter)
 
     return ranks.together(prepare)
 

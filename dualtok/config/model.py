@@ -27,6 +27,19 @@ class LoraConfig:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
+class Ia3Config:
+    """Learned scales (IA3, Liu et al. 2022): every output of a linear layer is multiplied by a number that is trained,
+    and the weights stay as they are. So few numbers can learn what a text is like, but hardly a single document."""
+
+    norms: bool = True
+    """Whether the normalization layers (their scales and, where they have any, offsets) are trained as well."""
+
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers whose outputs get a scale, e.g. ``[v_proj, down_proj]``; without it every linear layer
+    of the decoder, never the ``lm_head``."""
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
 class ModelConfig:
     """A Hugging Face model to start from: pretrained weights (``path``) or a fresh one (``config``)."""
 
@@ -50,11 +63,21 @@ class ModelConfig:
     computation."""
 
     lora: LoraConfig | None = None
-    """Train low-rank adapters and leave the starting weights as they are; without it all weights are trained."""
+    """Train low-rank adapters and leave the starting weights as they are; without ``lora`` and ``ia3`` all weights are
+    trained."""
+
+    ia3: Ia3Config | None = None
+    """Train scales alone. They learn less than ``lora``, and give much less away for what they learn. They take a
+    learning rate of about .01 to .03."""
 
     quantize: Literal["nf4"] | None = None
     """Keep the frozen starting weights in 4 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes; only with
     ``lora`` and ZeRO stage 0 to 2."""
+
+    @property
+    def adapter(self) -> LoraConfig | Ia3Config | None:
+        """What is trained in place of the weights; None where these are trained."""
+        return self.lora if self.lora is not None else self.ia3
 
     def __post_init__(self) -> None:
         """Require exactly one origin of the weights."""
@@ -64,5 +87,7 @@ class ModelConfig:
             raise ValueError("model.trust_remote_code: has no effect without model.path; remove it")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config: needs 'model_type', e.g. llama")
+        if self.lora is not None and self.ia3 is not None:
+            raise ValueError("model: give 'lora' or 'ia3', not both")
         if self.quantize is not None and self.lora is None:
             raise ValueError("model.quantize: weights in 4 bits cannot be trained; it needs the section model.lora")

@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: put into any module tree, drawn the same in every layout, switched, read.
+"""Adapters through peft, low-rank ones and scales: put into any module tree, drawn the same in every layout, switched.
 
 No wrapper is used: the adapters are injected into the linear layers where they stand, so that a whole model and the
 modules of a pipeline stage are treated alike. ``name_of`` tells how a tree's module is called in the whole model; the
@@ -7,6 +7,8 @@ layers of a stage are counted from its first one.
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 import warnings
 import zlib
@@ -27,14 +29,18 @@ from dualtok.model.empty import empty_causal_lm
 from dualtok.model.folder.weights import first_difference, model_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
     import peft
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from dualtok.config.model import LoraConfig
+    from dualtok.config.model import Ia3Config, LoraConfig
+
+    Settings = peft.LoraConfig | peft.IA3Config
+    """Of one adapter, as peft has them."""
 
 # Imported where they are used, for what they take to load: peft (3 s), transformers (1 to 4 s).
 
@@ -52,11 +58,11 @@ Names = Callable[[str], str]
 """A module's name in a tree -> its name in the whole model."""
 
 
-def lora_settings(lora: LoraConfig, config: PretrainedConfig, base: str | None = None) -> peft.LoraConfig:
+def adapter_settings(kind: LoraConfig | Ia3Config, config: PretrainedConfig, base: str | None = None) -> Settings:
     """Return peft's settings of a run's adapters; reads no weights.
 
     Args:
-        lora: the run's section ``model.lora``.
+        kind: the run's section ``model.lora`` or ``model.ia3``.
         config: configuration of the base model.
         base: folder or hub name of the base, which an exported adapter names.
 
@@ -65,23 +71,34 @@ def lora_settings(lora: LoraConfig, config: PretrainedConfig, base: str | None =
     """
     import peft
 
+    from dualtok.config.model import LoraConfig
+
     known = linear_layers(config)
-    for target in lora.targets or ():
+    section = "lora" if isinstance(kind, LoraConfig) else "ia3"
+    for target in kind.targets or ():
         if target not in known:
             raise ConfigError(
-                f"model.lora.targets: {target!r} is no linear layer of this model's decoder"
+                f"model.{section}.targets: {target!r} is no linear layer of this model's decoder"
                 f"{did_you_mean(target, known)}; it has {', '.join(known)}"
             )
-    transposed = any(_is_transposed(module) for module in empty_causal_lm(config).modules())
-    return peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets or known),
-        fan_in_fan_out=transposed,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-    )
+    empty = empty_causal_lm(config)
+    common: dict[str, Any] = {
+        "target_modules": list(kind.targets or known),
+        "fan_in_fan_out": any(_is_transposed(module) for module in empty.modules()),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+    }
+    if isinstance(kind, LoraConfig):
+        return peft.LoraConfig(r=kind.rank, lora_alpha=kind.alpha, lora_dropout=kind.dropout, **common)
+    norms = sorted({name.rpartition(".")[2] for name, _ in norm_layers(empty)}) if kind.norms else None
+    return peft.IA3Config(feedforward_modules=[], modules_to_save=norms, **common)
+
+
+def norm_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the normalization layers below a module that have scales, with their names."""
+    for name, layer in module.named_modules():
+        if type(layer).__name__.endswith("Norm") and isinstance(getattr(layer, "weight", None), nn.Parameter):
+            yield name, layer
 
 
 def linear_layers(config: PretrainedConfig) -> list[str]:
@@ -103,7 +120,7 @@ def _and_more(names: list[str]) -> str:
 class Adapters:
     """What a run puts into its base model; every part of it was compared with the base's configuration."""
 
-    trained: peft.LoraConfig
+    trained: Settings
     """The adapter in training."""
     seed: int
     """The run's seed."""
@@ -130,12 +147,12 @@ class Adapters:
 
 
 def prepare_adapters(
-    lora: LoraConfig, config: PretrainedConfig, *, seed: int, base: str, reference: str | None = None
+    kind: LoraConfig | Ia3Config, config: PretrainedConfig, *, seed: int, base: str, reference: str | None = None
 ) -> Adapters:
     """Check a run's adapters against its base model and return them; reads no weights.
 
     Args:
-        lora: the section ``model.lora``.
+        kind: the section ``model.lora`` or ``model.ia3``.
         config: configuration of the base model.
         seed: the run's seed.
         base: folder or hub name of the base.
@@ -146,20 +163,19 @@ def prepare_adapters(
     """
     folder = None if reference is None else Path(reference)
     theirs = None if folder is None else read_adapter_settings(folder, config)
-    return Adapters(lora_settings(lora, config, base), seed, theirs, folder)
+    return Adapters(adapter_settings(kind, config, base), seed, theirs, folder)
 
 
-def add_adapter(
-    module: nn.Module, settings: peft.LoraConfig, seed: int, *, name: str = TRAINED, name_of: Names = str
-) -> None:
+def add_adapter(module: nn.Module, settings: Settings, seed: int, *, name: str = TRAINED, name_of: Names = str) -> None:
     """Put adapters into a module tree, in place, and freeze everything else in it.
 
     A is drawn as peft does (uniform, Kaiming) from (seed, the layer's name in the whole model), so that it depends on
-    neither ranks nor stages; B is 0, so that the model starts as its base.
+    neither ranks nor stages; B is 0, so that the model starts as its base. Scales start at 1. Normalization layers
+    are trained where they are; peft has a copy of them for each adapter (``modules_to_save``).
 
     Args:
         module: a model, or part of one; before DeepSpeed has taken hold of it.
-        settings: made by :func:`lora_settings` or :func:`read_adapter_settings`.
+        settings: made by :func:`adapter_settings` or :func:`read_adapter_settings`.
         seed: the run's seed.
         name: :data:`TRAINED`, or :data:`REFERENCE` for one that stays as it is.
         name_of: a module's name in this tree -> its name in the whole model.
@@ -168,7 +184,9 @@ def add_adapter(
 
     with warnings.catch_warnings():  # a second adapter in one model is what is wanted
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        peft.inject_adapter_in_model(settings, module, adapter_name=name)
+        injected = copy.copy(settings)
+        injected.modules_to_save = None
+        peft.inject_adapter_in_model(injected, module, adapter_name=name)
     for path, layer in lora_layers(module):
         if name not in layer.lora_A:
             continue
@@ -180,10 +198,22 @@ def add_adapter(
             weight.copy_(drawn)
     module.requires_grad_(False)
     activate(module, TRAINED)
+    for path, norm in norm_layers(module):
+        if path.rpartition(".")[2] in (settings.modules_to_save or ()):
+            norm.requires_grad_(True)
+
+
+def adapted_layers(module: nn.Module) -> Iterator[BaseTunerLayer]:
+    """Yield the layers with adapters of any kind below a module."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            yield layer
 
 
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the layers with adapters below a module, with their names."""
+    """Yield the layers with low-rank adapters below a module, with their names."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in module.named_modules():
@@ -196,10 +226,10 @@ def activate(module: nn.Module, name: str | None) -> None:
 
     The trained adapter is trainable while it is the active one; a reference never is.
     """
-    for _, layer in lora_layers(module):
+    for layer in adapted_layers(module):
         if name is None:
             layer.enable_adapters(False)
-        elif name in layer.lora_A:
+        elif any(name in getattr(layer, part) for part in layer.adapter_layer_names):
             layer._disable_adapters = False
             layer.set_adapter(name, inference_mode=name != TRAINED)
         else:  # an adapter may cover fewer layers than another
@@ -312,15 +342,29 @@ def load_adapter(module: nn.Module, folder: Path, *, name: str = REFERENCE, name
                 weight.copy_(file.get_tensor(key))
 
 
-def adapter_weights(state: dict[str, Any], name: str = TRAINED) -> dict[str, Any]:
-    """Return an adapter's entries of a model's state dict, under the names that a peft folder has them."""
+def adapter_weights(state: dict[str, Any], name: str = TRAINED, *, norms: Iterable[str] = ()) -> dict[str, Any]:
+    """Return an adapter's entries of a model's state dict, under the names that a peft folder has them.
+
+    Args:
+        state: of the model.
+        name: of the adapter.
+        norms: last parts of the names of the normalization layers that are trained with it.
+    """
     marks = {f".{part}.{name}.weight": f".{part}.weight" for part in ("lora_A", "lora_B")}
+    marks[f".ia3_l.{name}"] = ".ia3_l"
+    marks |= {mark: mark for norm in norms for mark in (f".{norm}.weight", f".{norm}.bias")}
     return {
         f"{KEY_PREFIX}{key.removesuffix(mark)}{stored}": value
         for key, value in state.items()
         for mark, stored in marks.items()
         if key.endswith(mark)
     }
+
+
+def trained_norms(settings: Path) -> list[str]:
+    """Return the last parts of the names of the normalization layers that a folder's adapter has trained."""
+    content = json.loads((settings / CONFIG_FILE).read_text(encoding="utf-8"))
+    return list(content.get("modules_to_save") or ())
 
 
 def write_adapter(weights: dict[str, torch.Tensor], settings: Path, folder: Path) -> None:

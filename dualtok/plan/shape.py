@@ -32,7 +32,7 @@ class ModelShape:
     queries: int = 0
     """Width of all attention heads together; 0 where it is ``hidden``."""
     adapters: tuple[tuple[int, ...], ...] = ()
-    """LoRA parameters of each decoder layer, which alone are trained; empty where the whole model is."""
+    """Parameters of each decoder layer's adapters, which alone are trained; empty where the whole model is."""
 
     @property
     def parameters(self) -> int:
@@ -70,13 +70,16 @@ class ModelShape:
         return tuple(held)
 
 
-def read_shape(config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, ...] = ()) -> ModelShape:
+def read_shape(
+    config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, ...] = (), scaled: tuple[str, ...] = ()
+) -> ModelShape:
     """Return the sizes of the causal language model that a configuration describes.
 
     Args:
         config: the configuration.
         rank: of LoRA adapters; 0 for none.
         targets: names within their layer of the linear layers that get one.
+        scaled: names within their layer of those whose outputs get a trained scale each.
 
     Raises:
         ValueError: it describes no model, or one without a list of decoder layers.
@@ -125,18 +128,22 @@ def read_shape(config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, .
         vocabulary=text.vocab_size,
         gated=any("gate" in name for name, _ in model.named_parameters()),
         queries=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
-        adapters=_adapters(model.get_submodule(stacks[0]), rank, targets) if rank else (),
+        adapters=_adapters(model.get_submodule(stacks[0]), rank, targets, scaled) if rank or scaled else (),
     )
 
 
-def _adapters(layers: Any, rank: int, targets: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the elements of A and B (Hu et al. 2021) of every targeted matrix, layer by layer."""
+def _adapters(layers: Any, rank: int, targets: tuple[str, ...], scaled: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the elements of A and B (Hu et al. 2021) of every targeted matrix and of all scales, layer by layer.
+
+    The scales of the last normalization layer, which is in no decoder layer, are left out.
+    """
+
+    def elements(name: str, module: Any) -> tuple[int, ...]:
+        last = name.rpartition(".")[2]
+        if last in scaled:
+            return (module.nf if hasattr(module, "nf") else module.weight.shape[0],)  # nf: of GPT-2's transposed layers
+        return tuple(rank * width for width in module.weight.shape) if rank and last in targets else ()
+
     return tuple(
-        tuple(
-            rank * width
-            for name, module in layer.named_modules()
-            if name.rpartition(".")[2] in targets
-            for width in module.weight.shape
-        )
-        for layer in layers
+        tuple(size for name, module in layer.named_modules() for size in elements(name, module)) for layer in layers
     )

@@ -36,7 +36,7 @@ class SkippingAdamW(torch.optim.AdamW):
 def build_adamw(
     model: torch.nn.Module, train: TrainConfig, *, on_host: bool, alone: bool = False
 ) -> torch.optim.Optimizer:
-    """Return AdamW with weight decay on matrices only.
+    """Return AdamW with weight decay on matrices only; peft's scales, which start at 1, are shaped like some.
 
     Args:
         model: its parameters may be partitioned by ZeRO-3.
@@ -48,10 +48,11 @@ def build_adamw(
     def dimensions(parameter: torch.nn.Parameter) -> int:
         return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty 1-D tensor behind
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [dimensions(parameter) >= 2 and ".ia3_l." not in name for name, parameter in parameters]
     groups = [
-        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
+        {"params": [p for (_, p), yes in zip(parameters, decayed, strict=True) if yes is chosen], "weight_decay": decay}
+        for chosen, decay in ((True, train.weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}

@@ -101,5 +101,5 @@ def efficiency(run: RunConfig, start: Path, block_length: int, ranks: Ranks) -> 
     except (ValueError, OSError) as error:  # an architecture of the model's own code
         LOG.warning("dualtok: no throughput/mfu: %s", error)
         return None
-    lora = run.model is not None and run.model.lora is not None
-    return Efficiency(flops_per_token(shape, block_length, frozen=lora), peak)
+    frozen = run.model is not None and run.model.adapter is not None
+    return Efficiency(flops_per_token(shape, block_length, frozen=frozen), peak)

@@ -122,10 +122,17 @@ def test_untied_sharded_and_bf16_exports(small_corpus: dict[str, Any], tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("json_name", "precision", "ranks"), [("zero3", "fp32", 2), ("zero1", "bf16", 2), ("zero0", "fp32", 1)]
+    ("kind", "layout", "precision"),
+    [
+        ("lora", "zero3", "fp32"),
+        ("lora", "zero1", "bf16"),
+        ("lora", "zero0", "fp32"),
+        ("ia3", "zero3", "fp32"),
+        ("ia3", "pipeline", "fp32"),
+    ],
 )
-def test_a_lora_run_is_exported_as_a_peft_adapter_and_merged(
-    small_corpus: dict[str, Any], tmp_path: Path, json_name: str, precision: str, ranks: int
+def test_a_run_with_adapters_is_exported_as_a_peft_adapter_and_merged(
+    small_corpus: dict[str, Any], tmp_path: Path, kind: str, layout: str, precision: str
 ) -> None:
     import peft
     from transformers import AutoModelForCausalLM
@@ -134,17 +141,21 @@ def test_a_lora_run_is_exported_as_a_peft_adapter_and_merged(
         tmp_path / "run.yaml",
         {"dir": small_corpus["dir"]},
         objective="causal_lm",
-        model={"config": tiny_llama_config(), "lora": {"rank": 4, "dropout": 0.1}},
+        model={"config": tiny_llama_config(), kind: {"rank": 4, "dropout": 0.1} if kind == "lora" else {}},
         train={
-            "learning_rate": 2e-2,
+            "learning_rate": 2e-2 if kind == "lora" else 1e-1,
             "batch_size": 8,
             "steps": 3,
             "precision": precision,
             "evaluation_blocks": VALIDATION_BLOCKS,
-            "deepspeed": deepspeed_json(json_name),
+            **(
+                {"engine": "pipeline", "pipeline": {"stages": 2}}
+                if layout == "pipeline"
+                else {"deepspeed": deepspeed_json(layout)}
+            ),
         },
     )
-    succeed(dualtok("train", run, ranks=ranks))
+    succeed(dualtok("train", run, ranks=1 if layout == "zero0" else 2))
     folder = tmp_path / "run"
     succeed(dualtok("export", folder, tmp_path / "adapter", "--checkpoint", "latest"))
     succeed(dualtok("export", folder, tmp_path / "merged", "--checkpoint", "latest", "--merge"))
@@ -158,7 +169,8 @@ def test_a_lora_run_is_exported_as_a_peft_adapter_and_merged(
     assert relative_distance(read_weights(tmp_path / "by-peft"), read_weights(tmp_path / "merged")) < 1e-7
     merged, start = read_weights(tmp_path / "merged"), read_weights(folder / "start")
     changed = {name for name in merged if not torch.equal(merged[name], start[name])}
-    assert changed == {name for name in merged if "proj" in name}, "LoRA must change every linear layer, and no other"
+    adapted = ("proj",) if kind == "lora" else ("proj", "norm")
+    assert changed == {name for name in merged if any(part in name for part in adapted)}
     evaluation = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
     found = validation_loss(small_corpus, tmp_path / "merged", torch.float32)
     assert found == pytest.approx(evaluation["validation_loss"], rel=1e-5 if precision == "fp32" else 2e-3)

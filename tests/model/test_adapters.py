@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dualtok.config.model import LoraConfig
+from dualtok.config.model import Ia3Config, LoraConfig
 from dualtok.errors import ConfigError
 from dualtok.model.adapters import (
     REFERENCE,
@@ -25,6 +25,7 @@ from dualtok.model.adapters import (
     lora_layers,
     prepare_adapters,
     require_same_base,
+    trained_norms,
     write_adapter,
 )
 
@@ -144,6 +145,51 @@ def test_a_saved_adapter_is_one_for_peft(tmp_path: Path, model_type: str) -> Non
     assert torch.allclose(logits(again), trained, atol=1e-6)
 
 
+NORMS = {
+    "llama": ["input_layernorm", "norm", "post_attention_layernorm"],
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "gpt_neox": ["final_layer_norm", "input_layernorm", "post_attention_layernorm"],
+}
+
+
+def scaled(model_type: str, **ia3: Any) -> nn.Module:
+    """Return a model with scales that have learned something."""
+    model = build(model_type)
+    prepare_adapters(Ia3Config(**ia3), config_of(model_type), seed=5, base="base").put_into(model)
+    torch.manual_seed(9)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def test_scales_start_at_one_and_nothing_else_is_trained(model_type: str) -> None:
+    base, model = logits(build(model_type)), build(model_type)
+    prepare_adapters(Ia3Config(), config_of(model_type), seed=5, base="base").put_into(model)
+    assert torch.equal(logits(model), base)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scales = {name for name in trained if name.endswith(f".ia3_l.{TRAINED}")}
+    assert {name.split(".")[-2] for name in trained - scales} == set(NORMS[model_type])
+    assert {name.split(".")[-3] for name in scales} == set(TARGETS[model_type])
+    assert all(parameter.requires_grad is (name in trained) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_saved_scales_are_an_adapter_for_peft_which_merges_them(tmp_path: Path, model_type: str, norms: bool) -> None:
+    adapters = prepare_adapters(Ia3Config(norms=norms), config_of(model_type), seed=5, base="base")
+    model = scaled(model_type, norms=norms)
+    for name in ("settings", "folder"):
+        (tmp_path / name).mkdir()
+    adapters.trained.save_pretrained(tmp_path / "settings")
+    assert trained_norms(tmp_path / "settings") == (NORMS[model_type] if norms else [])
+    weights = adapter_weights(model.state_dict(), norms=trained_norms(tmp_path / "settings"))
+    write_adapter(weights, tmp_path / "settings", tmp_path / "folder")
+    theirs = peft.PeftModel.from_pretrained(build(model_type), str(tmp_path / "folder"))
+    assert (logits(model) - logits(build(model_type))).abs().max() > 0.01
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-5)
+    assert torch.allclose(logits(theirs.merge_and_unload(safe_merge=True)), logits(model), atol=1e-5)
+
+
 def test_the_first_weights_depend_on_the_seed_and_the_place_alone() -> None:
     """A stage counts its layers from its first one, and must draw what the whole model draws there."""
     whole = build("llama")
@@ -162,6 +208,11 @@ def test_the_first_weights_depend_on_the_seed_and_the_place_alone() -> None:
     assert len({tuple(row) for row in weights}) == len(weights), "two layers start alike"
     bound = max(float(layer.lora_A[TRAINED].weight.abs().max()) for layer in expected.values())
     assert 0.5 / 48**0.5 < bound <= 1 / 32**0.5, "not peft's Kaiming-uniform bound 1 / sqrt(d)"
+
+
+def test_scales_of_layers_that_the_model_does_not_have_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"model.ia3.targets: 'q_projj' .*did you mean 'q_proj'"):
+        scaled("llama", targets=("q_projj",))
 
 
 def test_targets_that_the_model_does_not_have_are_named() -> None:

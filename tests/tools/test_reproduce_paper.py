@@ -44,11 +44,14 @@ ALL_AUXILIARY = {
     f"dual, {FROM}",
     f"plain, {FROM}",
     *(f"plain, {FROM}, step {step}" for step in range(1, 7)),
+    f"IA3, {FROM}",
     "dual, cross-fitted",
 }
 INTERPOLATED = {"dual_plus", "dual_plus, limit 0.55", "plain, interpolated"}
 STOPPED_BY_LIMIT = {
-    f"{row}, stopped by the limit {limit}" for row in (f"plain, {FROM}", "dual, cross-fitted") for limit in (0.53, 0.55)
+    f"{row}, stopped by the limit {limit}"
+    for row in (f"plain, {FROM}", "dual, cross-fitted", f"IA3, {FROM}")
+    for limit in (0.53, 0.55)
 }
 PLUS = {"plain, best on validation", *STOPS, *ALL_AUXILIARY, *INTERPOLATED, *STOPPED_BY_LIMIT}
 BASELINES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -54,6 +55,17 @@ def test_matrices_decay_and_vectors_do_not(alone: bool) -> None:
     for name, value in model.named_parameters():
         kept = 1 - RATE * 0.1 if value.dim() == 2 else 1.0
         torch.testing.assert_close(value.detach(), before[name] * kept)
+
+
+def test_scales_do_not_decay_though_peft_shapes_them_as_matrices() -> None:
+    """They start at 1: decay would shrink the model's layers."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    scales = peft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    model = peft.inject_adapter_in_model(scales, model)
+    optimizer = build_adamw(model, settings(weight_decay=0.1), on_host=False)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: decays[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert found == {"0.ia3_l.default": 0.0}
 
 
 def test_what_is_frozen_is_not_given_to_the_optimizer() -> None:

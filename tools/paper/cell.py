@@ -31,6 +31,8 @@ class Cell:
         root: folder of all cells.
         variant: tells apart cells of one corpus and seed that differ in their data; each has its own audit.
         shares: ``data.shares``; without them those of the scale.
+        base: name of the base model's folder; without it that of the corpus.
+        counts: documents of each split, for splits that may be smaller than a batch.
     """
 
     def __init__(
@@ -42,19 +44,18 @@ class Cell:
         *,
         variant: str = "",
         shares: dict[str, float] | None = None,
+        base: str | None = None,
+        counts: dict[str, int] | None = None,
     ) -> None:
         self.scale, self.corpus, self.seed, self.root, self.variant = scale, corpus, seed, root, variant
         self.name = f"{corpus}-{seed}" + (f"-{variant}".replace(" ", "-") if variant else "")
         self.folder = root / self.name
         self.shares = shares or scale.shares[corpus]
+        self.counts = counts or {}
+        self.base_folder = root / (base or f"base-{corpus}")
         self.steps: list[Step] = []
         self._models: dict[str, Path] = {}
         self._exported: list[str] = []
-
-    @property
-    def base_folder(self) -> Path:
-        """Where the base model of this corpus is, shared by its cells."""
-        return self.root / f"base-{self.corpus}"
 
     @property
     def data(self) -> Run:
@@ -77,13 +78,28 @@ class Cell:
         """Return the file of a bundled corpus."""
         return self.root / "corpora" / f"{corpus}.jsonl"
 
-    def run(self, name: str, objective: str, base: str = "base", **sections: Any) -> Run:
-        """Return a fine-tuning run; ``train`` and ``model`` among the sections change single settings."""
+    def run(
+        self, name: str, objective: str, base: str = "base", *, documents: int | None = None, **sections: Any
+    ) -> Run:
+        """Return a fine-tuning run; ``train`` and ``model`` among the sections change single settings.
+
+        Args:
+            name: of its folder.
+            objective: what it learns by.
+            base: model that it starts from.
+            documents: that it learns, where these are not a whole split.
+            **sections: of the run file.
+        """
         changed = sections.pop("train", {})
         train = {**self.scale.fine_tuning, "evaluate_every": 1_000_000, **changed}
         if "steps" in train and "epochs" in train:
             del train["epochs" if "steps" in changed else "steps"]
-        model = {"path": str(self.model(base)), **self.scale.adapters, **sections.pop("model", {})}
+        count = documents or self.counts.get(train.get("split", "train"))
+        if count is not None and "epochs" in train:
+            train |= _fitting(train, count)
+        own = sections.pop("model", {})
+        adapters = {} if "ia3" in own else self.scale.adapters
+        model = {"path": str(self.model(base)), **adapters, **own}
         return {
             "data": self.data,
             "output_dir": str(self.folder / name),
@@ -144,7 +160,7 @@ class Cell:
         """Add the export of one checkpoint of a run; adapters are merged."""
         target = self.model(name)
         arguments = ["export", run["output_dir"], str(target), "--checkpoint", which]
-        if "lora" in run["model"]:
+        if "lora" in run["model"] or "ia3" in run["model"]:
             arguments.append("--merge")
         exported = self.add(f"export {name}", arguments, [trained])
         if row is not None:
@@ -184,11 +200,24 @@ class Cell:
         self._models, self._exported = {}, []
 
 
-def base_model(scale: Scale, corpus: str, root: Path) -> list[Step]:
-    """Return the steps that pretrain the base model of a corpus on the other bundled one."""
+def _fitting(train: Run, documents: int) -> Run:
+    """Return the settings of a short run: a batch that the documents fill, and a warm-up that leaves time to learn.
+
+    Documents of the bundled corpora fill about half a block or more.
+    """
+    batch = train["batch_size"]
+    while batch > 1 and batch > documents / 2:
+        batch //= 2
+    steps = train["epochs"] * documents / batch
+    return {"batch_size": batch, "warmup_steps": max(1, min(train["warmup_steps"], round(steps / 8)))}
+
+
+def base_model(tuned: Cell, seed: int = 0) -> list[Step]:
+    """Return the steps that pretrain the base model of a cell on the other bundled corpus."""
+    scale, corpus = tuned.scale, tuned.corpus
     if scale.model.get("path"):
         return []
-    cell = Cell(scale, corpus, 0, root)
+    cell = Cell(scale, corpus, seed, tuned.root, base=tuned.base_folder.name)
     cell.name, cell.folder = cell.base_folder.name, cell.base_folder
     data = {
         "dir": str(cell.folder / "data"),
@@ -199,8 +228,10 @@ def base_model(scale: Scale, corpus: str, root: Path) -> list[Step]:
         "processes": 1,
         "shares": scale.pretraining_shares,
     }
+    seeds = {"seed": seed} if seed else {}  # not written for the first, so that folders of earlier versions stay valid
     run = {
         "data": data,
+        **seeds,
         "output_dir": str(cell.folder / "run"),
         "objective": "causal_lm",
         "model": scale.model,

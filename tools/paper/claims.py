@@ -17,12 +17,14 @@ QUIET = 0.58
 LEVEL = 0.05
 DUAL = ("dual", "dual, reference then auxiliary", "dual, from reference then auxiliary")
 PLUS = ("dual_plus", "dual_plus, limit 0.55")
+LIMITS = {"dual_plus": "0.53", "dual_plus, limit 0.55": "0.55"}
 STOPPED_BY_LIMIT = {
-    "dual_plus": "plain, from reference then auxiliary, stopped by the limit 0.53",
-    "dual_plus, limit 0.55": "plain, from reference then auxiliary, stopped by the limit 0.55",
+    row: f"plain, from reference then auxiliary, stopped by the limit {limit}" for row, limit in LIMITS.items()
 }
 """Row -> plain training whose best checkpoint keeps to the same limit."""
-DEFENDED = (*DUAL, *PLUS, "plain, interpolated", *STOPPED_BY_LIMIT.values())
+SCALES = {row: f"IA3, from reference then auxiliary, stopped by the limit {limit}" for row, limit in LIMITS.items()}
+"""Row of ``dual_plus`` -> scales alone, whose best checkpoint keeps to the same limit."""
+DEFENDED = (*DUAL, *PLUS, "plain, interpolated", *STOPPED_BY_LIMIT.values(), *SCALES.values())
 REFERENCE = "reference, then auxiliary"
 STOPPED = {"plain": "base", "plain, from reference then auxiliary": REFERENCE}
 """Plain training that may stop early -> where it starts."""
@@ -60,6 +62,9 @@ def claims(table: Table) -> Iterator[str]:
                 yield from better(table, row, other)
     for row, other in STOPPED_BY_LIMIT.items():
         yield from better(table, row, other)
+    for row, scales in SCALES.items():
+        for other in (row, STOPPED_BY_LIMIT[row]):
+            yield from better(table, scales, other)
     yield from _stopped_early(table)
 
 

@@ -25,7 +25,11 @@ INTERPOLATED = {
     "plain, interpolated": ("plain from all", 0.53),
 }
 """Row -> the trained model that is interpolated, and ``interpolate.auc``."""
-STOPPED_BY_LIMIT = {"plain from all": "plain, from reference then auxiliary", "cross-fitted": "dual, cross-fitted"}
+STOPPED_BY_LIMIT = {
+    "plain from all": "plain, from reference then auxiliary",
+    "cross-fitted": "dual, cross-fitted",
+    "scales from all": "IA3, from reference then auxiliary",
+}
 """Run whose best checkpoint within the limit is attacked -> its row."""
 LIMITS = (InterpolateConfig.auc, 0.55)
 """``interpolate.auc`` of these."""
@@ -36,54 +40,82 @@ ALL_AUXILIARY = "reference auxiliary"
 def of_all_auxiliary(cell: Cell) -> list[Made]:
     """Add what rests on a reference of all auxiliary documents, and that reference first."""
     ready, _ = headline_steps(cell)
-    run = cell.run(
-        "reference-auxiliary", "causal_lm", base="reference", train={**reference_training(cell), "split": "auxiliary"}
-    )
-    reference = cell.train(ALL_AUXILIARY, run, [ready, f"{cell.name}/export reference"], which="best")
-    made = {ALL_AUXILIARY: ("reference, then auxiliary", reference)}
+    reference = reference_of_all(cell, ready)
+    made = {ALL_AUXILIARY: reference}
     starts = {"dual all": "base", "dual from all": ALL_AUXILIARY}
     duals = {
         name: cell.run(name.replace(" ", "-"), "dual", base=base, **cell.reference(ALL_AUXILIARY))
         for name, base in starts.items()
     }
-    scored = cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", duals["dual all"])], [reference])
+    scored = score_of_all(cell, duals["dual all"], reference[2])
     for name, row in (
         ("dual all", "dual, reference then auxiliary"),
         ("dual from all", "dual, from reference then auxiliary"),
     ):
-        made[name] = row, cell.train(name, duals[name], [scored])
+        made[name] = row, cell.model(name), cell.train(name, duals[name], [scored])
     run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, **_limited(cell))
-    made["plain from all"] = "plain, from reference then auxiliary", cell.train("plain from all", run, [reference])
-    made["cross-fitted"] = "dual, cross-fitted", cross_fitted(cell, reference)
+    step = cell.train("plain from all", run, [reference[2]])
+    made["plain from all"] = "plain, from reference then auxiliary", cell.model("plain from all"), step
+    made["scales from all"] = scales_from_all(cell, reference[2])
+    made["cross-fitted"] = "dual, cross-fitted", cell.model("cross-fitted"), cross_fitted(cell, reference[2])
     surrogate = reference_model(cell, "auxiliary", ready)
     for row, (name, limit) in INTERPOLATED.items():
-        models = {"model": name, "reference": ALL_AUXILIARY, "surrogate_reference": "auxiliary"}
-        back = f"back-{name}" + ("" if limit == InterpolateConfig.auc else f" {limit:g}")
-        run = {
-            "data": cell.data,
-            "output_dir": str(cell.folder / back),
-            "seed": cell.seed,
-            "audit": {"batch_size": 16},
-            "interpolate": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
-        }
-        step = cell.add(
-            back.replace("back-", "interpolate "),
-            ["interpolate", cell.write(back, run), str(cell.model(back))],
-            [surrogate, reference, f"{cell.name}/export {name}"],
-        )
-        made[back] = row, step
+        back = interpolated(cell, row, name, limit, [surrogate, reference[2]])
+        made[row] = back
     for name, row in STOPPED_BY_LIMIT.items():
         before = cell.exported(name)  # one after the other: both keep what they measure in the run's folder
         for limit in LIMITS:
             stopped = f"limit-{name} {limit:g}"
             path = str(cell.folder / f"{name.replace(' ', '_')}.yaml")
-            step = cell.add(
+            before = cell.add(
                 f"interpolate {stopped}",
                 ["interpolate", path, str(cell.model(stopped)), f"interpolate.auc={limit:g}"],
-                [surrogate, reference, before],
+                [surrogate, reference[2], before],
             )
-            made[stopped], before = (f"{row}, stopped by the limit {limit:g}", step), step
-    return [(row, cell.model(name), step) for name, (row, step) in made.items()]
+            made[stopped] = f"{row}, stopped by the limit {limit:g}", cell.model(stopped), before
+    return list(made.values())
+
+
+def reference_of_all(cell: Cell, ready: str) -> Made:
+    """Add the model that learns ``reference`` first, then ``auxiliary``; the former's step is of the headline part."""
+    run = cell.run(
+        "reference-auxiliary", "causal_lm", base="reference", train={**reference_training(cell), "split": "auxiliary"}
+    )
+    step = cell.train(ALL_AUXILIARY, run, [ready, cell.exported("reference")], which="best")
+    return "reference, then auxiliary", cell.model(ALL_AUXILIARY), step
+
+
+def scales_from_all(cell: Cell, reference: str) -> Made:
+    """Add plain training of scales alone, from the weights of the reference of all auxiliary documents."""
+    limited = _limited(cell)
+    train = {**limited.pop("train"), **cell.scale.ia3}
+    run = cell.run("scales-from-all", "causal_lm", base=ALL_AUXILIARY, model={"ia3": {}}, train=train, **limited)
+    step = cell.train("scales from all", run, [reference])
+    return "IA3, from reference then auxiliary", cell.model("scales from all"), step
+
+
+def score_of_all(cell: Cell, run: Run, reference: str) -> str:
+    """Add the scores of the reference of all auxiliary documents, which ``run`` and others read."""
+    return cell.add(f"score {ALL_AUXILIARY}", ["score", cell.write("dual_all", run)], [reference])
+
+
+def interpolated(cell: Cell, row: str, name: str, limit: float, references: Sequence[str]) -> Made:
+    """Add a trained model taken back towards the reference of all auxiliary documents, up to ``interpolate.auc``."""
+    models = {"model": name, "reference": ALL_AUXILIARY, "surrogate_reference": "auxiliary"}
+    back = f"back-{name}" + ("" if limit == InterpolateConfig.auc else f" {limit:g}")
+    run = {
+        "data": cell.data,
+        "output_dir": str(cell.folder / back),
+        "seed": cell.seed,
+        "audit": {"batch_size": 16},
+        "interpolate": {"auc": limit} | {key: str(cell.model(value)) for key, value in models.items()},
+    }
+    step = cell.add(
+        back.replace("back-", "interpolate "),
+        ["interpolate", cell.write(back, run), str(cell.model(back))],
+        [*references, cell.exported(name)],
+    )
+    return row, cell.model(back), step
 
 
 def attack_plain_stopped(cell: Cell) -> None:
@@ -132,7 +164,9 @@ def attackers(cell: Cell, ready: str) -> None:
             ["tools/paper/subset.py", cell.data["dir"], ATTACKER, str(folder), *documents],
             [ready],
         )
-        run = cell.run(name, "causal_lm", train={"epochs": attacker.epochs, "split": ATTACKER})
+        known = cell.counts.get("train")
+        count = None if known is None else max(1, round(attacker.times * known))
+        run = cell.run(name, "causal_lm", documents=count, train={"epochs": attacker.epochs, "split": ATTACKER})
         run["data"] = {**cell.data, "dir": str(folder)}
         cell.train(name, run, [drawn])
 
@@ -186,6 +220,25 @@ def _limited(cell: Cell) -> Run:
             "surrogate_reference": str(cell.model("auxiliary")),
         },
     }
+
+
+def judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[str, tuple[Path, str]]) -> None:
+    """Add an audit of models, given with their steps, whose shadow models are trained as ``run`` says."""
+    shadows = cell.scale.shadows
+    run["audit"] = {
+        "models": {f"{row}, by {shadows} {kind} shadows": str(path) for row, (path, _) in models.items()},
+        "attacks": ["loss", "ref", "min_k", "zlib"],
+        "batch_size": 16,
+        "shadow_checkpoint": "latest",
+        **cell.references(list(cell.scale.attackers)),
+        "shadows": shadows,
+    }
+    needs = [step for _, step in models.values()]
+    cell.add(
+        f"audit-lira-{name}",
+        ["audit", cell.write(f"audit-lira-{name}", run)],
+        [*needs, *map(cell.exported, cell.scale.attackers)],
+    )
 
 
 def headline_steps(cell: Cell) -> tuple[str, str]:

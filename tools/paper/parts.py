@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paper.baselines import baselines
 from paper.cell import ATTACKER, Cell, Run
@@ -20,6 +20,7 @@ from paper.models import (
     attack_stopped,
     attackers,
     headline_steps,
+    judged_by_shadows,
     of_all_auxiliary,
     private_model,
     reference_model,
@@ -29,9 +30,6 @@ from paper.models import (
 )
 
 from dualtok.audit.attacks.registry import default_attacks, names_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Part = Callable[[Cell], None]
 WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -145,31 +143,12 @@ def lira(cell: Cell) -> None:
     rows = {"reference alone": "reference", "plain": "plain", "dual": "dual"}
     half = {row: (cell.model(name), f"{cell.name}/export {name}") for row, name in rows.items()}
     whole = {row: (model, step) for row, model, step in of_all_auxiliary(cell)}
-    _judged_by_shadows(cell, "plain", "plain", cell.run("audit-lira-plain", "causal_lm"), half | whole)
+    judged_by_shadows(cell, "plain", "plain", cell.run("audit-lira-plain", "causal_lm"), half | whole)
     run = cell.run("audit-lira-dual", "dual", **cell.reference())
-    _judged_by_shadows(cell, "dual", "dual", run, half)
+    judged_by_shadows(cell, "dual", "dual", run, half)
     whole |= {row: (model, step) for row, model, step in _mixed(cell)}
     run = cell.run("audit-lira-plus", "dual", base=ALL_AUXILIARY, **cell.reference(ALL_AUXILIARY))
-    _judged_by_shadows(cell, "plus", "dual (from reference then auxiliary)", run, whole)
-
-
-def _judged_by_shadows(cell: Cell, name: str, kind: str, run: Run, models: dict[str, tuple[Path, str]]) -> None:
-    """Add an audit of models, given with their steps, whose shadow models are trained as ``run`` says."""
-    shadows = cell.scale.shadows
-    run["audit"] = {
-        "models": {f"{row}, by {shadows} {kind} shadows": str(path) for row, (path, _) in models.items()},
-        "attacks": ["loss", "ref", "min_k", "zlib"],
-        "batch_size": 16,
-        "shadow_checkpoint": "latest",
-        **cell.references(list(cell.scale.attackers)),
-        "shadows": shadows,
-    }
-    needs = [step for _, step in models.values()]
-    cell.add(
-        f"audit-lira-{name}",
-        ["audit", cell.write(f"audit-lira-{name}", run)],
-        [*needs, *map(cell.exported, cell.scale.attackers)],
-    )
+    judged_by_shadows(cell, "plus", "dual (from reference then auxiliary)", run, whole)
 
 
 def _mixed(cell: Cell) -> list[Made]:

@@ -18,6 +18,32 @@ class Attacker:
 
 
 @dataclass(frozen=True)
+class Point:
+    """Where the map is measured: a cell of its own."""
+
+    corpus: str
+    documents: int
+    """Private ones."""
+    auxiliary: float = 0.25
+    """Auxiliary documents over private ones; half of them make the first reference."""
+    width: int = 128
+    layers: int = 3
+    seed: int = 0
+    """Of the base as well."""
+    defended: bool = True
+    """Whether the dual loss, ``dual_plus`` and DP-SGD are measured beside plain training."""
+    rates: bool = False
+    """Whether other batch sizes and learning rates of plain training are measured as well."""
+    shadows: bool = False
+    """Whether LiRA by shadow models of plain training attacks the plain models."""
+
+    @property
+    def name(self) -> str:
+        """Name among the cells of a corpus and seed."""
+        return f"map-{self.documents}-{self.auxiliary:g}-{self.width}x{self.layers}"
+
+
+@dataclass(frozen=True)
 class Scale:
     """Models, data and lengths of one scale."""
 
@@ -34,6 +60,8 @@ class Scale:
     fine_tuning: dict[str, Any]
     private: dict[str, Any]
     """What DP-SGD changes in ``fine_tuning``."""
+    ia3: dict[str, Any]
+    """What learned scales change in ``fine_tuning``."""
     early: int
     """Steps between evaluations. Plain training is also judged as stopped after one, two and three times as many, and
     plain training from a reference after one to six times a third of as many."""
@@ -51,6 +79,10 @@ class Scale:
     """Sizes of the reference split in the part ``auxiliary``, over that of the headline part."""
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Corpus -> keys of ``data`` that say where its documents are; without it the bundled corpora."""
+    points: tuple[Point, ...] = ()
+    """Where the part ``map`` is measured."""
+    judged: int = 400
+    """Documents that the models of the map are judged on at least, and at most twice as many."""
     adapters: dict[str, Any] = field(default_factory=dict)
     """What ``model`` of every fine-tuning has beside its weights: LoRA."""
     neighbors: int = 10
@@ -88,6 +120,27 @@ def _shares(*, train: float, auxiliary: float, held_out: float, attacker: float)
     return {"train": train, **small, "attack_reference": attacker, "held_out": held_out}
 
 
+_CPU_POINTS = (
+    *(
+        Point(corpus, documents, seed=seed)
+        for seed in range(3)
+        for corpus in ("sotu", "wikipedia")
+        for documents in (100, 400, 1600)
+    ),
+    Point("sotu", 400, auxiliary=1 / 16),
+    Point("sotu", 400, auxiliary=1),
+    Point("sotu", 1600, auxiliary=1 / 16, defended=False),
+    Point("sotu", 1600, auxiliary=1, defended=False),
+    Point("sotu", 3200, defended=False),
+    Point("sotu", 400, width=288, layers=4, defended=False),
+    Point("wikipedia", 400, width=288, layers=4, defended=False),
+    Point("sotu", 400, width=512, layers=6, defended=False),
+    Point("sotu", 400, seed=3, rates=True, defended=False),
+    Point("sotu", 100, seed=3, shadows=True, defended=False),
+    Point("wikipedia", 400, seed=3, shadows=True, defended=False),
+)
+"""Models of .85M, 5M and 21M parameters. The corpora have too few documents for 6,400 private ones and as many of the
+attacker's."""
 _CPU_OPTIMIZER = {"precision": "fp32", "batch_size": 16}
 SCALES = {
     "smoke": Scale(
@@ -106,9 +159,12 @@ SCALES = {
         pretraining={**_CPU_OPTIMIZER, "learning_rate": 3e-3, "steps": 20, "warmup_steps": 2, "evaluation_blocks": 16},
         fine_tuning={**_CPU_OPTIMIZER, "learning_rate": 1e-3, "steps": 8, "warmup_steps": 2, "evaluation_blocks": 16},
         private={"batch_size": 8},
+        ia3={"learning_rate": 3e-2},
         early=2,
         reference_epochs=1,
         attackers={"as_many": Attacker(1, 1), "more": Attacker(10, 1)},
+        points=tuple(Point("sotu", 40 * 2**n, width=32, layers=2, defended=not n) for n in range(4)),
+        judged=40,
     ),
     "cpu": Scale(
         name="cpu",
@@ -138,6 +194,7 @@ SCALES = {
             "evaluation_blocks": 128,
         },
         private={"batch_size": 128, "epochs": 6, "learning_rate": 2e-3, "warmup_steps": 2},
+        ia3={"learning_rate": 3e-2, "epochs": 6},
         early=12,
         reference_epochs=6,
         attackers={
@@ -145,6 +202,7 @@ SCALES = {
             "many_read_once": Attacker(10, 1),
             "many_read_3_times": Attacker(10, 3),
         },
+        points=_CPU_POINTS,
     ),
     "pretrained": Scale(
         name="pretrained",
@@ -170,6 +228,7 @@ SCALES = {
             "evaluation_blocks": 64,
         },
         private={"batch_size": 64, "epochs": 6, "learning_rate": 1e-3, "warmup_steps": 2},
+        ia3={"learning_rate": 1e-2, "epochs": 6},
         early=12,
         reference_epochs=3,
         attackers={"as_many_read_3_times": Attacker(1, 3)},
@@ -188,6 +247,7 @@ SCALES = {
         shares=dict.fromkeys(("wikipedia", "cc_news"), _shares(train=0.2, auxiliary=0.05, held_out=0.2, attacker=0.2)),
         fine_tuning={"precision": "bf16", "batch_size": 16, "learning_rate": 5e-5, "epochs": 5, "warmup_steps": 20},
         private={"batch_size": 512, "gradient_accumulation": 16, "epochs": 10, "learning_rate": 2e-4},
+        ia3={"learning_rate": 5e-3, "epochs": 10},
         early=100,
         reference_epochs=5,
         attackers={"as_many": Attacker(1, 5)},

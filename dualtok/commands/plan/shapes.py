@@ -76,6 +76,8 @@ def _from_settings(model: ModelConfig, vocabulary: int) -> Shapes | None:
     if settings is None:
         return None
     plain = known_shape(settings)
+    if model.ia3 is not None:
+        return None
     if model.lora is None:
         return Shapes(plain, plain)
     known = parameters_of(settings).targets()
@@ -94,17 +96,23 @@ def built_shapes(model: ModelConfig, vocabulary: int) -> Shapes:
     quiet_libraries()
     config = _planned_config(model, vocabulary)
     plain = _read_shape(config)
-    if model.lora is None:
+    kind = model.adapter
+    if kind is None:
         return Shapes(plain, plain)
-    from dualtok.model.adapters import lora_settings
+    from dualtok.model.adapters import adapter_settings
 
-    targets: Any = lora_settings(model.lora, config).target_modules
-    return Shapes(_read_shape(config, rank=model.lora.rank, targets=tuple(targets)), plain)
+    settings = adapter_settings(kind, config)
+    targets: Any = settings.target_modules
+    rank = 0 if model.lora is None else model.lora.rank
+    scaled = (*targets, *(settings.modules_to_save or ())) if model.lora is None else ()
+    return Shapes(_read_shape(config, rank=rank, targets=tuple(targets), scaled=scaled), plain)
 
 
-def _read_shape(config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, ...] = ()) -> ModelShape:
+def _read_shape(
+    config: PretrainedConfig, *, rank: int = 0, targets: tuple[str, ...] = (), scaled: tuple[str, ...] = ()
+) -> ModelShape:
     try:
-        return read_shape(config, rank=rank, targets=targets)
+        return read_shape(config, rank=rank, targets=targets, scaled=scaled)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -201,6 +201,8 @@ def build(blueprint: Blueprint) -> PrivateEngine:
     account, train, ranks = blueprint.account, blueprint.train, blueprint.layout.ranks
     assert account is not None
     model = blueprint.model
+    if model.ia3 is not None:
+        raise ConfigError("model.ia3: has no gradient per document in opacus; use model.lora with train.engine=opacus")
     causal_lm = load_causal_lm(blueprint.folder, attention=model.attention, trust_remote_code=model.trust_remote_code)
     untie(causal_lm)
     if blueprint.adapters is not None:
