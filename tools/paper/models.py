@@ -87,11 +87,15 @@ def reference_of_all(cell: Cell, ready: str) -> Made:
 
 def scales_from_all(cell: Cell, reference: str) -> Made:
     """Add plain training of scales alone, from the weights of the reference of all auxiliary documents."""
+    step = cell.train("scales from all", scales_run(cell), [reference])
+    return "IA3, from reference then auxiliary", cell.model("scales from all"), step
+
+
+def scales_run(cell: Cell) -> Run:
+    """Return the training of scales alone, from the weights of the reference of all auxiliary documents."""
     limited = _limited(cell)
     train = {**limited.pop("train"), **cell.scale.ia3}
-    run = cell.run("scales-from-all", "causal_lm", base=ALL_AUXILIARY, model={"ia3": {}}, train=train, **limited)
-    step = cell.train("scales from all", run, [reference])
-    return "IA3, from reference then auxiliary", cell.model("scales from all"), step
+    return cell.run("scales-from-all", "causal_lm", base=ALL_AUXILIARY, model={"ia3": {}}, train=train, **limited)
 
 
 def score_of_all(cell: Cell, run: Run, reference: str) -> str:

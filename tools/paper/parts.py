@@ -15,6 +15,8 @@ from paper.models import (
     ALL_AUXILIARY,
     DELTA,
     INTERPOLATED,
+    LIMITS,
+    STOPPED_BY_LIMIT,
     Made,
     attack_plain_stopped,
     attack_stopped,
@@ -24,6 +26,7 @@ from paper.models import (
     of_all_auxiliary,
     private_model,
     reference_model,
+    scales_run,
     shape,
     steps_from_all,
     vocabulary,
@@ -149,6 +152,20 @@ def lira(cell: Cell) -> None:
     whole |= {row: (model, step) for row, model, step in _mixed(cell)}
     run = cell.run("audit-lira-plus", "dual", base=ALL_AUXILIARY, **cell.reference(ALL_AUXILIARY))
     judged_by_shadows(cell, "plus", "dual (from reference then auxiliary)", run, whole)
+
+
+def lira_scales(cell: Cell) -> None:
+    """LiRA against scales alone, by shadow models of the same recipe that start from the same reference.
+
+    Models that the limit has stopped are attacked with shadow models that were not: they have learned more.
+    """
+    of_all_auxiliary(cell)
+    row = STOPPED_BY_LIMIT["scales from all"]
+    models = {row: (cell.model("scales from all"), cell.exported("scales from all"))}
+    for limit in LIMITS:
+        stopped = f"limit-scales from all {limit:g}"
+        models[f"{row}, stopped by the limit {limit:g}"] = (cell.model(stopped), f"{cell.name}/interpolate {stopped}")
+    judged_by_shadows(cell, "scales", "IA3", scales_run(cell), models)
 
 
 def _mixed(cell: Cell) -> list[Made]:
@@ -301,6 +318,7 @@ CELL_PARTS: dict[str, Part] = {
     "longer": longer,
     "lora": lora,
     "lira": lira,
+    "lira-scales": lira_scales,
     "backdoor": backdoor,
     "dynamics": dynamics,
 }
