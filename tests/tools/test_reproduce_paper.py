@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.tools.conftest import Module
 
-PARTS = ("headline", "plus", "further", "baselines", "dynamics", "pretraining", "lira-scales", "map")
+PARTS = ("headline", "plus", "further", "baselines", "dynamics", "pretraining", "lira-scales", "releases", "map")
 STOPS = {"plain, step 2", "plain, step 4", "plain, step 6"}
 HEADLINE = {
     "base",
@@ -76,6 +76,7 @@ BY_SHADOWS = {
     f"{row}, by 2 IA3 shadows"
     for row in (f"IA3, {FROM}", *(f"IA3, {FROM}, stopped by the limit {limit}" for limit in (0.53, 0.55)))
 }
+RELEASED = {f"{row}, first release known" for row in ("plain", f"dual, {FROM}", f"IA3, {FROM}")}
 PRETRAINED = {f"{row}, from scratch" for row in ("reference alone", "plain", "dual")}
 
 
@@ -98,7 +99,7 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     first = reproduce(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     results = json.loads((tmp_path / "results.json").read_text())["sotu"]
-    assert results.keys() == HEADLINE | PLUS | FURTHER | BASELINES | PRETRAINED | BY_SHADOWS
+    assert results.keys() == HEADLINE | PLUS | FURTHER | BASELINES | PRETRAINED | BY_SHADOWS | RELEASED
     for name, row in results.items():
         assert {"perplexity", "strongest", "loss", "ref", "min_k", "zlib"} <= row.keys()
         assert ("lira" if name in BY_SHADOWS else "ref_forest") in row
@@ -154,11 +155,11 @@ def test_a_failed_step_ends_the_tool_with_its_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scale", "model", "steps"),
     [
-        ("smoke", None, 271),
-        ("cpu", None, 1732),
-        ("pretrained", "smollm2", 742),
-        ("gpu", "gpt2", 742),
-        ("gpu", "llama-2-7b-lora", 742),
+        ("smoke", None, 283),
+        ("cpu", None, 1578),
+        ("pretrained", "smollm2", 752),
+        ("gpu", "gpt2", 752),
+        ("gpu", "llama-2-7b-lora", 752),
     ],
 )
 def test_the_steps_of_every_part_have_sound_settings_and_needs(

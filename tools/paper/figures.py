@@ -19,9 +19,9 @@ MAP = "map"
 """First letters of the parts whose cells are the points of the map, which has a table of its own."""
 SIZES = (10, 50)
 """Documents in the collections whose tests are tabulated."""
-STRONGER = (", by ", ", reference known", ", further attacks")
+STRONGER = (", by ", ", reference known", ", first release known", ", further attacks")
 """Follows the name in rows that are a model once more, before a stronger attacker: with shadow models, with the
-defender's reference, with attacks that run the model again."""
+defender's reference, with an earlier release, with attacks that run the model again."""
 OLD_NAMES = {
     "taken back": "interpolated",
     "reference, then probe": "reference, then auxiliary",

@@ -33,6 +33,8 @@ STOPPED_BY_LIMIT = {
 """Run whose best checkpoint within the limit is attacked -> its row."""
 LIMITS = (InterpolateConfig.auc, 0.55)
 """``interpolate.auc`` of these."""
+DUAL_FROM_ALL = "dual, from reference then auxiliary"
+"""Row of the dual loss from the weights of its reference."""
 ALL_AUXILIARY = "reference auxiliary"
 """The model that is fine-tuned on the split ``reference``, then on the split ``auxiliary``."""
 
@@ -48,10 +50,7 @@ def of_all_auxiliary(cell: Cell) -> list[Made]:
         for name, base in starts.items()
     }
     scored = score_of_all(cell, duals["dual all"], reference[2])
-    for name, row in (
-        ("dual all", "dual, reference then auxiliary"),
-        ("dual from all", "dual, from reference then auxiliary"),
-    ):
+    for name, row in (("dual all", "dual, reference then auxiliary"), ("dual from all", DUAL_FROM_ALL)):
         made[name] = row, cell.model(name), cell.train(name, duals[name], [scored])
     run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, **_limited(cell))
     step = cell.train("plain from all", run, [reference[2]])
