@@ -144,9 +144,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
     checkpoint: Annotated[str, typer.Option(help="best, latest, or a checkpoint's name.")] = "best",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    merge: Annotated[
-        bool, typer.Option("--merge", help="For a LoRA run: write the whole model, not the adapter.")
-    ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="For a run with adapters: write the whole model.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder (safetensors, config, tokenizer), or as a peft adapter folder."""
     _refuse_launcher("export")
@@ -223,6 +221,12 @@ def plan(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of the split to train on, if it is not prepared yet.")
     ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Private documents, if the data is not prepared yet: what they may leak.")
+    ] = None,
+    auxiliary: Annotated[
+        int | None, typer.Option(min=0, help="With --documents: auxiliary documents that the reference learns.")
+    ] = None,
     write: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the best layout as files there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
@@ -234,7 +238,7 @@ def plan(
     cluster = make_cluster(
         device=device, nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, network=network
     )
-    show_plan(run, cluster, tokens, write, as_json=as_json)
+    show_plan(run, cluster, tokens, write, as_json=as_json, documents=documents, auxiliary=auxiliary)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 from torch import nn
 
+from dualtok.commands.plan.leak import warning_of
 from dualtok.config.old_names import with_new_names
 from dualtok.data.mixed import load_sources
 from dualtok.data.stream.blocks import BlockStream
@@ -125,7 +126,7 @@ def _train(
     if private:
         secret_seed = ranks.from_first(secrets.randbits(62))
         stream = ranks.together(lambda: draw_documents(run, settings, stream, secret_seed))
-    total_steps = _count_and_tell(settings, len(stream), ranks)
+    total_steps = _count_and_tell(run, settings, len(stream), ranks)
     reference_folder = _check_reference(run.reference, data, ranks)
     adapters = _prepare_adapters(run, model, data, deepspeed_config, ranks)
     folder = write_start_folder(run, model, sources, adapters, ranks, resumed=saved is not None)
@@ -204,9 +205,11 @@ def draw_documents(run: RunConfig, settings: TrainConfig, stream: TrainingStream
     return PoissonDocuments(stream, batch_size=settings.batch_size, parts=settings.gradient_accumulation, seed=seed)
 
 
-def _count_and_tell(settings: TrainConfig, blocks: int, ranks: Ranks) -> int:
-    """Return the optimizer steps, and say how far the last one goes beyond ``train.epochs``."""
+def _count_and_tell(run: RunConfig, settings: TrainConfig, blocks: int, ranks: Ranks) -> int:
+    """Return the optimizer steps; say how far the last one goes beyond ``train.epochs``, and what nobody measured."""
     steps = count_steps(settings, blocks)
+    if ranks.is_first and (note := warning_of(run)):
+        print_to_stderr(f"dualtok: {note}")
     if settings.epochs is None or settings.engine == "opacus" or not ranks.is_first:
         return steps
     beyond = steps * settings.batch_size - round(settings.epochs * blocks)

@@ -191,13 +191,18 @@ def verdict(known: Map, said: Expected) -> str:
                 f"near its reference's loss; the strongest attack on it was at most {known.held:.2f}."
             )
     if said.outside:
-        ranges = "; ".join(
-            f"{WORDS[name]} {known.ranges[name][0]:,.6g} to {known.ranges[name][1]:,.6g}" for name in said.outside
-        )
         sentences.append(
-            f"The run is outside of what was measured ({ranges}): trust the order of these figures at most."
+            f"The run is outside of what was measured ({measured_ranges(known, said)}): trust the order of these "
+            "figures at most."
         )
     return " ".join(sentences)
+
+
+def measured_ranges(known: Map, said: Expected) -> str:
+    """Return what the map has measured of all that a run is outside of."""
+    return "; ".join(
+        f"{WORDS[name]} {known.ranges[name][0]:,.6g} to {known.ranges[name][1]:,.6g}" for name in said.outside
+    )
 
 
 def _inside(value: float, known: tuple[float, float]) -> bool:

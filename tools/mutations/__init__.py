@@ -7,8 +7,9 @@ from mutations.borders import BORDERS
 from mutations.data import DATA
 from mutations.fault import Fault
 from mutations.objective import OBJECTIVE
+from mutations.plans import PLANS
 from mutations.plumbing import PLUMBING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *AUDIT, *PLUMBING, *BORDERS)
+FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *AUDIT, *PLUMBING, *PLANS, *BORDERS)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 NEW_TOKENIZER = 4096
 """Ids of a tokenizer that ``dualtok prepare`` will train, unless ``data.vocab_size`` says otherwise."""
+AUXILIARY = ("reference", "auxiliary")
+"""Splits that references learn."""
 SETTINGS = {
     "reduce_bucket": "reduce_bucket_size",
     "sub_group": "sub_group_size",
@@ -51,6 +53,10 @@ class Material:
     """Tokens per block."""
     blocks: int | None
     """Blocks of the split to learn; None where the data is not prepared."""
+    documents: int | None = None
+    """Documents of the split to learn; None where the data is not prepared."""
+    auxiliary: int = 0
+    """Documents of the splits that references learn; 0 where the data is not prepared."""
 
 
 def material_of(run: RunConfig, tokens: int | None = None) -> Material:
@@ -74,13 +80,15 @@ def material_of(run: RunConfig, tokens: int | None = None) -> Material:
         raise ConfigError(f"--tokens: {run.data.dir} is prepared, which says how many tokens there are; leave it out")
     length = run.data.block_length if manifest is None else manifest.block_length
     vocabulary = (run.data.vocab_size or NEW_TOKENIZER) if manifest is None else manifest.vocabulary
-    blocks = None if tokens is None else max(1, tokens // length)
+    blocks, documents, auxiliary = None if tokens is None else max(1, tokens // length), None, 0
     if manifest is not None:
-        blocks = split_entry(manifest, train.split, run.data.dir).blocks
+        entry = split_entry(manifest, train.split, run.data.dir)
+        blocks, documents = entry.blocks, entry.documents
+        auxiliary = sum(manifest.splits[name].documents for name in AUXILIARY if name in manifest.splits)
     shapes = shapes_of(model, vocabulary)
     other = None if run.reference is None or run.reference.mode == "adapter" else run.reference.models[0]
     reference = (None if other is None else reference_shape(other)) or shapes.plain
-    return Material(shapes.trained, reference, length, blocks)
+    return Material(shapes.trained, reference, length, blocks, documents, auxiliary)
 
 
 def job_of(run: RunConfig, material: Material, ranks: int) -> Job:

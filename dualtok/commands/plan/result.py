@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dualtok.plan.hardware import Cluster
     from dualtok.plan.layouts import Option
+    from dualtok.plan.leak import Expected
     from dualtok.plan.memory import Reference
     from dualtok.plan.shape import ModelShape
 
@@ -47,6 +48,8 @@ class Plan:
     references: dict[Reference, tuple[float, float, float]]
     """Mode -> bytes on a device, bytes on a host, seconds per step; in the run's own layout or the best one."""
     budget: Budget
+    expected: Expected | None
+    """What the run gains and gives away; None where its documents or epochs are not known."""
     mfu: float
     """Share of the device's peak in the layout that the budget is of."""
 
@@ -72,6 +75,7 @@ class Plan:
                 for mode, found in self.references.items()
             },
             "budget": asdict(self.budget),
+            "expected": None if self.expected is None else self.expected.as_dict(),
         }
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dualtok.commands.plan.inputs import job_of, layers_per_stage, material_of
+from dualtok.commands.plan.leak import expected_of, with_documents
 from dualtok.commands.plan.result import Budget, Plan
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.plan.hardware import DEVICES, GIB, Cluster
@@ -33,13 +34,22 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": GIB, "TB": 2**40}
 BITS = {"Mb/s": 1e6, "Gb/s": 1e9, "Tb/s": 1e12}
 
 
-def plan(run: RunConfig, cluster: Cluster, tokens: int | None = None) -> Plan:
+def plan(
+    run: RunConfig,
+    cluster: Cluster,
+    tokens: int | None = None,
+    *,
+    documents: int | None = None,
+    auxiliary: int | None = None,
+) -> Plan:
     """Plan a run on a cluster.
 
     Args:
         run: settings with the sections ``model`` and ``train``.
         cluster: the machines.
         tokens: of the split to learn, where the data is not prepared yet.
+        documents: of the split to learn, where the data is not prepared yet.
+        auxiliary: documents that the reference will learn, where the data is not prepared yet.
 
     Raises:
         ConfigError: settings contradict each other, or the model cannot be found; not that the run's own layout does
@@ -47,7 +57,7 @@ def plan(run: RunConfig, cluster: Cluster, tokens: int | None = None) -> Plan:
         DataError: the prepared data is malformed.
     """
     train: TrainConfig = run.need("train", "plan")
-    material = material_of(run, tokens)
+    material = with_documents(material_of(run, tokens), documents, auxiliary)
     own: Option | None = None
     refused = ""
     try:
@@ -74,6 +84,7 @@ def plan(run: RunConfig, cluster: Cluster, tokens: int | None = None) -> Plan:
         options,
         _references(material, fitting.job, cluster),
         budget,
+        expected_of(run, material),
         flops / (cluster.ranks * cluster.device.flops),
     )
 
@@ -171,7 +182,16 @@ def _quantity(text: str, option: str, units: dict[str, float] | dict[str, int], 
     return float(found[1]) * factor
 
 
-def show_plan(run: RunConfig, cluster: Cluster, tokens: int | None, write: Path | None, *, as_json: bool) -> None:
+def show_plan(
+    run: RunConfig,
+    cluster: Cluster,
+    tokens: int | None,
+    write: Path | None,
+    *,
+    as_json: bool,
+    documents: int | None = None,
+    auxiliary: int | None = None,
+) -> None:
     """Plan a run, print tables or JSON, and write the best layout's files if asked.
 
     Raises:
@@ -181,7 +201,7 @@ def show_plan(run: RunConfig, cluster: Cluster, tokens: int | None, write: Path 
     from dualtok.commands.plan.tables import print_plan
     from dualtok.commands.plan.write import write_layout
 
-    found = plan(run, cluster, tokens)
+    found = plan(run, cluster, tokens, documents=documents, auxiliary=auxiliary)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:

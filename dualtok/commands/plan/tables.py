@@ -10,11 +10,13 @@ from rich.table import Table
 
 from dualtok.plan import hardware
 from dualtok.plan.hardware import GIB
+from dualtok.plan.leak import LEVEL, load_map, verdict
 from dualtok.plan.memory import estimate_memory
 
 if TYPE_CHECKING:
     from dualtok.commands.plan.result import Plan
     from dualtok.plan.layouts import Option
+    from dualtok.plan.leak import Expected, Span
     from dualtok.plan.memory import Bytes
     from dualtok.plan.shape import ModelShape
 
@@ -50,6 +52,9 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
     console.print(_layouts(found))
     console.print(_references(found))
     console.print(_budget(found))
+    if found.expected is not None:
+        console.print(_expected(found.expected))
+        console.print(verdict(load_map(), found.expected))
     console.print(_assumptions(found))
 
 
@@ -164,6 +169,22 @@ def _budget(found: Plan) -> Table:
     table.add_row("disk: shards of the split", gib(budget.shards))
     table.add_row("disk: reference losses", gib(budget.scores))
     table.add_row("disk: checkpoints, with one being written", gib(budget.checkpoints))
+    return table
+
+
+def _expected(said: Expected) -> Table:
+    reads = f"{said.epochs:g} epoch{'s' if said.epochs != 1 else ''} over {said.documents:,} documents"
+    table = Table(title="What it gains and gives away, as the map predicts (docs/does-it-pay.md)", title_justify="left")
+    for name in ("", "expected", f"{LEVEL:.0%} of cases"):
+        table.add_column(name, justify="left" if not name else "right")
+
+    def row(name: str, span: Span, digits: int, unit: str = "") -> None:
+        table.add_row(name, f"{span.value:.{digits}f}{unit}", f"{span.low:.{digits}f} to {span.high:.{digits}f}")
+
+    row(f"plain training, {reads}: AUC of the strongest attack", said.auc, 2)
+    row("the same: off the base model's held-out loss", said.gain, 2, " nats")
+    if said.reference_gain is not None:
+        row(f"the reference alone, {said.auxiliary:,} auxiliary documents", said.reference_gain, 2, " nats")
     return table
 
 
