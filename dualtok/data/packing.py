@@ -109,9 +109,7 @@ def pack_documents(
 
 
 def model_inputs(
-    input_ids: NDArray[np.int32],
-    lengths: Sequence[NDArray[np.int32]],
-    trained: NDArray[np.bool_] | None = None,
+    input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int32]], trained: NDArray[np.bool_] | None = None
 ) -> dict[str, torch.Tensor]:
     """Return what a model takes: ids, positions and shifted labels.
 

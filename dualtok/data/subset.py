@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from dualtok.data.chat.encoding import learned
 from dualtok.data.manifest import DOCUMENTS, MANIFEST, Manifest, SplitEntry, save_manifest
 from dualtok.data.packing import pack_documents
 from dualtok.data.shards import blocks_table, write_shard

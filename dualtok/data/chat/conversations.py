@@ -78,8 +78,8 @@ def conversation_of(row: Mapping[str, object], origin: str, *, train_on: str) ->
     if train_on != "all" and not Conversation(given["messages"], prompt=given.get("prompt", 0)).answers:
         where = "the completion has" if "prompt" in given else "has"
         raise DataError(
-            f"{origin}: {where} no message of the role {ASSISTANT!r}, so that nothing of it would be trained; leave the "
-            "row out, or train on all tokens (data.train_on: all)"
+            f"{origin}: {where} no message of the role {ASSISTANT!r}, so that nothing of it would be trained; leave "
+            "the row out, or train on all tokens (data.train_on: all)"
         )
     return _as_json(given, origin)
 
@@ -137,7 +137,9 @@ def _message(value: object, origin: str) -> Message:
     if content is None and not message.get("tool_calls"):
         raise DataError(f"{origin}: has neither content nor tool_calls")
     if not isinstance(content, str | None) and not _are_texts(content):
-        raise DataError(f"{origin}: content is neither a text nor a list of parts of the type 'text'; others are not read")
+        raise DataError(
+            f"{origin}: content is neither a text nor a list of parts of the type 'text'; others are not read"
+        )
     if "weight" in message and message["weight"] != 1:
         raise DataError(f"{origin}: a weight of a message is not read; leave it out (data.train_on: last may do)")
     return message

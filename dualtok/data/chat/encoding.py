@@ -56,7 +56,12 @@ class DocumentEncoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, train_on: str = "assistant", special: bool = False, end: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train_on: str = "assistant",
+        special: bool = False,
+        end: bool = True,
     ) -> None:
         self._tokenizer, self._train_on, self._special, self._end = tokenizer, train_on, special, end
         self._writer = ChatWriter(tokenizer, train_on)
@@ -106,14 +111,16 @@ class DocumentEncoder:
         found |= self._tokens(pairs, special=self._special, ended=True)
         return found
 
-    def _tokens(
-        self, written: dict[int, tuple[str, Spans]], *, special: bool, ended: bool
-    ) -> dict[int, Encoded]:
+    def _tokens(self, written: dict[int, tuple[str, Spans]], *, special: bool, ended: bool) -> dict[int, Encoded]:
         if not written:
             return {}
         texts = [text for text, _ in written.values()]
         output: Any = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=not special
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+            split_special_tokens=not special,
         )
         head = beginning(self._tokenizer) if ended else []
         tail = [self._tokenizer.eos_token_id] if ended and self._end else []

@@ -1,8 +1,8 @@
 """Conversations in which a message spells out a special token, which must not become that token.
 
-A message that could write ``<|im_end|>`` could end its own turn and speak for the assistant. A mark is put into each such
-text before the template is applied, so that the special tokens that are left are the template's own; what lies between
-these is then encoded as text.
+A message that could write ``<|im_end|>`` could end its own turn and speak for the assistant. A mark is put into each
+such text before the template is applied, so that the special tokens that are left are the template's own; what lies
+between these is then encoded as text.
 """
 
 from __future__ import annotations
@@ -64,11 +64,13 @@ def encode_spelled_out(
     whole: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if _joined(tokenizer, text, spelled, "", [])[0] != whole:
         raise ChatTemplateError(
-            f"{origin}: a message spells out a special token, and this tokenizer encodes the text around special tokens "
+            f"{origin}: a message spells out a special token, and this tokenizer encodes text around special tokens "
             "otherwise than by itself; take it out, or let it become that token (data.special_tokens_in_text: encode)"
         )
     ids, trained = _joined(tokenizer, written.text, spelled, mark, written.trained)
-    spans = [(_unmarked(written.text, start, mark), _unmarked(written.text, end, mark)) for start, end in written.trained]
+    spans = [
+        (_unmarked(written.text, start, mark), _unmarked(written.text, end, mark)) for start, end in written.trained
+    ]
     return Tokens(text, spans, np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_))
 
 
@@ -96,7 +98,10 @@ def _joined(
         if plain:
             encoding: Any = tokenizer(plain, add_special_tokens=False, verbose=False, split_special_tokens=True)
             inside = [
-                (_unmarked(part, max(first, position) - position, mark), _unmarked(part, min(last, start) - position, mark))
+                (
+                    _unmarked(part, max(first, position) - position, mark),
+                    _unmarked(part, min(last, start) - position, mark),
+                )
                 for first, last in spans
                 if first < start and last > position
             ]

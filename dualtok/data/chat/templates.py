@@ -163,8 +163,9 @@ def _render(
 
     given: dict[str, Any] = dict(tokenizer.special_tokens_map)
     marks = GENERATION.search(template) is not None
+    render: Any = render_jinja_template  # the library annotates neither its tools nor what it returns
     try:
-        texts, spans = render_jinja_template(
+        texts, spans = render(
             conversations=[messages],
             tools=conversation.tools,
             chat_template=template,

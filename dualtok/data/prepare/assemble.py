@@ -117,8 +117,7 @@ class _ShardTask:
 
 
 def split_texts(staged: Staged, chunks: list[Chunk], split: str, *, chats: bool) -> Iterator[str]:
-    """Yield the texts of a split's documents in some chunks, and what is said in its conversations if it has ``chats``.
-    """
+    """Yield the texts of a split's documents; of conversations, if there may be ``chats``, what is said in them."""
     for chunk in chunks:
         docs = _documents(staged, chunk, split)
         for first in range(0, len(docs), TEXTS_AT_ONCE):
@@ -131,12 +130,7 @@ def split_texts(staged: Staged, chunks: list[Chunk], split: str, *, chats: bool)
 
 
 def pack_chunks(
-    how: HowToPack,
-    chunks: list[Chunk],
-    workers: Workers,
-    *,
-    canaries: dict[int, list[Canary]],
-    progress: RunProgress,
+    how: HowToPack, chunks: list[Chunk], workers: Workers, *, canaries: dict[int, list[Canary]], progress: RunProgress
 ) -> None:
     """Tokenise and pack the chunks that are not packed yet, each with the canaries of its number."""
     work = partial(_pack_chunk, how=how)
@@ -144,9 +138,7 @@ def pack_chunks(
         progress.advance(1)
 
 
-def count_tokens(
-    how: HowToPack, chunks: list[Chunk], workers: Workers, *, progress: bool
-) -> NDArray[np.int64]:
+def count_tokens(how: HowToPack, chunks: list[Chunk], workers: Workers, *, progress: bool) -> NDArray[np.int64]:
     """Return how often each token id occurs in the documents of all splits, [vocabulary]."""
     vocabulary = vocabulary_size(_tokenizer_of_process(how.tokenizer)[0])
     work = partial(_count_chunk, how=how, vocabulary=vocabulary)
@@ -250,7 +242,7 @@ def _pack_chunk(task: _PackTask, *, how: HowToPack) -> None:
         )
         trained = {doc: own.trained for doc, own in zip(docs, encoded, strict=True)} if how.masked else None
         ids = [(doc, own.ids) for doc, own in zip(docs, encoded, strict=True)]
-        blocks = pack_documents(ids, how.block_length) if trained is None else pack_documents(ids, how.block_length, trained)
+        blocks = pack_documents(ids, how.block_length, trained)
         _write_table(_packed_path(folder, chunk, split, "blocks"), blocks_table(blocks, how.block_length))
         _write_table(_packed_path(folder, chunk, split, "table"), _document_table(table, encoded, how))
     write_text(done, f"{with_special} {longer}")

@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualtok.data.sources.formats import (
-    READERS,
-    SUFFIXES_IN_WORDS,
-    Wanted,
-    kind_of,
-    read_parquet,
-)
+from dualtok.data.sources.formats import READERS, SUFFIXES_IN_WORDS, Wanted, kind_of, read_parquet
 from dualtok.data.sources.rows import Document, document_of, reason_of, require_fields
 from dualtok.errors import DataError
 

@@ -23,14 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dualtok.data.sources.json_fields import after_value, after_white, only_field
-from dualtok.data.sources.rows import (
-    Document,
-    document_of,
-    reason_of,
-    require_fields,
-    require_text,
-    require_text_rows,
-)
+from dualtok.data.sources.rows import Document, document_of, reason_of, require_fields, require_text, require_text_rows
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:

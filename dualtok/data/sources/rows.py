@@ -117,6 +117,11 @@ def text_of(row: dict[str, object], field: str, origin: str) -> str:
 
 
 def require_text(value: object, field: str, origin: str) -> str:
+    """Return a text that a file can hold.
+
+    Raises:
+        DataError: it is no text, or holds half a character.
+    """
     if not isinstance(value, str):
         raise DataError(f"{origin}: field {field!r} holds {type(value).__name__}, not text")
     try:

@@ -23,9 +23,7 @@ class Piece(NamedTuple):
     """Whether each token has a loss [k]: all but the first, or those of them that are trained."""
 
 
-def document_pieces(
-    stream: BlockStream, documents: NDArray[np.int64], batch_size: int
-) -> dict[int, list[Piece]]:
+def document_pieces(stream: BlockStream, documents: NDArray[np.int64], batch_size: int) -> dict[int, list[Piece]]:
     """Return the tokens of some documents of a split, in the order asked, each cut as it lies in its blocks.
 
     Args:
