@@ -229,7 +229,10 @@ def test_a_resumed_run_learns_what_an_uninterrupted_one_learns(chat: Chat, score
     *earlier, last = sorted((halves.with_suffix("") / "checkpoints").glob("step-*"))
     assert earlier
     shutil.rmtree(last)
-    assert "step 4" in succeed(dualtok("train", halves, "--resume"))
+    again = dualtok("train", halves, "--resume")
+    succeed(again)
+    assert "step 6: validation" in again.stderr
+    assert "step 3: validation" not in again.stderr
     for run, name in ((scored, "one"), (halves, "two")):
         succeed(dualtok("export", run.with_suffix(""), tmp_path / name, "--checkpoint", "latest"))
     assert relative_distance(read_weights(tmp_path / "one"), read_weights(tmp_path / "two")) < 1e-6
@@ -255,8 +258,12 @@ def test_an_audit_looks_at_the_trained_tokens_of_each_conversation(
         "bootstrap_resamples": 100,
     }
     run = write_run(chat.folder / "audit.yaml", {"dir": chat.section["dir"]}, audit=audit)
-    shown = succeed(dualtok("audit", run))
-    assert "not all are trained" in shown  # why an attack that changes texts was not run
+    succeed(dualtok("audit", run))
+    figures = json.loads((run.with_suffix("") / "audit" / "audit.json").read_text())
+    (model,) = figures["models"]
+    assert [attack["name"] for attack in model["attacks"]] == ["loss", "ref", "zlib", "min_k", "dc_pdd"]
+    (reason,) = model["not_run"].values()
+    assert reason == "needs documents of which all tokens are trained, and of conversations not all are"
     data = DataFolder(chat.section["dir"])
     found = {
         frozenset(signals.document.tolist()): signals
