@@ -19,13 +19,16 @@ import torch
 from dualtok.audit.signals.signals import Signals
 from dualtok.config.load import load_run
 from dualtok.data.folder import DataFolder
+from dualtok.data.manifest import load_manifest
+from dualtok.data.stream.poisson import PoissonDocuments
 from dualtok.data.tokenizer import load_tokenizer
 from dualtok.reference.fingerprint import reference_fingerprint
 from dualtok.reference.stored import StoredLosses
-from tests.chat_support import chat_rows, write_chat_corpus, write_rows
+from tests.chat_support import CHATML_MARKED, chat_rows, write_chat_corpus, write_rows
 from tests.data.chat.test_masks import by_prefixes
 from tests.support import (
     dualtok,
+    error_line,
     history,
     partitioned_json,
     read_weights,
@@ -306,3 +309,39 @@ def test_raw_files_of_conversations_are_audited_with_the_models_own_template(
         for document, values in zip(signals.document.tolist(), own, strict=True):
             parts = [own for (number, _), own in sorted(losses.items()) if number == document]
             np.testing.assert_allclose(values, np.concatenate(parts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_dp_sgd_learns_the_trained_tokens_of_each_drawn_conversation(
+    chat: Chat, oracle: dict[str, dict[Any, NDArray[np.float64]]]
+) -> None:
+    pytest.importorskip("opacus")
+    train = {**TRAIN, "engine": "opacus", "steps": 2, "warmup_steps": 0, "learning_rate": 1e-12, "evaluate_every": 2}
+    del train["gradient_clipping"]
+    privacy = {"epsilon": 8.0, "delta": 1e-5}
+    run = run_file(chat, "private", objective="causal_lm", reference=None, train=train, privacy=privacy)
+    succeed(dualtok("train", run))
+    stream = DataFolder(chat.section["dir"]).open("train", seed=SEED)
+    documents = sorted(DataFolder(chat.section["dir"]).documents("train")["doc"].to_pylist())
+    drawn = PoissonDocuments(stream, batch_size=BATCH, parts=1, seed=SEED)
+    for step, row in enumerate(history(run)):
+        mine = [documents[number] for number in drawn.drawn(step, 0, 1)]
+        expected = np.concatenate([oracle["start"][document, 0] for document in mine]).mean()
+        assert row["plain_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_continuations_of_conversations_are_refused(chat: Chat) -> None:
+    audit = {"models": {"start": str(chat.start)}, "extract": 2, "extract_prefix": 4, "extract_tokens": 4}
+    run = write_run(chat.folder / "extract.yaml", {"dir": chat.section["dir"]}, audit=audit)
+    assert "audit.extract: continues texts, and these data are conversations" in error_line(dualtok("audit", run))
+
+
+def test_the_command_prepares_and_says_what_is_trained(chat: Chat, tmp_path: Path) -> None:
+    shares = {"train": 0.6, "held_out": 0.4}
+    data = {**chat.section, "dir": str(tmp_path / "prepared"), "train_on": "last", "shares": shares}
+    (tmp_path / "marked.jinja").write_text(CHATML_MARKED)
+    run = write_run(tmp_path / "run.yaml", {**data, "chat_template": str(tmp_path / "marked.jinja")})
+    assert f"{ROWS} documents are conversations (data.train_on: last)" in succeed(dualtok("prepare", run))
+    manifest = load_manifest(tmp_path / "prepared")
+    assert manifest.chat is not None
+    assert manifest.chat.train_on == "last"
