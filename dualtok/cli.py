@@ -305,6 +305,24 @@ def status(
     print_status(run_dir, json=json)
 
 
+@app.command()
+def inspect(
+    data: Annotated[str, typer.Argument(help="A prepared folder, or its address.", show_default=False)],
+    split: Annotated[str, typer.Option(help="One of its splits.")] = "train",
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show, the first ones of the split.")] = 3,
+    blocks: Annotated[int, typer.Option(min=0, help="Blocks to list with their documents.")] = 3,
+    color: Annotated[
+        bool | None, typer.Option("--color/--no-color", help="Show trained tokens in color, or between ⟦ and ⟧.")
+    ] = None,
+) -> None:
+    """Show documents of a prepared folder with the tokens that are trained, and blocks with their documents."""
+    _refuse_launcher("inspect")
+    quiet_libraries()
+    from dualtok.commands.inspect import inspect_data
+
+    inspect_data(data, split, samples=samples, blocks=blocks, color=color)
+
+
 def _load(run_file: Path, overrides: list[str] | None) -> RunConfig:
     """Read the run's settings: before libraries are imported, so that a mistake is told at once."""
     from dualtok.config.load import load_run

@@ -148,6 +148,20 @@ class DataConfig:
     field: str = "text"
     """Key or column that holds the text; .txt files have none."""
 
+    rows: Literal["auto", "text", "chat"] = "auto"
+    """What a row is: a text in ``field``, or a conversation in ``messages`` (with ``tools``, if any) or in ``prompt``
+    and ``completion``. ``auto`` looks at each row, and stops at one that has both a ``text`` and a conversation; a
+    ``field`` of another name goes before a conversation."""
+
+    chat_template: str | None = None
+    """The template that conversations are written with: a Jinja file, or the name of one of the tokenizer's templates.
+    Without it the tokenizer's own. It is kept with the tokenizer."""
+
+    train_on: Literal["assistant", "last", "all"] | None = None
+    """Tokens of a conversation that are learned, scored, evaluated and attacked: those of its assistant's turns, those
+    of the last one, or all. Default: ``assistant``. Of a ``prompt`` with its ``completion`` the first two are the
+    completion's. All tokens of a text are learned."""
+
     group_field: str | None = None
     """Key or column that says whose a document is, e.g. ``person``: a text or a whole number, empty for nobody's. All
     documents of a group go to one split, so that members and non-members share no person, and ``shares`` hold for
@@ -239,6 +253,7 @@ class DataConfig:
                 )
         if self.group_field == self.field:
             raise ValueError(f"data.group_field: {self.field!r} is also data.field, which holds the text")
+        self._check_chat()
         total = sum(self.shares.values())
         if total > 1 + ROUNDING:
             raise ValueError(f"data.shares: sum to {total:g}, above 1")
@@ -251,6 +266,13 @@ class DataConfig:
             raise ValueError("data.shares: need at least a share of 'train'")
         if self.tokenizer is None and "reference" not in self.shares:
             raise ValueError("data.tokenizer: missing, and data.shares has no 'reference' to train one on; give either")
+
+    def _check_chat(self) -> None:
+        for setting in ("chat_template", "train_on"):
+            if self.rows == "text" and getattr(self, setting) is not None:
+                raise ValueError(f"data.{setting}: has no effect with data.rows: text; remove it")
+        if self.rows == "chat" and self.canaries is not None:
+            raise ValueError("data.canaries: are texts, which data.rows: chat leaves no place for; remove them")
 
     def _check_addresses(self) -> None:
         folders = [self.dir, *(other.dir for other in self.mix)]

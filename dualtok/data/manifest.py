@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,7 +19,8 @@ DOCUMENTS = "documents.arrow"
 """A split's table of documents."""
 OLD_AUXILIARY = "probe"
 """Name of the split ``auxiliary`` in folders prepared before 0.2."""
-FORMAT_VERSION = 1
+FORMAT_VERSION, CHAT_FORMAT_VERSION = 1, 2
+"""Of folders whose tokens are all trained, and of those with a mask, which an older dualtok must not read."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -51,7 +52,7 @@ class SplitEntry(_Entry):
     documents: int
     tokens: int
     predicted_tokens: int
-    """Tokens with a loss: all but the first of each piece."""
+    """Tokens with a loss: all but the first of each piece, or those of them that are trained."""
     blocks: int
     shards: list[ShardEntry]
     documents_sha256: Sha256
@@ -91,6 +92,17 @@ class Facts(_Entry):
     """Files of the source's folder that were not read."""
 
 
+class ChatEntry(_Entry):
+    """What is trained of a folder with conversations."""
+
+    train_on: Literal["assistant", "last", "all"]
+    """As ``data.train_on``."""
+    conversations: int
+    """Documents that are conversations."""
+    longer: int
+    """Of them, those longer than a block, whose later pieces are read without what was said before."""
+
+
 class Manifest(_Entry):
     """A prepared data folder."""
 
@@ -114,6 +126,13 @@ class Manifest(_Entry):
     """None if the folder was prepared without; they are not among the documents read."""
     facts: Facts | None = None
     """None in a folder of an earlier version, and in a subset."""
+    chat: ChatEntry | None = None
+    """None in a folder without conversations."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the shards say which tokens are trained; without it all are."""
+        return self.chat is not None and self.chat.train_on != "all"
 
     def folder_of(self, split: str) -> str:
         """Return the name of a split's folder."""
@@ -140,9 +159,10 @@ def load_manifest(data_dir: str | Location) -> Manifest:
     try:
         values = json.loads(content.decode("utf-8"))
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, CHAT_FORMAT_VERSION):
             raise DataError(
-                f"{path}: format version {version}, this dualtok reads {FORMAT_VERSION}; prepare the data again"
+                f"{path}: format version {version}, this dualtok reads {FORMAT_VERSION} and {CHAT_FORMAT_VERSION}; "
+                "prepare the data again"
             )
         return _with_new_names(Manifest.model_validate(values))
     except (ValueError, AttributeError, ValidationError) as error:

@@ -18,7 +18,7 @@ import torch
 from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -43,6 +43,8 @@ class Block:
 
     input_ids: NDArray[np.int32]
     segments: list[Segment]
+    trained: NDArray[np.bool_] | None = None
+    """Whether each token is trained; None if all are."""
 
 
 def cut(doc: int, length: int, block_length: int) -> list[Segment]:
@@ -77,31 +79,48 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack_documents(documents: Sequence[tuple[int, NDArray[np.int32]]], block_length: int) -> list[Block]:
-    """Pack (document id, token ids) into blocks; every token lands in exactly one of them."""
+def pack_documents(
+    documents: Sequence[tuple[int, NDArray[np.int32]]],
+    block_length: int,
+    trained: Mapping[int, NDArray[np.bool_]] | None = None,
+) -> list[Block]:
+    """Pack documents into blocks; every token lands in exactly one of them.
+
+    Args:
+        documents: id and token ids of each.
+        block_length: tokens per block.
+        trained: document -> whether each of its tokens is trained; None if all of all documents are.
+    """
     tokens = dict(documents)
     pieces = [piece for doc, ids in documents for piece in cut(doc, len(ids), block_length)]
     blocks = []
     for members in pack([piece.length for piece in pieces], block_length):
         input_ids = np.full(block_length, PADDING_ID, dtype=np.int32)
+        mask = None if trained is None else np.zeros(block_length, dtype=np.bool_)
         column = 0
         for piece in (pieces[index] for index in members):
-            input_ids[column : column + piece.length] = tokens[piece.doc][piece.start : piece.start + piece.length]
+            here, there = slice(column, column + piece.length), slice(piece.start, piece.start + piece.length)
+            input_ids[here] = tokens[piece.doc][there]
+            if mask is not None and trained is not None:
+                mask[here] = trained[piece.doc][there]
             column += piece.length
-        blocks.append(Block(input_ids, [pieces[index] for index in members]))
+        blocks.append(Block(input_ids, [pieces[index] for index in members], mask))
     return blocks
 
 
-def model_inputs(input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int32]]) -> dict[str, torch.Tensor]:
+def model_inputs(
+    input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int32]], trained: NDArray[np.bool_] | None = None
+) -> dict[str, torch.Tensor]:
     """Return what a model takes: ids, positions and shifted labels.
 
     Args:
         input_ids: [b, t].
         lengths: for each row the lengths of its pieces, which lie end to end from column 0; the rest is padding.
+        trained: whether each token is trained [b, t]; None if all are.
 
     Returns:
         ``input_ids``, ``position_ids`` (from 0 at each piece, and at the padding) and ``labels`` (the next token of the
-        same piece, else -100), all int64 [b, t].
+        same piece if that is trained, else -100), all int64 [b, t].
     """
     rows, width = input_ids.shape
     counts = np.array([len(row_lengths) for row_lengths in lengths], dtype=np.int64)
@@ -113,6 +132,8 @@ def model_inputs(input_ids: NDArray[np.int32], lengths: Sequence[NDArray[np.int3
     positions = np.arange(rows * width) - np.repeat(ends - pieces, pieces)
     labels = np.empty((rows, width), dtype=np.int64)
     labels[:, :-1] = input_ids[:, 1:]
+    if trained is not None:
+        labels[:, :-1][~trained[:, 1:]] = IGNORED_LABEL
     labels.reshape(-1)[ends - 1] = IGNORED_LABEL
     for row, first in enumerate(filled.tolist()):
         labels[row, first:] = IGNORED_LABEL

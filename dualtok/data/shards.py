@@ -25,9 +25,15 @@ SUFFIX = ".arrow"
 SEGMENT = pa.struct([("doc", pa.int64()), ("start", pa.int32()), ("length", pa.int32())])
 
 
-def schema(block_length: int) -> pa.Schema:
-    """Return the columns of a shard: ``input_ids`` (a fixed-size list) and ``segments``."""
-    return pa.schema([("input_ids", pa.list_(pa.int32(), block_length)), ("segments", pa.list_(SEGMENT))])
+TRAINED = "trained"
+"""Column, of shards with conversations alone, that says which tokens are trained."""
+
+
+def schema(block_length: int, *, masked: bool = False) -> pa.Schema:
+    """Return the columns of a shard: ``input_ids`` (a fixed-size list), ``segments`` and, if ``masked``, ``trained`` (a
+    fixed-size list of booleans)."""
+    columns = [("input_ids", pa.list_(pa.int32(), block_length)), ("segments", pa.list_(SEGMENT))]
+    return pa.schema([*columns, (TRAINED, pa.list_(pa.bool_(), block_length))] if masked else columns)
 
 
 def shard_name(lane: int, number: int) -> str:
@@ -36,14 +42,18 @@ def shard_name(lane: int, number: int) -> str:
 
 
 def blocks_table(blocks: Sequence[Block], block_length: int) -> pa.Table:
-    """Return blocks as an Arrow table."""
+    """Return blocks as an Arrow table, with masks if they have them."""
     flat = np.concatenate([block.input_ids for block in blocks]) if blocks else np.zeros(0, np.int32)
     ids = pa.FixedSizeListArray.from_arrays(pa.array(flat), block_length)
     offsets = np.concatenate([[0], np.cumsum([len(block.segments) for block in blocks])]).astype(np.int32)
     pieces = [piece for block in blocks for piece in block.segments]
     columns = [pa.array([piece[i] for piece in pieces], SEGMENT[i].type) for i in range(3)]
     segments = pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(columns, fields=list(SEGMENT)))
-    return pa.Table.from_arrays([ids, segments], schema=schema(block_length))
+    masks = [block.trained for block in blocks if block.trained is not None]
+    if not masks:
+        return pa.Table.from_arrays([ids, segments], schema=schema(block_length))
+    trained = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(masks)), block_length)
+    return pa.Table.from_arrays([ids, segments, trained], schema=schema(block_length, masked=True))
 
 
 def write_shard(folder: Path, lane: int, number: int, table: pa.Table) -> ShardEntry:
@@ -84,6 +94,7 @@ class Shard:
                 table = pa.ipc.open_file(source).read_all()
             ids, segments = only_chunk(table, "input_ids"), only_chunk(table, "segments")
             self.input_ids: NDArray[np.int32] = ids.flatten().to_numpy(zero_copy_only=True).reshape(len(ids), -1)
+            self._trained = only_chunk(table, TRAINED).flatten() if TRAINED in table.column_names else None
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
             raise BadShardError(f"{origin or path}: not a readable shard: {reason}") from None
@@ -94,6 +105,19 @@ class Shard:
     def __len__(self) -> int:
         """Return the number of blocks."""
         return len(self.input_ids)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it says which tokens are trained."""
+        return self._trained is not None
+
+    def trained(self, row: int) -> NDArray[np.bool_]:
+        """Return whether each token of a block is trained; all are in a shard that does not say."""
+        width = self.input_ids.shape[1]
+        if self._trained is None:
+            return np.ones(width, dtype=np.bool_)
+        trained: NDArray[np.bool_] = self._trained.slice(row * width, width).to_numpy(zero_copy_only=False)
+        return trained
 
     def lengths(self, row: int) -> NDArray[np.int32]:
         """Return the lengths of a block's pieces."""

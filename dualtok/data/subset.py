@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from dualtok.data.chat.encoding import learned
 from dualtok.data.manifest import DOCUMENTS, MANIFEST, Manifest, SplitEntry, save_manifest
 from dualtok.data.packing import pack_documents
 from dualtok.data.shards import blocks_table, write_shard
@@ -86,6 +87,7 @@ def is_written(folder: Path) -> bool:
 def _write_split(data: DataFolder, folder: Path, subset: Subset, rows_per_shard: int) -> SplitEntry:
     manifest = data.manifest
     documents: list[tuple[int, NDArray[np.int32]]] = []
+    trained: dict[int, NDArray[np.bool_]] | None = {} if manifest.is_masked else None
     tables = []
     for split in subset.splits:
         stream, table = data.open(split), data.documents(split)
@@ -93,11 +95,15 @@ def _write_split(data: DataFolder, folder: Path, subset: Subset, rows_per_shard:
         wanted = subset.wants(ids)
         tables.append(table.filter(pa.array(wanted)))
         found = document_pieces(stream, ids[wanted], READ_AT_ONCE) if wanted.any() else {}
-        documents += [(doc, np.concatenate(pieces).astype(np.int32)) for doc, pieces in found.items()]
+        for doc, pieces in found.items():
+            documents.append((doc, np.concatenate([piece.ids for piece in pieces]).astype(np.int32)))
+            if trained is not None:  # the first of a piece is never learned, and stays the first of one
+                trained[doc] = np.concatenate([piece.predicted for piece in pieces])
     if not documents:
         raise DataError(f"{data}: too few documents in {' and '.join(subset.splits)} to draw some of them")
     table = pa.concat_tables(tables)
-    return write_split(folder, documents, table, lanes=manifest.lanes, shape=(rows_per_shard, manifest.block_length))
+    shape = (rows_per_shard, manifest.block_length)
+    return write_split(folder, documents, table, lanes=manifest.lanes, shape=shape, trained=trained)
 
 
 def write_split(
@@ -107,6 +113,7 @@ def write_split(
     *,
     lanes: int,
     shape: tuple[int, int],
+    trained: Mapping[int, NDArray[np.bool_]] | None = None,
 ) -> SplitEntry:
     """Pack documents and write them as one split.
 
@@ -116,9 +123,10 @@ def write_split(
         table: one row per document; see :meth:`.folder.DataFolder.documents`.
         lanes: that the blocks are dealt to.
         shape: most blocks per shard, and tokens per block.
+        trained: document -> whether each of its tokens is trained; None if all of all documents are.
     """
     rows_per_shard, block_length = shape
-    blocks = pack_documents(documents, block_length)
+    blocks = pack_documents(documents, block_length, trained)
     shards = []
     for lane in range(min(lanes, len(blocks))):
         mine = blocks[lane::lanes]
@@ -132,7 +140,9 @@ def write_split(
     return SplitEntry(
         documents=len(documents),
         tokens=count,
-        predicted_tokens=count - sum(len(block.segments) for block in blocks),
+        predicted_tokens=count - sum(len(block.segments) for block in blocks)
+        if trained is None
+        else sum(int(learned(own, block_length).sum()) for own in trained.values()),
         blocks=len(blocks),
         shards=shards,
         documents_sha256=file_sha256(path),

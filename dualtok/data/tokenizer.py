@@ -159,14 +159,19 @@ def encode(
         special: whether special tokens that a text spells out become these tokens, and not pieces like other text.
         end: whether the end token closes each document.
     """
-    # An empty text shows which special tokens the tokenizer adds by itself; only a leading BOS is wanted.
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    head = [tokenizer.bos_token_id] if adds_bos else []
+    head = beginning(tokenizer)
     encoded = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=not special
     )["input_ids"]
     tail = [tokenizer.eos_token_id] if end else []
     return [[*head, *ids, *tail] for ids in encoded]
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the beginning-of-sequence token's id if the tokenizer puts one in front by itself, else nothing."""
+    # An empty text shows which special tokens the tokenizer adds by itself; only a leading BOS is wanted.
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if adds_bos else []
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ class SpelledOut:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        self.tokens = sorted(filter(None, special))
+        self.tokens = sorted(filter(None, special), key=lambda token: (-len(token), token))
         # Of hundreds of reserved tokens most begin alike: few searches tell that there is none.
         self._beginnings = sorted({token[:2] for token in self.tokens})
         self._pattern = re.compile("|".join(map(re.escape, self.tokens))) if self.tokens else None
@@ -34,6 +34,14 @@ class SpelledOut:
         if self._pattern is None or not any(beginning in text for beginning in self._beginnings):
             return False
         return self._pattern.search(text) is not None
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return begin and end of each one in a text; of several that begin at a place the longest."""
+        return [] if self._pattern is None else [match.span() for match in self._pattern.finditer(text)]
+
+    def replace(self, text: str, change: Callable[[str], str]) -> str:
+        """Return a text with each one in it changed."""
+        return text if self._pattern is None else self._pattern.sub(lambda match: change(match[0]), text)
 
     def count(self, texts: Iterable[str]) -> int:
         """Return how many texts hold one."""

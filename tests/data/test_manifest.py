@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dualtok.data.manifest import FORMAT_VERSION, MANIFEST, check_shard, load_manifest, save_manifest, split_entry
+from dualtok.data.manifest import (
+    CHAT_FORMAT_VERSION,
+    FORMAT_VERSION,
+    MANIFEST,
+    check_shard,
+    load_manifest,
+    save_manifest,
+    split_entry,
+)
 from dualtok.errors import DataError
 from tests.data.support import whole_documents, write_prepared
 
@@ -50,7 +58,7 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         load_manifest(tmp_path / "corpus.jsonl")
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, None, "1"])
+@pytest.mark.parametrize("version", [CHAT_FORMAT_VERSION + 1, 0, None, "1"])
 def test_another_format_version_is_refused(prepared: Path, version: object) -> None:
     rewrite(prepared, format_version=version)
     with pytest.raises(DataError, match=rf"format version {version}, this dualtok reads {FORMAT_VERSION}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutations.audit import AUDIT
 from mutations.borders import BORDERS
+from mutations.chat import CONVERSATIONS
 from mutations.data import DATA
 from mutations.fault import Fault
 from mutations.objective import OBJECTIVE
@@ -12,4 +13,4 @@ from mutations.plumbing import PLUMBING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *AUDIT, *PLUMBING, *PLANS, *BORDERS)
+FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *CONVERSATIONS, *AUDIT, *PLUMBING, *PLANS, *BORDERS)

@@ -27,6 +27,8 @@ from dualtok.model.folder.weights import model_folder
 from dualtok.reference.fingerprint import blocks_digest
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from dualtok.audit.report.data import Checks, ModelAudit
     from dualtok.audit.settings import AuditConfig
     from dualtok.audit.signals.signals import Signals
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from dualtok.data.folder import DataFolder
 
     Texts = dict[str, dict[int, Pieces]]
-    """Split -> document -> its token ids, piece by piece."""
+    """Split -> document -> its tokens, piece by piece."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,22 @@ def _check(
     settings: AuditConfig, data: DataFolder, audits: list[ModelAudit], texts: dict[str, dict[int, Pieces]]
 ) -> Checks:
     """Look for differences between members and non-members that no model is needed to see."""
-    members, non_members = ([np.concatenate(pieces) for pieces in texts[split].values()] for split in settings.splits)
+    members, non_members = (
+        [_compared(pieces, masked=data.manifest.is_masked) for pieces in texts[split].values()]
+        for split in settings.splits
+    )
     table = data.documents(settings.splits[0])
     tokens_per_character = pc.sum(table["n_tokens"]).as_py() / pc.sum(table["n_characters"]).as_py()
     passage = max(1, round(PASSAGE_CHARACTERS * tokens_per_character))
     null = next((model for model in audits if model.name == settings.null_model), None)
     found = check_audit(members, non_members, passage_tokens=passage, null_model=null, seed=settings.seed)
     return found.model_copy(update={"unproven": _unproven(settings, data)})
+
+
+def _compared(pieces: Pieces, *, masked: bool) -> NDArray[np.int64]:
+    """Return the token ids by which a document is compared with others: of a conversation those that are trained, for
+    many conversations share their instructions."""
+    return np.concatenate([piece.ids[piece.predicted] if masked else piece.ids for piece in pieces])
 
 
 def _unproven(settings: AuditConfig, data: DataFolder) -> dict[str, str]:

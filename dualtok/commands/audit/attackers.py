@@ -116,11 +116,10 @@ def _recipe(run: RunConfig) -> dict[str, Any]:
 
 
 def _with_validation(given: TextList) -> dict[str, TextList]:
-    texts = list(given.texts)
-    kept = texts[::VALIDATION_SHARE]
-    if len(texts) < 2:
+    everyone = range(len(given.texts))
+    if len(everyone) < 2:
         raise ConfigError("audit.attack_reference: one text is too few to train a reference; give more")
     return {
-        PREPARED[0]: TextList([t for i, t in enumerate(texts) if i % VALIDATION_SHARE]),
-        PREPARED[1]: TextList(kept),
+        PREPARED[0]: given.some([i for i in everyone if i % VALIDATION_SHARE]),
+        PREPARED[1]: given.some(everyone[::VALIDATION_SHARE]),
     }

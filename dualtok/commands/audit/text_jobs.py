@@ -69,7 +69,8 @@ def read_texts(source: TextSource, key: str, group_field: str | None = None) -> 
     if not documents:
         raise DataError(f"{key}: {source.source}: no documents")
     groups = None if group_field is None else [document.group for document in documents]
-    return TextList([document.text for document in documents], groups)
+    origins = [document.origin if document.is_chat else None for document in documents]
+    return TextList([document.text for document in documents], groups, origins if any(origins) else None)
 
 
 def text_jobs(

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
     from dualtok.audit.settings import AuditConfig
     from dualtok.data.folder import DataFolder
+    from dualtok.data.stream.documents import Piece
 
-    Pieces = list[NDArray[np.int64]]
+    Pieces = list[Piece]
 
 
 def predicted_ids(pieces: dict[int, Pieces]) -> dict[int, NDArray[np.int64]]:
-    """Return the ids of each document's predicted tokens: the first one of a piece is none."""
-    return {document: np.concatenate([part[1:] for part in parts]) for document, parts in pieces.items()}
+    """Return the ids of each document's predicted tokens: the first one of a piece is none, nor one not trained."""
+    return {
+        document: np.concatenate([part.ids[part.predicted] for part in parts]) for document, parts in pieces.items()
+    }
 
 
 def attacker_frequencies(data: DataFolder, settings: AuditConfig) -> NDArray[np.float64] | None:

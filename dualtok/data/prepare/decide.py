@@ -11,7 +11,7 @@ import numpy as np
 from dualtok.config.data import SPLITS
 from dualtok.data.prepare.groups import Groups, Membership, is_short
 from dualtok.data.prepare.splits import assign_split, dealt_by
-from dualtok.data.prepare.staged import GROUP, Chunk, Staged, fixed_width, is_full
+from dualtok.data.prepare.staged import CHAT, GROUP, Chunk, Staged, fixed_width, is_full
 from dualtok.errors import DataError
 from dualtok.files import atomic_file
 
@@ -46,6 +46,10 @@ class Decisions:
     """Documents whose n-grams are of characters."""
     in_groups: int = 0
     """Documents that have a group."""
+    conversations: int = 0
+    """Documents that are conversations, those left out as well."""
+    conversations_kept: int = 0
+    """Those of them that are in a split."""
 
     def count(self, decision: str) -> int:
         """Return how many documents were decided so."""
@@ -72,6 +76,18 @@ class Decisions:
             raise UnusableCorpusError(
                 f"{config.source}: no document has a field {config.group_field!r} that names its group "
                 "(data.group_field); correct the name, or leave it out"
+            )
+        if not self.conversations and config.rows == "auto":
+            for setting in ("chat_template", "train_on"):
+                if getattr(config, setting) is not None:
+                    raise UnusableCorpusError(
+                        f"{config.source}: holds no conversation, so that data.{setting} has no effect; remove it, or "
+                        "give rows with messages"
+                    )
+        if self.conversations and config.canaries is not None:
+            raise UnusableCorpusError(
+                f"{config.source}: holds conversations, and data.canaries are texts, which would be told from them at "
+                "once; remove data.canaries"
             )
         for split, share in config.shares.items():
             if not self.count(split):
@@ -104,10 +120,15 @@ def decide(config: DataConfig, staged: Staged, groups: Groups, progress: RunProg
                 np.save(stream, decisions)
         result.chunks.append(chunk)
         result.counts += np.bincount(decisions, minlength=len(DECISIONS))
-        columns = ["of_characters"] if config.group_field is None else ["of_characters", GROUP]
+        further = [*([] if config.group_field is None else [GROUP]), *([] if config.rows == "text" else [CHAT])]
+        columns = ["of_characters", *further]
         table = staged.take(np.arange(chunk.first, chunk.end), columns)
         result.compared_by_characters += int(table["of_characters"].to_numpy().sum())
         result.in_groups += 0 if config.group_field is None else len(table) - table[GROUP].null_count
+        if config.rows != "text":
+            is_chat = table[CHAT].is_valid().to_numpy()
+            result.conversations += int(is_chat.sum())
+            result.conversations_kept += int((is_chat & (decisions < len(SPLITS))).sum())
         reference = np.flatnonzero(decisions == SPLITS.index("reference"))
         if len(reference):
             lengths = staged.take(chunk.first + reference, ["n_characters"])["n_characters"].to_numpy()

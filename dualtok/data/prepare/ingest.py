@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
+from dualtok.data.chat.conversations import plain_text
 from dualtok.data.prepare.deduplicate import EXACT_BYTES, sketch
 from dualtok.data.prepare.parts import COMPLETE, PartReader
 from dualtok.data.prepare.splits import content_digest
-from dualtok.data.prepare.staged import GROUP, is_full, read_staged
+from dualtok.data.prepare.staged import CHAT, GROUP, is_full, read_staged
 from dualtok.errors import DataError
 from dualtok.files import atomic_file, write_text
 
@@ -39,6 +40,7 @@ class _Prepared(NamedTuple):
     signature: bytes | None
     blank: bool
     of_characters: bool
+    n_characters: int
 
 
 def staged_files(folder: Path) -> list[Path]:
@@ -61,18 +63,20 @@ def stage_part(
     work = partial(_prepare_text, config=config)
     for some in _chunks(documents):
         texts, groups = [document.text for document in some], [document.group for document in some]
-        prepared = list(workers.map(work, texts, batch=64))
+        origins = [document.origin if document.is_chat else None for document in some]
+        prepared = list(workers.map(work, zip(texts, [document.is_chat for document in some], strict=True), batch=64))
         for document, group in zip(prepared, groups, strict=True):
             chain = _chained(chain, document.digest, group)
         columns = [
             pa.array([document.digest for document in prepared], schema.field("sha256").type),
             pa.array([document.exact for document in prepared], schema.field("exact").type),
             pa.array([document.signature for document in prepared], schema.field("signature").type),
-            pa.array([len(text) for text in texts], pa.int64()),
+            pa.array([document.n_characters for document in prepared], pa.int64()),
             pa.array([document.blank for document in prepared], pa.bool_()),
             pa.array([document.of_characters for document in prepared], pa.bool_()),
             pa.array(texts, pa.large_string()),
             *([] if config.group_field is None else [pa.array(groups, pa.string())]),
+            *([] if config.rows == "text" else [pa.array(origins, pa.string())]),
         ]
         path = folder / f"documents-{len(rows):06d}.arrow"
         table = pa.Table.from_arrays(columns, schema=schema.with_metadata({CHAIN: chain.encode()}))
@@ -96,6 +100,7 @@ def staged_schema(config: DataConfig) -> pa.Schema:
             ("of_characters", pa.bool_()),
             ("text", pa.large_string()),
             *([] if config.group_field is None else [(GROUP, pa.string())]),
+            *([] if config.rows == "text" else [(CHAT, pa.string())]),
         ]
     )
 
@@ -133,8 +138,10 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield some
 
 
-def _prepare_text(text: str, *, config: DataConfig) -> _Prepared:
-    """Hash one text; runs in a worker process."""
-    exact, signature, of_characters = sketch(text, config)
+def _prepare_text(document: tuple[str, bool], *, config: DataConfig) -> _Prepared:
+    """Hash one text, or conversation if so; runs in a worker process."""
+    text, is_chat = document
+    said = plain_text(text) if is_chat else text
+    exact, signature, of_characters = sketch(said, config)
     stored = None if signature is None else signature.tobytes()
-    return _Prepared(content_digest(text), exact, stored, not text.strip(), of_characters)
+    return _Prepared(content_digest(text), exact, stored, not said.strip(), of_characters, len(said))

@@ -29,6 +29,8 @@ READING = (
     "source",
     "field",
     "group_field",
+    "rows",
+    "train_on",
     "txt_documents",
     "dataset_config",
     "dataset_split",

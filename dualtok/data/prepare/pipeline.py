@@ -20,11 +20,23 @@ from pydantic import TypeAdapter
 
 from dualtok.config.data import SPLITS, DataConfig, is_address
 from dualtok.config.old_names import with_new_names
-from dualtok.data.manifest import MANIFEST, Facts, Manifest, load_manifest, save_manifest
+from dualtok.data.chat.templates import ChatTemplateError, with_template
+from dualtok.data.manifest import (
+    CHAT_FORMAT_VERSION,
+    FORMAT_VERSION,
+    MANIFEST,
+    ChatEntry,
+    Facts,
+    Manifest,
+    load_manifest,
+    save_manifest,
+)
 from dualtok.data.prepare.assemble import (
     DOCUMENT,
+    HowToPack,
     TokenizerAt,
     count_tokens,
+    longer_than_a_block,
     pack_chunks,
     spelled_out,
     split_texts,
@@ -53,7 +65,7 @@ from dualtok.data.sources.documents import left_out
 from dualtok.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
 from dualtok.data.tokenizer_check import lost, sample
 from dualtok.errors import ConfigError, DataError
-from dualtok.files import write_text
+from dualtok.files import file_sha256, write_text
 from dualtok.monitor.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -178,13 +190,16 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
     decisions.check(config)
     tokenizer = _keep_tokenizer(folder / "tokenizer", lambda: _trained_tokenizer(config, staged, decisions))
     tokenizer_at = TokenizerAt(str(folder / "tokenizer"), fingerprint(tokenizer))
-    count = partial(count_tokens, config, staged, decisions.chunks, tokenizer_at, workers, progress=progress)
+    train_on = config.train_on or "assistant"
+    masked = decisions.conversations_kept > 0 and train_on != "all"
+    how = HowToPack.of(config, staged, tokenizer_at, masked=masked)
+    count = partial(count_tokens, how, decisions.chunks, workers, progress=progress)
     canaries, seen = made_canaries(config, staged, decisions.read, tokenizer, count)
     canaries_of_chunk = {} if config.canaries is None else assign_to_chunks(canaries, config.canaries, decisions.chunks)
     with RunProgress("prepare: chunks packed", len(decisions.chunks), active=progress) as bar:
-        pack_chunks(config, staged, decisions.chunks, tokenizer_at, workers, canaries=canaries_of_chunk, progress=bar)
-    splits = write_splits(config, folder, staging, decisions.chunks, workers, progress=progress)
-    texts = sample(split_texts(staged, decisions.chunks, "train"))
+        pack_chunks(how, decisions.chunks, workers, canaries=canaries_of_chunk, progress=bar)
+    splits = write_splits(config, folder, staging, decisions.chunks, workers, masked=masked, progress=progress)
+    texts = sample(split_texts(staged, decisions.chunks, "train", chats=how.chats))
     unread = left_out(config)
     facts = Facts(
         compared_by_characters=decisions.compared_by_characters,
@@ -194,7 +209,12 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
         left_out_files=len(unread),
         shared_passages=shared_with_members(folder, splits),
     )
+    chat = None
+    if decisions.conversations_kept:
+        longer = longer_than_a_block(staging, decisions.chunks)
+        chat = ChatEntry(train_on=train_on, conversations=decisions.conversations_kept, longer=longer)
     manifest = Manifest(
+        format_version=CHAT_FORMAT_VERSION if masked else FORMAT_VERSION,
         config=settings,
         seed=config.seed,
         tokenizer_fingerprint=tokenizer_at.fingerprint,
@@ -209,6 +229,7 @@ def _finish(config: DataConfig, settings: dict[str, Any], of: int, workers: Work
         splits=splits,
         canaries=write_canaries(canaries, folder, seen) if canaries else None,
         facts=facts,
+        chat=chat,
     )
     _sweep(folder)  # a worker of a killed start may have outlived it for a moment
     save_manifest(manifest, folder)
@@ -267,7 +288,7 @@ def _removed_if_hopeless(folder: Path, staged: Path, *, keep_parts: bool = False
         yield
     except BaseException as error:
         made = [*staged.glob("documents-*"), *staged.glob(COMPLETE), *staged.glob("keys-*")]
-        if isinstance(error, UnusableCorpusError) or not made:
+        if isinstance(error, UnusableCorpusError | ChatTemplateError) or not made:
             _forget(folder, keep_parts=keep_parts)
         raise
 
@@ -276,6 +297,8 @@ def _result_settings(config: DataConfig) -> dict[str, Any]:
     if is_address(config.dir):
         raise ConfigError(f"data.dir: {config.dir}: data is prepared in a local folder; upload that in the end")
     values: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
+    if config.chat_template is not None and Path(config.chat_template).is_file():
+        values["chat_template"] = f"sha256:{file_sha256(config.chat_template)}"  # another text is another setting
     if values["canaries"] is not None:
         # Settings of another kind are left out, as in folders that are older than these settings.
         values["canaries"] = {key: value for key, value in values["canaries"].items() if value is not None}
@@ -289,8 +312,9 @@ def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
     earlier = with_new_names({"data": stored})[0]["data"]
-    # A setting that is younger than the folder is not held against it, but groups cannot be had from one without them.
-    for key in sorted({*earlier, "group_field"}):
+    # A setting that is younger than the folder is not held against it, but neither groups nor conversations can be had
+    # from one without them.
+    for key in sorted({*earlier, "group_field", "chat_template", "train_on"}):
         if earlier.get(key) != settings.get(key):
             raise ConfigError(
                 f"data.{key}: {settings.get(key)!r}, but {folder} was prepared with {earlier.get(key)!r}; choose "
@@ -333,7 +357,8 @@ def _remove_part(folder: Path) -> None:
 def _convert_tokenizer(config: DataConfig) -> None:
     """Load the tokenizer that was named, if any, before the corpus is read: it may be unusable."""
     if config.tokenizer is not None:
-        _keep_tokenizer(Path(config.dir) / "tokenizer", lambda: load_tokenizer(str(config.tokenizer)))
+        make = partial(load_tokenizer, config.tokenizer)
+        _keep_tokenizer(Path(config.dir) / "tokenizer", lambda: with_template(make(), config.chat_template))
 
 
 def _sample_canaries(config: DataConfig, sampler: TextSampler | None) -> None:
@@ -345,8 +370,8 @@ def _sample_canaries(config: DataConfig, sampler: TextSampler | None) -> None:
 def _trained_tokenizer(config: DataConfig, staged: Staged, decisions: Decisions) -> PreTrainedTokenizerBase:
     """Train a tokenizer on the split ``reference``, or on every k-th chunk of it if it is large."""
     every = max(1, -(-decisions.reference_characters // TOKENIZER_CHARACTERS))
-    texts = split_texts(staged, decisions.chunks[::every], "reference")
-    return train_tokenizer(texts, config.vocab_size or DEFAULT_VOCABULARY)
+    texts = split_texts(staged, decisions.chunks[::every], "reference", chats=config.rows != "text")
+    return with_template(train_tokenizer(texts, config.vocab_size or DEFAULT_VOCABULARY), config.chat_template)
 
 
 def _keep_tokenizer(folder: Path, make: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:

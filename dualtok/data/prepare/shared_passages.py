@@ -29,7 +29,8 @@ TOKENS_AT_ONCE = 1 << 17
 def shared_with_members(folder: Path, splits: dict[str, SplitEntry]) -> float | None:
     """Return the share of non-members that have a passage of 200 characters in common with a member.
 
-    Pieces shorter than a passage are left out, and of a large split what lies beyond its first 131,072 tokens.
+    Of conversations the tokens that are trained are compared, for many share their instructions. Pieces shorter than a
+    passage are left out, and of a large split what lies beyond its first 131,072 tokens.
 
     Args:
         folder: the prepared folder.
@@ -87,5 +88,6 @@ def _pieces(folder: Path, entry: SplitEntry) -> Iterator[NDArray[np.int64]]:
 def _of_shard(path: Path) -> Iterator[NDArray[np.int64]]:
     shard = Shard(path)
     for row in range(len(shard)):
-        ends = np.cumsum(shard.lengths(row))
-        yield from (ids.astype(np.int64) for ids in np.split(shard.input_ids[row, : ends[-1]], ends[:-1]))
+        ends, trained = np.cumsum(shard.lengths(row)), shard.trained(row)
+        own = zip(np.split(shard.input_ids[row, : ends[-1]], ends[:-1]), np.split(trained, ends)[:-1], strict=True)
+        yield from (ids[mask].astype(np.int64) for ids, mask in own)

@@ -25,6 +25,9 @@ Number = TypeVar("Number", bound=np.generic)
 GROUP = "group"
 """Column, of staged files and of a split's table of documents, that says whose each document is; there with
 ``data.group_field`` alone."""
+CHAT = "chat_origin"
+"""Column of staged files that says of a conversation where it comes from, and is null for a text; not there with
+``data.rows: text``."""
 CHUNK_DOCUMENTS = 4096
 CHUNK_CHARACTERS = 1 << 25
 

@@ -11,7 +11,7 @@ from dualtok.data.tokenizer_check import MOST_LOST
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dualtok.data.manifest import Facts, Manifest
+    from dualtok.data.manifest import ChatEntry, Facts, Manifest
 
 MOST_NAMED = 10
 """Files left out that are named."""
@@ -40,12 +40,25 @@ def summary(manifest: Manifest, unread: Sequence[str] = ()) -> str:
         lines.append(f"  canaries: {entry.included:,} of {entry.count:,} are in train, as {CANARIES} tells")
         if entry.seen is not None:
             lines.append(f"  canaries' own tokens: each occurs at most {entry.seen:,} times in other documents")
+    if manifest.chat is not None:
+        lines.append(_chat_line(manifest, manifest.chat))
     if manifest.facts is not None:
         lines += _fact_lines(manifest, manifest.facts)
     lines += [f"    {line}" for line in unread[:MOST_NAMED]]
     if len(unread) > MOST_NAMED:
         lines.append(f"    and {len(unread) - MOST_NAMED:,} more")
     return "\n".join(lines)
+
+
+def _chat_line(manifest: Manifest, chat: ChatEntry) -> str:
+    """Return what is trained of the conversations."""
+    tokens = sum(split.tokens for split in manifest.splits.values())
+    trained = sum(split.predicted_tokens for split in manifest.splits.values())
+    longer = f"; {chat.longer:,} are longer than a block, so that their later pieces lack what was said before"
+    return (
+        f"  {chat.conversations:,} documents are conversations (data.train_on: {chat.train_on}): {trained:,} of all "
+        f"{tokens:,} tokens are trained ({trained / max(1, tokens):.1%}){longer if chat.longer else ''}"
+    )
 
 
 def _fact_lines(manifest: Manifest, facts: Facts) -> Iterator[str]:

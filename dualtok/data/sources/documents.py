@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualtok.data.sources.formats import (
-    READERS,
-    SUFFIXES_IN_WORDS,
-    Document,
-    Wanted,
-    document_of,
-    kind_of,
-    read_parquet,
-    reason_of,
-    require_fields,
-)
+from dualtok.data.sources.formats import READERS, SUFFIXES_IN_WORDS, Wanted, kind_of, read_parquet
+from dualtok.data.sources.rows import Document, document_of, reason_of, require_fields
 from dualtok.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,19 +12,19 @@ import gzip
 import io
 import json
 import lzma
-import math
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dualtok.data.sources.json_fields import after_value, after_white, only_field
-from dualtok.errors import DataError, did_you_mean
+from dualtok.data.sources.rows import Document, document_of, reason_of, require_fields, require_text, require_text_rows
+from dualtok.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,18 +46,8 @@ PARQUET_BATCH = 1024
 HEAD_BYTES = 1 << 16
 """What is looked at to learn how a file's lines end."""
 MARK = "\ufeff".encode()
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 """What the libraries raise on a compressed file that is cut off or is none."""
-
-
-class Document(NamedTuple):
-    """A text and where it came from (file and line or row), for errors."""
-
-    text: str
-    origin: str
-    group: str | None = None
-    """Whose it is, by ``data.group_field``; None for nobody's."""
 
 
 Wanted = Callable[[int], bool]
@@ -134,6 +124,7 @@ def _split_at_returns(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _read_txt(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Document | None]:
+    require_text_rows(config, str(path))
     if config.group_field is not None:
         raise DataError(
             f"{path}: a text file has no field {config.group_field!r} (data.group_field); give JSON, CSV or Parquet, "
@@ -221,7 +212,8 @@ def _read_json(path: Path, config: DataConfig, wanted: Wanted) -> Iterator[Docum
         if not wanted(number):
             yield None
         elif item.startswith('"'):
-            yield Document(_require_text(_string(decoder, item, origin), config.field, origin), origin)
+            require_text_rows(config, origin)
+            yield Document(require_text(_string(decoder, item, origin), config.field, origin), origin)
         else:
             yield _json_document(item, config, origin)
         number += 1
@@ -320,81 +312,3 @@ def _decode(raw: bytes, origin: str) -> str:
         newlines = raw.count(b"\n", 0, error.start)
         line = "" if re.search(r":\d+$", origin) else f" (line {newlines + 1})"
         raise DataError(f"{origin}: not UTF-8 at byte {error.start}{line}; convert the file to UTF-8") from None
-
-
-def document_of(row: dict[str, object], config: DataConfig, origin: str) -> Document:
-    """Return the document of one object or row.
-
-    Raises:
-        DataError: it has no text, or its group is neither a text nor a whole number nor missing.
-    """
-    group = None if config.group_field is None else _group(row.get(config.group_field), config.group_field, origin)
-    return Document(text_of(row, config.field, origin), origin, group)
-
-
-def require_fields(config: DataConfig, known: list[str], origin: str) -> list[str]:
-    """Return the columns of a table that are to be read.
-
-    Raises:
-        DataError: it lacks one.
-    """
-    wanted = {"field": config.field, "group_field": config.group_field}
-    columns = {setting: name for setting, name in wanted.items() if name is not None}
-    for setting, name in columns.items():
-        if name not in known:
-            raise DataError(no_field(name, known, origin, setting))
-    return list(columns.values())
-
-
-def _group(value: object, field: str, origin: str) -> str | None:
-    """Return a group's name; an empty text, null and NaN, which tables have for null, are no group."""
-    if isinstance(value, float) and not isinstance(value, bool):
-        if math.isnan(value):
-            return None
-        value = int(value) if value.is_integer() else value  # whole numbers become such where a table has nulls
-    if value is None or value == "":
-        return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise DataError(
-            f"{origin}: field {field!r} holds {type(value).__name__}, not the name of a group: a text or a whole "
-            "number (data.group_field)"
-        )
-    return _require_text(value, field, origin)
-
-
-def text_of(row: dict[str, object], field: str, origin: str) -> str:
-    """Return an object's text.
-
-    Raises:
-        DataError: it has no such field, or one that holds no text.
-    """
-    if field not in row:
-        raise DataError(no_field(field, list(row), origin))
-    return _require_text(row[field], field, origin)
-
-
-def _require_text(value: object, field: str, origin: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{origin}: field {field!r} holds {type(value).__name__}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON's escapes can spell half a character, which no file could hold
-        position = f"character {error.start}"
-        raise DataError(f"{origin}: field {field!r} holds a lone surrogate at {position}; fix the text") from None
-    return value
-
-
-def reason_of(error: Exception) -> str:
-    """Return a library's own words in one short line."""
-    return " ".join(str(error).split())[:160]
-
-
-def no_field(field: str, known: list[str], origin: str, setting: str = "field") -> str:
-    """Return the error for a field that is not there."""
-    # A JSON object may have texts for keys, which no message must repeat.
-    names = [name for name in map(str, known) if NAME.fullmatch(name)]
-    others = len(known) - len(names)
-    fields = ", ".join([*names, *([f"{others} that are no names"] if others else [])])
-    return f"{origin}: no field {field!r}{did_you_mean(field, names)}; fields are {fields} (data.{setting})"

@@ -74,7 +74,7 @@ class BlockStream:
         entry = split_entry(manifest, split, location)
         self.split, self.seed = split, seed
         self.block_length, self.lanes = manifest.block_length, manifest.lanes
-        self._losses, self._leave_out = losses, leave_out
+        self._losses, self._leave_out, self._masked = losses, leave_out, manifest.is_masked
         self._order = BlockOrder(entry.shards, manifest.lanes, seed=seed)
         self._reader = ShardReader(
             location,
@@ -86,6 +86,7 @@ class BlockStream:
             verify_rank=verify_rank,
             verify_world_size=verify_world_size,
             on_bad_shard=on_bad_shard,
+            masked=manifest.is_masked,
         )
 
     def __len__(self) -> int:
@@ -218,14 +219,17 @@ class BlockStream:
         shards = {file: self._reader.readable(file) for file in dict.fromkeys(file for file, _ in positions)}
         ids = np.full((len(positions), self.block_length), PADDING_ID, dtype=np.int32)
         lengths: list[NDArray[np.int32]] = [np.array([self.block_length], dtype=np.int32)] * len(positions)
+        trained = np.ones(ids.shape, dtype=np.bool_) if self._masked else None
         losses = np.zeros(ids.shape, dtype=np.float32)
         for number, (file, row) in enumerate(positions):
             shard = shards[file]
             if shard is not None:
                 ids[number], lengths[number] = shard.input_ids[row], shard.lengths(row)
+                if trained is not None:
+                    trained[number] = shard.trained(row)
                 if self._losses is not None:
                     losses[number] = self._losses.read(Path(file).stem, np.array([row]))[0]
-        batch = model_inputs(ids, lengths)
+        batch = model_inputs(ids, lengths, trained)
         skipped = [shards[file] is None for file, _ in positions]
         batch["labels"][torch.tensor(skipped)] = IGNORED_LABEL
         if self._leave_out is not None:

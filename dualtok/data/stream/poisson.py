@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from dualtok.data.packing import PADDING_ID, model_inputs
 from dualtok.errors import DataError
+from dualtok.objective.head import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,13 +104,16 @@ class PoissonDocuments:
     def read(self, documents: NDArray[np.int64]) -> Batch:
         """Return the batch of some documents, each in a row of its own from column 0, padded [n, t]."""
         ids = np.full((len(documents), self.block_length), PADDING_ID, dtype=np.int32)
+        labels = torch.full((len(documents), self.block_length), IGNORED_LABEL)
         lengths = []
         for row, document in enumerate(documents):
             position = self._positions[document]
-            block = self._stream.read_rows(position.file, np.array([position.row]))["input_ids"][0].numpy()
-            ids[row, : position.length] = block[position.column : position.column + position.length]
+            block = self._stream.read_rows(position.file, np.array([position.row]))
+            piece = slice(position.column, position.column + position.length)
+            ids[row, : position.length] = block["input_ids"][0, piece].numpy()
+            labels[row, : position.length] = block["labels"][0, piece]
             lengths.append(np.array([position.length], dtype=np.int32))
-        return model_inputs(ids, lengths)
+        return {**model_inputs(ids, lengths), "labels": labels}
 
     def sequential(
         self,

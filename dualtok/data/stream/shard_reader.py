@@ -47,6 +47,7 @@ class ShardReader:
         verify: whether to compare a local folder's shards' SHA-256 with the manifest at once.
         verify_rank: this reader among those that share that work; each hashes every ``verify_world_size``-th shard.
         verify_world_size: readers that open the same split at once.
+        masked: whether each shard must say which tokens are trained.
         on_bad_shard: ``skip`` gives no shard for one that is missing or altered; each reader then hashes every shard
             that it opens.
 
@@ -66,7 +67,9 @@ class ShardReader:
         verify_rank: int,
         verify_world_size: int,
         on_bad_shard: Literal["stop", "skip"],
+        masked: bool,
     ) -> None:
+        self._masked = masked
         self._location, self._folder, self._lanes = location, folder, lanes
         self._losses, self.skips = losses, on_bad_shard == "skip"
         self.entries = {shard.file: shard for shard in shards}
@@ -166,11 +169,21 @@ class ShardReader:
         if isinstance(self._location, RemoteFolder):
             remote = self._remote(entry)
             self.fetches += Fetches(1, int(self._location.has(remote)))
-            return self._location.open(remote, lambda path: Shard(path, f"{self._location}/{remote.name}"))
+            return self._location.open(remote, lambda path: self._opened(path, f"{self._location}/{remote.name}"))
         path = self._location / self._folder / entry.file
         if self.skips and entry.file not in self._sound:  # only one of the ranks has hashed it at the start
             check_shard(path, entry)
-        return Shard(path)
+        return self._opened(path, str(path))
+
+    def _opened(self, path: Path, origin: str) -> Shard:
+        shard = Shard(path, origin)
+        if shard.is_masked != self._masked:
+            says = "does not say" if self._masked else "says"
+            raise BadShardError(
+                f"{origin}: {says} which tokens are trained, as the manifest's other shards do not; remove the folder "
+                "and prepare again"
+            )
+        return shard
 
     def _remote(self, entry: ShardEntry) -> RemoteFile:
         return RemoteFile(f"{self._folder}/{entry.file}", entry.sha256, entry.bytes)

@@ -32,7 +32,7 @@ def test_predicted_ids_are_the_labels_in_the_order_of_the_document(small_corpus:
             labels.setdefault(document, {})[start] = own[own != IGNORED_LABEL].tolist()
             column += length
     for document in wanted.tolist():
-        assert sum(map(len, pieces[document])) == n_tokens[document]
+        assert sum(len(piece.ids) for piece in pieces[document]) == n_tokens[document]
         assert predicted[document].tolist() == [
             t for start in sorted(labels[document]) for t in labels[document][start]
         ]

@@ -41,7 +41,7 @@ def ends_within(folder: Path) -> int:
     end, found = data.tokenizer.eos_token_id, 0
     for split, entry in data.manifest.splits.items():
         documents = document_pieces(data.open(split), data.documents(split)["doc"].to_numpy(), max(1, entry.blocks))
-        found += sum(end in [i for piece in pieces for i in piece][:-1] for pieces in documents.values())
+        found += sum(end in [i for piece in pieces for i in piece.ids][:-1] for pieces in documents.values())
     return found
 
 

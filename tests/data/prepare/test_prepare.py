@@ -230,7 +230,7 @@ def test_blocks_that_lost_tokens_are_noticed(
     prepared: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = assemble.pack_documents
-    monkeypatch.setattr(assemble, "pack_documents", lambda documents, length: real(documents[1:], length))
+    monkeypatch.setattr(assemble, "pack_documents", lambda documents, *more: real(documents[1:], *more))
     source = write_jsonl(texts, tmp_path / "texts.jsonl")
     config = settings_of(tmp_path / "prepared", source, tokenizer=str(prepared / "tokenizer"), vocab_size=None)
     with pytest.raises(DataError, match="shards hold other tokens than its documents"):

@@ -58,6 +58,11 @@ def choose_samples(settings: AuditConfig, data: DataFolder, left_out: Callable[[
     """
     if settings.extract is None:
         return {}
+    if data.manifest.is_masked:
+        raise ConfigError(
+            "audit.extract: continues texts, and these data are conversations of which not all tokens are trained; "
+            "remove it"
+        )
     needed, block_length = settings.extract_prefix + settings.extract_tokens, data.manifest.block_length
     lengths = f"audit.extract_prefix + audit.extract_tokens: {settings.extract_prefix} + {settings.extract_tokens}"
     if needed > block_length:
@@ -187,7 +192,7 @@ def _tokens(settings: AuditConfig, data: DataFolder, split: str, documents: Ids,
     needed = settings.extract_prefix + settings.extract_tokens
     stream = data.open(split, verify_rank=ranks.rank, verify_world_size=ranks.world_size)
     pieces = document_pieces(stream, documents[ranks.rank :: ranks.world_size], settings.batch_size)
-    return np.array([parts[0][:needed] for parts in pieces.values()], dtype=np.int64).reshape(-1, needed)
+    return np.array([parts[0].ids[:needed] for parts in pieces.values()], dtype=np.int64).reshape(-1, needed)
 
 
 def _continue(

@@ -157,6 +157,8 @@ class _Work:
 
     def obstacle(self, each: Rerun) -> str | None:
         """Return what a rerun would need and does not have."""
+        if self._data.manifest.is_masked:
+            return "documents of which all tokens are trained, and of conversations not all are"
         if each.gradients and self._settings.deepspeed is not None:
             return "the whole model on every rank, which audit.deepspeed shards"
         if each.prefix is not None and self._budget < 1:
