@@ -1,8 +1,9 @@
 """What the dual loss costs in the Trainer of transformers: DualTrainer's step against the plain Trainer's, in turns.
 
-Both are real ``train()`` calls on the same tokens, model, AdamW, clipping and precision (fp32), in one process; a step is
-timed from the end of the one before to its own, data included. Reference losses are stored in the dataset; here they are
-drawn at random, which changes which tokens are selected and not how many. Peak memory is measured in a process of each.
+Both are real ``train()`` calls on the same tokens, model, AdamW, clipping and precision (fp32), in one process. A step
+is timed from the end of the one before to its own, data included; processor seconds do not depend on what else runs.
+Reference losses are stored in the dataset; here they are drawn at random, which changes which tokens are selected and
+not how many. Peak memory is measured in a process of each.
 
     python tools/bench_trainer.py [--vocabulary 32000] [--hidden 256] [--layers 4] [--length 256] [--batch-size 8]
                                   [--pairs 11]
@@ -39,11 +40,11 @@ class Clock(TrainerCallback):
     """Times each step from the end of the one before."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
+        """Note the time and the processor's."""
+        self.ends.append((time.perf_counter(), time.process_time()))
 
 
 def main() -> None:
@@ -56,18 +57,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.memory_of:
-            turn(options.memory_of, options, folder)()
+            turn(options.memory_of, options, folder, [])()
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
             return
-        turns = [turn(kind, options, folder) for kind in ("dual", "plain")]
+        processor: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        turns = [turn(kind, options, folder, seconds) for kind, seconds in processor.items()]
         print(f"vocabulary {options.vocabulary}, {options.batch_size} rows of {options.length} tokens")
         print_ratio("DualTrainer's step with stored scores / Trainer's step", *paired(*turns, options.pairs), "s")
+        print_ratio("the same, processor seconds", processor["dual"][1:], processor["plain"][1:], "s")
     peaks = {kind: [peak(kind) for _ in range(3)] for kind in KINDS}
     print_ratio("peak resident memory of the process, DualTrainer / Trainer", peaks["dual"], peaks["plain"], "MiB")
 
 
-def turn(kind: str, options: argparse.Namespace, folder: str) -> Callable[[], float]:
-    """Return a function that trains some steps, and returns the seconds of one."""
+def turn(kind: str, options: argparse.Namespace, folder: str, processor: list[float]) -> Callable[[], float]:
+    """Return a function that trains some steps, returns the seconds of one and appends its processor seconds."""
     torch.manual_seed(0)
     settings = llama_config(options.hidden, options.layers, options.length)
     model = AutoModelForCausalLM.from_config(
@@ -95,7 +98,10 @@ def turn(kind: str, options: argparse.Namespace, folder: str) -> Callable[[], fl
         gc.collect()
         clock.ends.clear()
         trainer.train()
-        return statistics.mean(after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False))
+        steps = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(clock.ends, clock.ends[1:], strict=False)]
+        wall, busy = (statistics.mean(seconds) for seconds in zip(*steps, strict=True))
+        processor.append(busy)
+        return wall
 
     return run
 

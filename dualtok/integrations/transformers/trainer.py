@@ -246,6 +246,10 @@ def require_supported(trainer: Any) -> None:
         "torchrun or accelerate launch": args.n_gpu > 1,
         "tensor, context and sequence parallelism: ranks would share tokens that are ranked once each; use DeepSpeed "
         "or FSDP": tensor_parallel > 1 or any(size > 1 for size in contexts),
+        # Settings of TRL's.
+        "packing, padding_free: rows would hold several documents without a mark that the collator knows; use "
+        "DualCollator(pack_to=...)": getattr(args, "packing", False) or getattr(args, "padding_free", False),
+        "loss_type: dft would have no effect here; use nll": getattr(args, "loss_type", "nll") == "dft",
     }
     for reason, asked in refused.items():
         if asked:

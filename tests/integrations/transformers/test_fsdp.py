@@ -1,4 +1,4 @@
-"""Token losses and gradients under torch's FSDP on two ranks; accelerate itself wraps models so on accelerators alone."""
+"""Token losses and gradients under torch's FSDP on two ranks; accelerate itself uses it on accelerators alone."""
 
 from __future__ import annotations
 
