@@ -76,13 +76,15 @@ class DualMixin:
             raise ConfigError(
                 "compute_loss_func: would have no effect here; use a plain Trainer with it, or leave it out"
             )
+        if args is not None:
+            require_supported(args)
         if data_collator is None:
             padding = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = DualCollator(pad_token_id=0 if padding is None else padding)
         trainer: Any = self
         parent: Any = super()
         parent.__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        require_supported(trainer)
+        require_supported_layout(trainer)
         columns = getattr(trainer.train_dataset, "column_names", None)
         if columns is not None and REFERENCE_LOSS not in columns:
             raise DataError(
@@ -235,23 +237,35 @@ class DualTrainer(DualMixin, Trainer):
     """``transformers.Trainer`` with the dual loss; arguments as for :class:`DualMixin`."""
 
 
-def require_supported(trainer: Any) -> None:
-    """Raise ConfigError where a Trainer's arguments ask for what the dual loss cannot do in it."""
-    args = trainer.args
-    tensor_parallel, *contexts = trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()
-    refused = {
-        "label_smoothing_factor: the dual loss has no smoothed form; set it to 0": args.label_smoothing_factor != 0,
-        "fp16: gradient ascent on memorized tokens drives its loss scale down; use bf16": args.fp16,
-        "several devices in one process: tokens would be ranked on each alone; start one process per device with "
-        "torchrun or accelerate launch": args.n_gpu > 1,
-        "tensor, context and sequence parallelism: ranks would share tokens that are ranked once each; use DeepSpeed "
-        "or FSDP": tensor_parallel > 1 or any(size > 1 for size in contexts),
-        # Settings of TRL's.
-        "packing, padding_free: rows would hold several documents without a mark that the collator knows; use "
-        "DualCollator(pack_to=...)": getattr(args, "packing", False) or getattr(args, "padding_free", False),
-        "loss_type: dft would have no effect here; use nll": getattr(args, "loss_type", "nll") == "dft",
-    }
-    for reason, asked in refused.items():
+def require_supported(args: Any) -> None:
+    """Raise ConfigError where a Trainer's arguments ask for what the dual loss cannot do."""
+    _refuse(
+        {
+            "label_smoothing_factor: the dual loss has no smoothed form; set it to 0": args.label_smoothing_factor != 0,
+            "fp16: gradient ascent on memorized tokens drives its loss scale down; use bf16": args.fp16,
+            # Settings of TRL's.
+            "packing, padding_free: rows would hold several documents without a mark that the collator knows; use "
+            "DualCollator(pack_to=...)": getattr(args, "packing", False) or getattr(args, "padding_free", False),
+            "loss_type: dft would have no effect here; use nll": getattr(args, "loss_type", "nll") == "dft",
+        }
+    )
+
+
+def require_supported_layout(trainer: Any) -> None:
+    """Raise ConfigError where ranks, or devices of one process, share what is to be ranked."""
+    sizes = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
+    _refuse(
+        {
+            "several devices in one process: tokens would be ranked on each alone; start one process per device with "
+            "torchrun or accelerate launch": trainer.args.n_gpu > 1,
+            "tensor, context and sequence parallelism: ranks would share tokens that are ranked once each; use "
+            "DeepSpeed or FSDP": any(size > 1 for size in sizes),
+        }
+    )
+
+
+def _refuse(reasons: dict[str, bool]) -> None:
+    for reason, asked in reasons.items():
         if asked:
             raise ConfigError(reason)
 
