@@ -41,12 +41,18 @@ test-parity: $(DEV)
 test-cluster: $(DEV) cluster-packages
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/cluster
 
-# Exports read by transformers 4, peft, TRL and lm-eval, which are installed beside the environment for this alone.
-test-peers: $(DEV) build/peers/.installed
+# Exports read by transformers 4, peft, TRL and lm-eval, and TRL's SFTTrainer with the dual loss; all of them are installed
+# beside the environment for this alone.
+test-peers: $(DEV) build/peers/.installed build/trl/.installed
 	$(BIN)/python -m pytest tests/peers
 
 build/peers/.installed: requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers --requirement requirements-peers.txt
+	touch $@
+
+# A TRL for the environment's own transformers, whose SFTTrainer trains with the dual loss.
+build/trl/.installed: requirements-trl.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/trl --requirement requirements-trl.txt
 	touch $@
 
 # Training under randomly drawn faults, for as long as asked.

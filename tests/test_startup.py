@@ -50,6 +50,17 @@ def start(*arguments: Any) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     return result, {row.partition(".")[0] for row in rows}
 
 
+def test_the_package_itself_loads_none_of_them() -> None:
+    """Nor do the trainers of ``dualtok.integrations``, before they are asked for."""
+    program = (
+        "import sys, dualtok, dualtok.integrations; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert {name for name in SLOW if f"'{name}'" in found.stdout} == set()
+
+
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     return write_run(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from dualtok.objective.chunked_cross_entropy import LinearCrossEntropy, LogitScaling
+    from dualtok.objective.chunked_cross_entropy import LinearCrossEntropy
 
 Batch = dict[str, torch.Tensor]
 CHECK_TOKENS = 64
@@ -51,12 +51,7 @@ class TokenLossModel(nn.Module):
         self.causal_lm = causal_lm
         self._memory_mib = memory_mib
         self._scaling = logit_scaling(causal_lm.config)
-        _give_loss_head(causal_lm, self._scaling, kernel or partial(linear_cross_entropy, memory_mib=self._memory_mib))
-        if kernel is not None and not isinstance(causal_lm.get_output_embeddings(), LossHead):
-            raise ConfigError(
-                f"train.loss_backend: {type(causal_lm).__name__}'s output layer is a "
-                f"{type(causal_lm.get_output_embeddings()).__name__}, no plain linear one; use loss_backend: torch"
-            )
+        give_loss_head(causal_lm, memory_mib, kernel)
         # transformers finds the documents of a packed batch for flash attention only when it has one row.
         self._one_row = causal_lm.config._attn_implementation == "flash_attention_2"
 
@@ -122,14 +117,32 @@ class SignalModel(TokenLossModel):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _give_loss_head(causal_lm: PreTrainedModel, scaling: LogitScaling, kernel: LinearCrossEntropy) -> None:
-    """Put a loss head where the model has its output layer, unless that is no plain linear one."""
+def give_loss_head(
+    causal_lm: PreTrainedModel, memory_mib: float | None = None, kernel: LinearCrossEntropy | None = None
+) -> None:
+    """Put a loss head where the model has its output layer, unless that is no plain linear one.
+
+    Args:
+        causal_lm: is changed in place.
+        memory_mib: as for :class:`TokenLossModel`.
+        kernel: likewise.
+
+    Raises:
+        ConfigError: as :class:`TokenLossModel`.
+    """
     layer = causal_lm.get_output_embeddings()
     if not LossHead.can_replace(layer):
-        return
+        if kernel is None:
+            return
+        raise ConfigError(
+            f"train.loss_backend: {type(causal_lm).__name__}'s output layer is a {type(layer).__name__}, no plain "
+            "linear one; use loss_backend: torch"
+        )
     name = next(name for name, module in causal_lm.named_modules() if module is layer)
     parent, _, attribute = name.rpartition(".")
-    setattr(causal_lm.get_submodule(parent), attribute, LossHead(layer, scaling=scaling, kernel=kernel))
+    kernel = kernel or partial(linear_cross_entropy, memory_mib=memory_mib)
+    head = LossHead(layer, scaling=logit_scaling(causal_lm.config), kernel=kernel)
+    setattr(causal_lm.get_submodule(parent), attribute, head)
 
 
 def check_batch(batch: Batch) -> Batch:

@@ -70,7 +70,13 @@ class LossHead(nn.Linear):
             return super().forward(input)
         if input.shape[:-1] != labels.shape:
             raise ValueError(_disagreement(input, labels))
-        losses_n = self._kernel(input.flatten(0, -2), self.weight, labels.flatten(), self.bias, scaling=self._scaling)
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
+        if torch.is_autocast_enabled(input.device.type):  # as it would be for a linear layer
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, weight = input.to(dtype), weight.to(dtype)  # noqa: A001
+            bias = None if bias is None else bias.to(dtype)
+        losses_n = self._kernel(input.flatten(0, -2), weight, labels.flatten(), bias, scaling=self._scaling)
         return losses_n.view(labels.shape)
 
 

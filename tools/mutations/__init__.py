@@ -7,10 +7,11 @@ from mutations.borders import BORDERS
 from mutations.chat import CONVERSATIONS
 from mutations.data import DATA
 from mutations.fault import Fault
+from mutations.integrations import INTEGRATIONS
 from mutations.objective import OBJECTIVE
 from mutations.plans import PLANS
 from mutations.plumbing import PLUMBING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *CONVERSATIONS, *AUDIT, *PLUMBING, *PLANS, *BORDERS)
+FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *CONVERSATIONS, *AUDIT, *PLUMBING, *PLANS, *BORDERS, *INTEGRATIONS)

@@ -1,0 +1,1 @@
+"""dualtok inside other people's training programs."""
