@@ -21,6 +21,7 @@ from dualtok.commands.gate.command import gate
 from dualtok.commands.processes import is_first_rank
 from dualtok.commands.processes import refuse_launcher as _refuse_launcher
 from dualtok.commands.quiet import quiet_libraries
+from dualtok.commands.run.command import run
 from dualtok.commands.settings.command import complete_setting, schema, settings
 from dualtok.commands.settings.sections import sections_of
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
@@ -307,6 +308,7 @@ def status(
     print_status(run_dir, json=json)
 
 
+app.command(epilog=sections_of("run"))(run)
 app.command()(settings)
 app.command()(schema)
 

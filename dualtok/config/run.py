@@ -15,8 +15,9 @@ from dualtok.config.launch import LaunchConfig
 from dualtok.config.model import ModelConfig
 from dualtok.config.monitor import MonitorConfig
 from dualtok.config.privacy import PrivacyConfig
-from dualtok.config.reference import InterpolateConfig, ReferenceConfig
+from dualtok.config.reference import USED, InterpolateConfig, ReferenceConfig
 from dualtok.config.train import TrainConfig
+from dualtok.config.workflow import WorkflowConfig
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.objective.settings import NEEDS_REFERENCE, GoldfishConfig, ObjectiveName, SelectionConfig
 
@@ -74,6 +75,10 @@ class RunConfig:
 
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
     """Hosts, network and restarts of ``dualtok launch``."""
+
+    workflow: WorkflowConfig | None = None
+    """Which models ``dualtok run`` makes on the way from documents to a report, and what starts its steps. With this
+    section, models that it trains need not be named elsewhere."""
 
     def __post_init__(self) -> None:
         """Refuse sections and settings that contradict each other or would have no effect."""
@@ -187,10 +192,36 @@ RULES = (
         lambda run: "reference: has no effect with train.engine=opacus; remove it (reference=null)",
     ),
     Rule(
-        lambda run: run.objective == "dual_plus" and run.reference is not None and not run.reference.folds,
+        lambda run: (
+            run.objective == "dual_plus"
+            and run.reference is not None
+            and not run.reference.folds
+            and (run.workflow is None or run.reference.model is not None)
+        ),
         lambda run: (
             "reference.folds: objective 'dual_plus' holds each document to a model that has seen others, not it; "
             "train one without each fold (train.leave_out) and name them here, or use objective=dual"
+        ),
+    ),
+    Rule(
+        lambda run: (
+            run.workflow is None
+            and run.reference is not None
+            and "model" in USED[run.reference.mode]
+            and run.reference.model is None
+            and not run.reference.folds
+        ),
+        lambda run: "reference.model: missing; give the folder or hub name of the reference model",
+    ),
+    Rule(
+        lambda run: (
+            run.workflow is None
+            and run.interpolate is not None
+            and not (run.interpolate.reference and run.interpolate.surrogate_reference)
+        ),
+        lambda run: (
+            f"interpolate.{'surrogate_reference' if run.interpolate and run.interpolate.reference else 'reference'}: "
+            "missing; add it to the run"
         ),
     ),
     Rule(

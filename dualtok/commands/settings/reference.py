@@ -29,7 +29,9 @@ def reference(name: str | None) -> str:
         return "\n".join(_overview())
     known = all_settings()
     if name not in known:
-        raise ConfigError(f"no section or setting is called {name!r}{did_you_mean(name, known)}; see `dualtok settings`")
+        raise ConfigError(
+            f"no section or setting is called {name!r}{did_you_mean(name, known)}; see `dualtok settings`"
+        )
     setting = known[name]
     return "\n".join(_entry(setting) if setting.section is None else _section(setting))
 

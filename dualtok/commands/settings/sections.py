@@ -12,7 +12,18 @@ READS = {
     "report": ("audit",),
     "plan": ("data", "model", "train", "selection", "reference"),
     "launch": ("launch", "train"),
-    "run": ("workflow", "data", "model", "train", "selection", "reference", "interpolate", "audit", "monitor", "launch"),
+    "run": (
+        "workflow",
+        "data",
+        "model",
+        "train",
+        "selection",
+        "reference",
+        "interpolate",
+        "audit",
+        "monitor",
+        "launch",
+    ),
 }
 """Verb -> the sections that it reads; all of them read :data:`RUN` as well."""
 
