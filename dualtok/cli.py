@@ -18,6 +18,7 @@ import typer
 from dualtok import __version__
 from dualtok.commands.audit.command import audit
 from dualtok.commands.gate.command import gate
+from dualtok.commands.init.command import init
 from dualtok.commands.processes import is_first_rank
 from dualtok.commands.processes import refuse_launcher as _refuse_launcher
 from dualtok.commands.quiet import quiet_libraries
@@ -308,6 +309,7 @@ def status(
     print_status(run_dir, json=json)
 
 
+app.command()(init)
 app.command(epilog=sections_of("run"))(run)
 app.command()(settings)
 app.command()(schema)

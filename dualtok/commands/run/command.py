@@ -30,8 +30,7 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the single commands; start nothing.")] = False,
     redo: Annotated[
-        bool,
-        typer.Option("--redo", help="Train again what was trained with other settings; earlier runs are kept."),
+        bool, typer.Option("--redo", help="Train again what was trained with other settings; earlier runs are kept.")
     ] = False,
 ) -> None:
     """Do the whole job of one file: prepare, reference, scores, training, audit, report; goes on where it stopped."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 # Imported where they are used, for what they take to load: rich (.1 s).
 
 WIDEST_DETAIL = 60
+COUNTING = ("prepare: ", "train ", "score ", "audit ")
+"""How lines begin that say how far a step is."""
+PAUSE = 2.0
+"""Seconds between two of them."""
 
 
 class Display:
@@ -28,6 +32,7 @@ class Display:
         self._steps, self._started = steps, time.monotonic()
         self._bar: Progress | None = None
         self._title = ""
+        self._latest = 0.0
 
     def __enter__(self) -> Display:
         """Begin to draw, where there is a terminal."""
@@ -65,14 +70,20 @@ class Display:
         self._draw(number, "")
 
     def detail(self, step: Step, line: str | None) -> None:
-        """Show a line of the step that is running, if it is one for people; None draws anew."""
+        """Show a line of the step that is running, if it is one for people; None draws anew.
+
+        Without a terminal, of the lines that count something one in :data:`PAUSE` seconds.
+        """
         if line is None:
             self._draw(None, None)
-        elif step.verb == "prepare" or is_progress(line):
-            if self._bar is None or line.startswith("dualtok: ") or step.verb == "prepare":
-                self.line(f"  {line.rstrip()}")
-            else:
+        elif line.startswith(COUNTING):
+            if self._bar is not None:
                 self._draw(None, line.strip()[:WIDEST_DETAIL])
+            elif time.monotonic() - self._latest >= PAUSE:
+                self._latest = time.monotonic()
+                self.line(f"  {line.rstrip()}")
+        elif step.verb == "prepare" or is_progress(line):
+            self.line(f"  {line.rstrip()}")
 
     def line(self, text: str) -> None:
         """Print a line of its own."""

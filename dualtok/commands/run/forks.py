@@ -16,6 +16,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dualtok.commands.quiet import quiet_libraries
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,17 +42,29 @@ IMPORTED = {
 
 
 def can_fork() -> bool:
-    """Return whether commands can be forks of this process."""
+    """Return whether commands can be forks of this process.
+
+    Another program's process may have threads, files and things to do at its end that a fork of it would do as well.
+    """
     return (
         sys.platform == "linux"
         and os.environ.get("DUALTOK_FORK", "1") != "0"
         and not any(Path(name).exists() for name in ACCELERATORS)
         and threading.active_count() == 1
+        and _program() == "dualtok"
     )
+
+
+def _program() -> str:
+    """Return the name of the program that this process is."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def import_for(verb: str) -> None:
     """Import what a verb will need, so that all forks have it."""
+    if verb != "report":
+        quiet_libraries()
     for module in IMPORTED[verb]:
         importlib.import_module(module)
 

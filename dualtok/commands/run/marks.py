@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtok.config.data import SCHEDULING
+from dualtok.config.describe.fields import all_settings, in_words
 from dualtok.config.run import flat
 from dualtok.errors import DataError
 from dualtok.files import file_sha256, write_text
+from dualtok.train.checkpoints.manifest import COMPLETE
 from dualtok.train.checks import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -106,6 +108,8 @@ class Marks:
         if earlier is None or (earlier.finished and step.product is not None and not step.product.exists()):
             return State(now)
         reasons = tuple(_differences(earlier, now))
+        if reasons and step.is_training and not any((step.product or Path()).glob(f"*/{COMPLETE}")):
+            return State(now)  # it failed before there was anything to lose
         if reasons:
             return State(now, begun=True, stale=reasons)
         return State(earlier, done=earlier.finished, begun=True)
@@ -173,11 +177,17 @@ def _made(step: Step, settings: dict[str, Any], inputs: dict[str, str]) -> str:
 def _differences(earlier: Mark, now: Mark) -> Iterator[str]:
     for key in sorted(earlier.settings.keys() | now.settings.keys()):
         before, value = earlier.settings.get(key), now.settings.get(key)
-        if before != value:
+        if before != value and not (key not in earlier.settings and _is_default(key, value)):
             yield f"{key} was {_short(before)}, now {_short(value)}"
     for name in sorted(earlier.inputs.keys() & now.inputs.keys()):
         if earlier.inputs[name] != now.inputs[name]:
             yield f"{name} is another one now"
+
+
+def _is_default(key: str, value: object) -> bool:
+    """Return whether a setting that a mark does not know, as it may be younger than it, is as if it were not there."""
+    setting = all_settings().get(key)
+    return setting is not None and setting.section is None and setting.default == in_words(value)
 
 
 def _short(value: object) -> str:

@@ -70,9 +70,8 @@ def command_of(step: Step) -> list[str] | None:
         ConfigError: the launcher's settings are not complete.
     """
     workflow = step.run.workflow or WorkflowConfig()
-    plain = [sys.executable, "-m", "dualtok", *step.arguments]
     if step.verb not in SHARED or workflow.launcher == "none":
-        return None if can_fork() else plain
+        return None if can_fork() else python(step.arguments)
     if workflow.launcher == "torchrun":
         return torchrun(["--standalone"], ranks_of(workflow), "dualtok", list(step.arguments))
     if workflow.launcher == "deepspeed" and step.run.launch.hostfile is None:
@@ -80,6 +79,11 @@ def command_of(step: Step) -> list[str] | None:
         runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
         return [*runner, *ranks, "--module", "dualtok", *step.arguments]
     return _cluster_command(step, workflow)
+
+
+def python(arguments: Sequence[str]) -> list[str]:
+    """Return the command that starts ``dualtok ARGUMENTS`` as a process of its own."""
+    return [sys.executable, "-m", "dualtok", *arguments]
 
 
 def shown(step: Step) -> str:

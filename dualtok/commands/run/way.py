@@ -132,6 +132,7 @@ class _Way:
         if audit.null_model is None and "base" in self.rows:
             changes["audit.null_model"] = "base"
         needs = tuple(step.name for step in self.steps if step.verb in ("prepare", "export", "interpolate"))
+        needs = (*needs, *([self.base.name] if self.base is not None else []))
         own = [path for name, path in self.rows.items() if name == "base" and self.base is None]
         texts = [side.source for side in (audit.members, audit.non_members) if not isinstance(side, str)]
         contents = (*own, *audit.models.values(), *audit.references.values(), *texts)

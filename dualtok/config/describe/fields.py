@@ -79,6 +79,11 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
     else:
         return "required"
+    return in_words(value)
+
+
+def in_words(value: Any) -> str:
+    """Return a setting's value as the reference shows it."""
     if value is None:
         return "none"
     if dataclasses.is_dataclass(value):
