@@ -238,11 +238,12 @@ def plan(
     _refuse_launcher("plan")
     run = _load(run_file, overrides)
     from dualtok.commands.plan.run import make_cluster, show_plan
+    from dualtok.commands.run.planned import with_its_reference
 
     cluster = make_cluster(
         device=device, nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, network=network
     )
-    show_plan(run, cluster, tokens, write, as_json=as_json)
+    show_plan(with_its_reference(run), cluster, tokens, write, as_json=as_json)
 
 
 @app.command()

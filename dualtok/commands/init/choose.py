@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualtok.commands.plan.run import make_cluster, plan
 from dualtok.commands.plan.write import deepspeed_json
+from dualtok.commands.run.planned import with_its_reference
 from dualtok.config.load import parse_run
 from dualtok.errors import ConfigError
 from dualtok.plan.shapes import named
@@ -40,18 +41,31 @@ JSON_FILE = "deepspeed.json"
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where a run is to happen."""
+
+    gpus: int
+    """Accelerators of the host; 0 is host cores."""
+    device: str = "h100"
+    """What they are, as `dualtok plan` knows them."""
+    host_memory: str = "1TB"
+    folder: Path = Path()
+    """Of the run file, where the DeepSpeed JSON goes, too."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """The settings of a run file, and the files that it names."""
 
     tree: dict[str, Any]
     recipe: Recipe
     files: dict[str, str]
-    """Name -> text."""
+    """Path -> text."""
     layout: str
     """The layout in words, and why."""
 
 
-def choose(recipe: Recipe, model: str | None, data: dict[str, Any], look: Look, *, gpus: int, device: str) -> Choice:
+def choose(recipe: Recipe, model: str | None, data: dict[str, Any], look: Look, *, machine: Machine) -> Choice:
     """Choose the settings of a run.
 
     Args:
@@ -59,8 +73,7 @@ def choose(recipe: Recipe, model: str | None, data: dict[str, Any], look: Look, 
         model: folder or name of the model; None for ``pretrain``.
         data: ``dir`` and ``source``.
         look: what the documents are like.
-        gpus: accelerators of this host; 0 is host cores.
-        device: what they are, as `dualtok plan` knows them.
+        machine: where it is to run.
 
     Raises:
         ConfigError: there are too few documents, or the model does not fit.
@@ -70,6 +83,7 @@ def choose(recipe: Recipe, model: str | None, data: dict[str, Any], look: Look, 
             f"{data['source']}: {look.documents} different documents; five splits need {FEWEST_DOCUMENTS} and "
             "more, better some thousand; one document per line or file (`dualtok settings data.txt_documents`)"
         )
+    gpus = machine.gpus
     length = block_length(look, context_of(model), gpus)
     batch = batch_size(look, length, max(1, gpus))
     tree: dict[str, Any] = {
@@ -96,14 +110,15 @@ def choose(recipe: Recipe, model: str | None, data: dict[str, Any], look: Look, 
     if gpus:
         tree["reference"] = {"precision": "bf16"}
         tree["audit"]["precision"] = "bf16"
-    return _laid_out(tree, recipe, look, gpus=gpus, device=device)
+    return _laid_out(tree, recipe, look, machine=machine)
 
 
-def _laid_out(tree: dict[str, Any], recipe: Recipe, look: Look, *, gpus: int, device: str) -> Choice:
+def _laid_out(tree: dict[str, Any], recipe: Recipe, look: Look, *, machine: Machine) -> Choice:
     """Return the choice with the layout that `dualtok plan` finds best, and the learning rate of the model's size."""
-    run = parse_run(tree, source="dualtok init")
+    run = with_its_reference(parse_run(tree, source="dualtok init"))
+    gpus, device = machine.gpus, machine.device
     cluster = make_cluster(
-        device=device, nodes=1, gpus=max(1, gpus), gpu_memory=None, host_memory="1TB", network="400Gb/s"
+        device=device, nodes=1, gpus=max(1, gpus), gpu_memory=None, host_memory=machine.host_memory, network="400Gb/s"
     )
     tokens = max(1, int(look.tokens * SHARES["train"]))
     if not gpus:
@@ -114,7 +129,7 @@ def _laid_out(tree: dict[str, Any], recipe: Recipe, look: Look, *, gpus: int, de
     option = next((option for option in found.options if option.fits), None)
     if option is None and recipe == "finetune":
         lora = {**tree, "model": {**tree["model"], "lora": {"rank": 16, "alpha": 32}}}
-        choice = _laid_out(lora, "lora", look, gpus=gpus, device=device)
+        choice = _laid_out(lora, "lora", look, machine=machine)
         return Choice(choice.tree, "lora", choice.files, f"{choice.layout}; all weights would not fit, so LoRA")
     if option is None:
         raise ConfigError(
@@ -124,8 +139,9 @@ def _laid_out(tree: dict[str, Any], recipe: Recipe, look: Look, *, gpus: int, de
     tree["train"]["learning_rate"] = rate_of(recipe, found.shape.parameters)
     tree["train"] |= _layout(option)
     tree["model"] |= {"activation_checkpointing": True} if option.job.activation_checkpointing else {}
-    files = {JSON_FILE: json.dumps(deepspeed_json(option.job), indent=2) + "\n"}
-    tree["train"]["deepspeed"] = JSON_FILE
+    path = str(machine.folder / JSON_FILE)
+    tree["train"]["deepspeed"] = path
+    files = {path: json.dumps(deepspeed_json(option.job), indent=2) + "\n"}
     return Choice(tree, recipe, files, f"{option.name} on {gpus} x {device}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from dualtok.commands.processes import refuse_launcher
 from dualtok.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from dualtok.commands.init.choose import Choice
+    from dualtok.commands.init.choose import Choice, Machine
     from dualtok.commands.init.recipes import Recipe
 
 # Imported where they are used, for what they take to load: dualtok.commands.init (settings, pyarrow, .6 s).
@@ -63,9 +64,11 @@ def init(
         return
     if non_members is not None:
         raise ConfigError("--non-members: only with --recipe audit; other recipes hold documents out themselves")
-    _write_training(
-        out, chosen, model, _data(data, field), gpus=accelerators() if gpus is None else gpus, device=device
-    )
+    from dualtok.commands.init.choose import Machine
+
+    own = accelerators()
+    machine = Machine(own if gpus is None else gpus, device, host_memory() if own else "1TB", out.parent)
+    _write_training(out, chosen, model, _data(data, field), machine)
 
 
 def _ask(name: str, option: str | None) -> str:
@@ -103,9 +106,7 @@ def _data(source: str, field: str) -> dict[str, Any]:
     return {"dir": "data", "source": source, **({"field": field} if field != "text" else {})}
 
 
-def _write_training(
-    out: Path, recipe: Recipe, model: str | None, data: dict[str, Any], *, gpus: int, device: str
-) -> None:
+def _write_training(out: Path, recipe: Recipe, model: str | None, data: dict[str, Any], machine: Machine) -> None:
     """Look at the documents, choose, and write."""
     from dualtok.commands.init.choose import choose
     from dualtok.commands.init.look import look_at
@@ -117,7 +118,7 @@ def _write_training(
     quiet_libraries()
     look = look_at(DataConfig(**data, tokenizer=model))
     print(f"  {look.text}", flush=True)
-    choice = choose(recipe, model, data, look, gpus=gpus, device=device)
+    choice = choose(recipe, model, data, look, machine=machine)
     about = f"Written by `dualtok init` ({choice.recipe}): {choice.layout}.\n{look.text[0].upper()}{look.text[1:]}."
     _tell(write_files(out, run_text(choice.tree, about), choice.files), out, choice)
 
@@ -146,3 +147,8 @@ def _tell(files: list[Path], out: Path, choice: Choice | None) -> None:
 def accelerators() -> int:
     """Return the accelerators of this host, counted by their drivers' files: torch takes a second to load."""
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+def host_memory() -> str:
+    """Return the memory of this host, as `dualtok plan` takes it."""
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2**30}GB"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,9 +13,6 @@ from dualtok.config.describe.schema import run_schema
 from dualtok.config.load import parse_run
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SCHEMA_FILE = "run.schema.json"
 COMMENTS = {
@@ -94,7 +92,7 @@ def write_files(run_file: Path, text: str, files: dict[str, str]) -> list[Path]:
     """
     parse_run(yaml.safe_load(text), source=str(run_file))
     schema = json.dumps(run_schema(), indent=1, ensure_ascii=False) + "\n"
-    wanted = {run_file: text, **{run_file.parent / name: content for name, content in files.items()}}
+    wanted = {run_file: text, **{Path(name): content for name, content in files.items()}}
     for path in wanted:
         if path.exists():
             raise ConfigError(
