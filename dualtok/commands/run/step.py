@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 
 SHARED = ("train", "score", "audit", "interpolate")
 """Verbs whose work ranks can share; the others are one process each."""
-PLAIN_WORD = re.compile(r"[A-Za-z_./][\w./-]*")
 
 
 @dataclass(frozen=True)
@@ -84,9 +81,8 @@ class Source:
 
 def override(key: str, value: Any) -> str:
     """Return a setting as an argument of the command line."""
-    if isinstance(value, str) and PLAIN_WORD.fullmatch(value) and yaml.safe_load(value) == value:
-        return f"{key}={value}"
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
 
 
 def prepared(run: RunConfig) -> Path:

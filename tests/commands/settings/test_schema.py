@@ -46,7 +46,7 @@ def documented() -> list[tuple[str, dict[str, Any]]]:
     found = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8"))):
-            tree = yaml.safe_load(block)
+            tree = yaml.safe_load(block.replace(", ...}", "}"))
             if isinstance(tree, dict) and set(tree) <= set(SCHEMA["properties"]):
                 found.append((f"{page.relative_to(ROOT)}:{number}", tree))
     return found
