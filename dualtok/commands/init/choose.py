@@ -126,7 +126,7 @@ def _laid_out(tree: dict[str, Any], recipe: Recipe, look: Look, *, machine: Mach
         tree["train"]["learning_rate"] = rate_of(recipe, size)
         return Choice(tree, recipe, {}, "one process on host cores")
     found = plan(run, cluster, tokens)
-    option = next((option for option in found.options if option.fits), None)
+    option = next((option for option in found.options if option.fits and not _uses_files(option)), None)
     if option is None and recipe == "finetune":
         lora = {**tree, "model": {**tree["model"], "lora": {"rank": 16, "alpha": 32}}}
         choice = _laid_out(lora, "lora", look, machine=machine)
@@ -155,6 +155,11 @@ def _layout(option: Option) -> dict[str, Any]:
     if job.engine != "zero" and job.keep_gathered:
         found["pipeline"]["keep_gathered"] = True
     return found | ({"gradient_accumulation": job.micro_batches} if job.micro_batches > 1 else {})
+
+
+def _uses_files(option: Option) -> bool:
+    """Return whether a layout keeps states in files: such a run cannot be resumed."""
+    return "nvme" in (option.job.offload_optimizer, option.job.offload_parameters)
 
 
 def _workflow(gpus: int) -> dict[str, Any]:
