@@ -26,6 +26,7 @@ GUIDES = {
     "audit": "[The audit](../audit.md)",
     "monitor": "[Monitoring](../monitoring.md)",
     "launch": "[Several hosts](../launch/index.md)",
+    "workflow": "[The whole job](../run.md)",
 }
 """Section -> the pages that explain it."""
 INDEX = """\
