@@ -6,6 +6,7 @@
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts baselines  # other defences
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts further --cells sotu-0 wikipedia-0
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts sweeps private ablations longer lora lira
+    python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts lira-scales releases
     python tools/reproduce_paper.py --scale cpu --folder runs/paper --parts dynamics backdoor auxiliary pretraining
     python tools/reproduce_paper.py --scale cpu --folder runs/map --parts map  # where the method pays: hours
     python tools/reproduce_paper.py --scale pretrained --folder runs/smollm2 --cells sotu-0  # SmolLM2-135M, adapters

@@ -12,7 +12,7 @@ import yaml
 from dualtok.commands.model_card import write_card
 from dualtok.errors import CheckpointError, ConfigError
 from dualtok.files import atomic_folder
-from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, trained_norms, write_adapter
+from dualtok.model.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_weights, write_adapter
 from dualtok.model.folder.save import write_config, write_weights
 from dualtok.model.load import DTYPES, load_causal_lm, read_model_config
 from dualtok.train.checkpoints.writer import find_checkpoint
@@ -87,6 +87,12 @@ def export(
             _merge(folder, run, run_dir, precision, shard_size)
         write_card(run_dir, run, saved.manifest.step, folder, adapter=adapter is not None and not merge)
     return target
+
+
+def trained_norms(settings: Path) -> list[str]:
+    """Return the last parts of the names of the normalization layers that a folder's adapter has trained."""
+    content = json.loads((settings / CONFIG_FILE).read_text(encoding="utf-8"))
+    return list(content.get("modules_to_save") or ())
 
 
 def _merge(folder: Path, run: dict[str, Any], run_dir: Path, precision: str, shard_size: str) -> None:

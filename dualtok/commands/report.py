@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from dualtok.audit.report.data import AuditFigures, AuditReport, SelectionSeries, TrainingSeries
 from dualtok.audit.report.write import write_report
 from dualtok.commands.output import AUDIT_FILE, audit_folder
-from dualtok.config.run import RECIPES
+from dualtok.config.run import trained_objective
 from dualtok.errors import DataError
 from dualtok.objective.settings import NEEDS_REFERENCE
 from dualtok.train.engines.dp_account import stated
@@ -89,8 +89,9 @@ def _history(name: str, folder: Path) -> list[dict[str, Any]]:
 
 def _selection(name: str, folder: Path, history: list[dict[str, Any]]) -> SelectionSeries | None:
     """Return a run's shares over time, thinned to what a plot can show; None for objectives that select nothing."""
-    objective = _run_values(folder).get("objective", "")
-    if RECIPES.get(objective, objective) not in NEEDS_REFERENCE:
+    run = _run_values(folder)
+    folds = (run.get("reference") or {}).get("folds")
+    if trained_objective(run.get("objective", ""), cross_fitted=bool(folds)) not in NEEDS_REFERENCE:
         return None
     kept = history[:: max(1, len(history) // MOST_POINTS)]
     return SelectionSeries(

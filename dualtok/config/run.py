@@ -24,9 +24,8 @@ from dualtok.objective.settings import NEEDS_REFERENCE, GoldfishConfig, Objectiv
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-RECIPES: dict[str, ObjectiveName] = {"dual_plus": "dual"}
-"""Recipe that may stand in the place of an objective -> the objective that it trains with. ``dual_plus`` is the dual
-loss against a cross-fitted reference; ``dualtok interpolate`` follows (docs/dual_plus.md)."""
+RECIPE = "dual_plus"
+"""It may stand in the place of an objective; ``dualtok interpolate`` follows (docs/dual_plus.md)."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -43,8 +42,9 @@ class RunConfig:
     """Seed of the initial weights, of the order of blocks and of dropout. Unit: none."""
 
     objective: ObjectiveName | Literal["dual_plus"] = "dual"
-    """``dual`` (DuoLearn), ``dual_plus`` (the same against a cross-fitted reference, and interpolated towards it by
-    ``dualtok interpolate``), ``selective`` (its learning half alone), ``goldfish``, or ``causal_lm`` (plain)."""
+    """``dual`` (DuoLearn), ``selective`` (its learning half alone), ``goldfish``, ``causal_lm`` (plain), or
+    ``dual_plus``: a recipe that ends with ``dualtok interpolate``. With ``model.ia3`` it trains learned scales plainly,
+    with ``reference.folds`` by the dual loss against a cross-fitted reference."""
 
     model: ModelConfig | None = None
     """The model to train."""
@@ -53,7 +53,8 @@ class RunConfig:
     """Steps, batch, optimizer, DeepSpeed configuration, evaluation and checkpoints."""
 
     selection: SelectionConfig | None = None
-    """Shares, threshold and weight of the dual loss; only for ``dual``, ``dual_plus`` and ``selective``."""
+    """Shares, threshold and weight of the dual loss; only for ``dual``, ``selective``, and ``dual_plus`` with
+    ``reference.folds``."""
 
     goldfish: GoldfishConfig | None = None
     """Drop rate and context of the Goldfish mask; only for the objective ``goldfish``."""
@@ -93,8 +94,17 @@ class RunConfig:
 
     @property
     def loss(self) -> ObjectiveName:
-        """The objective that is trained with: that of the recipe, where ``objective`` names one."""
-        return RECIPES.get(self.objective, cast("ObjectiveName", self.objective))
+        """The objective that is trained with: that of the recipe, where ``objective`` names it."""
+        return trained_objective(self.objective, cross_fitted=self.cross_fitted)
+
+    @property
+    def cross_fitted(self) -> bool:
+        """Whether each document's reference loss comes from a model that has not seen it, or will come from one that
+        ``dualtok run`` trains."""
+        if self.reference is not None and self.reference.folds:
+            return True
+        left_to_run = self.workflow is not None and self.objective == RECIPE
+        return left_to_run and self.model is not None and self.model.ia3 is None
 
     def need(self, section: str, verb: str) -> Any:
         """Return a section that ``verb`` cannot do without.
@@ -115,6 +125,13 @@ class RunConfig:
     def to_yaml(self) -> str:
         """Return the complete run as YAML, in the order of the fields."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def trained_objective(objective: str, *, cross_fitted: bool) -> ObjectiveName:
+    """Return the objective that a run trains with: that of the recipe, where the setting ``objective`` names it."""
+    if objective == RECIPE:
+        return "dual" if cross_fitted else "causal_lm"
+    return cast("ObjectiveName", objective)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +210,11 @@ RULES = (
     ),
     Rule(
         lambda run: (
-            run.objective == "dual_plus"
-            and run.reference is not None
-            and not run.reference.folds
-            and (run.workflow is None or run.reference.model is not None)
+            run.objective == RECIPE and not run.cross_fitted and run.model is not None and run.model.ia3 is None
         ),
         lambda run: (
-            "reference.folds: objective 'dual_plus' holds each document to a model that has seen others, not it; "
-            "train one without each fold (train.leave_out) and name them here, or use objective=dual"
+            f"model.ia3: objective {run.objective!r} trains learned scales alone; write model.ia3: {{}}, or name "
+            "models that were trained without a fold each (train.leave_out) as reference.folds"
         ),
     ),
     Rule(

@@ -8,7 +8,6 @@ layers of a stage are counted from its first one.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import warnings
 import zlib
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dualtok.config.model import LoraConfig
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.files import grant_as_umask_does
 from dualtok.model.empty import empty_causal_lm
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from dualtok.config.model import Ia3Config, LoraConfig
+    from dualtok.config.model import Ia3Config
 
     Settings = peft.LoraConfig | peft.IA3Config
     """Of one adapter, as peft has them."""
@@ -70,8 +70,6 @@ def adapter_settings(kind: LoraConfig | Ia3Config, config: PretrainedConfig, bas
         ConfigError: ``targets`` names a layer that the model does not have or that can have no adapter.
     """
     import peft
-
-    from dualtok.config.model import LoraConfig
 
     known = linear_layers(config)
     section = "lora" if isinstance(kind, LoraConfig) else "ia3"
@@ -359,12 +357,6 @@ def adapter_weights(state: dict[str, Any], name: str = TRAINED, *, norms: Iterab
         for mark, stored in marks.items()
         if key.endswith(mark)
     }
-
-
-def trained_norms(settings: Path) -> list[str]:
-    """Return the last parts of the names of the normalization layers that a folder's adapter has trained."""
-    content = json.loads((settings / CONFIG_FILE).read_text(encoding="utf-8"))
-    return list(content.get("modules_to_save") or ())
 
 
 def write_adapter(weights: dict[str, torch.Tensor], settings: Path, folder: Path) -> None:

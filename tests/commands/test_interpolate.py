@@ -110,17 +110,17 @@ def test_a_run_with_objective_dual_plus_is_interpolated_from_what_it_has_trained
 def test_along_a_run_the_best_checkpoint_within_the_limit_is_taken(
     small_corpus: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Early stopping, where the limit of the attack says when to stop."""
+    """Early stopping, where the limit of the attack says when to stop; of learned scales, as dual_plus trains them."""
     reference, surrogate = (
         save_model(tmp_path / name, seed) for name, seed in (("reference", 1), ("surrogate_reference", 2))
     )
     run = write_run(
-        tmp_path / "plain.yaml",
+        tmp_path / "scales.yaml",
         small_corpus,
-        objective="causal_lm",
-        model={"path": str(reference)},
+        objective="dual_plus",
+        model={"path": str(reference), "ia3": {}},
         train={
-            "learning_rate": 5e-3,
+            "learning_rate": 5e-2,
             "batch_size": 8,
             "steps": 240,
             "precision": "fp32",
@@ -129,7 +129,7 @@ def test_along_a_run_the_best_checkpoint_within_the_limit_is_taken(
         },
         interpolate={"reference": str(reference), "surrogate_reference": str(surrogate), "along": "run", "auc": 0.9999},
     )
-    succeed(dualtok("train", run))
+    assert "until then attacks can tell its members" in succeed(dualtok("train", run))
     kept = sorted(path.name for path in (run.with_suffix("") / "checkpoints").glob("step-*"))
 
     def made(name: str, *overrides: str) -> tuple[dict[str, Any], str]:
@@ -148,7 +148,9 @@ def test_along_a_run_the_best_checkpoint_within_the_limit_is_taken(
     assert facts["step"] == best
     assert f"wrote {tmp_path / 'within'}: the checkpoint of step {best}" in shown
     assert f"* stopped early, after step {best}, to keep to" in (tmp_path / "within" / "README.md").read_text()
-    succeed(dualtok("export", run.with_suffix(""), tmp_path / "exported", "--checkpoint", f"step-{best:08d}"))
+    succeed(
+        dualtok("export", run.with_suffix(""), tmp_path / "exported", "--checkpoint", f"step-{best:08d}", "--merge")
+    )
     within, exported = (read_weights(tmp_path / name) for name in ("within", "exported"))
     assert all(torch.equal(tensor, exported[name]) for name, tensor in within.items())
 

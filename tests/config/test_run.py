@@ -9,7 +9,7 @@ import yaml
 
 from dualtok.config.load import load_run, parse_run
 from dualtok.errors import ConfigError
-from dualtok.objective.loss import Dual, build_objective
+from dualtok.objective.loss import CausalLM, Dual, build_objective
 from dualtok.objective.selection import SelectionConfig
 
 if TYPE_CHECKING:
@@ -123,9 +123,14 @@ def test_a_setting_without_effect_is_refused(run_file: Path, objective: str, sec
         load_run(run_file, [f"objective={objective}", section])
 
 
-def test_dual_plus_needs_a_cross_fitted_reference(run_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"reference\.folds: objective 'dual_plus'"):
-        load_run(run_file, ["objective=dual_plus", "reference={model: reference}"])
+def test_dual_plus_needs_scales_or_a_cross_fitted_reference(run_file: Path) -> None:
+    for reference in ("reference={model: reference}", "reference=null"):
+        with pytest.raises(ConfigError, match=r"model\.ia3: objective 'dual_plus' .* as reference\.folds"):
+            load_run(run_file, ["objective=dual_plus", reference])
+    scales = load_run(run_file, ["objective=dual_plus", "reference=null", "model.ia3={}"])
+    assert isinstance(build_objective(scales.loss, scales.selection, scales.goldfish), CausalLM)
+    with pytest.raises(ConfigError, match="selection: has no effect with objective 'dual_plus'"):
+        load_run(run_file, ["objective=dual_plus", "reference=null", "model.ia3={}", "selection={alpha: 0.5}"])
     run = load_run(run_file, ["objective=dual_plus", "reference={folds: [a, b]}", "selection={alpha: 0.5}"])
     assert build_objective(run.loss, run.selection) == Dual(SelectionConfig(alpha=0.5))
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from dualtok.commands.export import trained_norms
 from dualtok.config.model import Ia3Config, LoraConfig
 from dualtok.errors import ConfigError
 from dualtok.model.adapters import (
@@ -25,7 +26,6 @@ from dualtok.model.adapters import (
     lora_layers,
     prepare_adapters,
     require_same_base,
-    trained_norms,
     write_adapter,
 )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.tools.conftest import Module
 
-PARTS = ("headline", "plus", "further", "baselines", "dynamics", "pretraining")
+PARTS = ("headline", "plus", "further", "baselines", "dynamics", "pretraining", "lira-scales", "releases", "map")
 STOPS = {"plain, step 2", "plain, step 4", "plain, step 6"}
 HEADLINE = {
     "base",
@@ -72,6 +72,11 @@ BASELINES = {
     f"public student of plain, {FROM}",
 }
 FURTHER = {f"{row}, further attacks" for row in KINDS | INTERPOLATED}
+BY_SHADOWS = {
+    f"{row}, by 2 IA3 shadows"
+    for row in (f"IA3, {FROM}", *(f"IA3, {FROM}, stopped by the limit {limit}" for limit in (0.53, 0.55)))
+}
+RELEASED = {f"{row}, first release known" for row in ("plain", f"dual, {FROM}", f"IA3, {FROM}")}
 PRETRAINED = {f"{row}, from scratch" for row in ("reference alone", "plain", "dual")}
 
 
@@ -94,9 +99,10 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     first = reproduce(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     results = json.loads((tmp_path / "results.json").read_text())["sotu"]
-    assert results.keys() == HEADLINE | PLUS | FURTHER | BASELINES | PRETRAINED
-    for row in results.values():
-        assert {"perplexity", "strongest", "loss", "ref", "min_k", "zlib", "ref_classifier", "ref_forest"} <= row.keys()
+    assert results.keys() == HEADLINE | PLUS | FURTHER | BASELINES | PRETRAINED | BY_SHADOWS | RELEASED
+    for name, row in results.items():
+        assert {"perplexity", "strongest", "loss", "ref", "min_k", "zlib"} <= row.keys()
+        assert ("lira" if name in BY_SHADOWS else "ref_forest") in row
     for row in FURTHER:
         assert {"info_rmia", *names_of("rerun")} <= results[row].keys()
     assert results["plain"]["perplexity"][0] < results["base"]["perplexity"][0], "plain training learned nothing"
@@ -116,6 +122,9 @@ def test_every_row_is_trained_attacked_and_put_beside_the_papers(tmp_path: Path)
     assert (tmp_path / "trade-off-sotu.svg").stat().st_size > 1000
     assert "| strongest attack with a reference, two-sided AUC | the first | more |" in table
     assert re.search(r"\| sotu-0, headline \| as_many [\d.]+, more [\d.]+ \|", table)
+    assert "| sotu-0-map-40-0.25-32x2 | dual, 3 epochs |" in table
+    assert "| sotu-0-map-80-0.25-32x2 | plain, 10 epochs |" in table
+    assert (tmp_path / "map.svg").stat().st_size > 1000
     own = json.loads((tmp_path / "sotu-0" / "attacker-1" / "manifest.json").read_text())["splits"]
     split = json.loads((tmp_path / "sotu-0" / "data" / "manifest.json").read_text())["splits"]
     assert own["attack_reference"]["documents"] == split["train"]["documents"]
@@ -146,11 +155,11 @@ def test_a_failed_step_ends_the_tool_with_its_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scale", "model", "steps"),
     [
-        ("smoke", None, 206),
-        ("cpu", None, 773),
-        ("pretrained", "smollm2", 717),
-        ("gpu", "gpt2", 717),
-        ("gpu", "llama-2-7b-lora", 717),
+        ("smoke", None, 283),
+        ("cpu", None, 1578),
+        ("pretrained", "smollm2", 752),
+        ("gpu", "gpt2", 752),
+        ("gpu", "llama-2-7b-lora", 752),
     ],
 )
 def test_the_steps_of_every_part_have_sound_settings_and_needs(

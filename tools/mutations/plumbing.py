@@ -207,9 +207,17 @@ PLUMBING: tuple[Fault, ...] = (
     Fault(
         "decay-of-vectors",
         "dualtok/train/optimizer.py",
-        '"weight_decay": 0.0}',
-        '"weight_decay": train.weight_decay}',
+        "(False, 0.0))",
+        "(False, train.weight_decay))",
         "norms and biases decay",
+        OF_OPTIMIZER,
+    ),
+    Fault(
+        "decay-of-scales",
+        "dualtok/train/optimizer.py",
+        ' and ".ia3_l." not in name for name',
+        " for name",
+        "learned scales decay towards 0",
         OF_OPTIMIZER,
     ),
     Fault(

@@ -176,17 +176,20 @@ class Cell:
         """Return the step that exports a model."""
         return f"{self.name}/export {name}"
 
-    def audit(self, part: str, attackers: Sequence[str] | None = None, **settings: Any) -> None:
+    def audit(
+        self, part: str, attackers: Sequence[str] | None = None, *, data: Run | None = None, **settings: Any
+    ) -> None:
         """Add the attacks on all models since the last audit.
 
         Args:
             part: its name.
             attackers: models that the attacker has as references; without them those of the scale.
+            data: the section; without it the cell's.
             **settings: of the section ``audit``.
         """
         attackers = list(self.scale.attackers) if attackers is None else attackers
         run = {
-            "data": self.data,
+            "data": data or self.data,
             "output_dir": str(self.folder / f"audit-{part}"),
             "audit": {
                 "models": {row: str(model) for row, model in self._models.items()},

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
     from paper.cell import Cell
 
+MAP = "map"
+"""First letters of the parts whose cells are the points of the map, which has a table of its own."""
 SIZES = (10, 50)
 """Documents in the collections whose tests are tabulated."""
-STRONGER = (", by ", ", reference known", ", further attacks")
+STRONGER = (", by ", ", reference known", ", first release known", ", further attacks")
 """Follows the name in rows that are a model once more, before a stronger attacker: with shadow models, with the
-defender's reference, with attacks that run the model again."""
+defender's reference, with an earlier release, with attacks that run the model again."""
 OLD_NAMES = {
     "taken back": "interpolated",
     "reference, then probe": "reference, then auxiliary",
@@ -66,6 +68,8 @@ def collect(cells: Sequence[Cell]) -> dict[str, dict[str, Table]]:
     """Return the figures of every row: corpus -> part -> row."""
     found: Entries = {}
     for cell, part, figures in audits(cells):
+        if part.startswith(MAP):
+            continue
         for model in figures["models"]:
             rows = found.setdefault(cell.corpus, {}).setdefault(part, {})
             rows.setdefault(present_name(model["name"]), []).append({"seed": cell.seed, **model})
@@ -109,7 +113,7 @@ def figures_of(entries: Sequence[dict[str, Any]]) -> Row:
                 (
                     max(a["auc"]["value"], 1 - a["auc"]["value"])
                     for a in entry["attacks"]
-                    if _reference_of(a["name"]) == reference
+                    if reference_of(a["name"]) == reference
                 ),
                 default=None,
             )
@@ -126,7 +130,7 @@ def further_references(entries: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in dict.fromkeys(named) if name]
 
 
-def _reference_of(attack: str) -> str | None:
+def reference_of(attack: str) -> str | None:
     """Return the reference that an attack compares with: "" for the first, None if it needs none."""
     name, _, reference = attack.partition("@")
     if reference:

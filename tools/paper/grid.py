@@ -19,6 +19,7 @@ from paper.models import (
     private_model,
     reference_model,
     reference_of_all,
+    scales_from_all,
     score_of_all,
 )
 from paper.scales import Attacker, llama
@@ -103,7 +104,7 @@ def _plain(cell: Cell, ready: str, row: str, train: Run) -> None:
 
 
 def _defended(cell: Cell, ready: str, reference: str) -> None:
-    """Add the dual loss from the weights of its reference, ``dual_plus``, and DP-SGD."""
+    """Add the dual loss from the weights of its reference, both recipes of ``dual_plus``, and DP-SGD."""
     run = cell.run("dual-from-all", "dual", base=ALL_AUXILIARY, **cell.reference(ALL_AUXILIARY))
     scored = score_of_all(cell, run, reference)
     cell.train("dual from all", run, [scored], row="dual, 3 epochs")
@@ -111,4 +112,5 @@ def _defended(cell: Cell, ready: str, reference: str) -> None:
     cross_fitted(cell, reference)
     made = interpolated(cell, "dual_plus", "cross-fitted", InterpolateConfig.auc, [surrogate, reference])
     cell.attack(*made)
+    cell.attack(*scales_from_all(cell, reference))
     private_model(cell, 8, ready)

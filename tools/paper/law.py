@@ -23,20 +23,25 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from matplotlib.axes import Axes
     from paper.cell import Cell
-    from paper.scales import Point
 
 if __package__ in (None, ""):
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from paper.figures import audits
+from paper.figures import MAP, audits, reference_of
 
-from dualtok.plan.leak import FILE, Law, Map, auc_of, power_of
+from dualtok.plan.leak import FILE, Law, Map, auc_of, expect, power_of
 
 REFERENCE = "reference, then auxiliary"
 DUAL = "dual, 3 epochs"
 UNSEEN = ("base", REFERENCE)
 """Rows of models that have seen no private document."""
+FIRST = "fortieth"
+"""The attacker's first reference, whose name no attack has behind its own."""
+EPOCHS = (1, 3, 10)
+ENOUGH = 3
+"""Points that a law is fitted to at least."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +68,16 @@ class Observed:
     """Name of the attacker's reference -> the strongest attack with it."""
 
 
-def observe(cells: Sequence[tuple[Cell, Point]]) -> list[Observed]:
-    """Return all rows of all points whose audit is there."""
-    found = []
-    points = {id(cell): point for cell, point in cells}
-    for cell, part, figures in audits([cell for cell, _ in cells]):
-        if part == "map":
-            found += list(_rows(cell, points[id(cell)], figures))
-    return found
+def observe(cells: Sequence[Cell]) -> list[Observed]:
+    """Return all rows of all points of the map whose audit is there, those before shadow models included."""
+    found: dict[str, tuple[Cell, dict[str, Any]]] = {}
+    for cell, part, figures in audits(cells):
+        if part.startswith(MAP):
+            found.setdefault(cell.name, (cell, {}))[1].update({model["name"]: model for model in figures["models"]})
+    return [row for cell, models in found.values() for row in _rows(cell, models)]
 
 
-def _rows(cell: Cell, point: Point, figures: dict[str, Any]) -> Iterator[Observed]:
-    models = {model["name"]: model for model in figures["models"]}
+def _rows(cell: Cell, models: dict[str, Any]) -> Iterator[Observed]:
     base, reference = (math.log(models[row]["perplexity_non_members"]) for row in UNSEEN)
     for row, model in models.items():
         loss = math.log(model["perplexity_non_members"])
@@ -84,7 +87,7 @@ def _rows(cell: Cell, point: Point, figures: dict[str, Any]) -> Iterator[Observe
             corpus=cell.corpus,
             point=cell.name,
             row=row,
-            documents=point.documents,
+            documents=cell.counts["train"],
             auxiliary=2 * cell.counts["reference"],
             parameters=parameters(cell),
             epochs=float(words[1]) if plain else None,
@@ -97,13 +100,14 @@ def _rows(cell: Cell, point: Point, figures: dict[str, Any]) -> Iterator[Observe
 
 
 def _by_attacker(attacks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the strongest two-sided AUC of the attacks that name one of the attacker's references."""
+    """Return the strongest two-sided AUC of the attacks with each of the attacker's references."""
     found: dict[str, float] = {}
     for attack in attacks:
-        reference = attack["name"].partition("@")[2]
-        auc = attack["auc"]["value"]
-        if reference:
-            found[reference] = max(found.get(reference, 0.0), auc, 1 - auc)
+        reference = reference_of(attack["name"])
+        if reference is not None:
+            auc = attack["auc"]["value"]
+            name = reference or FIRST
+            found[name] = max(found.get(name, 0.0), auc, 1 - auc)
     return found
 
 
@@ -191,19 +195,48 @@ def report(rows: Sequence[Observed]) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for row in rows:
-        attackers = ", ".join(f"{value:.3f}" for value in row.by_attacker.values())
+        attackers = ", ".join(f"{name} {value:.3f}" for name, value in row.by_attacker.items())
         yield (
             f"| {row.point} | {row.row} | {row.perplexity:.1f} | {row.gain:.3f} | {row.over_reference:+.3f} | "
             f"{row.auc:.3f} | {attackers} |"
         )
-    known, plain = make_map(rows), [row for row in rows if row.epochs is not None]
     yield ""
+    if len({row.point for row in rows}) < ENOUGH:
+        yield f"Fewer than {ENOUGH} points: no law is fitted."
+        return
+    known, plain = make_map(rows), [row for row in rows if row.epochs is not None]
     yield "| law | E | N | P | left out: point, error of AUC or gain (median, largest) | left out: corpus |"
     yield "|---|---|---|---|---|---|"
     leaks, gains = _leaks(plain, known.floor), _gains(plain)
     for name, law, (values, groups) in (("d'", known.leak, leaks), ("gain, nats", known.gain, gains)):
         told = [_errors(name, values, by, known.floor) for by in (groups, [group.split("-")[0] for group in groups])]
         yield f"| {name} | {law.epochs:.2f} | {law.documents:.2f} | {law.parameters:.2f} | {told[0]} | {told[1]} |"
+    yield ""
+    yield from predictions(known)
+
+
+def predictions(known: Map) -> Iterator[str]:
+    """Yield what the law expects of plain training within the ranges that were measured, for the smallest model."""
+    low, high = known.ranges["documents"]
+    counts = [low * 2**power for power in range(20) if low * 2**power <= high]
+    reads = [count for count in EPOCHS if known.ranges["epochs"][0] <= count <= known.ranges["epochs"][1]]
+    heads = [f"{count} epoch{'s' if count > 1 else ''}" for count in reads]
+    yield f"| private documents | {' | '.join(f'AUC, {head}' for head in heads)} | the same: gain, nats |"
+    yield "|---" * (len(heads) + 2) + "|"
+    for documents in counts:
+        said = [
+            expect(
+                known,
+                documents=int(documents),
+                epochs=count,
+                auxiliary=0,
+                parameters=int(known.ranges["parameters"][0]),
+            )
+            for count in reads
+        ]
+        aucs = " | ".join(f"{one.auc.value:.2f} ({one.auc.low:.2f} to {one.auc.high:.2f})" for one in said)
+        gains = ", ".join(f"{one.gain.value:.2f}" for one in said)
+        yield f"| {documents:,.0f} | {aucs} | {gains} |"
 
 
 def _errors(name: str, values: Sequence[Values], groups: Sequence[str], floor: float) -> str:
@@ -222,6 +255,42 @@ def _errors(name: str, values: Sequence[Values], groups: Sequence[str], floor: f
     return f"{statistics.median(found):.3f}, {max(found):.3f}"
 
 
+def draw(rows: Sequence[Observed], path: Path) -> None:
+    """Draw the strongest attack and the gain over the base against private documents; a line for each number of reads.
+
+    The law is drawn through models of the smallest size.
+    """
+    from matplotlib.figure import Figure
+
+    plain = [row for row in rows if row.epochs is not None]
+    known = make_map(rows) if len({row.point for row in rows}) >= ENOUGH else None
+    canvas = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = canvas.subplots(1, 2)
+    for number, epochs in enumerate(sorted({row.epochs or 0 for row in plain})):
+        read = [row for row in plain if row.epochs == epochs]
+        colour = f"C{number}"
+        for corpus, marker in zip(sorted({row.corpus for row in plain}), "os^v", strict=False):
+            own = [row for row in read if row.corpus == corpus]
+            label = f"{corpus}, {epochs:g} epoch{'s' if epochs > 1 else ''}"
+            left.plot([row.documents for row in own], [row.auc for row in own], marker, color=colour, label=label)
+            right.plot([row.documents for row in own], [row.gain for row in own], marker, color=colour)
+        if known is not None:
+            _draw_law(known, epochs, read, (left, right), colour)
+    for axes, label in ((left, "strongest attack, two-sided AUC"), (right, "nats per token off the base's loss")):
+        axes.set(xscale="log", xlabel="private documents", ylabel=label)
+    left.axhline(0.5, linewidth=0.6, color="grey")
+    left.legend(fontsize=7)
+    canvas.savefig(path, metadata={"Date": None})
+
+
+def _draw_law(known: Map, epochs: float, read: Sequence[Observed], axes: tuple[Axes, Axes], colour: str) -> None:
+    documents = np.geomspace(min(row.documents for row in read), max(row.documents for row in read), 30)
+    smallest = min(row.parameters for row in read)
+    where = [{"epochs": epochs, "documents": float(count), "parameters": smallest} for count in documents]
+    axes[0].plot(documents, [auc_of(known.leak(**each), known.floor) for each in where], color=colour, linewidth=0.8)
+    axes[1].plot(documents, [known.gain(**each) for each in where], color=colour, linewidth=0.8)
+
+
 def write_map(known: Map, path: Path) -> None:
     """Write the map as ``dualtok plan`` reads it."""
     path.write_text(json.dumps(asdict(known), indent=1) + "\n", encoding="utf-8")
@@ -238,7 +307,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     scale = SCALES[options.scale]
-    rows = observe([(cell_of(scale, point, options.folder.resolve()), point) for point in scale.points])
+    rows = observe([cell_of(scale, point, options.folder.resolve()) for point in scale.points])
     if not rows:
         raise SystemExit(f"{options.folder}: no point is measured; run tools/reproduce_paper.py --parts map first")
     print("\n".join(report(rows)))

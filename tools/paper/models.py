@@ -33,6 +33,8 @@ STOPPED_BY_LIMIT = {
 """Run whose best checkpoint within the limit is attacked -> its row."""
 LIMITS = (InterpolateConfig.auc, 0.55)
 """``interpolate.auc`` of these."""
+DUAL_FROM_ALL = "dual, from reference then auxiliary"
+"""Row of the dual loss from the weights of its reference."""
 ALL_AUXILIARY = "reference auxiliary"
 """The model that is fine-tuned on the split ``reference``, then on the split ``auxiliary``."""
 
@@ -48,10 +50,7 @@ def of_all_auxiliary(cell: Cell) -> list[Made]:
         for name, base in starts.items()
     }
     scored = score_of_all(cell, duals["dual all"], reference[2])
-    for name, row in (
-        ("dual all", "dual, reference then auxiliary"),
-        ("dual from all", "dual, from reference then auxiliary"),
-    ):
+    for name, row in (("dual all", "dual, reference then auxiliary"), ("dual from all", DUAL_FROM_ALL)):
         made[name] = row, cell.model(name), cell.train(name, duals[name], [scored])
     run = cell.run("plain-from-all", "causal_lm", base=ALL_AUXILIARY, **_limited(cell))
     step = cell.train("plain from all", run, [reference[2]])
@@ -87,11 +86,15 @@ def reference_of_all(cell: Cell, ready: str) -> Made:
 
 def scales_from_all(cell: Cell, reference: str) -> Made:
     """Add plain training of scales alone, from the weights of the reference of all auxiliary documents."""
+    step = cell.train("scales from all", scales_run(cell), [reference])
+    return "IA3, from reference then auxiliary", cell.model("scales from all"), step
+
+
+def scales_run(cell: Cell) -> Run:
+    """Return the training of scales alone, from the weights of the reference of all auxiliary documents."""
     limited = _limited(cell)
     train = {**limited.pop("train"), **cell.scale.ia3}
-    run = cell.run("scales-from-all", "causal_lm", base=ALL_AUXILIARY, model={"ia3": {}}, train=train, **limited)
-    step = cell.train("scales from all", run, [reference])
-    return "IA3, from reference then auxiliary", cell.model("scales from all"), step
+    return cell.run("scales-from-all", "causal_lm", base=ALL_AUXILIARY, model={"ia3": {}}, train=train, **limited)
 
 
 def score_of_all(cell: Cell, run: Run, reference: str) -> str:

@@ -14,7 +14,10 @@ from paper.cell import ATTACKER, Cell, Run
 from paper.models import (
     ALL_AUXILIARY,
     DELTA,
+    DUAL_FROM_ALL,
     INTERPOLATED,
+    LIMITS,
+    STOPPED_BY_LIMIT,
     Made,
     attack_plain_stopped,
     attack_stopped,
@@ -24,6 +27,7 @@ from paper.models import (
     of_all_auxiliary,
     private_model,
     reference_model,
+    scales_run,
     shape,
     steps_from_all,
     vocabulary,
@@ -32,6 +36,8 @@ from paper.models import (
 from dualtok.audit.attacks.registry import default_attacks, names_of
 
 Part = Callable[[Cell], None]
+RELEASES = 8
+"""Folds of the private documents, of which a first release lacks one."""
 WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 """Values of w at which models between the reference and a trained model are attacked."""
 
@@ -149,6 +155,20 @@ def lira(cell: Cell) -> None:
     whole |= {row: (model, step) for row, model, step in _mixed(cell)}
     run = cell.run("audit-lira-plus", "dual", base=ALL_AUXILIARY, **cell.reference(ALL_AUXILIARY))
     judged_by_shadows(cell, "plus", "dual (from reference then auxiliary)", run, whole)
+
+
+def lira_scales(cell: Cell) -> None:
+    """LiRA against scales alone, by shadow models of the same recipe that start from the same reference.
+
+    Models that the limit has stopped are attacked with shadow models that were not: they have learned more.
+    """
+    of_all_auxiliary(cell)
+    row = STOPPED_BY_LIMIT["scales from all"]
+    models = {row: (cell.model("scales from all"), cell.exported("scales from all"))}
+    for limit in LIMITS:
+        stopped = f"limit-scales from all {limit:g}"
+        models[f"{row}, stopped by the limit {limit:g}"] = (cell.model(stopped), f"{cell.name}/interpolate {stopped}")
+    judged_by_shadows(cell, "scales", "IA3", scales_run(cell), models)
 
 
 def _mixed(cell: Cell) -> list[Made]:
@@ -271,6 +291,33 @@ def known(cell: Cell) -> None:
     cell.audit("known-plus", [ALL_AUXILIARY])
 
 
+def releases(cell: Cell) -> None:
+    """Two releases: the attacker has the first, and asks which documents were added before the second.
+
+    The first is trained by the same recipe without one of :data:`RELEASES` folds. That fold is the members.
+    """
+    ready, _ = headline_steps(cell)
+    of_all_auxiliary(cell)
+    added = cell.folder / "added"
+    arguments = ["tools/paper/subset.py", cell.data["dir"], "train", str(added)]
+    drawn = cell.add("added documents", [*arguments, "--fold", "0", str(RELEASES), "--with", "held_out"], [ready])
+    dual = cell.run("dual-from-all", "dual", base=ALL_AUXILIARY, **cell.reference(ALL_AUXILIARY))
+    kinds = {
+        "plain": (cell.run("plain", "causal_lm"), ready),
+        "dual from all": (dual, f"{cell.name}/score {ALL_AUXILIARY}"),
+        "scales from all": (scales_run(cell), cell.exported(ALL_AUXILIARY)),
+    }
+    rows = {"plain": "plain", "dual from all": DUAL_FROM_ALL, "scales from all": STOPPED_BY_LIMIT["scales from all"]}
+    for name, (whole, needed) in kinds.items():
+        first = f"first {name}"
+        train = {**whole["train"], "leave_out": {"fold": 0, "folds": RELEASES}}
+        run = {**whole, "train": train, "output_dir": str(cell.folder / first.replace(" ", "-"))}
+        run.pop("interpolate", None)
+        cell.train(first, run, [needed, drawn])
+        cell.attack(f"{rows[name]}, first release known", cell.model(name), cell.exported(name))
+        cell.audit(f"releases-{name.replace(' ', '-')}", [first], data={**cell.data, "dir": str(added)})
+
+
 def further(cell: Cell) -> None:
     """The attacks that run a model again, beside all of the others, on one model of each kind."""
     rows = {
@@ -293,6 +340,7 @@ CELL_PARTS: dict[str, Part] = {
     "plus": plus,
     "frontier": frontier,
     "known": known,
+    "releases": releases,
     "further": further,
     "baselines": baselines,
     "sweeps": sweeps,
@@ -301,6 +349,7 @@ CELL_PARTS: dict[str, Part] = {
     "longer": longer,
     "lora": lora,
     "lira": lira,
+    "lira-scales": lira_scales,
     "backdoor": backdoor,
     "dynamics": dynamics,
 }

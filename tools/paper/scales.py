@@ -122,7 +122,7 @@ def _shares(*, train: float, auxiliary: float, held_out: float, attacker: float)
 
 _CPU_POINTS = (
     *(
-        Point(corpus, documents, seed=seed)
+        Point(corpus, documents, seed=seed, defended=documents == 400)
         for seed in range(3)
         for corpus in ("sotu", "wikipedia")
         for documents in (100, 400, 1600)
@@ -163,7 +163,7 @@ SCALES = {
         early=2,
         reference_epochs=1,
         attackers={"as_many": Attacker(1, 1), "more": Attacker(10, 1)},
-        points=tuple(Point("sotu", 40 * 2**n, width=32, layers=2, defended=not n) for n in range(4)),
+        points=tuple(Point("sotu", count, width=32, layers=2, defended=count == 40) for count in (40, 80)),
         judged=40,
     ),
     "cpu": Scale(

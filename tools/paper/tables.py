@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from paper.claims import claims
 from paper.figures import SIZES, STRONGER, audits, collect
+from paper.law import draw, observe, report
 from paper.published import CORPUS, SAYS, published
 from paper.steps import time_of
 
@@ -63,6 +64,9 @@ def write_results(cells: Sequence[Cell], root: Path) -> None:
             ]
         lines += [f"## {corpus}, claims", "", *claims(everything), ""]
         trade_off(everything, root / f"trade-off-{corpus}.svg")
+    if points := observe(cells):
+        lines += ["## The map", "", *report(points), ""]
+        draw(points, root / "map.svg")
     lines += [*_checks(cells), *_attackers(cells), *_privacy(cells), *_durations(cells)]
     for cell in cells:
         lines += [*_gaps(cell), *_dynamics(cell)]

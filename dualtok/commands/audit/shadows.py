@@ -71,6 +71,12 @@ class Shadow:
         assert self.run.train.steps is not None
         return self.run.train.steps
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, which are merged into the exported model."""
+        assert self.run.model is not None
+        return self.run.model.adapter is not None
+
     def model(self, checkpoint: str) -> Path:
         """Return where its model is exported."""
         return self.folder / f"model-{checkpoint}"
@@ -110,7 +116,8 @@ def train_shadows(run: RunConfig, data: DataFolder, folder: Path, processes: int
     for shadow in missing:
         _print(f"shadow {shadow.number} ({shadow.number + 1} of {len(shadows)})")
         _train(shadow, processes)
-        export(shadow.folder, shadow.model(settings.shadow_checkpoint), which=settings.shadow_checkpoint)
+        which = settings.shadow_checkpoint
+        export(shadow.folder, shadow.model(which), which=which, merge=shadow.has_adapters)
     return [shadow.model(settings.shadow_checkpoint) for shadow in shadows]
 
 
@@ -132,7 +139,8 @@ def shadow_runs(run: RunConfig, manifest: Manifest, folder: Path) -> list[Shadow
     if run.objective == "dual_plus":
         raise ConfigError(
             "objective: shadows of 'dual_plus' would not be interpolated, as the audited model was; shadows of "
-            "objective=dual, with the same reference model, judge it too"
+            "objective=dual with the same reference model, or of objective=causal_lm with the same scales (model.ia3), "
+            "judge it too"
         )
     if train.leave_out is not None:
         raise ConfigError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dualtok.commands.run.step import Source, Step, audited, prepared
 from dualtok.config.data import is_address
 from dualtok.config.reference import InterpolateConfig
+from dualtok.config.run import RECIPE
 from dualtok.config.workflow import WorkflowConfig
 from dualtok.data.manifest import load_manifest
 from dualtok.errors import ConfigError
@@ -95,7 +96,8 @@ class _Way:
                 "attack_reference", title, {**self._plain("attack_reference"), **self._given("attack_reference")}
             )
             self.attacker = str(self._export("attack_reference"))
-        if (run.reference is not None or reference) and not self._mode_is_live():
+        scored = run.reference is not None or bool(reference)
+        if scored and not self._mode_is_live() and not self._learns_scales():
             origins = () if run.reference is None else tuple(run.reference.models if not reference else ())
             self._add(
                 "score", "compute the reference's losses, once", "score", reference, needs=needs, contents=origins
@@ -107,11 +109,11 @@ class _Way:
             self._train("plain", "train plainly", {"objective": "causal_lm", **idle, **opacus, **reference}, needs)
             self._rows("plain")
         start: dict[str, Any] = {}
-        if run.objective == "dual_plus":
+        if run.objective == RECIPE:
             start = self._started_from("reference")
             needs = (*needs, "reference-export")
         self._train(run.objective, f"train the model ({run.objective})", {**start, **reference}, needs)
-        if run.objective == "dual_plus":
+        if run.objective == RECIPE:
             self._interpolate()
         else:
             self._rows(run.objective)
@@ -146,18 +148,24 @@ class _Way:
     def _reference(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Train the reference if the run needs one and names none; returns the settings that name it, and its step."""
         run = self.run
+        if run.objective == RECIPE:
+            return self._of_dual_plus()
         wanted = run.loss in NEEDS_REFERENCE or (run.reference is not None and run.reference.mode != "adapter")
         if run.reference is not None and (run.reference.model or run.reference.folds):
             wanted = False
         if not wanted or (run.reference is not None and run.reference.mode == "adapter"):
             return {}, ()
-        if run.objective == "dual_plus":
-            return self._cross_fitted()
         self._train("reference", "train the reference on its own split", self._of_reference("reference"))
         return {"reference.model": str(self._export("reference"))}, ("reference-export",)
 
-    def _cross_fitted(self) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Train a reference on all auxiliary documents, a surrogate, and a model without each fold."""
+    def _of_dual_plus(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Train a reference on all auxiliary documents, a surrogate, and, but for scales, a model without each fold."""
+        reference = self.run.reference
+        if reference is not None and (reference.model or reference.folds or reference.mode != "stored"):
+            name = "folds" if reference.folds else "model" if reference.model else "mode"
+            raise ConfigError(
+                f"reference.{name}: `dualtok run` trains and scores it with objective dual_plus; remove it"
+            )
         self._train("first", "train on the split reference", self._of_reference("reference"))
         self._export("first")
         on_auxiliary = self._of_reference("auxiliary")
@@ -166,6 +174,8 @@ class _Way:
         self.rows["reference alone"] = str(self._export("reference"))
         self._train("surrogate", "train the surrogate of the attacker's reference", on_auxiliary)
         self._export("surrogate")
+        if self._learns_scales():
+            return {}, ("reference-export",)
         folds = []
         for fold in range(FOLDS):
             name = f"fold-{fold}"
@@ -184,7 +194,8 @@ class _Way:
         for name in ("reference", "surrogate_reference", "model"):
             if getattr(settings, name):
                 raise ConfigError(f"interpolate.{name}: `dualtok run` trains it with objective dual_plus; remove it")
-        changes |= {"reference.folds": [str(self.out / "models" / f"fold-{fold}") for fold in range(FOLDS)]}
+        if not self._learns_scales():
+            changes["reference.folds"] = [str(self.out / "models" / f"fold-{fold}") for fold in range(FOLDS)]
         self._add(
             "interpolate",
             "interpolate the model towards its reference",
@@ -209,11 +220,20 @@ class _Way:
         run = self.run
         changes: dict[str, Any] = {"objective": "causal_lm", "train.split": split}
         changes |= {name: None for name in ("reference", *IDLE_WHEN_PLAIN) if getattr(run, name) is not None}
+        if self._learns_scales():
+            changes["model.ia3"] = None
+            if "learning_rate" not in self.workflow.reference:
+                raise ConfigError(
+                    "workflow.reference: needs a learning_rate for models of which all weights are trained; that of the "
+                    "section train is for scales (model.ia3) and far too large for them"
+                )
         return changes | ({"train.engine": "zero"} if run.engine == "opacus" else {})
 
     def _given(self, model: str) -> dict[str, Any]:
         """Return the settings of ``train`` that differ for a model."""
         given: dict[str, Any] = getattr(self.workflow, model)
+        if self._learns_scales():
+            given = given or self.workflow.reference
         other = {"epochs": "steps", "steps": "epochs"}
         instead = {f"train.{other[name]}": None for name in given if name in other}
         return {**instead, **{f"train.{name}": value for name, value in given.items()}}
@@ -252,7 +272,8 @@ class _Way:
         """Export a checkpoint to ``models/``; returns the folder."""
         model = model or name
         target = self.out / "models" / model
-        adapter = self.run.model is not None and self.run.model.adapter is not None
+        trained = next(step.run.model for step in self.steps if step.name == name)
+        adapter = trained is not None and trained.adapter is not None
         options = [*(["--checkpoint", which] if which != "best" else []), *(["--merge"] if adapter else [])]
         self._add(
             f"{model}-export",
@@ -281,6 +302,10 @@ class _Way:
         if data.source is not None or is_address(data.dir):
             return list(data.shares)
         return list(load_manifest(Path(data.dir)).splits)
+
+    def _learns_scales(self) -> bool:
+        """Whether dual_plus trains scales alone: its other models are then trained whole."""
+        return self.run.objective == RECIPE and self.run.model is not None and self.run.model.ia3 is not None
 
     def _mode_is_live(self) -> bool:
         return self.run.reference is not None and self.run.reference.is_live

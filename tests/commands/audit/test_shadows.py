@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from dualtok.commands.audit.shadows import shadow_runs, train_shadows
 from dualtok.commands.export import export
@@ -190,6 +192,17 @@ def test_an_overfit_model_is_found_and_no_shadow_is_trained_twice(
     assert times(folder) == once
     settings = yaml.safe_load((folder / "3" / "shadow.yaml").read_text())
     assert settings["seed"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [{"lora": {"rank": 2}}, {"ia3": {}}], ids=["lora", "ia3"])
+def test_shadows_of_adapters_are_whole_models(data: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]) -> None:
+    base = save_model(tmp_path / "base", 3)
+    recipe = RECIPE["train"] | {"epochs": None, "steps": 2, "warmup_steps": 0}
+    run = run_of(data, tmp_path, model={"path": str(base), **adapter}, train=recipe, audit={"shadows": 2})
+    for folder in train(run, tmp_path / "shadows", 1):
+        shadow, start = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, base))
+        assert any(not torch.equal(shadow[name], value) for name, value in start.items())
 
 
 def times(folder: Path) -> dict[str, int]:

@@ -114,6 +114,28 @@ def test_dual_plus_is_cross_fitted_and_interpolated(tmp_path: Path) -> None:
     assert way["audit"].run.audit.models["dual_plus"] == str(way["interpolate"].product)
 
 
+def test_dual_plus_of_scales_trains_its_reference_whole_and_no_folds(tmp_path: Path) -> None:
+    shares = {"train": 0.4, "reference": 0.1, "auxiliary": 0.1, "attack_reference": 0.1, "held_out": 0.1}
+    data = {**settings(tmp_path)["data"], "shares": shares}
+    changes = {"objective": "dual_plus", "data": data, "model": {"path": "base", "ia3": {}}}
+    way = steps(tmp_path, **changes, workflow={"reference": {"learning_rate": 1e-5}})
+    trained = {name: step.run for name, step in way.items() if step.verb == "train"}
+    assert list(trained) == ["first", "reference", "surrogate", "attack_reference", "dual_plus"]
+    assert [run.model.ia3 is None for run in trained.values()] == [True, True, True, True, False]
+    assert [run.train.learning_rate for run in trained.values()] == [1e-5, 1e-5, 1e-5, 1e-5, 5e-3]
+    assert trained["dual_plus"].model.path == str(tmp_path / "out" / "models" / "reference")
+    assert "score" not in way
+    assert way["reference-export"].options == ()
+    with pytest.raises(ConfigError, match=r"workflow.reference: needs a learning_rate"):
+        steps(tmp_path, **changes, workflow={})
+
+
+@pytest.mark.parametrize(("name", "value"), [("folds", ["a", "b"]), ("model", "m")])
+def test_dual_plus_trains_its_own_reference(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"reference.{name}: `dualtok run` trains and scores it"):
+        steps(tmp_path, objective="dual_plus", workflow={}, reference={name: value})
+
+
 def test_an_audit_alone_is_two_steps(tmp_path: Path) -> None:
     texts = {"members": {"source": "a.jsonl"}, "non_members": {"source": "b.jsonl"}}
     way = steps(tmp_path, model=None, train=None, objective="causal_lm", audit={"models": {"m": "model"}, **texts})
