@@ -224,8 +224,8 @@ class _Way:
             changes["model.ia3"] = None
             if "learning_rate" not in self.workflow.reference:
                 raise ConfigError(
-                    "workflow.reference: needs a learning_rate for models of which all weights are trained; that of the "
-                    "section train is for scales (model.ia3) and far too large for them"
+                    "workflow.reference: needs a learning_rate for models of which all weights are trained; that of "
+                    "the section train is for scales (model.ia3) and far too large for them"
                 )
         return changes | ({"train.engine": "zero"} if run.engine == "opacus" else {})
 
