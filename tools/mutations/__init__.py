@@ -6,9 +6,10 @@ from mutations.audit import AUDIT
 from mutations.borders import BORDERS
 from mutations.data import DATA
 from mutations.fault import Fault
+from mutations.front import FRONT
 from mutations.objective import OBJECTIVE
 from mutations.plumbing import PLUMBING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *AUDIT, *PLUMBING, *BORDERS)
+FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *AUDIT, *PLUMBING, *BORDERS, *FRONT)
