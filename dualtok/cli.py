@@ -18,9 +18,13 @@ import typer
 from dualtok import __version__
 from dualtok.commands.audit.command import audit
 from dualtok.commands.gate.command import gate
+from dualtok.commands.init.command import init
 from dualtok.commands.processes import is_first_rank
 from dualtok.commands.processes import refuse_launcher as _refuse_launcher
 from dualtok.commands.quiet import quiet_libraries
+from dualtok.commands.run.command import run
+from dualtok.commands.settings.command import complete_setting, schema, settings
+from dualtok.commands.settings.sections import sections_of
 from dualtok.errors import PREEMPTED, ConfigError, DualtokError, Preempted, print_to_stderr
 
 if TYPE_CHECKING:
@@ -34,13 +38,17 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Train language models so that it is hard to tell which documents they saw, and measure how hard.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 RunFile = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that replace the file's, e.g. train.steps=100.", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        help="Settings that replace the file's, e.g. train.steps=100.",
+        show_default=False,
+        autocompletion=complete_setting,
+    ),
 ]
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
@@ -61,7 +69,7 @@ def common(local_rank: LocalRank = None, show_version: ShowVersion = False) -> N
     """Take the argument that DeepSpeed's launcher puts in front; the rank itself comes from the environment."""
 
 
-@app.command()
+@app.command(epilog=sections_of("prepare"))
 def prepare(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -98,7 +106,7 @@ def prepare(
         pipeline.prepare(data, sampler=sampler)
 
 
-@app.command()
+@app.command(epilog=sections_of("score"))
 def score(run_file: RunFile, overrides: Overrides = None) -> None:
     """Compute the reference model's loss on every token, once; stored beside the shards."""
     run = _load(run_file, overrides)
@@ -112,7 +120,7 @@ def score(run_file: RunFile, overrides: Overrides = None) -> None:
     )
 
 
-@app.command()
+@app.command(epilog=sections_of("train"))
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -156,7 +164,7 @@ def export(
     _print(f"wrote {run_export(run_dir, target, which=checkpoint, precision=precision, merge=merge)}")
 
 
-@app.command()
+@app.command(epilog=sections_of("interpolate"))
 def interpolate(
     run_file: RunFile,
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.", show_default=False)],
@@ -187,10 +195,10 @@ def retreat(run_file: RunFile, target: Path, overrides: Overrides = None) -> Non
     interpolate(run_file, target, overrides)
 
 
-app.command()(audit)
+app.command(epilog=sections_of("audit"))(audit)
 
 
-@app.command()
+@app.command(epilog=sections_of("report"))
 def report(run_file: RunFile, overrides: Overrides = None) -> None:
     """Write the audit's figures as one HTML page, JSON and CSV."""
     _refuse_launcher("report")
@@ -203,7 +211,7 @@ def report(run_file: RunFile, overrides: Overrides = None) -> None:
 app.command()(gate)
 
 
-@app.command()
+@app.command(epilog=sections_of("plan"))
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -234,10 +242,12 @@ def plan(
     _refuse_launcher("plan")
     run = _load(run_file, overrides)
     from dualtok.commands.plan.run import make_cluster, show_plan
+    from dualtok.commands.run.planned import with_its_reference
 
     cluster = make_cluster(
         device=device, nodes=nodes, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, network=network
     )
+    run = with_its_reference(run)
     show_plan(run, cluster, tokens, write, as_json=as_json, documents=documents, auxiliary=auxiliary)
 
 
@@ -253,7 +263,7 @@ def demo(
     run_demo(folder, processes)
 
 
-@app.command()
+@app.command(epilog=sections_of("launch"))
 def launch(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -321,6 +331,12 @@ def inspect(
     from dualtok.commands.inspect import inspect_data
 
     inspect_data(data, split, samples=samples, blocks=blocks, color=color)
+
+
+app.command()(init)
+app.command(epilog=sections_of("run"))(run)
+app.command()(settings)
+app.command()(schema)
 
 
 def _load(run_file: Path, overrides: list[str] | None) -> RunConfig:

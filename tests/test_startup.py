@@ -89,6 +89,21 @@ def test_a_typo_in_a_run_file_is_told_at_once(run_file: Path) -> None:
     assert imported & SLOW == set()
 
 
+def test_the_steps_of_a_run_are_told_at_once(run_file: Path) -> None:
+    result, imported = start("run", run_file, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("# [1/")
+    assert imported & SLOW == set()
+
+
+@pytest.mark.parametrize("verb", ["settings", "schema"])
+def test_the_settings_are_described_at_once(verb: str) -> None:
+    result, imported = start(verb)
+    assert result.returncode == 0, result.stderr
+    assert "learning_rate" in result.stdout or "sections" in result.stdout
+    assert imported & SLOW == set()
+
+
 @pytest.mark.parametrize("how", [[], ["--json"]])
 def test_the_status_of_a_run_is_told_at_once(run_file: Path, how: list[str]) -> None:
     folder = run_file.parent / "run"

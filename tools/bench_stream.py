@@ -151,6 +151,7 @@ def compare_training(folder: Path, _: Path, options: argparse.Namespace) -> None
     start = save_llama(folder / "start", load_manifest(data.dir).vocabulary, 0, settings["model"]["config"])
     settings["data"] = {"dir": data.dir, "source": data.source, "block_length": width, "lanes": data.lanes}
     settings["model"] = {"path": str(start)}
+    del settings["workflow"]
     step = dualtok_step(parse_run(settings, source="demo.yaml: base"))
 
     def train() -> int:

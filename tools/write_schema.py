@@ -6,7 +6,6 @@ python tools/write_schema.py
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,7 @@ from dualtok.audit import settings
 from dualtok.audit.report import base, data, details
 from dualtok.audit.report.data import REPORT_FORMAT, AuditReport
 from dualtok.audit.signals import reruns
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tools.write_settings import doc_of, field_docs, text_of
+from dualtok.config.describe.fields import doc_of, field_docs, text_of
 
 if TYPE_CHECKING:
     from pydantic.json_schema import JsonSchemaValue

@@ -1,4 +1,4 @@
-"""``dualtok demo``: the whole job on public text, as an honest experiment, in minutes on two CPU cores.
+"""``dualtok demo``: ``dualtok run`` on public text, as an honest experiment, in minutes on two CPU cores.
 
 Private documents are passages of State of the Union addresses; the base model is pretrained shortly on Wikipedia leads.
 Plain fine-tuning and the dual loss then learn the same passages from the same base, and both are attacked, beside the
@@ -8,85 +8,84 @@ base model and the reference model alone.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dualtok.commands.audit.run import print_figures
-from dualtok.commands.export import export
-from dualtok.commands.report import read_figures, write_run_report
+from dualtok.commands.run.command import finish
+from dualtok.commands.run.run import Way
+from dualtok.commands.run.step import Source, Step, prepared
+from dualtok.commands.run.way import steps_of
 from dualtok.config.load import parse_run
-from dualtok.data.prepare.pipeline import prepare
-from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_jsonl
 from dualtok.errors import ConfigError
 from dualtok.files import write_text
-from dualtok.launch.local import launch
-from dualtok.train.checkpoints.writer import COMPLETE
 from dualtok.train.folder import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Imported where they are used, for what they take to load: dualtok.data.sources.corpora (pyarrow, .2 s).
 
 SETTINGS = Path(__file__).with_name("demo.yaml")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One arrow of the way of the data."""
-
-    title: str
-    run: str
-    """Key of the stage's run in ``demo.yaml``."""
-    verb: str
-    exports: tuple[tuple[str, str], ...] = ()
-    """Pairs (checkpoint, folder name under ``models/``) to export afterwards."""
-
-
-STAGES = (
-    Stage("pretrain the base model on Wikipedia leads", "base", "train", (("best", "base"),)),
-    Stage("fine-tune the reference on its own split", "reference", "train", (("best", "reference"),)),
-    Stage(
-        "fine-tune the attacker's reference on its own split",
-        "attack_reference",
-        "train",
-        (("best", "attack_reference"),),
-    ),
-    Stage("score the training split with the reference", "dual", "score"),
-    Stage("train plainly", "plain", "train", (("best", "plain-best"), ("latest", "plain-last"))),
-    Stage("train with the dual loss", "dual", "train", (("best", "dual-best"), ("latest", "dual-last"))),
-    Stage("attack every model", "audit", "audit"),
-)
-
-
 def run_demo(folder: Path, processes: int) -> Path:
-    """Run every stage that is not done yet in ``folder``; print the comparison table and return the report's path.
+    """Run every step that is not done yet in ``folder``; print the comparison table and return the report's path.
 
     Raises:
         ConfigError: ``folder`` holds a demo with other settings.
-        DualtokError: a stage failed.
+        DualtokError: a step failed.
     """
     started = time.monotonic()
-    runs = write_runs(folder)
-    stages = len(STAGES) + 2
-    _print(1, stages, "prepare both corpora", started)
-    for name in ("wikipedia", "sotu"):
-        _prepare_corpus(folder, name, runs)
-    for number, stage in enumerate(STAGES, start=2):
-        _print(number, stages, stage.title, started)
-        _run_stage(folder, stage, processes)
-    _print(stages, stages, "write the report", started)
-    run = parse_run(yaml.safe_load((folder / "audit.yaml").read_text(encoding="utf-8")), source="audit.yaml")
-    report = write_run_report(run)
-    print_figures(read_figures(run.output_dir))
-    print(f"finished after {(time.monotonic() - started) / 60:.1f} minutes\nreport: {report}", flush=True)
-    return report
+    runs = write_runs(folder, processes)
+    print(f"the demo, in {folder}: its settings are in {folder / 'run.yaml'}", flush=True)
+    write_corpora(folder)
+    steps = demo_steps(folder, runs)
+    Way(steps, folder, f"dualtok demo --folder {folder}").carry_out()
+    finish(steps, started)
+    assert steps[-1].product is not None
+    return steps[-1].product
 
 
-def write_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Write one YAML file per run into ``folder``, made from ``demo.yaml`` beside this module, and return them."""
+def demo_steps(folder: Path, runs: dict[str, dict[str, Any]]) -> list[Step]:
+    """Return the steps: the base model's, then those of ``dualtok run``."""
+    sources = {
+        name: Source(folder / f"{name}.yaml", parse_run(run, f"demo.yaml: {name}")) for name, run in runs.items()
+    }
+    base = list(_base_steps(folder, sources["base"]))
+    rest = steps_of(sources["run"], base=base[-1])
+    # The passages are cut by the tokenizer of the base model.
+    rest = [replace(step, needs=(base[0].name,)) if step.verb == "prepare" else step for step in rest]
+    return [*base, *rest]
+
+
+def _base_steps(folder: Path, source: Source) -> Iterator[Step]:
+    """Yield the steps that make the base model, the last one being its export."""
+    run = source.run
+    corpus = (str(run.data.source),)
+    yield source.step("base-prepare", "prepare Wikipedia leads", "prepare", contents=corpus, product=prepared(run))
+    trained = Path(run.output_dir)
+    title = "pretrain the base model on Wikipedia leads"
+    yield source.step("base", title, "train", needs=("base-prepare",), product=trained / CHECKPOINTS)
+    model = folder / "models" / "base"
+    where = (str(trained), str(model))
+    yield source.step("base-export", "export base", "export", positional=where, needs=("base",), product=model)
+
+
+def write_runs(folder: Path, processes: int = 2) -> dict[str, dict[str, Any]]:
+    """Write both run files into ``folder``, made from ``demo.yaml`` beside this module, and return them.
+
+    Raises:
+        ConfigError: ``folder`` holds a demo with other settings.
+    """
     text = SETTINGS.read_text(encoding="utf-8").replace("${folder}", str(folder))
     settings = yaml.safe_load(text)
     runs: dict[str, dict[str, Any]] = settings["runs"]
+    ranks = {"launcher": "torchrun", "ranks": processes} if processes > 1 else {"launcher": "none", "ranks": None}
     for name, run in runs.items():
+        run["workflow"] |= ranks
         path = folder / f"{name}.yaml"
         content = yaml.safe_dump(run, sort_keys=False)
         if path.is_file() and path.read_text(encoding="utf-8") != content:
@@ -97,30 +96,11 @@ def write_runs(folder: Path) -> dict[str, dict[str, Any]]:
     return runs
 
 
-def _prepare_corpus(folder: Path, name: str, runs: dict[str, dict[str, Any]]) -> None:
-    source = folder / "corpora" / f"{name}.jsonl"
-    if not source.is_file():
-        write_jsonl(wikipedia_leads() if name == "wikipedia" else sotu_passages(), source)
-    run = parse_run(runs["base" if name == "wikipedia" else "plain"], source=f"demo.yaml: {name}")
-    prepare(run.data)
+def write_corpora(folder: Path) -> None:
+    """Write both corpora into ``folder``, unless they are there."""
+    from dualtok.data.sources.corpora import sotu_passages, wikipedia_leads, write_jsonl
 
-
-def _run_stage(folder: Path, stage: Stage, processes: int) -> None:
-    """Run a stage unless an earlier start of the demo finished it; a half-finished training run is resumed."""
-    done = folder / "done" / f"{stage.run}-{stage.verb}"
-    if done.is_file():
-        print("  done before")
-        return
-    arguments = [stage.verb, str(folder / f"{stage.run}.yaml")]
-    if stage.verb == "train" and any((folder / stage.run / CHECKPOINTS).glob(f"step-*/{COMPLETE}")):
-        arguments.append("--resume")
-    launch(arguments, processes, folder / "logs" / f"{stage.run}-{stage.verb}.log")
-    for checkpoint, name in stage.exports:
-        target = folder / "models" / name
-        if not target.exists():
-            export(folder / stage.run, target, which=checkpoint)
-    write_text(done, "")
-
-
-def _print(number: int, total: int, title: str, started: float) -> None:
-    print(f"[{number}/{total}] {title} ({(time.monotonic() - started) / 60:.1f} min)", flush=True)
+    for name, documents in (("wikipedia", wikipedia_leads), ("sotu", sotu_passages)):
+        source = folder / "corpora" / f"{name}.jsonl"
+        if not source.is_file():
+            write_jsonl(documents(), source)

@@ -16,6 +16,8 @@ def quiet_libraries() -> None:
     renamed = r".*`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # bitsandbytes 0.50 tells every host without a GPU of a package with a faster kernel.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -22,6 +22,8 @@ Count = Annotated[int, Field(ge=1)]
 ROUNDING = 1e-9
 MIX_PERIOD = 1000
 """Samples of a lane over which the shares of mixed folders hold exactly; a share is rounded to 1 in so many."""
+SCHEDULING = ("processes", "mix", "stream", "on_bad_shard")
+"""Settings that do not change what ``dualtok prepare`` makes."""
 
 
 def default_shares() -> dict[str, float]:

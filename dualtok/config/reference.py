@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from dualtok.config.data import SplitName
+from dualtok.errors import ConfigError
 
 Mode = Literal["stored", "offload", "cpu", "resident", "adapter"]
 
@@ -28,7 +29,7 @@ class ReferenceConfig:
 
     model: str | None = None
     """Folder or hub name of the reference model, e.g. one that ``dualtok export`` wrote. Every mode but ``adapter``
-    needs it."""
+    needs it; ``dualtok run`` trains one where it is left out."""
 
     folds: tuple[str, ...] = ()
     """Only ``stored``: models that each left one fold of the documents out (``train.leave_out``), fold 0 first. Each
@@ -77,8 +78,6 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         """Require what the mode needs, and refuse what has no effect in it."""
-        if "model" in USED[self.mode] and self.model is None and not self.folds:
-            raise ValueError("reference.model: missing; give the folder or hub name of the reference model")
         if self.folds and self.model is not None:
             raise ValueError("reference.folds: takes the place of reference.model; remove one of them")
         if len(self.folds) == 1:
@@ -103,8 +102,16 @@ class ReferenceConfig:
 
     @property
     def origin(self) -> str:
-        """Folder or hub name of the reference model, in the modes that have one of their own."""
-        assert self.model is not None, "the mode 'adapter' has no model of its own"
+        """Folder or hub name of the reference model, in the modes that have one of their own.
+
+        Raises:
+            ConfigError: the run leaves it to ``dualtok run``.
+        """
+        if self.model is None:
+            raise ConfigError(
+                "reference.model: missing; `dualtok run` trains a reference, any other verb needs the folder or hub "
+                "name of one"
+            )
         return self.model
 
 
@@ -112,15 +119,16 @@ class ReferenceConfig:
 class InterpolateConfig:
     """Between which reference and which trained model to interpolate, and how far."""
 
-    reference: str
+    reference: str = ""
     """Folder or hub name of a model of the same shape that has seen no member; the trained one should have started from
-    its weights, or from the same weights as it."""
+    its weights, or from the same weights as it. Needed, but in a file for ``dualtok run``, which trains it."""
 
-    surrogate_reference: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    surrogate_reference: str | Annotated[tuple[str, ...], Field(min_length=1)] = ""
     """Folder or hub name of a surrogate of the attacker's reference: trained like one, by you, on documents that are
     in neither ``members`` nor ``non_members``, e.g. on the split ``auxiliary``. The reference, and so the model that
     starts from it, may have learned them too; the model should then stay a little nearer to the reference. Of several
-    the mean loss of each document counts, as for an attacker with several shadow models."""
+    the mean loss of each document counts, as for an attacker with several shadow models. Needed, but in a file for
+    ``dualtok run``."""
 
     model: str | None = None
     """Folder or hub name of the trained model. None: what this run itself has trained, its latest checkpoint."""

@@ -15,8 +15,9 @@ from dualtok.config.launch import LaunchConfig
 from dualtok.config.model import ModelConfig
 from dualtok.config.monitor import MonitorConfig
 from dualtok.config.privacy import PrivacyConfig
-from dualtok.config.reference import InterpolateConfig, ReferenceConfig
+from dualtok.config.reference import USED, InterpolateConfig, ReferenceConfig
 from dualtok.config.train import TrainConfig
+from dualtok.config.workflow import WorkflowConfig
 from dualtok.errors import ConfigError, did_you_mean
 from dualtok.objective.settings import NEEDS_REFERENCE, GoldfishConfig, ObjectiveName, SelectionConfig
 
@@ -76,6 +77,10 @@ class RunConfig:
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
     """Hosts, network and restarts of ``dualtok launch``."""
 
+    workflow: WorkflowConfig | None = None
+    """Which models ``dualtok run`` makes on the way from documents to a report, and what starts its steps. With this
+    section, models that it trains need not be named elsewhere."""
+
     def __post_init__(self) -> None:
         """Refuse sections and settings that contradict each other or would have no effect."""
         for rule in RULES:
@@ -94,8 +99,12 @@ class RunConfig:
 
     @property
     def cross_fitted(self) -> bool:
-        """Whether each document's reference loss comes from a model that has not seen it."""
-        return self.reference is not None and bool(self.reference.folds)
+        """Whether each document's reference loss comes from a model that has not seen it, or will come from one that
+        ``dualtok run`` trains."""
+        if self.reference is not None and self.reference.folds:
+            return True
+        left_to_run = self.workflow is not None and self.objective == RECIPE
+        return left_to_run and self.model is not None and self.model.ia3 is None
 
     def need(self, section: str, verb: str) -> Any:
         """Return a section that ``verb`` cannot do without.
@@ -206,6 +215,27 @@ RULES = (
         lambda run: (
             f"model.ia3: objective {run.objective!r} trains learned scales alone; write model.ia3: {{}}, or name "
             "models that were trained without a fold each (train.leave_out) as reference.folds"
+        ),
+    ),
+    Rule(
+        lambda run: (
+            run.workflow is None
+            and run.reference is not None
+            and "model" in USED[run.reference.mode]
+            and run.reference.model is None
+            and not run.reference.folds
+        ),
+        lambda run: "reference.model: missing; give the folder or hub name of the reference model",
+    ),
+    Rule(
+        lambda run: (
+            run.workflow is None
+            and run.interpolate is not None
+            and not (run.interpolate.reference and run.interpolate.surrogate_reference)
+        ),
+        lambda run: (
+            f"interpolate.{'surrogate_reference' if run.interpolate and run.interpolate.reference else 'reference'}: "
+            "missing; add it to the run"
         ),
     ),
     Rule(

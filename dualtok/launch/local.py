@@ -26,7 +26,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> None:
     """
     command = torchrun(["--standalone"], processes, "dualtok", arguments)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as copy, _ended_by_sigterm():
+    with log.open("w", encoding="utf-8") as copy, ended_by_sigterm():
         process = subprocess.Popen(
             command,
             env=rank_environment(processes),
@@ -56,7 +56,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> None:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM end this process by an exception, so that it ends its ranks first; by itself it would leave them."""
     if threading.current_thread() is not threading.main_thread():
         yield

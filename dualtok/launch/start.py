@@ -50,6 +50,7 @@ def build_start(
     backend: str,
     nodes: int | None,
     gpus: int | None,
+    positional: Sequence[str] = (),
 ) -> Start:
     """Return what starts a run on ``nodes`` hosts with ``gpus`` ranks each; nothing is written or started.
 
@@ -57,10 +58,11 @@ def build_start(
         run: the run, overrides applied.
         run_file: its file; with Kubernetes a path within the containers, else one that all hosts see.
         overrides: passed on to the verb, but for those of the section ``launch``.
-        verb: one of :data:`VERBS`.
+        verb: one of :data:`VERBS`, or another one that ranks can share with its ``positional`` arguments.
         backend: one of :data:`BACKENDS`.
         nodes: hosts; None is all of the hostfile, or one.
         gpus: ranks per host; None is the slots of the hostfile, or as many as this host has accelerators.
+        positional: arguments of the verb between the run file and the overrides.
 
     Raises:
         ConfigError: a name is unknown, the hostfile does not fit, or the ranks cannot share the run's batch.
@@ -69,7 +71,7 @@ def build_start(
         raise ConfigError(
             f"--backend {backend!r}{did_you_mean(backend, BACKENDS)}: must be one of {', '.join(BACKENDS)}"
         )
-    if verb not in VERBS:
+    if verb not in VERBS and not positional:
         raise ConfigError(f"--verb {verb!r}{did_you_mean(verb, VERBS)}: must be one of {', '.join(VERBS)}")
     settings = run.launch
     if settings.hostfile is not None and backend in ("deepspeed", "mpi"):
@@ -91,7 +93,7 @@ def build_start(
         nodes,
         gpus,
         settings,
-        arguments=(verb, str(run_file.absolute() if local else run_file), *passed_on, *resume),
+        arguments=(verb, str(run_file.absolute() if local else run_file), *positional, *passed_on, *resume),
         folder=str(Path.cwd()) if local else None,
         python=sys.executable if local else "python",
         logs=str((folder if local else Path(run.output_dir)) / "logs"),

@@ -22,6 +22,7 @@ FREE_ON_RESUME = (
     "audit",
     "interpolate",
     "launch",
+    "workflow",
     "output_dir",
     "data.processes",
     "data.source",

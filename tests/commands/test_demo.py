@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from dualtok.commands import demo
-from dualtok.commands.demo import run_demo, write_runs
+from dualtok.commands.demo import demo_steps, run_demo, write_runs
+from dualtok.commands.run import start
 from dualtok.config.data import SPLITS
 from dualtok.config.load import parse_run
+from dualtok.config.run import flat
 from dualtok.data.folder import DataFolder
-from dualtok.launch import local as launch
+from dualtok.errors import ConfigError
 from tests.support import ROOT, command
 
 if TYPE_CHECKING:
@@ -21,16 +24,31 @@ if TYPE_CHECKING:
 
 def test_the_reference_is_at_most_a_quarter_of_the_training_data(tmp_path: Path) -> None:
     """Mission: a reference as large as the training split would make the dual model's task trivial."""
-    data = parse_run(write_runs(tmp_path)["dual"], source="dual").data
+    data = parse_run(write_runs(tmp_path)["run"], source="run").data
     assert data.shares["reference"] <= data.shares["train"] / 4
 
 
 def test_plain_and_dual_differ_in_nothing_but_the_objective(tmp_path: Path) -> None:
-    runs = write_runs(tmp_path)
-    differences = {key for key in runs["plain"] if runs["plain"][key] != runs["dual"][key]}
-    assert differences == {"objective", "output_dir"}
-    assert runs["plain"]["data"] == runs["reference"]["data"] == runs["attack_reference"]["data"]
-    assert runs["plain"]["train"]["deepspeed"] == str(tmp_path / "zero3.json")
+    steps = {step.name: step for step in demo_steps(tmp_path, write_runs(tmp_path))}
+    plain, dual = (flat(steps[name].run.as_dict()) for name in ("plain", "dual"))
+    assert {key for key in plain | dual if plain.get(key) != dual.get(key)} == {"objective", "output_dir"}
+    assert steps["plain"].run.data == steps["reference"].run.data == steps["attack_reference"].run.data
+    assert dual["train.deepspeed"] == str(tmp_path / "zero3.json")
+    assert dual["model.path"] == str(tmp_path / "models" / "base") == str(steps["base-export"].product)
+
+
+def test_the_attackers_reference_is_trained_by_the_recipe_of_the_audited_models(tmp_path: Path) -> None:
+    steps = {step.name: step for step in demo_steps(tmp_path, write_runs(tmp_path))}
+    recipes = [steps[name].run.train for name in ("attack_reference", "dual", "reference")]
+    assert replace(recipes[0], split="train") == recipes[1]
+    assert recipes[2].epochs == 6
+
+
+def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
+    steps = demo_steps(tmp_path, write_runs(tmp_path, processes=1))
+    assert {step.run.workflow.launcher for step in steps} == {"none"}
+    with pytest.raises(ConfigError, match="a demo with other settings ran"):
+        write_runs(tmp_path, processes=2)
 
 
 @pytest.fixture
@@ -38,16 +56,16 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Shrink the demo's models and steps, and fork its ranks, which start in less time so; nothing else."""
     settings = yaml.safe_load(demo.SETTINGS.read_text(encoding="utf-8"))
     for name, run in settings["runs"].items():
-        if "train" in run:
-            run["train"] = {
-                **run["train"],
-                "epochs": None,
-                "steps": 4,
-                "batch_size": 8,
-                "warmup_steps": 1,
-                "evaluate_every": 2,
-                "evaluation_blocks": 32,
-            }
+        run["train"] = {
+            **run["train"],
+            "epochs": None,
+            "steps": 4,
+            "batch_size": 8,
+            "warmup_steps": 1,
+            "evaluate_every": 2,
+            "evaluation_blocks": 32,
+        }
+        run["workflow"]["reference"] = {"steps": 5}
         if name == "base":
             run["model"]["config"].update(hidden_size=48, intermediate_size=64, num_hidden_layers=1)
         run["data"] = {**run["data"], "max_documents": 500}
@@ -57,9 +75,8 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small = tmp_path / "demo.yaml"
     small.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     monkeypatch.setattr(demo, "SETTINGS", small)
-    monkeypatch.setattr(
-        launch, "torchrun", lambda _, ranks, module, arguments: command(module, *arguments, ranks=ranks)
-    )
+    monkeypatch.setattr(start, "torchrun", lambda _, ranks, module, arguments: command(module, *arguments, ranks=ranks))
+    monkeypatch.setattr(start, "python", lambda arguments: command("dualtok", *arguments))
     monkeypatch.chdir(ROOT)
 
 
@@ -83,9 +100,9 @@ def test_the_whole_way_in_miniature(tmp_path: Path, capfd: pytest.CaptureFixture
     checkpoints = sorted(folder.rglob("COMPLETE"))
     times = [file.stat().st_mtime_ns for file in checkpoints]
     run_demo(folder, processes=2)
-    assert capfd.readouterr().out.count("done before") == len(demo.STAGES)
+    assert capfd.readouterr().out.count("done before") == 17
     assert [file.stat().st_mtime_ns for file in checkpoints] == times, "a finished stage ran again"
-    assert report.stat().st_mtime_ns > changed
+    assert report.stat().st_mtime_ns == changed
 
 
 def _hashes(data_dir: Path, split: str) -> set[str]:

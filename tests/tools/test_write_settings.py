@@ -39,7 +39,7 @@ def test_types_defaults_units_and_bounds_are_told() -> None:
     assert "`fp32` or `bf16` · default: `bf16`" in WRITTEN["train.md"]
     assert "list of 2 of number · default: `[0.9, 0.95]` · no unit" in WRITTEN["train.md"]
     assert "number above 0, at most 1 · default: `0.05` · unit: share, 0 to 1" in WRITTEN["audit.md"]
-    assert "text, or list of text with at least 1 · required" in WRITTEN["interpolate.md"]
+    assert "text, or list of text with at least 1 · default: `''`" in WRITTEN["interpolate.md"]
 
 
 def test_old_names_and_errors_stand_with_their_setting() -> None:

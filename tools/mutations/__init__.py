@@ -7,6 +7,7 @@ from mutations.borders import BORDERS
 from mutations.chat import CONVERSATIONS
 from mutations.data import DATA
 from mutations.fault import Fault
+from mutations.front import FRONT
 from mutations.integrations import INTEGRATIONS
 from mutations.objective import OBJECTIVE
 from mutations.plans import PLANS
@@ -14,4 +15,14 @@ from mutations.plumbing import PLUMBING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: tuple[Fault, ...] = (*OBJECTIVE, *DATA, *CONVERSATIONS, *AUDIT, *PLUMBING, *PLANS, *BORDERS, *INTEGRATIONS)
+FAULTS: tuple[Fault, ...] = (
+    *OBJECTIVE,
+    *DATA,
+    *CONVERSATIONS,
+    *AUDIT,
+    *PLUMBING,
+    *PLANS,
+    *BORDERS,
+    *INTEGRATIONS,
+    *FRONT,
+)

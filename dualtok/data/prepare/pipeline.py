@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from dualtok.config.data import SPLITS, DataConfig, is_address
+from dualtok.config.data import SCHEDULING, SPLITS, DataConfig, is_address
 from dualtok.config.old_names import with_new_names
 from dualtok.data.chat.templates import ChatTemplateError, with_template
 from dualtok.data.manifest import (
@@ -81,8 +81,6 @@ DEFAULT_VOCABULARY = 4096
 TOKENIZER_CHARACTERS = 1 << 28
 """At most about so much text trains a tokenizer; its trainer keeps every distinct word in memory."""
 CONFIG_ECHO = "prepare.json"
-SCHEDULING = ("processes", "mix", "stream", "on_bad_shard")
-"""Settings that do not change the result."""
 
 
 def prepare(config: DataConfig, *, progress: bool = True, sampler: TextSampler | None = None) -> Manifest:

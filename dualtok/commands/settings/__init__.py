@@ -1,0 +1,1 @@
+"""``dualtok settings`` and ``dualtok schema``: what a run file may hold."""

@@ -1,0 +1,1 @@
+"""The settings, described from the classes that read them: for the documentation, the terminal and editors."""
