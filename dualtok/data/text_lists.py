@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 
 from dualtok.data.chat.encoding import DocumentEncoder
+from dualtok.data.chat.templates import ChatTemplateError
 from dualtok.data.folder import DataFolder
 from dualtok.data.manifest import CHAT_FORMAT_VERSION, FORMAT_VERSION, MANIFEST, ChatEntry, Manifest, save_manifest
 from dualtok.data.prepare.assemble import DOCUMENT
@@ -73,7 +74,10 @@ def pack_texts(
     target = root / _digest(lists, tokenizer, most_tokens)
     if not (target / MANIFEST).is_file():
         encoder = DocumentEncoder(tokenizer, end=False)
-        encoded = {name: encoder.encode(given.texts, given.where) for name, given in lists.items()}
+        try:
+            encoded = {name: encoder.encode(given.texts, given.where) for name, given in lists.items()}
+        except ChatTemplateError as error:
+            raise DataError(f"{error}; an audit takes the template that is saved with the model's tokenizer") from None
         _write(target, lists, encoded, tokenizer, most_tokens)
     return DataFolder(str(target))
 

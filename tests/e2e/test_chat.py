@@ -345,3 +345,21 @@ def test_the_command_prepares_and_says_what_is_trained(chat: Chat, tmp_path: Pat
     manifest = load_manifest(tmp_path / "prepared")
     assert manifest.chat is not None
     assert manifest.chat.train_on == "last"
+
+
+def test_raw_files_that_cannot_be_read_as_conversations_are_named(chat: Chat, tmp_path: Path) -> None:
+    texts, chats = [{**row, "text": "a"} for row in chat_rows(4)], chat_rows(4)
+    bare = tmp_path / "model"
+    shutil.copytree(chat.start, bare)
+    (bare / "chat_template.jinja").unlink()
+
+    def refused(rows: list[dict[str, Any]]) -> str:
+        one, other = (write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("one", "other"))
+        lists = ("--members", one, "--non-members", other, "--out", tmp_path / "out")
+        return error_line(dualtok("audit", "--model", bare, *lists))
+
+    both = "one.jsonl:1: holds both a field 'text' and a conversation; give a file that has one of them"
+    assert both in refused(texts)
+    found = refused(chats)
+    assert "one.jsonl:1: a conversation, but the tokenizer has no chat template" in found
+    assert "an audit takes the template that is saved with the model's tokenizer" in found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dualtok.config.data import DataConfig
 from dualtok.data.sources.documents import read_documents
+from dualtok.data.sources.rows import WHICH
 from dualtok.data.text_lists import TextList, pack_texts
 from dualtok.data.tokenizer import fingerprint, load_tokenizer
 from dualtok.errors import ConfigError, DataError
@@ -65,6 +66,7 @@ def read_texts(source: TextSource, key: str, group_field: str | None = None) -> 
         documents = list(read_documents(config))
     except DataError as error:
         reason = str(error).replace("data.source", f"{key}.source").replace("data.group_field", "audit.group_field")
+        reason = reason.replace(WHICH, "give a file that has one of them")
         raise DataError(f"{key}: {reason}") from None
     if not documents:
         raise DataError(f"{key}: {source.source}: no documents")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dualtok.config.data import DataConfig
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
+WHICH = "say by data.rows: text or data.rows: chat which of them to read"
 USUAL_FIELD = "text"
 """Of a text, where ``data.field`` names no other."""
 
@@ -50,10 +51,7 @@ def _is_conversation(row: dict[str, object], config: DataConfig, origin: str) ->
         return True
     if config.field != USUAL_FIELD:
         return False
-    raise DataError(
-        f"{origin}: holds both a field {config.field!r} and a conversation; say by data.rows: text or data.rows: chat "
-        "which of them to read"
-    )
+    raise DataError(f"{origin}: holds both a field {config.field!r} and a conversation; {WHICH}")
 
 
 def require_text_rows(config: DataConfig, origin: str) -> None:
