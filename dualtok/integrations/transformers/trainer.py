@@ -101,6 +101,12 @@ class DualMixin:
         trainer: Any = self
         return ranks_of_job(trainer.accelerator.device)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; what an earlier call has not logged is forgotten."""
+        parent: Any = super()
+        self._begin_totals()
+        return parent.train(*args, **kwargs)
+
     def call_model_init(self, trial: Any = None) -> Any:
         """Return a new model that gives token losses."""
         trainer: Any = super()
