@@ -165,3 +165,10 @@ def test_the_time_left_follows_from_the_steps_that_are_done(small_corpus: dict[s
     assert short is not None
     assert long == pytest.approx(2 * short)
     assert short > 10, "two more models of as many steps, and the passes of scores and audit"
+    assert way[first].product is not None
+    noted = way[first].product.parent / "metrics.jsonl"
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    noted.write_text("".join(json.dumps({"step": step, "tokens_per_second": 1024.0}) + "\n" for step in (1, 2)))
+    started = seconds_left(way[first + 1 :], {"reference": 10.0}, done)
+    assert started is not None
+    assert started < short, "of 10 s one was computing, and 9 the start"

@@ -126,6 +126,20 @@ def test_ranks_of_a_launcher_learn_what_one_process_learns(tmp_path: Path) -> No
     assert "torch.distributed" not in (tmp_path / "one" / "out" / "logs" / "causal_lm.log").read_text()
 
 
+@pytest.mark.slow
+def test_dual_plus_is_trained_scored_and_interpolated_from_one_file(tmp_path: Path) -> None:
+    shares = {"train": 0.4, "reference": 0.1, "auxiliary": 0.1, "attack_reference": 0.1, "validation": 0.15}
+    data = settings(tmp_path)["data"] | {"shares": shares | {"held_out": 0.15}}
+    train = settings(tmp_path)["train"] | {"batch_size": 4}
+    file = write_file(tmp_path, objective="dual_plus", workflow={}, data=data, train=train)
+    assert "[18/18] write the report" in succeed(dualtok("run", file))
+    made = tmp_path / "out" / "models" / "dual_plus"
+    trials = json.loads((made / "interpolate.json").read_text())["trials"]
+    assert trials
+    report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["reference alone", "dual_plus"]
+
+
 def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path: Path) -> None:
     file = write_file(tmp_path)
     before = sorted(tmp_path.rglob("*"))
