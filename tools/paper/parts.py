@@ -168,7 +168,8 @@ def lira_scales(cell: Cell) -> None:
     for limit in LIMITS:
         stopped = f"limit-scales from all {limit:g}"
         models[f"{row}, stopped by the limit {limit:g}"] = (cell.model(stopped), f"{cell.name}/interpolate {stopped}")
-    judged_by_shadows(cell, "scales", "IA3", scales_run(cell), models)
+    run = {**scales_run(cell), "output_dir": str(cell.folder / "audit-lira-scales")}
+    judged_by_shadows(cell, "scales", "IA3", run, models)
 
 
 def _mixed(cell: Cell) -> list[Made]:
