@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dualtok.data.chat.templates import Spans
 
-ENCODED_AT_ONCE = 1 << 20
+ENCODED_AT_ONCE = 1 << 18
 """Characters whose token ids are in memory as Python's integers at one time."""
 
 

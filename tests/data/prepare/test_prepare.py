@@ -179,7 +179,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     draw = random.Random(0)
     words = [f"{draw.randrange(10**6)}" for _ in range(3000)]
     peaks = []
-    for documents in (800, 3200):  # with 400, buffers would not be full
+    for documents in (800, 5600):  # with 400, buffers would not be full
         source = write_jsonl(
             (" ".join(draw.choices(words, k=1500)) for _ in range(documents)), tmp_path / f"{documents}.jsonl"
         )
@@ -193,10 +193,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
             "shares": {"train": 0.88, "reference": 0.02, "held_out": 0.1},
         }
         peaks.append(finish(child(section, chunk=100, afresh=True)))
-    extra = (tmp_path / "3200.jsonl").stat().st_size - (tmp_path / "800.jsonl").stat().st_size
-    print(f"peak memory of 800 and 3,200 documents: {peaks} kB; {extra:,} bytes more of text")
-    assert extra > 22e6
-    assert 1024 * (peaks[1] - peaks[0]) < 0.75 * extra  # .4 to .5 in repeated runs; the text itself is 1
+    extra = (tmp_path / "5600.jsonl").stat().st_size - (tmp_path / "800.jsonl").stat().st_size
+    print(f"peak memory of 800 and 5,600 documents: {peaks} kB; {extra:,} bytes more of text")
+    assert extra > 45e6
+    assert 1024 * (peaks[1] - peaks[0]) < 0.6 * extra  # the allocator's peaks differ by up to 24 MB from run to run; the text itself is 1
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
